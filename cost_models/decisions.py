@@ -1,0 +1,61 @@
+"""What is decided and what for: the values that costs are a function of.
+
+`planner.decisions` has the vocabulary (keys, legal words, help); here are the typed records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is to be run. `global_batch` in samples a step, `seq_len` in tokens."""
+
+    task: str = "train"
+    engine: str = "native-compiled"
+    global_batch: int = 1
+    seq_len: int = 1
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """A training configuration, whole. pp * dp * cp * tp = GPUs; dp * cp * tp = edp * ep * etp.
+
+    stages: layers per global stage (pp * virtual_stages of them; stage k on rank k % pp, or folded
+    in a V). recompute: per global stage (full, selective): the first `full` layers are computed
+    again whole, the next `selective` all but their matmuls and attention, the rest nothing.
+    offload: pairs (what, tier). sharding: per unit class, the placements on tp that the per-op
+    program chose, as (parameter or edge, words) pairs; empty where tp = 1.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    zero: int = 0
+    shard: int = 1
+    reshard: bool = False
+    micro_batch: int = 1
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    sequence_parallel: bool = False
+    compile: bool = True
+    cp_kind: str = "ring"
+    grad_dtype: str = "fp32"
+    offload: tuple[tuple[str, str], ...] = ()
+    stages: tuple[int, ...] = ()
+    recompute: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def edp(self) -> int:
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)

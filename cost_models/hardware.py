@@ -1,0 +1,367 @@
+"""What a plan is made for: devices, links, memory tiers and the cluster they make up.
+
+A cluster is read from a TOML file: the catalogue's (`hardware/*.toml`, every number with its
+source) or the user's own. Ranks are laid over it in order: node by node, domain by domain.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cost_models.units import parse_bytes
+from ir.errors import UsageError
+
+_CATALOGUE = Path(__file__).with_name("hardware")
+_COUNTED = re.compile(r"([a-z0-9][a-z0-9.-]*?)x([0-9]+)")
+DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "nvfp4", "int4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator.
+
+    memory_bytes is what the driver reports to a process. peak_flop_per_s is dense, without
+    sparsity. constants names the table of `constants/` that its kernels are costed with.
+    """
+
+    name: str
+    title: str
+    family: str
+    constants: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_s: float
+    peak_flop_per_s: tuple[tuple[str, float], ...]
+    power_w: float
+    sm_count: int
+    host_link_bytes_per_s: float
+
+    def has(self, dtype: str) -> bool:
+        """Whether the device computes in `dtype` at all."""
+        return any(name == dtype for name, _ in self.peak_flop_per_s)
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s in `dtype`. Raises UsageError naming the dtypes the device has."""
+        for name, value in self.peak_flop_per_s:
+            if name == dtype:
+                return value
+        names = ", ".join(name for name, _ in self.peak_flop_per_s)
+        raise UsageError(
+            f"{self.name} does not compute in {dtype}",
+            why=f"{self.title} has {names}",
+            hints=tuple(f"--precision {p}" for p in ("bf16", "fp16", "fp32") if self.has(p))[:1],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A way for bytes between devices, per device and direction.
+
+    kind: nvlink (any direct fabric), pcie or network. bytes_per_s is the line rate, efficiency
+    the share of it that large transfers reach, latency_s one hop.
+    """
+
+    name: str
+    kind: str
+    bytes_per_s: float
+    latency_s: float
+    efficiency: float
+
+    @property
+    def useful_bytes_per_s(self) -> float:
+        """The rate a large transfer reaches."""
+        return self.bytes_per_s * self.efficiency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """Memory below the device, per node: what it holds and how fast it is read and written."""
+
+    name: str
+    bytes: int
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """How ranks that are `stride` apart lie: `members` of them a domain, in `domains` domains."""
+
+    size: int
+    members: int
+    domains: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """`count` devices in nodes of `node_size`; `domain_size` of them share the intra link."""
+
+    name: str
+    device: Device
+    count: int
+    node_size: int
+    domain_size: int
+    intra: Link
+    inter: Link
+    host_ram_bytes: int
+    tiers: tuple[Tier, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    @property
+    def spec(self) -> str:
+        """What `--hardware` takes: h100x64."""
+        return f"{self.name}x{self.count}"
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.count // self.node_size)
+
+    @property
+    def domain_ranks(self) -> int:
+        """Ranks that share the intra link: equal parts, so 128 GPUs on NVL72 are 2 x 64."""
+        domains = -(-self.count // self.domain_size)
+        while self.count % domains or (self.count // domains) % min(self.node_size, self.count):
+            domains += 1
+        return self.count // domains
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that a cost depends on; prose and paths are left out."""
+        content = {key: value for key, value in asdict(self).items() if key != "sources"}
+        content["device"] = {k: v for k, v in content["device"].items() if k != "title"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def group(self, size: int, stride: int = 1) -> Group:
+        """Lay `size` ranks, `stride` apart, over the domains; the worst-placed group counts."""
+        if size < 1 or stride < 1 or size * stride > self.count:
+            raise UsageError(f"{size} ranks with stride {stride} do not fit {self.spec}")
+        span = self.domain_ranks
+        if span == self.count:
+            return Group(size=size, members=size, domains=1)
+        even = (m for m in range(size, 0, -1) if size % m == 0 and span % (m * stride) == 0)
+        members = next(even, 1)
+        return Group(size=size, members=members, domains=size // members)
+
+    def tier(self, name: str) -> Tier:
+        """The tier of that name. Raises UsageError naming those there are."""
+        for tier in self.tiers:
+            if tier.name == name:
+                return tier
+        names = ", ".join(tier.name for tier in self.tiers) or "none"
+        raise UsageError(f"{self.spec} has no tier {name!r}", why=f"its tiers: {names}")
+
+
+_DEVICE_KEYS = {
+    "title": str, "family": str, "constants": str, "memory_bytes": int,
+    "memory_bandwidth_bytes_per_s": float, "peak_flop_per_s": dict, "power_w": float,
+    "sm_count": int, "host_link_bytes_per_s": float,
+}  # fmt: skip
+_LINK_KEYS = {
+    "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
+}  # fmt: skip
+_TIER_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
+_CLUSTER_KEYS = {
+    "node_size": int, "domain_size": int, "host_ram_bytes": int,
+    "intra": dict, "inter": dict, "tiers": list,
+}  # fmt: skip
+_FILE_KEYS = {"name": str, "device": dict, "cluster": dict, "sources": dict}
+
+
+def _typed(value: Any, kind: type, where: str, key: str) -> Any:
+    """`value` as `kind`; numbers are positive, sizes may be written "80GiB"."""
+    if kind is int and isinstance(value, str) and "bytes" in key:
+        return parse_bytes(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = type(value).__name__
+        raise UsageError(f"{key} is a {found}, not a {kind.__name__}", where=where)
+    if kind not in (int, float):
+        return value
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise UsageError(f"{key} is {value}", where=where, why="expected a positive number")
+    if key.endswith("efficiency") and number > 1:
+        raise UsageError(f"{key} is {value}", where=where, why="expected a share of 1 at most")
+    return value
+
+
+def _table(raw: Any, keys: Mapping[str, type], where: str, path: str) -> dict[str, Any]:
+    """The table `raw` checked against `keys`: all of them, none else. Names the bad key."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} is not a table", where=where)
+    for key in raw:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1)
+            raise UsageError(
+                f"unknown key {path}{key}",
+                where=where,
+                why=f"known: {', '.join(keys)}",
+                hints=tuple(f"did you mean {path}{name}?" for name in near),
+            )
+    missing = [key for key in keys if key not in raw]
+    if missing:
+        raise UsageError(f"missing key {path}{missing[0]}", where=where)
+    return {key: _typed(raw[key], kind, where, path + key) for key, kind in keys.items()}
+
+
+def _device(name: str, raw: Any, where: str) -> Device:
+    fields = _table(raw, _DEVICE_KEYS, where, "device.")
+    peaks = fields.pop("peak_flop_per_s")
+    for dtype in peaks:
+        if dtype not in DTYPES:
+            raise UsageError(
+                f"unknown dtype device.peak_flop_per_s.{dtype}",
+                where=where,
+                why=f"known: {', '.join(DTYPES)}",
+            )
+    ordered = tuple(
+        (d, _typed(peaks[d], float, where, f"device.peak_flop_per_s.{d}"))
+        for d in DTYPES
+        if d in peaks
+    )
+    return Device(name=name, peak_flop_per_s=ordered, **fields)
+
+
+def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
+    top = _table({"sources": {}, **raw}, _FILE_KEYS, where, "")
+    body = _table(top["cluster"], _CLUSTER_KEYS, where, "cluster.")
+    links = [
+        Link(**_table(body.pop(name), _LINK_KEYS, where, f"cluster.{name}."))
+        for name in ("intra", "inter")
+    ]
+    for link in links:
+        if link.kind not in ("nvlink", "pcie", "network"):
+            raise UsageError(
+                f"unknown link kind {link.kind!r} of {link.name!r}",
+                where=where,
+                why="known: nvlink, pcie, network",
+            )
+    tiers = tuple(
+        Tier(**_table(tier, _TIER_KEYS, where, f"cluster.tiers[{i}]."))
+        for i, tier in enumerate(body.pop("tiers"))
+    )
+    sources = tuple(sorted((str(k), str(v)) for k, v in top["sources"].items()))
+    device = _device(top["name"], top["device"], where)
+    return _counted(
+        Cluster(
+            name=top["name"], device=device, count=count, intra=links[0], inter=links[1],
+            tiers=tiers, sources=sources, **body,
+        )
+    )  # fmt: skip
+
+
+def _counted(cluster: Cluster) -> Cluster:
+    """The cluster, its count being part of one node or whole nodes. Raises UsageError."""
+    count, node = cluster.count, cluster.node_size
+    if count < 1:
+        raise UsageError(f"{cluster.spec} has no device", hints=(f"{cluster.name}x1",))
+    if count > node and count % node:
+        below, above = count // node * node, -(-count // node) * node
+        raise UsageError(
+            f"{cluster.spec} fills no whole nodes",
+            why=f"{cluster.name} has {node} GPUs a node; more than one node is whole nodes",
+            hints=(f"{cluster.name}x{below}", f"{cluster.name}x{above}"),
+        )
+    return cluster
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(f"cannot read hardware file {path}", why=reason) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
+
+
+@functools.cache
+def catalogue() -> tuple[str, ...]:
+    """Names of the devices that ship with the planner, in order."""
+    return tuple(sorted(path.stem for path in _CATALOGUE.glob("*.toml") if path.stem != "aliases"))
+
+
+@functools.cache
+def aliases() -> tuple[tuple[str, str], ...]:
+    """Other names of catalogue devices: (alias, name)."""
+    return tuple(sorted((str(k), str(v)) for k, v in _read(_CATALOGUE / "aliases.toml").items()))
+
+
+def _known(name: str) -> str:
+    """The catalogue's name for `name`. Raises UsageError listing the nearest."""
+    canonical = dict(aliases()).get(name, name)
+    if canonical in catalogue():
+        return canonical
+    choices = [*catalogue(), *(alias for alias, _ in aliases())]
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
+    raise UsageError(
+        f"unknown device {name!r}",
+        why=f"the catalogue has {', '.join(catalogue())}",
+        hints=tuple(f"did you mean {match}?" for match in near)
+        + ("a .toml file describes any other hardware: plan hardware show h100x8",),
+    )
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _load_file(path: Path) -> Cluster:
+    """A user's file: all keys, or `base` (a catalogue name) and the keys that differ; `count`."""
+    raw = _read(path)
+    base, count = raw.pop("base", None), raw.pop("count", None)
+    if count is None:
+        raise UsageError("missing key count", where=str(path), why="the number of devices")
+    number = _typed(count, int, str(path), "count")
+    if base is not None:
+        name = _known(_typed(base, str, str(path), "base"))
+        raw = _merged({**_read(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
+    return _cluster(raw, number, str(path))
+
+
+@functools.cache
+def _catalogued(name: str) -> Cluster:
+    return _cluster(_read(_CATALOGUE / f"{name}.toml"), 1, f"hardware/{name}.toml")
+
+
+def describe(name: str) -> Cluster:
+    """One whole node of a catalogue device, with its sources, for listing."""
+    cluster = _catalogued(_known(name))
+    return replace(cluster, count=cluster.node_size)
+
+
+def load_hardware(spec: str) -> Cluster:
+    """Read `NAMExCOUNT`, or a path that ends in .toml. Raises UsageError, saying what is near."""
+    if spec.endswith(".toml"):
+        return _load_file(Path(spec))
+    if "+" in spec:
+        parts = [part.strip() for part in spec.split("+")]
+        raise UsageError(
+            f"{spec} mixes devices; clusters of more than one kind are not planned yet",
+            hints=tuple(f"plan each alone: --hardware {part}" for part in parts),
+        )
+    if spec == "local":
+        raise UsageError(
+            "this machine is not measured yet",
+            hints=("plan calibrate -o host.toml", "then --hardware host.toml"),
+        )
+    match = _COUNTED.fullmatch(spec.lower())
+    if match is None:
+        name = _known(spec.lower())
+        size = _catalogued(name).node_size
+        raise UsageError(f"{spec} has no count", hints=(f"{name}x{size} is one node of it",))
+    return _counted(replace(_catalogued(_known(match[1])), count=int(match[2])))

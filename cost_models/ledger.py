@@ -1,0 +1,83 @@
+"""What one rank does and holds, by name; and the estimate made of it.
+
+Times are integer picoseconds, memory integer bytes, rounded before anything is compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BREAKDOWN = (
+    "compute", "recompute", "tp_comm", "dp_comm", "ep_comm", "cp_comm", "pp_comm", "bubble",
+    "optimizer", "offload", "host", "jitter",
+)  # fmt: skip
+MEMORY = (
+    "parameters", "gradients", "optimizer", "activations", "gathered", "logits", "workspace",
+    "comm_buffers", "context", "fragmentation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """`count` collectives a step of `size_bytes` each (the full tensor; all-to-all and p2p: what
+    one rank holds) over `axis`, done for `where` (a unit class and edge, or a state); `total_s`
+    alone on the wire, `exposed_s` after what hides it, both for all of them together."""
+
+    kind: str
+    axis: str
+    size_bytes: int
+    count: int
+    where: str
+    total_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLedger:
+    """One pp rank's account of a step: `memory_bytes` has the keys of `MEMORY`, in order."""
+
+    pp_rank: int
+    memory_bytes: tuple[tuple[str, int], ...]
+    collectives: tuple[Collective, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A step of training, predicted.
+
+    `breakdown_ps` has the keys of `BREAKDOWN` and sums to `step_time_ps`: exposed time of the
+    busiest pp rank. `error` is the expected relative error. `model_flop` counts 6N + full
+    attention for the whole step and job, `executed_flop` what the devices run.
+    """
+
+    step_time_ps: int
+    breakdown_ps: tuple[tuple[str, int], ...]
+    error: float
+    tokens: int
+    gpus: int
+    model_flop: int
+    executed_flop: int
+    peak_flop_per_s: float
+    capacity_bytes: int
+    ranks: tuple[RankLedger, ...]
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def step_time_s(self) -> float:
+        return self.step_time_ps / 1e12
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(sum(size for _, size in rank.memory_bytes) for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_memory_bytes <= self.capacity_bytes
+
+    @property
+    def model_flop_per_s_per_gpu(self) -> float:
+        return self.model_flop / self.step_time_s / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flop_per_s_per_gpu / self.peak_flop_per_s

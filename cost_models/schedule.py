@@ -1,0 +1,269 @@
+"""Pipeline schedules simulated: the time of a step and the peak of what each rank holds.
+
+Times are integer picoseconds, per global stage (see schedule_orders for which rank runs which).
+Sends are asynchronous: a boundary's latency lies between the producer's end and the consumer's
+start, and blocks neither.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cost_models.schedule_orders import (
+    SCHEDULES,
+    SPLIT_BACKWARD,
+    V_SHAPED,
+    Op,
+    chunks_of,
+    global_stage,
+    order,
+    rank_of,
+    schedule_illegal,
+)
+from ir.errors import UsageError
+
+__all__ = [
+    "SCHEDULES", "SPLIT_BACKWARD", "V_SHAPED", "Event", "Op", "Stash", "Timeline", "chunks_of",
+    "global_stage", "order", "peak_stash", "rank_of", "schedule_illegal", "simulate",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One operation as simulated: where, what, for which micro-batch and chunk, and when."""
+
+    rank: int
+    op: str
+    microbatch: int
+    chunk: int
+    start_ps: int
+    end_ps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """A step: its makespan, how long each rank computes, and its events where asked for.
+
+    peak_in_flight: per rank and chunk, the micro-batches held at the rank's peak, where every
+    chunk of the rank holds the same bytes a micro-batch.
+    """
+
+    makespan_ps: int
+    busy_ps: tuple[int, ...]
+    peak_in_flight: tuple[tuple[int, ...], ...]
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stash:
+    """What a rank holds at its peak: bytes, and per chunk the micro-batches in each state.
+
+    forward: forward done, no gradient yet. weight: input gradient done, weight gradient not.
+    """
+
+    peak_bytes: int
+    forward: tuple[int, ...]
+    weight: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Program:
+    """All operations of a step in an order in which every input comes before its use.
+
+    steps: (rank, cost id, position of the input). Position 0 is a dummy that ends at 0. The cost
+    id is 4 * stage + (F 0, B 1, W 2, BW 3): both its duration and the latency of its input.
+    """
+
+    steps: tuple[tuple[int, int, int], ...]
+
+
+def _costed(schedule: str, pp: int, m: int, v: int, rank: int) -> list[tuple[int, int, int]]:
+    """A rank's operations as (cost id, key of the input or -1, key of the output or -1).
+
+    A key is 2 * (stage * m + micro-batch) + (0 for an activation, 1 for a gradient).
+    """
+    stages = [global_stage(schedule, pp, rank, c) for c in range(chunks_of(schedule, v))]
+    last = pp * chunks_of(schedule, v) - 1
+    table = {}
+    for chunk, stage in enumerate(stages):
+        here = 2 * stage * m
+        table["F", chunk] = (4 * stage, here - 2 * m if stage else -1, here)
+        gradient = (here + 2 * m + 1 if stage < last else -1, here + 1)
+        table["B", chunk] = (4 * stage + 1, *gradient)
+        table["BW", chunk] = (4 * stage + 3, *gradient)
+        table["W", chunk] = (4 * stage + 2, -1, -1)
+    costed = []
+    for op, mb, chunk in order(schedule, pp, m, v, rank):
+        cost, needs, gives = table[op, chunk]
+        shift = 2 * mb
+        costed.append((
+            cost, needs + shift if needs >= 0 else -1, gives + shift if gives >= 0 else -1
+        ))  # fmt: skip
+    return costed
+
+
+@functools.lru_cache(maxsize=64)
+def _program(schedule: str, pp: int, m: int, v: int) -> _Program:
+    """Merge the ranks' orders: run each rank until it waits, resume it when its input is made."""
+    lines = [_costed(schedule, pp, m, v, rank) for rank in range(pp)]
+    made = [0] * (2 * m * pp * chunks_of(schedule, v))
+    waits: dict[int, int] = {}
+    at = [0] * pp
+    steps: list[tuple[int, int, int]] = []
+    ready = list(range(pp - 1, -1, -1))
+    while ready:
+        rank = ready.pop()
+        line, i = lines[rank], at[rank]
+        count = len(line)
+        while i < count:
+            cost, needs, gives = line[i]
+            position = 0
+            if needs >= 0:
+                position = made[needs]
+                if not position:
+                    waits[needs] = rank
+                    break
+            steps.append((rank, cost, position))
+            if gives >= 0:
+                made[gives] = len(steps)
+                if gives in waits:
+                    ready.append(waits.pop(gives))
+            i += 1
+        at[rank] = i
+    assert not waits, f"{schedule} pp={pp} m={m} v={v} deadlocks"
+    return _Program(steps=tuple(steps))
+
+
+def _costs(
+    schedule: str, pp: int, forward_ps: Sequence[int], input_grad_ps: Sequence[int],
+    weight_grad_ps: Sequence[int], p2p_ps: Sequence[int],
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Duration and input latency by cost id. A boundary inside a rank has no latency."""
+    stages = len(forward_ps)
+    duration, latency = [], []
+    for k in range(stages):
+        f, b, w = forward_ps[k], input_grad_ps[k], weight_grad_ps[k]
+        duration += [f, b, w, b + w]
+        here = rank_of(schedule, pp, k)
+        left = p2p_ps[k - 1] if k and rank_of(schedule, pp, k - 1) != here else 0
+        right = p2p_ps[k] if k < stages - 1 and rank_of(schedule, pp, k + 1) != here else 0
+        latency += [left, right, 0, right]
+    return duration, latency
+
+
+def simulate(
+    schedule: str, forward_ps: Sequence[int], input_grad_ps: Sequence[int],
+    weight_grad_ps: Sequence[int], p2p_ps: Sequence[int], microbatches: int, pp: int,
+    virtual_stages: int = 1, events: bool = False,
+) -> Timeline:  # fmt: skip
+    """Run a step: each rank in its order, an operation when its input has arrived.
+
+    forward_ps, input_grad_ps, weight_grad_ps: per global stage, integer picoseconds. p2p_ps: per
+    boundary (one less), from the producer's end to the consumer's start; sends block nobody.
+    Raises UsageError where the schedule cannot run so.
+    """
+    m = microbatches
+    stages = pp * chunks_of(schedule, virtual_stages)
+    reason = schedule_illegal(schedule, pp, m, virtual_stages)
+    if reason is not None:
+        raise UsageError(reason)
+    assert len(forward_ps) == len(input_grad_ps) == len(weight_grad_ps) == stages
+    assert len(p2p_ps) == stages - 1
+    duration, latency = _costs(
+        schedule, pp, forward_ps, input_grad_ps, weight_grad_ps, p2p_ps
+    )  # fmt: skip
+    program = _program(schedule, pp, m, virtual_stages)
+    ends = [0]
+    add = ends.append
+    free = [0] * pp
+    for rank, cost, position in program.steps:
+        start = ends[position] + latency[cost]
+        now = free[rank]
+        if now > start:
+            start = now
+        start += duration[cost]
+        free[rank] = start
+        add(start)
+    busy = [0] * pp
+    for k in range(stages):
+        busy[rank_of(schedule, pp, k)] += m * duration[4 * k] + m * duration[4 * k + 3]
+    return Timeline(
+        makespan_ps=max(free),
+        busy_ps=tuple(busy),
+        peak_in_flight=_peaks(schedule, pp, m, virtual_stages),
+        events=_events(schedule, pp, m, virtual_stages, duration, ends) if events else (),
+    )
+
+
+def _events(
+    schedule: str, pp: int, m: int, v: int, duration: list[int], ends: list[int]
+) -> tuple[Event, ...]:
+    """The simulated operations in order of start, then rank."""
+    lines = [iter(order(schedule, pp, m, v, rank)) for rank in range(pp)]
+    found = []
+    for (rank, cost, _), end in zip(_program(schedule, pp, m, v).steps, ends[1:], strict=True):
+        op, mb, chunk = next(lines[rank])
+        found.append(
+            Event(
+                rank=rank, op=op, microbatch=mb, chunk=chunk,
+                start_ps=end - duration[cost], end_ps=end,
+            )
+        )  # fmt: skip
+    return tuple(sorted(found, key=lambda e: (e.start_ps, e.rank, e.end_ps)))
+
+
+@functools.lru_cache(maxsize=512)
+def _peaks(schedule: str, pp: int, m: int, v: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches held per rank and chunk, all chunks alike, kept until the weight gradient."""
+    if schedule == "gpipe":
+        return ((m,),) * pp
+    if schedule == "1f1b":
+        return tuple((min(m, pp - rank),) for rank in range(pp))
+    alike = (1,) * chunks_of(schedule, v)
+    found = (peak_stash(schedule, pp, m, v, rank, alike) for rank in range(pp))
+    return tuple(
+        tuple(f + w for f, w in zip(stash.forward, stash.weight, strict=True)) for stash in found
+    )
+
+
+def peak_stash(
+    schedule: str, pp: int, microbatches: int, virtual_stages: int, rank: int,
+    act_bytes_per_chunk: Sequence[int], w_bytes_per_chunk: Sequence[int] | None = None,
+) -> Stash:  # fmt: skip
+    """The most bytes of activations that a rank holds at once, by walking its order.
+
+    act_bytes_per_chunk: kept a micro-batch from its forward to its input gradient.
+    w_bytes_per_chunk: of these, kept on until the weight gradient; all of them if None.
+    """
+    held = tuple(act_bytes_per_chunk)
+    late = held if w_bytes_per_chunk is None else tuple(w_bytes_per_chunk)
+    return _stash(schedule, pp, microbatches, virtual_stages, rank, held, late)
+
+
+@functools.lru_cache(maxsize=65536)
+def _stash(
+    schedule: str, pp: int, m: int, v: int, rank: int, held: tuple[int, ...], late: tuple[int, ...]
+) -> Stash:
+    chunks = len(held)
+    assert chunks == len(late) == chunks_of(schedule, v)
+    forward, weight = [0] * chunks, [0] * chunks
+    now = peak = 0
+    best = (tuple(forward), tuple(weight))
+    for op, _, chunk in order(schedule, pp, m, v, rank):
+        if op == "F":
+            forward[chunk] += 1
+            now += held[chunk]
+        elif op == "W":
+            weight[chunk] -= 1
+            now -= late[chunk]
+        else:
+            forward[chunk] -= 1
+            now -= held[chunk]
+            if op == "B":
+                weight[chunk] += 1
+                now += late[chunk]
+        if now > peak:
+            peak, best = now, (tuple(forward), tuple(weight))
+    return Stash(peak_bytes=peak, forward=best[0], weight=best[1])

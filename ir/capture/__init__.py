@@ -1,0 +1,38 @@
+"""From a model to its graph: the only part of the IR that knows torch.
+
+Importing this package imports no torch: `load.source_key` answers the cache first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ir.graph import Graph
+
+if TYPE_CHECKING:
+    from ir.capture.load import Source
+
+
+def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True) -> Graph:
+    """Trace, fold and lower a loaded model's training step.
+
+    precision: the floating point type of parameters and inputs while tracing (fp8 traces as
+    bf16). fold=False traces every layer: slower, and the proof that folding changed nothing.
+    """
+    from ir.backward import with_saved
+    from ir.capture.export import sizes_for, trace
+    from ir.capture.lower import lower
+    from ir.capture.routes import mark_routes
+
+    sizes = sizes_for(source.max_seq_len, source.seq_in_input)
+    with source.tracing():
+        found = trace(
+            source.model, source.inputs, source.targets, source.loss, sizes,
+            precision=precision, fold=fold, where=source.name,
+        )  # fmt: skip
+    graph = with_saved(mark_routes(lower(found, source.model, source.name)))
+    return replace(
+        graph, notes=source.notes, max_seq_len=source.max_seq_len,
+        seq_in_input=source.seq_in_input, layers=found.folding.layers,
+    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""Trace a model twice, at two sizes, and turn the pair of torch graphs into one of ours."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import nn
+
+from ir.capture.fold import Folding, folded
+from ir.errors import PlanError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+          "fp8": torch.bfloat16, "nvfp4": torch.bfloat16}  # fmt: skip
+PREFIX = "model."  # the user's model inside the traced step
+
+Size = tuple[int, int]  # batch, sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A pair of torch programs of one model at two sizes, and what folding found."""
+
+    programs: tuple[Any, Any]
+    sizes: tuple[Size, Size]
+    folding: Folding
+
+
+def default_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the last [.., vocab] output in fp32."""
+    logits = _logits(outputs)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    named = getattr(outputs, "logits", None)
+    if isinstance(named, torch.Tensor):
+        return named
+    leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+    floats = [x for x in leaves if x.is_floating_point() and x.dim() >= 2]
+    if not floats:
+        raise PlanError(
+            "the model returns no floating point tensor to take a loss of",
+            hints=("add `loss(outputs, targets)` to the file",),
+        )
+    return floats[0]
+
+
+class _Step(nn.Module):
+    """A training step's forward: the model as it is, then the loss."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any) -> Any:
+        return self.loss_fn(self.model(*args, **kwargs), targets)
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give floating point parameters on meta the training precision; buffers stay as they are.
+
+    A tied parameter is cast once for each of its names: tie the names again after.
+    """
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and p.is_floating_point() and p.dtype != dtype:
+                new = nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = new
+
+
+def _tie_again(model: nn.Module, ties: tuple[tuple[str, str], ...]) -> None:
+    for alias, owner in ties:
+        module, _, name = alias.rpartition(".")
+        model.get_submodule(module)._parameters[name] = model.get_parameter(owner)
+
+
+def ties(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """(alias, owner) of parameters that are one tensor under two names."""
+    seen: dict[int, str] = {}
+    found = []
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner = seen.setdefault(id(p), name)
+        if owner != name:
+            found.append((name, owner))
+    return tuple(found)
+
+
+def sizes_for(max_seq_len: int | None, seq_in_input: bool) -> tuple[Size, Size]:
+    """Two sizes whose ratios tell batch from sequence: 3/2 and 2."""
+    if not seq_in_input:
+        return (2, 1), (3, 1)
+    top = 256 if max_seq_len is None else min(256, max_seq_len)
+    return (2, top // 2), (3, top)
+
+
+def trace(
+    model: nn.Module,
+    inputs: Callable[[int, int], Any],
+    targets: Callable[[int, int], Any] | None,
+    loss: Callable[..., Any] | None,
+    sizes: tuple[Size, Size],
+    *,
+    precision: str,
+    fold: bool,
+    where: str,
+) -> Trace:
+    """Export the training step at both sizes, folded; a class that branches on its own index is
+    split and the step traced again. Raises PlanError that says where tracing stopped."""
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    tied = ties(model)
+    cast_floats(model, DTYPES[precision])
+    _tie_again(model, tied)
+    model.train()
+    split: set[str] = set()
+    while True:
+        programs = []
+        for size in sizes:
+            with folded(model, fold=fold, split=split) as folding:
+                args, kwargs = _arguments(inputs, size, DTYPES[precision])
+                given = [targets(*size)] if targets else []
+                step, wanted = _step(model, loss, args, kwargs, given, where)
+                folding.outputs.clear()  # the trace must see each class anew
+                programs.append(_export(step, (args, kwargs, _meta(wanted)), where))
+            touched = folding.touched
+            if touched - split:
+                break
+        if not touched - split:
+            return Trace(programs=(programs[0], programs[1]), sizes=sizes, folding=folding)
+        split |= touched
+
+
+def _arguments(
+    inputs: Callable[[int, int], Any], size: Size, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = inputs(*size)
+    args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
+    args = args if isinstance(args, tuple) else (args,)
+    return _meta(args, dtype), _meta(kwargs, dtype)
+
+
+def _meta(tree: Any, dtype: torch.dtype | None = None) -> Any:
+    """The same on the meta device; floating point tensors as `dtype`, where given."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to("meta", dtype if dtype and x.is_floating_point() else x.dtype)
+
+    return pytree.tree_map(move, tree)
+
+
+def _targets_like(outputs: Any) -> list[torch.Tensor]:
+    """Candidate targets: class indices of the logits' leading shape, else a tensor like them."""
+    logits = _logits(outputs)
+    return [
+        torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta"),
+        torch.empty_like(logits),
+    ]
+
+
+def _step(
+    model: nn.Module,
+    loss: Callable[..., Any] | None,
+    args: Any,
+    kwargs: Any,
+    given: list[Any],
+    where: str,
+) -> tuple[nn.Module, Any]:
+    """The step to trace and its targets: the first candidate that the loss takes."""
+    try:
+        with torch.no_grad():
+            outputs = model(*args, **kwargs)
+    except PlanError:
+        raise
+    except Exception as fault:
+        raise _untraceable(fault, where) from fault
+    if loss is None:
+        return _Step(model, default_loss), _targets_like(outputs)[0]
+    failures: list[Exception] = []
+    for targets in [_meta(g) for g in given] or _targets_like(outputs):
+        try:
+            with torch.no_grad():
+                loss(outputs, targets)
+            return _Step(model, loss), targets
+        except Exception as fault:
+            failures.append(fault)
+    fault = failures[0]
+    raise PlanError(
+        f"loss(outputs, targets) raised {type(fault).__name__}: {_first_line(fault)}",
+        where=_user_frame(fault) or where,
+        why="tried targets of the first output's leading shape (int64), and of its whole shape",
+    ) from fault
+
+
+def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:
+    try:
+        return torch.export.export(step, given, strict=False)
+    except PlanError:
+        raise
+    except Exception as fault:
+        raise _untraceable(fault, where) from fault
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [""])[0][:300]
+
+
+def _user_frame(fault: BaseException) -> str:
+    """file:line of the deepest frame outside torch and this package."""
+    ours = Path(__file__).parent
+    best = ""
+    for frame in traceback.extract_tb(fault.__traceback__):
+        path = Path(frame.filename)
+        inside = "torch" in path.parts and "site-packages" in path.parts
+        if not inside and ours not in path.parents and not frame.filename.startswith("<"):
+            best = f"{path.name}:{frame.lineno}: {frame.line}"
+    return best
+
+
+def _untraceable(fault: BaseException, where: str) -> PlanError:
+    text = f"{type(fault).__name__}: {_first_line(fault)}"
+    data = any(w in text for w in ("DataDependent", "data-dependent", "GuardOnData", "meta tensor"))
+    hint = (
+        "the forward reads values of a tensor (.item(), .tolist(), if x.sum() > 0, a boolean mask)"
+        ": use torch.where or F.grouped_mm, or declare the module a leaf with ir.leaf(...)"
+        if data
+        else "run the model once in eager mode with inputs(batch, seq_len): it must work there"
+    )
+    return PlanError(
+        f"the model cannot be traced: {text}", where=_user_frame(fault) or where, hints=(hint,)
+    )

@@ -1,0 +1,128 @@
+"""Models without memory: parameters, buffers and inputs on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+# A real tensor of this size made while the model is built is memory for nothing: no factory reads
+# the values of one. A smaller one stays real, so that buffers may be computed and looked at.
+LARGEST_REAL_ELEMENTS = 2**22
+_CREATORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Creates what is too large to be looked at on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (
+            func in _CREATORS
+            and kwargs.get("device") is None
+            and _elements(args, kwargs) > (LARGEST_REAL_ELEMENTS)
+        ):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _elements(args: Any, kwargs: Any) -> int:
+    """How many elements a call of torch.empty and its like asks for."""
+    size = kwargs.get("size", args[0] if args and isinstance(args[0], (tuple, list)) else args)
+    return math.prod(n for n in size if isinstance(n, int))
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put every parameter on meta as it is registered; buffers stay real, so RoPE tables are right.
+
+    A parameter registered twice (tied weights) stays one parameter.
+    """
+    original = nn.Module.register_parameter
+    moved: dict[int, tuple[Any, Any]] = {}  # id -> the real one, kept alive, and its stand-in
+
+    def register(module: nn.Module, name: str, param: Any) -> None:
+        if isinstance(param, nn.Parameter) and not param.is_meta:
+            param = moved.setdefault(id(param), (param, _stand_in(param)))[1]
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _stand_in(param: nn.Parameter) -> nn.Parameter:
+    stand_in = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+    stand_in.__dict__.update(param.__dict__)
+    return stand_in
+
+
+def move_to_meta(model: nn.Module) -> None:
+    """Move what is still real: parameters, buffers, and tensors that modules hold as attributes."""
+    moved: dict[int, tuple[Any, Any]] = {}
+
+    def meta(value: Tensor) -> Any:
+        if value.is_meta:
+            return value
+        stand_in = _stand_in(value) if isinstance(value, nn.Parameter) else value.to("meta")
+        return moved.setdefault(id(value), (value, stand_in))[1]
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = meta(tensor)
+        for name, value in vars(module).items():
+            if name.startswith("_") and name.endswith(("_hooks", "_parameters", "_buffers")):
+                continue
+            if isinstance(value, Tensor):
+                module.__dict__[name] = meta(value)
+            elif isinstance(value, (tuple, list, dict)) and name != "_modules":
+                module.__dict__[name] = pytree.tree_map_only(Tensor, meta, value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def on_meta(value: Any) -> Any:
+    """The same nested value with its tensors on meta."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """What every trace needs: `F.grouped_mm` in any dtype.
+
+    Its shape rule allows bf16 alone, though its kernels do more, and what a plan trains in is the
+    plan's precision, not the dtype that the factory happened to build.
+    """
+    registrations: Any = torch._meta_registrations
+    strict = getattr(registrations, "_meta_grouped_mm_common", None)
+    output = getattr(registrations, "_create_grouped_mm_output_tensor", None)
+    if strict is None or output is None:
+        yield
+        return
+
+    def lenient(mat_a: Tensor, mat_b: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("scale_a") is not None or mat_a.dtype != mat_b.dtype:
+            return strict(mat_a, mat_b, *args, **kwargs)
+        return output(mat_a, mat_b, kwargs.get("offs"), kwargs.get("out_dtype"))
+
+    registrations._meta_grouped_mm_common = lenient
+    try:
+        yield
+    finally:
+        registrations._meta_grouped_mm_common = strict

@@ -1,0 +1,43 @@
+"""The one family of errors a user sees: what was found, where, why, and what would fix it."""
+
+from __future__ import annotations
+
+
+class PlanError(Exception):
+    """A fault of the input, not of ours. Printed without a traceback; `exit_code` is the shell's.
+
+    what: what was found. where: file and line, layer path or key. why: what was expected.
+    hints: what would fix it, one line each.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: str = "", why: str = "", hints: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.hints = what, where, why, hints
+
+    def lines(self) -> list[str]:
+        """The message as printed: the cause first, then hints."""
+        lines = [f"error: {self.what}"]
+        lines += [f"  {line}" for text in (self.where, self.why) for line in text.splitlines()]
+        return lines + [f"hint: {hint}" for hint in self.hints]
+
+
+class UsageError(PlanError):
+    """A flag, pin, device or count that cannot be meant."""
+
+    exit_code = 64
+
+
+class InfeasibleError(PlanError):
+    """No plan fits, or the pins do not."""
+
+    exit_code = 3
+
+
+class GateError(PlanError):
+    """A plan is stale, a gate failed, or two things that must agree do not."""
+
+    exit_code = 4

@@ -1,0 +1,52 @@
+"""Table look-ups, gathers and scatters."""
+
+from __future__ import annotations
+
+from ir.graph import Node, Tensor
+from ir.ops.base import Op, Spec
+
+
+def _embedding_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
+    """table: [v, h], ids: [...] -> [..., h]; a shard of the vocabulary gives a masked partial."""
+    ids = tuple(f"t{i}" for i in range(len(ins[1].shape)))
+    return Spec(inputs=(("v", "h"), ids), outputs=((*ids, "h"),))
+
+
+def _whole_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
+    """Nothing is split: the indices may point anywhere."""
+    return Spec(
+        inputs=tuple(tuple("!x" for _ in t.shape) for t in ins),
+        outputs=tuple(tuple("!x" for _ in t.shape) for t in node.outputs),
+    )
+
+
+def _gather_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
+    """gather, scatter along attr dim: that dimension is whole, the others go through."""
+    rank = len(ins[0].shape)
+    if any(len(t.shape) != rank for t in (*ins, *node.outputs)):
+        return _whole_spec(node, ins)
+    held = int(node.attr("dim") or 0) % rank if rank else 0
+    letters = tuple(f"!d{i}" if i == held else f"d{i}" for i in range(rank))
+    return Spec(inputs=tuple(letters for _ in ins), outputs=tuple(letters for _ in node.outputs))
+
+
+def _indices(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
+    """Backward scatters: it reads the integer inputs."""
+    return node.inputs[1:] if any(needs) else ()
+
+
+def _second(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
+    return node.inputs[1:2] if any(needs) else ()
+
+
+OPS = (
+    Op(name="embedding", kind="memory", spec=_embedding_spec, saved=_second),
+    Op(name="index", kind="memory", spec=_whole_spec, saved=_indices),
+    Op(name="gather", kind="memory", spec=_gather_spec, saved=_second),
+    Op(name="scatter", kind="memory", spec=_gather_spec, saved=_second),
+    Op(name="index_add", kind="memory", spec=_whole_spec, saved=_second),
+    Op(name="index_put", kind="memory", spec=_whole_spec, saved=_second),
+    Op(name="one_hot", kind="memory", spec=lambda node, ins: Spec(
+        inputs=(tuple(f"d{i}" for i in range(len(ins[0].shape))),),
+        outputs=((*(f"d{i}" for i in range(len(ins[0].shape))), "!c"),))),
+)  # fmt: skip

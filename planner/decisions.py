@@ -1,0 +1,322 @@
+"""The one vocabulary of decisions: every key, its words and its meaning, in one table.
+
+Pins (`--fix key=value`), the plan file, JSON and help are all read from `VOCABULARY`; the typed
+record that costs are a function of is `cost_models.decisions.Decisions`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from cost_models.decisions import Decisions
+from cost_models.schedule import SCHEDULES
+from ir.errors import PlanError, UsageError
+
+CP_KINDS = ("ring", "allgather", "ulysses")
+RECOMPUTE_KINDS = ("none", "selective", "full")
+ALL_LAYERS = -1  # a recompute count that means every layer of the stage
+_PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recompute:
+    """Layers per stage computed again: the first `full` whole, the next `selective` in part.
+
+    One count for every stage, or one count a global stage; ALL_LAYERS is all of them.
+    """
+
+    full: tuple[int, ...] = (0,)
+    selective: tuple[int, ...] = (0,)
+
+    def counts(self, stages: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """(full, selective) of each stage, `stages` being its number of layers."""
+        rows = []
+        for index, layers in enumerate(stages):
+            full = _at(self.full, index, layers)
+            rows.append((full, min(_at(self.selective, index, layers), layers - full)))
+        return tuple(rows)
+
+    def __str__(self) -> str:
+        parts = [
+            kind + ("" if counts == (ALL_LAYERS,) else ":" + "/".join(map(str, counts)))
+            for kind, counts in (("full", self.full), ("selective", self.selective))
+            if any(counts)
+        ]
+        return "+".join(parts) or "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pins:
+    """What the user decided; None is left to the search. `place`: (pattern, placement) pairs."""
+
+    pp: int | None = None
+    dp: int | None = None
+    cp: int | None = None
+    tp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    zero: int | None = None
+    shard: int | None = None
+    reshard: bool | None = None
+    micro_batch: int | None = None
+    microbatches: int | None = None
+    schedule: str | None = None
+    virtual_stages: int | None = None
+    stages: tuple[int, ...] | None = None
+    recompute: Recompute | None = None
+    offload: tuple[tuple[str, str], ...] | None = None
+    sequence_parallel: bool | None = None
+    compile: bool | None = None
+    cp_kind: str | None = None
+    grad_dtype: str | None = None
+    weights: str | None = None
+    place: tuple[tuple[str, str], ...] = ()
+
+    def items(self) -> tuple[tuple[str, Any], ...]:
+        """(key, value) of what is pinned, in the vocabulary's order; placements apart."""
+        pairs = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "place")
+        return tuple((key, value) for key, value in pairs if value is not None)
+
+    def said(self, key: str) -> str:
+        """A pin as the user writes it: `tp=8`."""
+        return f"{key}={_word(getattr(self, key))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One decision: its name, the words it takes, how they are read, what it means."""
+
+    name: str
+    words: str
+    parse: Callable[[str, str], Any]
+    meaning: str
+    default: str = "searched"
+
+
+def parse_pins(texts: Sequence[str]) -> Pins:
+    """Read `key=value` pins. Raises UsageError naming the pin, what it takes, and the nearest.
+
+    A key given twice with different values contradicts itself.
+    """
+    found: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    place: dict[str, str] = {}
+    for text in texts:
+        if text.startswith("place:"):
+            pattern, _, value = text.removeprefix("place:").rpartition("=")
+            name = f"place:{pattern}"
+            _placement(text, pattern, value)
+            place[pattern] = value
+        else:
+            name, _, value = text.partition("=")
+            found[name] = _key(name, text).parse(text, value)
+        if said.setdefault(name, text) != text:
+            raise UsageError(f"--fix {said[name]} and --fix {text} contradict each other",
+                             hints=("give it once",))  # fmt: skip
+    return Pins(place=tuple(place.items()), **found)
+
+
+def _key(name: str, text: str) -> Key:
+    for key in VOCABULARY:
+        if key.name == name and "=" in text:
+            return key
+    names = [key.name for key in VOCABULARY]
+    if name in names:
+        raise UsageError(f"--fix {text} has no value", hints=(f"--fix {name}=VALUE",))
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, n=3)
+    raise UsageError(
+        f"unknown pin {name!r} in --fix {text}",
+        why=f"known: {' '.join(names)} place:PATTERN",
+        hints=tuple(f"did you mean {key}?" for key in near),
+    )
+
+
+def _refuse(text: str, expected: str) -> NoReturn:
+    raise UsageError(f"--fix {text} is no value of that pin", why=f"expected {expected}")
+
+
+def _degree(text: str, value: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+        _refuse(text, "a whole number, 1 or more")
+    return int(value)
+
+
+def _words(*words: str) -> Callable[[str, str], str]:
+    def parse(text: str, value: str) -> str:
+        return value if value in words else _refuse(text, "one of " + " ".join(words))
+
+    return parse
+
+
+def _zero(text: str, value: str) -> int:
+    return int(_words("0", "1", "2", "3")(text, value))
+
+
+def _switch(text: str, value: str) -> bool:
+    return _words("on", "off")(text, value) == "on"
+
+
+def _stages(text: str, value: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", value):
+        _refuse(text, "layers per stage, as in 16,16,15")
+    return tuple(map(int, value.split(",")))
+
+
+def _recompute(text: str, value: str) -> Recompute:
+    """`none`, `full`, `full:12`, `full:2+selective:4`, `full:4/3/2/1` (one count a stage)."""
+    expected = "none, selective, full, or layers per stage: full:12, full:2+selective:4"
+    counts: dict[str, tuple[int, ...]] = {}
+    for part in value.split("+"):
+        found = re.fullmatch(r"(full|selective)(?::([0-9]+(?:/[0-9]+)*))?|none", part)
+        if not found or found[1] in counts or (part == "none" and value != "none"):
+            _refuse(text, expected)
+        if found[1]:
+            counts[found[1]] = tuple(map(int, (found[2] or str(ALL_LAYERS)).split("/")))
+    return Recompute(**counts)
+
+
+def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(item.partition(":")[::2] for item in value.split(",") if item != "none")
+    for what, tier in pairs:
+        if what in ("activations", "params"):
+            raise UsageError(f"--fix {text}: this version does not plan offloading of {what}",
+                             why="it plans optimizer:cpu and optimizer:nvme")  # fmt: skip
+        if what != "optimizer" or not tier:
+            _refuse(text, "optimizer:TIER, as in optimizer:cpu")
+    return pairs
+
+
+def _serving(text: str, value: str) -> NoReturn:
+    raise UsageError(f"--fix {text} is a serving pin", why="this version plans training alone")
+
+
+def _placement(text: str, pattern: str, value: str) -> None:
+    if not pattern or not _PLACEMENT.fullmatch(value):
+        _refuse(text, "place:PATTERN=S(0), S(1) or R")
+
+
+VOCABULARY = (
+    Key(name="pp", words="n", parse=_degree, meaning="pipeline ranks; pp*dp*cp*tp = GPUs"),
+    Key(name="dp", words="n", parse=_degree, meaning="data-parallel ranks, sharded or not"),
+    Key(name="cp", words="n", parse=_degree, meaning="ranks that share a sequence"),
+    Key(name="tp", words="n", parse=_degree, meaning="ranks that split a layer's tensors"),
+    Key(name="ep", words="n", parse=_degree, meaning="ranks that share experts"),
+    Key(name="etp", words="n", parse=_degree, meaning="ranks that split an expert's tensors",
+        default="1"),
+    Key(name="zero", words="0 1 2 3", parse=_zero,
+        meaning="sharded over data ranks: nothing, optimizer, + gradients, + parameters"),
+    Key(name="shard", words="n", parse=_degree,
+        meaning="ranks that share a shard (HSDP replicates across)", default="dp*cp"),
+    Key(name="reshard", words="on off", parse=_switch,
+        meaning="parameters gathered again in backward (off under pp)"),
+    Key(name="micro_batch", words="n", parse=_degree, meaning="samples a rank runs at once"),
+    Key(name="microbatches", words="n", parse=_degree, meaning="micro-batches a step",
+        default="global batch / (dp*micro_batch)"),
+    Key(name="schedule", words=" ".join(SCHEDULES), parse=_words(*SCHEDULES),
+        meaning="order of the pipeline's work"),
+    Key(name="virtual_stages", words="n", parse=_degree, meaning="stages on one pipeline rank"),
+    Key(name="stages", words="16,16,15,..", parse=_stages, meaning="layers per stage"),
+    Key(name="recompute", words="none selective full full:12", parse=_recompute,
+        meaning="layers per stage computed again in backward"),
+    Key(name="offload", words="optimizer:cpu optimizer:nvme none", parse=_offload,
+        meaning="which state lies on which of the hardware's tiers"),
+    Key(name="sequence_parallel", words="on off", parse=_switch,
+        meaning="the residual stream split by sequence over tp"),
+    Key(name="compile", words="on off", parse=_switch, meaning="units run compiled",
+        default="the engine's"),
+    Key(name="cp_kind", words=" ".join(CP_KINDS), parse=_words(*CP_KINDS),
+        meaning="how attention crosses cp", default="ring"),
+    Key(name="grad_dtype", words="bf16 fp32", parse=_words("bf16", "fp32"),
+        meaning="format gradients are accumulated and reduced in", default="fp32"),
+    Key(name="weights", words="bf16 fp8 int8 int4 fp4",
+        parse=_words("bf16", "fp8", "int8", "int4", "fp4"),
+        meaning="format of the weights", default="the workload's precision"),
+    Key(name="kv", words="bf16 fp8 int8", parse=_serving, meaning="format of the KV cache"),
+)  # fmt: skip
+
+
+def decisions_json(decisions: Decisions) -> dict[str, Any]:
+    """Decisions as JSON keys in the contract's order; stages and recompute are told apart."""
+    d = decisions
+    head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
+            "microbatches", "schedule", "virtual_stages")  # fmt: skip
+    tail = ("sequence_parallel", "compile", "cp_kind", "grad_dtype")
+    return {
+        **{key: getattr(d, key) for key in head},
+        "offload": dict(d.offload),
+        **{key: getattr(d, key) for key in tail},
+    }
+
+
+def decisions_from_json(
+    raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
+) -> Decisions:
+    """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
+    template = decisions_json(Decisions())
+    for key in [*template, *raw]:
+        where = f"decisions.{key}"
+        if key not in template:
+            raise PlanError(f"unknown key {where}", why=f"known: {', '.join(template)}")
+        if key not in raw:
+            raise PlanError(f"missing key {where}")
+        expected, value = template[key], raw[key]
+        if type(value) is not type(expected):
+            raise PlanError(f"{where} is {value!r}", why=f"expected {_described(expected)}")
+        if isinstance(value, int) and value < (0 if key == "zero" else 1) and value is not False:
+            raise PlanError(f"{where} is {value}", why="expected 1 or more")
+        words = {"schedule": SCHEDULES, "cp_kind": CP_KINDS, "grad_dtype": ("bf16", "fp32"),
+                 "zero": (0, 1, 2, 3)}.get(key)  # fmt: skip
+        if words and value not in words:
+            raise PlanError(f"{where} is {value!r}", why=f"expected one of {_word(words)}")
+    for what, tier in raw["offload"].items():
+        if what != "optimizer" or not isinstance(tier, str):
+            raise PlanError(f"decisions.offload.{what} is {tier!r}",
+                            why='this version reads {"optimizer": TIER}')  # fmt: skip
+    values = {**raw, "offload": tuple(raw["offload"].items())}
+    return Decisions(**values, stages=stages, recompute=recompute)
+
+
+def summarise_recompute(decisions: Decisions) -> Recompute:
+    """The shortest `Recompute` that stands for the decisions: `full`, `full:12`, `full:4/3/2`."""
+    rows, stages = decisions.recompute, decisions.stages
+    for full in (0, ALL_LAYERS, max((f for f, _ in rows), default=0)):
+        for selective in (0, ALL_LAYERS, max((s for _, s in rows), default=0)):
+            short = Recompute(full=(full,), selective=(selective,))
+            if short.counts(stages) == (rows or ((0, 0),) * len(stages)):
+                return short
+    return Recompute(full=tuple(f for f, _ in rows), selective=tuple(s for _, s in rows))
+
+
+def pins_of(decisions: Decisions) -> Pins:
+    """Pins that leave nothing to decide: the plan as an estimator's input."""
+    keys = {key.name for key in VOCABULARY} & {f.name for f in fields(Decisions)}
+    values = {key: getattr(decisions, key) for key in keys} | {
+        "recompute": summarise_recompute(decisions)
+    }
+    return Pins(**values)
+
+
+def _at(counts: tuple[int, ...], index: int, layers: int) -> int:
+    count = counts[index % len(counts)]
+    return layers if count == ALL_LAYERS else min(count, layers)
+
+
+def _described(value: object) -> str:
+    names = {bool: "true or false", int: "a whole number", str: "a word", dict: "an object"}
+    return names[type(value)]
+
+
+def _word(value: object) -> str:
+    """A value as a pin writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(":".join(v) if isinstance(v, tuple) else str(v) for v in value)
+    return str(value)

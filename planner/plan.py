@@ -1,0 +1,198 @@
+"""A plan: what was decided, for what inputs, and what it is predicted to do; on disk and off."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.hardware import Cluster, load_hardware
+from cost_models.sharding import Sharding
+from ir.errors import GateError, PlanError, UsageError
+from ir.graph import Graph
+
+if TYPE_CHECKING:
+    from cost_models.ledger import Estimate
+
+PLANNER_VERSION = "0.1.0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solver:
+    """How the search ended. status: OPTIMAL or FEASIBLE, or ESTIMATE where all was pinned."""
+
+    status: str = "ESTIMATE"
+    gap_ppm: int = 0
+    bound_us: int = 0
+    meshes: int = 1
+    meshes_solved: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Decisions for a graph, under the hashes of what they were made for.
+
+    hardware: the name as `--hardware` takes it. shardings: (unit class, placements) pairs, none
+    where tp = 1. step_time_us and peak_memory_bytes are the estimate as it was written.
+    """
+
+    graph: Graph = field(repr=False, compare=False)
+    graph_hash: str
+    hardware: str
+    hardware_hash: str
+    constants_hash: str
+    workload: Workload
+    decisions: Decisions
+    shardings: tuple[tuple[str, Sharding], ...] = ()
+    step_time_us: int = 0
+    peak_memory_bytes: int = 0
+    solver: Solver = Solver()
+
+    @property
+    def sharding_by_unit(self) -> Mapping[str, Sharding]:
+        return dict(self.shardings)
+
+    def save(self, target: str, *, embed: bool = False) -> None:
+        """Write `target` and the graph beside it, each whole or not at all; `-` is stdout.
+
+        embed: put the graph's text inside instead.
+        """
+        from ir.text import format_graph
+        from planner.plan_text import to_text
+
+        text = to_text(self, embed=embed or target == "-")
+        if target == "-":
+            sys.stdout.write(text)
+            return
+        path = Path(target)
+        if not embed:
+            write_whole(path.with_suffix(".graph"), format_graph(self.graph))
+        write_whole(path, text)
+
+
+def hardware_name(spec: str) -> str:
+    """The hardware's name as a plan keeps it: a file's path relative, never absolute."""
+    if not spec.endswith(".toml"):
+        return spec.lower()
+    path = os.path.relpath(spec)
+    return Path(spec).name if path.startswith("..") else Path(path).as_posix()
+
+
+def load_cluster(plan: Plan, folder: Path) -> Cluster:
+    """The plan's hardware as it is today; a file is sought here, then beside the plan."""
+    spec = plan.hardware
+    beside = folder / spec
+    if spec.endswith(".toml") and not Path(spec).exists() and beside.exists():
+        spec = str(beside)
+    try:
+        return load_hardware(spec)
+    except UsageError as fault:
+        raise PlanError(f"the plan's hardware {plan.hardware!r} cannot be read: {fault.what}",
+                        where=fault.where, why=fault.why, hints=fault.hints) from fault  # fmt: skip
+
+
+def constants_hash(cluster: Cluster) -> str:
+    """The hash of today's cost constants for that hardware."""
+    from cost_models.constants_table import load_constants
+
+    return load_constants(cluster.device.constants).digest
+
+
+def recost(plan: Plan, cluster: Cluster) -> Estimate:
+    """Estimate the plan's decisions with today's hardware data and constants."""
+    from cost_models.estimate import estimate
+
+    found: Estimate = estimate(graph, cluster, plan.workload, plan.decisions, plan.sharding_by_unit)
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as fault:
+        reason = fault.strerror or type(fault).__name__
+        raise PlanError(f"cannot write {path}", why=reason) from fault
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(source: str, graph_path: str | None = None) -> Plan:
+    """Read a plan with its graph. source: a path, `-` (stdin), or REV:path (git).
+
+    Raises PlanError for a file that is no plan, GateError where the graph is another one's.
+    """
+    from ir.text import graph_hash, parse_graph
+    from planner.plan_text import parse_header, parse_text
+
+    text = _read(source)
+    header = parse_header(text, source)
+    graph_text = header.graph
+    if graph_path is not None or graph_text is None:
+        graph_text = _read_graph(source, graph_path)
+    found = graph_hash(graph_text)
+    if found != header.graph_hash:
+        raise GateError(
+            "the graph is not the one that the plan was made for",
+            where=source,
+            why=f"the plan names {header.graph_hash[:19]}, the graph is {found[:19]}",
+            hints=("commit plan and graph together", "plan trace writes both anew"),
+        )
+    return parse_text(text, parse_graph(graph_text), source)
+
+
+def _read_graph(source: str, graph_path: str | None) -> str:
+    beside = graph_path or str(source.removesuffix(".json") + ".graph")
+    if source == "-" and graph_path is None:
+        raise PlanError("a plan on stdin needs its graph inside",
+                        hints=("write it with plan trace -o - or --embed",))  # fmt: skip
+    try:
+        return _read(beside)
+    except PlanError as fault:
+        raise PlanError(
+            f"the plan's graph {beside} cannot be read",
+            where=source,
+            why=fault.why,
+            hints=("commit it beside the plan, or write the plan with --embed",),
+        ) from fault
+
+
+def _read(source: str) -> str:
+    """The text of a path, of stdin (`-`), or of REV:path."""
+    if source == "-":
+        return sys.stdin.read()
+    rev, _, inside = source.partition(":")
+    if inside and not Path(source).exists():
+        return _read_revision(source, rev)
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except OSError as fault:
+        reason = fault.strerror or type(fault).__name__
+        hints = ("plan trace MODEL --hardware HW writes one",)
+        raise PlanError(f"cannot read {source}", why=reason, hints=hints) from fault
+    except UnicodeDecodeError as fault:
+        raise PlanError(f"{source} is not text", why=str(fault)) from fault
+
+
+def _read_revision(source: str, rev: str) -> str:
+    import subprocess
+
+    command = ["git", "cat-file", "--end-of-options", "blob", source]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as fault:
+        raise PlanError(f"cannot read {source}", why="git is not installed") from fault
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["git said nothing"])[0]
+        hints = (f"a path, or REV:path as git knows it; is {rev!r} a revision?",)
+        raise PlanError(f"cannot read {source}", why=reason, hints=hints)
+    return done.stdout

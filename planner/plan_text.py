@@ -1,0 +1,310 @@
+"""The plan file: canonical JSON, one record a line, layers folded; and back, checked.
+
+`to_text` gives the same bytes for the same plan; `parse_text` accepts any JSON that says the same
+and raises PlanError with the path of what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.schedule import rank_of
+from ir.errors import PlanError
+from ir.graph import Graph
+from planner.decisions import decisions_from_json, decisions_json
+from planner.legality import illegal, inconsistent
+from planner.names import expand_text, fold_text
+from planner.placements import edge_rules, parameter_rules, parse_placements
+from planner.plan import PLANNER_VERSION, Plan, Solver
+
+SCHEMA = "plan/1"
+MODES = ("full", "selective", "none")
+SECTIONS = ("schema", "planner", "inputs", "workload", "decisions", "stages", "units",
+            "parameters", "edges", "estimate", "solver")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What can be read before the graph: its hash, and its text where the plan embeds it."""
+
+    graph_hash: str
+    graph: str | None
+
+
+def to_text(plan: Plan, *, embed: bool = False) -> str:
+    """The plan as canonical JSON."""
+    graph = plan.graph
+    sections: dict[str, Any] = {
+        "inputs": {
+            "graph": plan.graph_hash,
+            "hardware": f"{plan.hardware} {plan.hardware_hash}",
+            "constants": plan.constants_hash,
+        },
+        "workload": asdict(plan.workload),
+        "decisions": decisions_json(plan.decisions),
+        "stages": stage_records(plan.decisions, graph),
+        "units": recompute_records(plan.decisions, graph),
+        "parameters": parameter_rules(plan.sharding_by_unit, graph),
+        "edges": edge_rules(plan.sharding_by_unit, graph),
+        "estimate": {
+            "step_time_us": plan.step_time_us,
+            "peak_memory_bytes": plan.peak_memory_bytes,
+        },
+        "solver": asdict(plan.solver),
+    }
+    if embed:
+        from ir.text import format_graph
+
+        sections["graph"] = format_graph(graph).splitlines()
+    lines = [f'"schema": "{SCHEMA}", "planner": "{PLANNER_VERSION}"']
+    lines += [f'"{key}": {_section(value)}' for key, value in sections.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _section(value: Any) -> str:
+    """An object on one line; a list one record a line."""
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
+
+
+def stage_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]]:
+    """Which units each global stage runs."""
+    from planner.chain import stage_units
+
+    return [
+        {
+            "stage": stage,
+            "pp_rank": rank_of(decisions.schedule, decisions.pp, stage),
+            "units": fold_text(units),
+        }
+        for stage, units in enumerate(stage_units(graph, decisions.stages))
+    ]
+
+
+def recompute_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]]:
+    """Which layers are computed again, by mode, in order of first appearance."""
+    from planner.chain import layer_paths
+
+    layers = iter(layer_paths(graph))
+    modes: dict[str, list[str]] = {}
+    counts = decisions.recompute or ((0, 0),) * len(decisions.stages)
+    for total, (full, selective) in zip(decisions.stages, counts):
+        for index in range(total):
+            mode = MODES[(index >= full) + (index >= full + selective)]
+            modes.setdefault(mode, []).append(next(layers))
+    return [{"units": fold_text(paths), "recompute": mode} for mode, paths in modes.items()]
+
+
+def parse_header(text: str, source: str) -> Header:
+    """Read what needs no graph. Raises PlanError for truncated JSON and a newer schema."""
+    raw = _document(text, source)
+    inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
+    lines = raw.get("graph")
+    if lines is not None and not _is_list(lines, str):
+        raise PlanError("graph is not a list of lines", where=source)
+    return Header(
+        graph_hash=_typed(inputs, "graph", str, "inputs."),
+        graph=None if lines is None else "\n".join(lines) + "\n",
+    )
+
+
+def parse_text(text: str, graph: Graph, source: str = "plan") -> Plan:
+    """Read a plan for `graph`. Raises PlanError naming the key, unit or parameter at fault."""
+    try:
+        return _parse(_document(text, source), graph)
+    except PlanError as fault:
+        if not fault.where:
+            fault.where = source
+        raise
+
+
+def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
+    inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
+    hardware, _, digest = _typed(inputs, "hardware", str, "inputs.").rpartition(" ")
+    workload = _record(raw, "workload", Workload)
+    stages = _stages(raw, graph)
+    decisions = decisions_from_json(
+        _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
+    )
+    _check_decisions(decisions, workload, raw)
+    estimate = _object(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
+    return Plan(
+        graph=graph,
+        graph_hash=_typed(inputs, "graph", str, "inputs."),
+        hardware=hardware,
+        hardware_hash=digest,
+        constants_hash=_typed(inputs, "constants", str, "inputs."),
+        workload=workload,
+        decisions=decisions,
+        shardings=parse_placements(
+            _records(raw, "parameters", ("match", "tp")),
+            _records(raw, "edges", ("at", "forward", "backward")),
+            graph,
+            tp=decisions.tp,
+        ),
+        step_time_us=_typed(estimate, "step_time_us", int, "estimate."),
+        peak_memory_bytes=_typed(estimate, "peak_memory_bytes", int, "estimate."),
+        solver=_record(raw, "solver", Solver),
+    )
+
+
+def _document(text: str, source: str) -> dict[str, Any]:
+    """The JSON object of a plan whose schema this version reads."""
+    try:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as fault:
+        end = "the file ends too early" if fault.pos >= len(text.rstrip()) else fault.msg
+        raise PlanError(
+            f"not a whole plan: {end}",
+            where=f"{source}:{fault.lineno}:{fault.colno}",
+            hints=("restore it from git, or plan trace again",),
+        ) from fault
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(schema, str) or not schema.startswith("plan/"):
+        raise PlanError("not a plan", where=source, why=f'expected "schema": "{SCHEMA}"')
+    if schema != SCHEMA:
+        raise PlanError(
+            f"schema {schema!r} is not known", where=source,
+            why=f"this is version {PLANNER_VERSION}, which reads {SCHEMA}",
+            hints=("upgrade meshwright to read it",),
+        )  # fmt: skip
+    for key in [*SECTIONS, *raw]:
+        if key not in SECTIONS and key != "graph":
+            raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(SECTIONS)}")
+        if key not in raw:
+            raise PlanError(f"missing key {key}", where=source)
+    return dict(raw)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    raw = dict(pairs)
+    if len(raw) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise PlanError(f"key {next(k for k in keys if keys.count(k) > 1)} is there twice")
+    return raw
+
+
+def _object(raw: dict[str, Any], key: str, known: Sequence[str] = ()) -> dict[str, Any]:
+    """The object at `key`, with the keys `known` and no other."""
+    value: Any = raw[key]
+    if not isinstance(value, dict):
+        raise PlanError(f"{key} is not an object")
+    for name in [*known, *value] if known else ():
+        if name not in known:
+            raise PlanError(f"unknown key {key}.{name}", why=f"known: {' '.join(known)}")
+        if name not in value:
+            raise PlanError(f"missing key {key}.{name}")
+    return dict(value)
+
+
+def _typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
+    value: Any = raw[key]
+    if type(value) is not kind or (kind is int and int(value) < 0):
+        expected = "a whole number, 0 or more" if kind is int else "a word"
+        raise PlanError(f"{path}{key} is {json.dumps(value)}", why=f"expected {expected}")
+    return value
+
+
+def _record(raw: dict[str, Any], key: str, kind: Any) -> Any:
+    """A flat dataclass of words and numbers."""
+    names = [field.name for field in fields(kind)]
+    table = _object(raw, key, names)
+    kinds = {f.name: int if "int" in str(f.type) else str for f in fields(kind)}
+    return kind(**{name: _typed(table, name, kinds[name], f"{key}.") for name in names})
+
+
+def _records(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:
+    """A list of records of words."""
+    rows: list[dict[str, str]] = raw[key]
+    if not _is_list(rows, dict):
+        raise PlanError(f"{key} is not a list of objects")
+    for index, row in enumerate(rows):
+        if sorted(row) != sorted(names) or not all(isinstance(v, str) for v in row.values()):
+            raise PlanError(f"{key}[{index}] is {json.dumps(row)}",
+                            why=f"expected words for {', '.join(names)}")  # fmt: skip
+    return rows
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
+    """Layers per stage; every unit on one stage, in the model's order."""
+    from planner.chain import layer_paths, stage_units
+
+    rows = raw["stages"]
+    if not _is_list(rows, dict) or not rows:
+        raise PlanError("stages is not a list of objects")
+    layers, units = frozenset(layer_paths(graph)), []
+    for index, row in enumerate(rows):
+        if sorted(row) != ["pp_rank", "stage", "units"] or not isinstance(row["units"], str):
+            raise PlanError(f"stages[{index}] is {json.dumps(row)}",
+                            why="expected stage, pp_rank and units")  # fmt: skip
+        units.append(expand_text(row["units"]))
+    counts = tuple(sum(path in layers for path in paths) for paths in units)
+    known = [path for paths in stage_units(graph, (len(layers),)) for path in paths]
+    placed = [path for paths in units for path in paths]
+    for path in dict.fromkeys([*known, *placed]):
+        if path not in known:
+            raise PlanError(f"stages name {path!r}, which is no unit of {graph.name}")
+        if placed.count(path) != 1:
+            raise PlanError(f"{path} is on {placed.count(path) or 'no'} stage"
+                            + ("s" if placed.count(path) else ""),
+                            why="every unit is on exactly one stage")  # fmt: skip
+    for index, (found, expected) in enumerate(zip(units, stage_units(graph, counts))):
+        if sorted(found) != sorted(expected):
+            raise PlanError(
+                f"stages[{index}] holds {fold_text(found)}",
+                why=f"in the model's order it would hold {fold_text(expected)}",
+            )
+    return counts
+
+
+def _recompute(
+    raw: dict[str, Any], graph: Graph, stages: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """(full, selective) of each stage from the ranges of layers."""
+    from planner.chain import layer_paths
+
+    modes: dict[str, str] = {}
+    for index, row in enumerate(_records(raw, "units", ("units", "recompute"))):
+        if row["recompute"] not in MODES:
+            raise PlanError(f"units[{index}].recompute is {row['recompute']!r}",
+                            why=f"expected one of {' '.join(MODES)}")  # fmt: skip
+        for path in expand_text(row["units"]):
+            if path in modes:
+                raise PlanError(f"{path} is in two rules of units")
+            modes[path] = row["recompute"]
+    layers = layer_paths(graph)
+    for path in dict.fromkeys([*layers, *modes]):
+        if (path in modes) != (path in layers):
+            where = "in no rule of units" if path in layers else "no layer of the model"
+            raise PlanError(f"{path} is {where}")
+    rows, start = [], 0
+    for stage, total in enumerate(stages):
+        found = [MODES.index(modes[path]) for path in layers[start : start + total]]
+        if found != sorted(found):
+            raise PlanError(f"recompute of stage {stage} changes back and forth",
+                            why="layers are full first, then selective, then none")  # fmt: skip
+        rows.append((found.count(0), found.count(1)))
+        start += total
+    return tuple(rows)
+
+
+def _check_decisions(decisions: Decisions, workload: Workload, raw: dict[str, Any]) -> None:
+    reason = inconsistent(decisions, workload) or illegal(decisions, workload)
+    if reason:
+        raise PlanError(f"decisions contradict each other: {reason}")
+    for index, row in enumerate(raw["stages"]):
+        rank = rank_of(decisions.schedule, decisions.pp, index)
+        if row["stage"] != index or row["pp_rank"] != rank:
+            raise PlanError(
+                f"stages[{index}] is stage {row['stage']} on pp_rank {row['pp_rank']}",
+                why=f"expected stage {index} on pp_rank {rank}",
+            )

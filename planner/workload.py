@@ -1,0 +1,153 @@
+"""Complete the workload that the user left open, and say what was assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, prod
+
+from cost_models.decisions import Workload
+from cost_models.hardware import Cluster
+from ir.errors import UsageError
+from ir.graph import Graph
+from planner.decisions import Pins
+
+ENGINES = ("native", "native-compiled", "torchtitan", "megatron", "deepspeed")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
+OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw8bit", "muon")
+LONGEST_DEFAULT_TOKENS = 8192  # cli.md: the model's maximum, at most this
+BATCH_TOKENS = 4 << 20  # cli.md: about 4M tokens a step
+BATCH_SAMPLES_PER_GPU = 32  # models without a sequence: a common batch for images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The workload flags as given; None is left to a default."""
+
+    task: str = "train"
+    engine: str = "native-compiled"
+    seq_len: int | None = None
+    global_batch: int | None = None
+    precision: str | None = None
+    optimizer: str = "adamw"
+
+
+def resolve(
+    graph: Graph, cluster: Cluster, asked: Asked, pins: Pins
+) -> tuple[Workload, tuple[str, ...]]:
+    """Return the whole workload and a line for each default that was used.
+
+    Raises UsageError for a word that is none, a precision the device lacks, and a batch that no
+    legal number of data-parallel ranks divides, with the nearest batches that would do.
+    """
+    if asked.task != "train":
+        raise UsageError(f"--task {asked.task} is not planned by this version",
+                         why="it plans --task train")  # fmt: skip
+    _one_of("--engine", asked.engine, ENGINES)
+    _one_of("--optimizer", asked.optimizer, OPTIMIZERS)
+    precision, precision_note = _precision(asked, cluster)
+    seq_len, seq_notes = _seq_len(graph, asked)
+    batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
+    workload = Workload(
+        task=asked.task, engine=asked.engine, global_batch=batch, seq_len=seq_len,
+        precision=precision, optimizer=asked.optimizer,
+    )  # fmt: skip
+    return workload, (*seq_notes, *batch_notes, *precision_note)
+
+
+def _one_of(flag: str, value: str, words: tuple[str, ...]) -> None:
+    if value in words:
+        return
+    from difflib import get_close_matches
+
+    near = get_close_matches(value, words, n=1)
+    raise UsageError(f"{flag} {value} is not known", why=f"known: {' '.join(words)}",
+                     hints=tuple(f"{flag} {word}" for word in near))  # fmt: skip
+
+
+def _precision(asked: Asked, cluster: Cluster) -> tuple[str, tuple[str, ...]]:
+    """The precision asked for; or bf16, and where the device has none, fp16."""
+    if asked.precision is not None:
+        _one_of("--precision", asked.precision, PRECISIONS)
+        cluster.device.peak(asked.precision)
+        return asked.precision, ()
+    choice = next((p for p in ("bf16", "fp16", "fp32") if cluster.device.has(p)), "fp32")
+    if choice == "bf16":
+        return choice, ()
+    return choice, (f"--precision {choice} (default here: {cluster.device.name} has no bf16)",)
+
+
+def _seq_len(graph: Graph, asked: Asked) -> tuple[int, tuple[str, ...]]:
+    if not graph.seq_in_input:
+        if asked.seq_len not in (None, 1):
+            raise UsageError(
+                f"--seq-len {asked.seq_len}, but the inputs of {graph.name} have no sequence",
+                hints=("leave --seq-len out",),
+            )
+        return 1, ()
+    longest = graph.max_seq_len
+    if asked.seq_len is None:
+        seq_len = min(longest or LONGEST_DEFAULT_TOKENS, LONGEST_DEFAULT_TOKENS)
+        why = "the model's maximum" if seq_len == longest else f"the model's maximum is {longest}"
+        return seq_len, (f"--seq-len {seq_len} (default; {why if longest else 'none is known'})",)
+    if asked.seq_len < 1:
+        raise UsageError(f"--seq-len {asked.seq_len} is no length", why="expected 1 or more")
+    if longest is not None and asked.seq_len > longest:
+        return asked.seq_len, (f"--seq-len {asked.seq_len} is beyond the model's {longest}",)
+    return asked.seq_len, ()
+
+
+def _batch(
+    graph: Graph, gpus: int, asked: Asked, pins: Pins, seq_len: int
+) -> tuple[int, tuple[str, ...]]:
+    """The global batch in samples: as asked if some dp divides it, else the default."""
+    step = _fixed_samples(pins)
+    widest = _widest_dp(gpus, pins)
+    if asked.global_batch is None:
+        if graph.seq_in_input:
+            batch = _legal_near(max(1, round(BATCH_TOKENS / seq_len)), widest, step)
+            return batch, (f"--global-batch {batch} (default; {batch * seq_len:,} tokens)",)
+        batch = _legal_near(BATCH_SAMPLES_PER_GPU * gpus, widest, step)
+        return batch, (f"--global-batch {batch} (default; {BATCH_SAMPLES_PER_GPU} a GPU)",)
+    batch = asked.global_batch
+    if batch < 1:
+        raise UsageError(f"--global-batch {batch} is no batch", why="expected 1 or more samples")
+    if batch % step:
+        raise _does_not_divide(batch, step, "the pinned dp*micro_batch")
+    dp = gcd(batch // step, widest)
+    if dp == 1 < min(widest, batch):
+        unit = next(n for n in range(2, widest + 1) if widest % n == 0)
+        raise _does_not_divide(batch, unit * step, f"any part of {widest} data-parallel ranks")
+    if dp < min(widest, batch // step) and pins.dp is None:
+        return batch, (f"--global-batch {batch} lets dp be {dp} at most, of {widest}",)
+    return batch, ()
+
+
+def _fixed_samples(pins: Pins) -> int:
+    """Samples that the batch must be a multiple of, whatever the search decides."""
+    return prod(n or 1 for n in (pins.dp, pins.micro_batch, pins.microbatches))
+
+
+def _widest_dp(gpus: int, pins: Pins) -> int:
+    """The most data-parallel ranks beyond those pinned that the pins leave room for."""
+    taken = prod(n or 1 for n in (pins.tp, pins.pp, pins.cp))
+    return 1 if pins.dp is not None or gpus % taken else gpus // taken
+
+
+def _legal_near(samples: int, widest: int, step: int) -> int:
+    """A multiple of `step` near `samples` that the largest useful dp divides.
+
+    The factor left is 2**a * 3**b, so that micro-batches divide in many ways.
+    """
+    dp = max(n for n in range(1, widest + 1) if widest % n == 0 and n * step <= max(samples, step))
+    unit = dp * step
+    smooth = ((1 << a) * (1, 3, 9)[b] for a in range(32) for b in range(3))
+    return unit * min(smooth, key=lambda n: (abs(n * unit - samples), n))
+
+
+def _does_not_divide(batch: int, unit: int, by: str) -> UsageError:
+    near = [n for n in (batch // unit * unit, -(-batch // unit) * unit) if n]
+    return UsageError(
+        f"a global batch of {batch} does not divide by {by}",
+        why=f"dp*micro_batch*microbatches = global batch; multiples of {unit} do",
+        hints=(f"--global-batch {' or '.join(map(str, near))}",),
+    )
