@@ -110,9 +110,7 @@ def _across(
     tree_s = passes * math.ceil(math.log2(domains)) * hop_s
     tree_rate = rate * table.number("network.tree_efficiency")
     start_s, root = inside.overhead_s, inside.sqrt_s
-    ring = Form(
-        algorithm="ring", overhead_s=start_s + ring_s, sqrt_s=root, s_per_byte=share / rate
-    )
+    ring = Form(algorithm="ring", overhead_s=start_s + ring_s, sqrt_s=root, s_per_byte=share / rate)
     if kind in ("all_gather", "reduce_scatter") and members > 1:
         return (ring,)  # NCCL 2.28 has a tree for them (PAT) at one rank a node only
     return (

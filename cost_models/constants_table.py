@@ -31,10 +31,14 @@ class Constant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
-    """All constants of one device, ordered by name. measured: fitted on that very device."""
+    """All constants of one device, ordered by name.
+
+    measured: kernels and collectives fitted on that very device. runs: whole steps as well.
+    """
 
     name: str
     measured: bool
+    runs: bool
     items: tuple[Constant, ...]
 
     def has(self, name: str) -> bool:
@@ -104,6 +108,6 @@ def _collect(name: str) -> dict[str, Constant]:
 def load_constants(name: str) -> Constants:
     """The constants named `name`. Raises UsageError listing those there are."""
     items = _collect(name)
-    measured = items.pop("measured").value == 1
+    measured, runs = items.pop("measured").value == 1, items.pop("runs").value == 1
     ordered = tuple(items[key] for key in sorted(items))
-    return Constants(name=name, measured=measured, items=ordered)
+    return Constants(name=name, measured=measured, runs=runs, items=ordered)

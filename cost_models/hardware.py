@@ -187,7 +187,7 @@ def _typed(value: Any, kind: type, where: str, key: str) -> Any:
         raise UsageError(f"{key} is a {found}, not a {kind.__name__}", where=where)
     if kind not in (int, float):
         return value
-    number = float(value)
+    number: Any = value
     if not 0 < number < float("inf"):
         raise UsageError(f"{key} is {value}", where=where, why="expected a positive number")
     if key.endswith("efficiency") and number > 1:

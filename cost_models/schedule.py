@@ -72,68 +72,78 @@ class Stash:
 class _Program:
     """All operations of a step in an order in which every input comes before its use.
 
-    steps: (rank, cost id, position of the input). Position 0 is a dummy that ends at 0. The cost
-    id is 4 * stage + (F 0, B 1, W 2, BW 3): both its duration and the latency of its input.
+    Three columns: the rank, the cost id, the position of the input. Position 0 is a dummy that
+    ends at 0. The cost id is 4 * stage + (F 0, B 1, W 2, BW 3): both its duration and the
+    latency of its input.
     """
 
-    steps: tuple[tuple[int, int, int], ...]
+    ranks: tuple[int, ...]
+    costs: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
-def _costed(schedule: str, pp: int, m: int, v: int, rank: int) -> list[tuple[int, int, int]]:
-    """A rank's operations as (cost id, key of the input or -1, key of the output or -1).
+def _costed(
+    schedule: str, pp: int, m: int, v: int, rank: int
+) -> tuple[list[int], list[int], list[int]]:
+    """A rank's operations in columns: cost id, key of the input, key of the output.
 
-    A key is 2 * (stage * m + micro-batch) + (0 for an activation, 1 for a gradient).
+    A key is 2 * (stage * m + micro-batch) + (1 for an activation, 2 for a gradient); 0 is none.
     """
-    stages = [global_stage(schedule, pp, rank, c) for c in range(chunks_of(schedule, v))]
     last = pp * chunks_of(schedule, v) - 1
-    table = {}
-    for chunk, stage in enumerate(stages):
+    costs, needs, gives = [], [], []
+    table: dict[str, list[tuple[int, int, int]]] = {"F": [], "B": [], "W": [], "BW": []}
+    for chunk in range(chunks_of(schedule, v)):
+        stage = global_stage(schedule, pp, rank, chunk)
         here = 2 * stage * m
-        table["F", chunk] = (4 * stage, here - 2 * m if stage else -1, here)
-        gradient = (here + 2 * m + 1 if stage < last else -1, here + 1)
-        table["B", chunk] = (4 * stage + 1, *gradient)
-        table["BW", chunk] = (4 * stage + 3, *gradient)
-        table["W", chunk] = (4 * stage + 2, -1, -1)
-    costed = []
+        right = here + 2 * m + 2 if stage < last else -1
+        table["F"].append((4 * stage, here - 2 * m + 1 if stage else -1, here + 1))
+        table["B"].append((4 * stage + 1, right, here + 2))
+        table["W"].append((4 * stage + 2, -1, -1))
+        table["BW"].append((4 * stage + 3, right, here + 2))
     for op, mb, chunk in order(schedule, pp, m, v, rank):
-        cost, needs, gives = table[op, chunk]
-        shift = 2 * mb
-        costed.append((
-            cost, needs + shift if needs >= 0 else -1, gives + shift if gives >= 0 else -1
-        ))  # fmt: skip
-    return costed
+        cost, need, give = table[op][chunk]
+        costs.append(cost)
+        needs.append(need + 2 * mb if need >= 0 else 0)
+        gives.append(give + 2 * mb if give >= 0 else 0)
+    return costs, needs, gives
 
 
 @functools.lru_cache(maxsize=64)
 def _program(schedule: str, pp: int, m: int, v: int) -> _Program:
     """Merge the ranks' orders: run each rank until it waits, resume it when its input is made."""
     lines = [_costed(schedule, pp, m, v, rank) for rank in range(pp)]
-    made = [0] * (2 * m * pp * chunks_of(schedule, v))
+    made = [-1] * (2 * m * pp * chunks_of(schedule, v) + 3)
+    made[0] = 0
     waits: dict[int, int] = {}
     at = [0] * pp
-    steps: list[tuple[int, int, int]] = []
+    ranks: list[int] = []
+    costs: list[int] = []
+    inputs: list[int] = []
     ready = list(range(pp - 1, -1, -1))
+    count = 0
     while ready:
         rank = ready.pop()
-        line, i = lines[rank], at[rank]
-        count = len(line)
-        while i < count:
-            cost, needs, gives = line[i]
-            position = 0
-            if needs >= 0:
-                position = made[needs]
-                if not position:
-                    waits[needs] = rank
-                    break
-            steps.append((rank, cost, position))
-            if gives >= 0:
-                made[gives] = len(steps)
-                if gives in waits:
-                    ready.append(waits.pop(gives))
-            i += 1
+        mine, needs, gives = lines[rank]
+        start = i = at[rank]
+        for i in range(start, len(mine)):
+            position = made[needs[i]]
+            if position < 0:
+                waits[needs[i]] = rank
+                break
+            inputs.append(position)
+            count += 1
+            give = gives[i]
+            if give:
+                made[give] = count
+                if give in waits:
+                    ready.append(waits.pop(give))
+        else:
+            i = len(mine)
+        costs += mine[start:i]
+        ranks += [rank] * (i - start)
         at[rank] = i
     assert not waits, f"{schedule} pp={pp} m={m} v={v} deadlocks"
-    return _Program(steps=tuple(steps))
+    return _Program(ranks=tuple(ranks), costs=tuple(costs), inputs=tuple(inputs))
 
 
 def _costs(
@@ -178,7 +188,7 @@ def simulate(
     ends = [0]
     add = ends.append
     free = [0] * pp
-    for rank, cost, position in program.steps:
+    for rank, cost, position in zip(program.ranks, program.costs, program.inputs):
         start = ends[position] + latency[cost]
         now = free[rank]
         if now > start:
@@ -203,7 +213,8 @@ def _events(
     """The simulated operations in order of start, then rank."""
     lines = [iter(order(schedule, pp, m, v, rank)) for rank in range(pp)]
     found = []
-    for (rank, cost, _), end in zip(_program(schedule, pp, m, v).steps, ends[1:], strict=True):
+    program = _program(schedule, pp, m, v)
+    for rank, cost, end in zip(program.ranks, program.costs, ends[1:], strict=True):
         op, mb, chunk = next(lines[rank])
         found.append(
             Event(

@@ -14,9 +14,10 @@ _POWER = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
 def _scaled(value: float, steps: tuple[tuple[float, str], ...], unit: str, digits: int) -> str:
-    """`value` in the largest step that keeps its rounded mantissa at 1 or more."""
+    """`value` in the first step whose next smaller one would print 1000 or more."""
     for scale, prefix in steps:
-        if round(abs(value) / scale, digits) >= 1:
+        smaller = scale / 1000
+        if round(abs(value) / smaller, digits if smaller > 1 else 0) >= 1000:
             return f"{value / scale:.{digits}f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
 

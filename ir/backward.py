@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ir.graph import Graph, Node, Unit
+from ir.graph import FLOATS, Graph, Node, Unit
 from ir.ops import rule
 
-FLOATS = ("f64", "f32", "f16", "bf16", "c64")
 NOMINAL = (1, 2048)  # batch, sequence at which a cut weighs values: ratios hardly depend on it
 HEAVY = ("gemm", "grouped_gemm", "attention", "conv", "scan", "dispatch", "combine")
 

@@ -17,6 +17,8 @@ ITEM_BYTES = {
     "u8": 1, "bool": 1, "c64": 8,
 }  # fmt: skip
 
+FLOATS = ("f64", "f32", "f16", "bf16", "c64")  # element types that carry gradients
+
 Attr = int | float | bool | str | None | tuple[int, ...]
 
 
@@ -114,7 +116,7 @@ class Node:
         return (self.name, *(f"{self.name}:{i}" for i in range(1, len(self.outputs))))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
     """A body: inputs, parameters, nodes in execution order, outputs.
 
@@ -163,7 +165,7 @@ class Unit:
         return sum(p.tensor.numel() for p in self.parameters if p.kind != "buffer")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
     """A folded model.
 

@@ -83,8 +83,8 @@ def parse_graph(text: str) -> Graph:
             number = end
         return Graph(
             name=json.loads(name), units=tuple(units[:-1]), root=units[-1], tied=tuple(tied),
-            layers=tuple(layers), notes=tuple(notes), max_seq_len=None if words[1] == "None" else int(words[1]),
-            seq_in_input=words[3] == "True",
+            layers=tuple(layers), notes=tuple(notes), seq_in_input=words[3] == "True",
+            max_seq_len=None if words[1] == "None" else int(words[1]),
         )  # fmt: skip
     except (IndexError, ValueError, AttributeError, KeyError) as fault:
         at = lines[number][:80] if number < len(lines) else "end of file"

@@ -289,7 +289,10 @@ def summarise_recompute(decisions: Decisions) -> Recompute:
             short = Recompute(full=(full,), selective=(selective,))
             if short.counts(stages) == (rows or ((0, 0),) * len(stages)):
                 return short
-    return Recompute(full=tuple(f for f, _ in rows), selective=tuple(s for _, s in rows))
+    full, selective = zip(*rows)
+    return Recompute(
+        full=full if any(full) else (0,), selective=selective if any(selective) else (0,)
+    )
 
 
 def pins_of(decisions: Decisions) -> Pins:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from cost_models.chain import AFTER, chain_of
 from cost_models.sharding import Edge, Sharding
 from ir.errors import PlanError
 from ir.graph import Graph, Parameter, Unit
@@ -15,20 +16,17 @@ _WORD = re.compile(r"R|P(\(\w+\))?|S\((0|[1-9][0-9]*)\)")
 
 
 def instances(graph: Graph) -> Iterator[tuple[str, Unit]]:
-    """(module path, class) of every unit, the root (path empty) first."""
-    yield "", graph.root
-    for _, path, unit in graph.calls():
-        yield path, unit
+    """(module path, class) of every unit of the chain, in execution order."""
+    return ((link.path, link.unit) for link in chain_of(graph).links)
 
 
 def placements(shardings: Mapping[str, Sharding], graph: Graph) -> dict[str, str]:
     """The placement of every parameter by its full name; R where none is said."""
     said: dict[str, str] = {}
     for path, unit in instances(graph):
-        known = dict(shardings[unit.name].parameters) if unit.name in shardings else {}
-        for p in unit.parameters:
-            said.setdefault(_full(path, p.name), known.get(p.name, "R"))
-    return {name: said[name] for name in graph.parameters}
+        for name, placement in shardings.get(unit.name, Sharding()).parameters:
+            said.setdefault(_full(path, name), placement)
+    return {name: said.get(name, "R") for name in graph.parameters}
 
 
 def parameter_rules(shardings: Mapping[str, Sharding], graph: Graph) -> list[dict[str, str]]:
@@ -50,7 +48,7 @@ def edge_rules(shardings: Mapping[str, Sharding], graph: Graph) -> list[dict[str
         sharding = shardings.get(unit.name, Sharding())
         for edge in _ordered(sharding.edges, unit):
             change = ("->".join(edge.forward), "->".join(edge.backward))
-            groups.setdefault(change, []).append(_full(path, edge.at))
+            groups.setdefault(change, []).append(_full_edge(path, edge.at))
     return [
         {"at": pattern, "forward": forward, "backward": backward}
         for (forward, backward), names in groups.items()
@@ -89,7 +87,15 @@ def parse_placements(
                 f"{path} and {first} are one class, {unit.name}, but laid out differently",
                 why="this version lays out all units of a class alike",
             )
+    laid = {full for path, unit in instances(graph) for full in _names(path, unit)}
+    for name, placement in said.items():
+        if placement != "R" and name not in laid:
+            raise PlanError(f"{name} is {placement}", why="it lies in no unit: expected R")
     return tuple((name, sharding) for name, (_, sharding) in found.items())
+
+
+def _names(path: str, unit: Unit) -> list[str]:
+    return [_full(path, p.name) for p in unit.parameters if p.kind != "buffer"]
 
 
 def _matched(rules: list[dict[str, str]], graph: Graph) -> dict[str, str]:
@@ -132,7 +138,7 @@ def _changes(rules: list[dict[str, str]], graph: Graph) -> dict[str, tuple[Edge,
     for rule in rules:
         for name in expand(rule["at"]):
             path = _unit_of(name, paths)
-            at = name[len(path) :].removeprefix(".") if path else name
+            at = name[len(path) :].removeprefix(".")
             if at in found.setdefault(path, {}):
                 raise PlanError(f"edge {name} is in two rules")
             edge = Edge(at=at, forward=_change(rule, "forward"), backward=_change(rule, "backward"))
@@ -141,10 +147,12 @@ def _changes(rules: list[dict[str, str]], graph: Graph) -> dict[str, tuple[Edge,
 
 
 def _unit_of(name: str, paths: set[str]) -> str:
-    """The longest module path that `name` lies under; empty for the root."""
+    """The longest module path that `name` lies under. Raises PlanError where there is none."""
     path = name.rpartition(":")[0]
     while path and path not in paths:
         path = path.rpartition(".")[0]
+    if not path:
+        raise PlanError(f"edge {name} is in no unit", why="expected UNIT.MODULE:in or :out")
     return path
 
 
@@ -173,8 +181,14 @@ def _ordered(edges: Iterable[Edge], unit: Unit) -> tuple[Edge, ...]:
 
 
 def _full(path: str, name: str) -> str:
-    """A name in the model from one in the unit; `:in` alone is the unit's own edge."""
-    return f"{path}{'' if name.startswith(':') or not path else '.'}{name}"
+    """A parameter's name in the model from the one in its unit; a joined one is the root's."""
+    joined = name.removeprefix(f"{AFTER}.")
+    return f"{path}.{name}" if joined == name else joined
+
+
+def _full_edge(path: str, at: str) -> str:
+    """An edge's place in the model; `:in` alone is the unit's own."""
+    return f"{path}{at}" if at.startswith(":") else f"{path}.{at}"
 
 
 def _shortened(text: str, most: int = 200) -> str:

@@ -106,7 +106,9 @@ def recost(plan: Plan, cluster: Cluster) -> Estimate:
     """Estimate the plan's decisions with today's hardware data and constants."""
     from cost_models.estimate import estimate
 
-    found: Estimate = estimate(graph, cluster, plan.workload, plan.decisions, plan.sharding_by_unit)
+    found: Estimate = estimate(
+        plan.graph, cluster, plan.workload, plan.decisions, plan.sharding_by_unit
+    )
     return found
 
 
@@ -134,7 +136,7 @@ def load(source: str, graph_path: str | None = None) -> Plan:
     from ir.text import graph_hash, parse_graph
     from planner.plan_text import parse_header, parse_text
 
-    text = _read(source)
+    text = read(source)
     header = parse_header(text, source)
     graph_text = header.graph
     if graph_path is not None or graph_text is None:
@@ -156,7 +158,7 @@ def _read_graph(source: str, graph_path: str | None) -> str:
         raise PlanError("a plan on stdin needs its graph inside",
                         hints=("write it with plan trace -o - or --embed",))  # fmt: skip
     try:
-        return _read(beside)
+        return read(beside)
     except PlanError as fault:
         raise PlanError(
             f"the plan's graph {beside} cannot be read",
@@ -166,7 +168,7 @@ def _read_graph(source: str, graph_path: str | None) -> str:
         ) from fault
 
 
-def _read(source: str) -> str:
+def read(source: str) -> str:
     """The text of a path, of stdin (`-`), or of REV:path."""
     if source == "-":
         return sys.stdin.read()

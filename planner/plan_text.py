@@ -204,7 +204,8 @@ def _object(raw: dict[str, Any], key: str, known: Sequence[str] = ()) -> dict[st
 
 def _typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
     value: Any = raw[key]
-    if type(value) is not kind or (kind is int and int(value) < 0):
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if not right or (kind is int and value < 0):
         expected = "a whole number, 0 or more" if kind is int else "a word"
         raise PlanError(f"{path}{key} is {json.dumps(value)}", why=f"expected {expected}")
     return value

@@ -59,8 +59,8 @@ SHARDED = Sharding(
 
 def toy_graph(layers: int = 8, *, tied: bool = False) -> Graph:
     """embed_tokens, layers, norm, lm_head in a row."""
-    units = (unit("Embed", weight("weight", 1000, 64)), LAYER,
-             unit("Norm", weight("weight", 64)), unit("Head", weight("weight", 1000, 64)))  # fmt: skip
+    embed, head = (unit(name, weight("weight", 1000, 64)) for name in ("Embed", "Head"))
+    units = (embed, LAYER, unit("Norm", weight("weight", 64)), head)
     paths = [("Embed", "embed_tokens"), *(("Layer", f"layers.{i}") for i in range(layers)),
              ("Norm", "norm"), ("Head", "lm_head")]  # fmt: skip
     nodes, last = [], "ids"
@@ -71,7 +71,8 @@ def toy_graph(layers: int = 8, *, tied: bool = False) -> Graph:
     root = Unit(name="root", inputs=(("ids", HIDDEN),), parameters=(), nodes=tuple(nodes),
                 outputs=(last,))  # fmt: skip
     ties = (("lm_head.weight", "embed_tokens.weight"),) if tied else ()
-    return Graph(name="Toy", units=units, root=root, tied=ties, max_seq_len=2048)
+    return Graph(name="Toy", units=units, root=root, tied=ties, max_seq_len=2048,
+                 layers=tuple(f"layers.{i}" for i in range(layers)))  # fmt: skip
 
 
 DECISIONS = Decisions(

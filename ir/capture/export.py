@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import nn
+from torch._export.utils import _compiling_state_context
 
 from ir.capture.fold import Folding, folded
 from ir.errors import PlanError
@@ -177,7 +178,7 @@ def _step(
 ) -> tuple[nn.Module, Any]:
     """The step to trace and its targets: the first candidate that the loss takes."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _compiling_state_context():  # models branch on being exported
             outputs = model(*args, **kwargs)
     except PlanError:
         raise

@@ -45,9 +45,7 @@ def _(xs: list[torch.Tensor], path: str, key: str) -> list[torch.Tensor]:
 
 
 @call.register_fake
-def _(
-    xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str
-) -> list[torch.Tensor]:
+def _(xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str) -> list[torch.Tensor]:
     return [torch.empty_like(x) for x in like]
 
 
@@ -181,9 +179,7 @@ def signature(module: nn.Module, skip: set[tuple[str, str]], path: str = "") -> 
             continue
         parts.append(f"{name}={'<idx>' if (path, name) in skip else _attr_key(value)}")
     for name, p in (*module._parameters.items(), *module._buffers.items()):
-        parts.append(
-            f"{name}:{None if p is None else (tuple(p.shape), p.dtype, p.requires_grad)}"
-        )
+        parts.append(f"{name}:{None if p is None else (tuple(p.shape), p.dtype, p.requires_grad)}")
     for name, child in module._modules.items():
         inner = f"{path}.{name}" if path else name
         parts.append(f"{name}:{signature(child, skip, inner) if child is not None else None}")
@@ -263,9 +259,11 @@ def folded(model: nn.Module, *, fold: bool, split: set[str]) -> Iterator[Folding
         previous = vars(module).get("forward")
         module.forward = forward  # type: ignore[method-assign]
         undo.append(
-            lambda: vars(module).__setitem__("forward", previous)
-            if had
-            else vars(module).__delitem__("forward")
+            lambda: (
+                vars(module).__setitem__("forward", previous)
+                if had
+                else vars(module).__delitem__("forward")
+            )
         )
         if fold and keys[path] not in probed:
             probed.add(keys[path])

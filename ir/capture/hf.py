@@ -37,7 +37,8 @@ def source(
     with _quiet():
         cls = _model_class(raw, where)
         built = _configuration(cls, raw, where)
-        model = build(cls, built)
+        with _explained(f"transformers cannot build {cls.__name__} from it", where):
+            model = build(cls, built)
         tracing, notes = adapt(model)
     text = built.get_text_config()
     return Source(
@@ -78,8 +79,9 @@ def adapt(model: nn.Module) -> tuple[_Tracing, tuple[str, ...]]:
         _without_cache(module.config)
         kind = _attention_kind(module)
         module.config._attn_implementation = kind
-        if kind != hf_patches.NAME and kind + type(module).__name__ not in notes:
-            notes.append(f"{type(module).__name__} does its attention by itself ({kind})")
+        own = not kind.startswith(hf_patches.NAME)
+        if own and any("Attention" in name for name in _classes(module)):
+            notes.append(f"attention as {type(module).config_class.model_type} spells it: {kind}")
         module.config._experts_implementation = hf_patches.NAME
 
     @contextlib.contextmanager
@@ -93,8 +95,13 @@ def adapt(model: nn.Module) -> tuple[_Tracing, tuple[str, ...]]:
 def _attention_kind(model: transformers.PreTrainedModel) -> str:
     """Ours where the model's file looks its attention up, else its own."""
     if "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(model).__module__]):
-        return hf_patches.NAME
+        indexed = any("Indexer" in name for name in _classes(model))
+        return hf_patches.MASKED if indexed else hf_patches.NAME
     return "sdpa" if model._supports_sdpa else "eager"
+
+
+def _classes(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules()}
 
 
 def _without_cache(config: Any) -> None:
@@ -177,15 +184,20 @@ def _configuration(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
     """The class's configuration object, whatever `model_type` the file claims."""
     own = cls.config_class
     keys = {key: value for key, value in raw.items() if key != "model_type"}
+    with _explained(f"transformers refuses this {own.__name__}", where):
+        return own.from_dict(keys)
+
+
+@contextlib.contextmanager
+def _explained(what: str, where: str) -> Iterator[None]:
+    """Turn transformers' exception into a message about the configuration."""
     try:
-        config = own.from_dict(keys)
+        yield
+    except PlanError:
+        raise
     except Exception as error:
-        raise PlanError(
-            f"transformers {transformers.__version__} refuses this {own.__name__}",
-            where=where,
-            why=f"{type(error).__name__}: {error}",
-        ) from error
-    return config
+        why = f"{type(error).__name__}: {error} (transformers {transformers.__version__})"
+        raise PlanError(what, where=where, why=why) from error
 
 
 def _task(model: Any) -> str:
@@ -218,7 +230,7 @@ def _left_out(raw: Mapping[str, Any], config: Any) -> tuple[str, ...]:
     towers = [
         key
         for key in config.sub_configs
-        if key != "text_config" and getattr(config, key, None) is not None
+        if key.startswith(("vision", "audio", "image", "speech")) and getattr(config, key, None)
     ]
     notes = [f"inputs are text alone: {key}'s part is counted but not run" for key in towers]
     if raw.get("num_nextn_predict_layers"):

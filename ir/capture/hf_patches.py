@@ -9,6 +9,7 @@ table replaces functions only inside `scans_as_operators`.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ir.capture import torch_ops
 
 NAME = "meshwright"
+MASKED = "meshwright-masked"  # for models that read the mask outside their attention
 assert torch_ops.NAMES  # imported for its registrations
 ops = torch.ops.meshwright
 
@@ -27,10 +29,11 @@ ops = torch.ops.meshwright
 def register() -> None:
     """Register attention, masks and experts under our name, in transformers' own interfaces."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, no_mask)
+    for name, mask in ((NAME, no_mask), (MASKED, sdpa_mask)):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
     with contextlib.suppress(ImportError):  # before 5.0 experts are loops in each model
         from transformers.integrations.moe import ExpertsInterface
 
@@ -58,7 +61,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """An AttentionInterface function: [b, heads, seq, d] each -> [b, seq, heads, d_v]."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = attention_mask if isinstance(attention_mask, Tensor) else None
+    mask = attention_mask
     if position_bias is not None:
         mask = position_bias if mask is None else position_bias + mask
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -72,7 +75,7 @@ def attention(
         sliding_window or None,
         _chunk(module),
         softcap or None,
-        bool(causal) and query.shape[2] > 1,
+        bool(causal) and attention_mask is None and query.shape[2] > 1,
         float(dropout or 0.0),
     )
     return out, None
@@ -151,9 +154,7 @@ def mamba2_chunk_scan(
     **_: Any,
 ) -> Any:
     low, high = (float(limit) for limit in dt_limit)
-    out = ops.ssd_scan(
-        hidden_states, dt, A, B, C, D, dt_bias, chunk_size, dt_softplus, low, high
-    )
+    out = ops.ssd_scan(hidden_states, dt, A, B, C, D, dt_bias, chunk_size, dt_softplus, low, high)
     return (out, None) if return_final_states else out
 
 
@@ -194,6 +195,19 @@ def rnn_scan(
     return ops.linear_scan(hidden_states, recurrent_gate * ~reset), None
 
 
+def mlstm(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    return ops.mlstm(query, key, value, igate, fgate, self.config.chunk_size), None
+
+
 def lightning_attention(
     self: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
@@ -205,6 +219,37 @@ def lightning_attention(
     out = ops.linear_attention(query, key, value, decay, self.block_size)
     out = self.norm(out.transpose(1, 2).reshape(batch, seq, -1))
     return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * out), None
+
+
+def dbrx_experts(self: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weights of all experts are rows of one matrix: [experts * ffn, hidden]."""
+    tokens = hidden_states.reshape(-1, self.hidden_size)
+    rows, offsets = ops.moe_experts_dispatch(tokens, index, self.num_experts)
+    shape = (self.num_experts, self.ffn_hidden_size, self.hidden_size)
+    w1, v1, w2 = (w.view(shape) for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2))
+    gate = self.mlp.activation_fn(F.grouped_mm(rows, w1.transpose(1, 2), offs=offsets))
+    rows = gate * F.grouped_mm(rows, v1.transpose(1, 2), offs=offsets)
+    rows = F.grouped_mm(rows, w2, offs=offsets)
+    return ops.moe_experts_combine(rows, weights, index).view(hidden_states.shape)
+
+
+def longcat_experts(self: Any, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The last experts are the identity: their rows pass by the matrices."""
+    rows, offsets = ops.moe_experts_dispatch(hidden_states, index, self.total_experts)
+    real = offsets[: self.num_routed_experts]
+    up = self.gate_up_proj[: self.num_routed_experts].transpose(1, 2)
+    gate, value = F.grouped_mm(rows, up, offs=real).chunk(2, dim=-1)
+    out = F.grouped_mm(self.act_fn(gate) * value, self.down_proj.transpose(1, 2), offs=real)
+    position = torch.arange(rows.shape[0], device=rows.device)
+    rows = torch.where((position < real[-1]).unsqueeze(-1), out, rows)
+    return ops.moe_experts_combine(rows, weights, index)
+
+
+def gaussian_topk(self: Any, inputs: Tensor) -> Tensor:
+    """Gemma 3n's cutoff, its normal quantile a number instead of a traced distribution."""
+    quantile = statistics.NormalDist().inv_cdf(self.activation_sparsity)
+    mean = inputs.mean(dim=-1, keepdim=True)
+    return F.relu(inputs - (mean + inputs.std(dim=-1, keepdim=True, unbiased=False) * quantile))
 
 
 # a function of a modelling file -> what stands in for it
@@ -220,6 +265,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("RecurrentGemmaRglru", "_rnn_scan"): rnn_scan,
     ("MiniMaxLightningAttention", "forward"): lightning_attention,
+    ("xLSTMBackend", "forward"): mlstm,
+    ("Gemma3nTextMLP", "_gaussian_topk"): gaussian_topk,
+    ("DbrxExperts", "forward"): dbrx_experts,
+    ("LongcatFlashExperts", "forward"): longcat_experts,
 }
 
 

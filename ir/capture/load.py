@@ -222,10 +222,12 @@ def _adapted(model: nn.Module) -> tuple[Callable[[], Any], tuple[str, ...]]:
 @contextlib.contextmanager
 def _users_code(path: Path, what: str) -> Iterator[None]:
     """Run the user's code: its prints go to stderr, its exception names its line, not ours."""
+    from ir.capture import meta
+
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), meta.default_dtype_kept():
             yield
     except PlanError:
         raise

@@ -16,15 +16,18 @@ from torch.utils import _pytree as pytree
 # the values of one. A smaller one stays real, so that buffers may be computed and looked at.
 LARGEST_REAL_ELEMENTS = 2**22
 _CREATORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+_FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Creates what is too large to be looked at on the meta device."""
+    """Creates on meta what is too large to be looked at, and does not fill what has no memory."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
         if (
             func in _CREATORS
             and kwargs.get("device") is None
@@ -60,6 +63,16 @@ def parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """Put the default dtype back, which a factory may set and forget."""
+    dtype = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _stand_in(param: nn.Parameter) -> nn.Parameter:
@@ -104,10 +117,34 @@ def on_meta(value: Any) -> Any:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """What every trace needs: `F.grouped_mm` in any dtype.
+    """What every trace needs: constants made on meta, and `F.grouped_mm` in any dtype."""
+    with _constants_without_values(), _grouped_mm_in_any_dtype():
+        yield
 
-    Its shape rule allows bf16 alone, though its kernels do more, and what a plan trains in is the
-    plan's precision, not the dtype that the factory happened to build.
+
+@contextlib.contextmanager
+def _constants_without_values() -> Iterator[None]:
+    """`torch.tensor(values, device=x.device)` in a forward: export cannot keep one on meta."""
+    original = torch.tensor
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if str(kwargs.get("device")) != "meta":
+            return original(data, *args, **kwargs)
+        model = original(data, dtype=kwargs.get("dtype"), device="cpu")
+        return torch.zeros(tuple(model.shape), dtype=model.dtype, device="meta")
+
+    torch.tensor = tensor
+    try:
+        yield
+    finally:
+        torch.tensor = original
+
+
+@contextlib.contextmanager
+def _grouped_mm_in_any_dtype() -> Iterator[None]:
+    """Its shape rule allows bf16 alone, though its kernels do more.
+
+    What a plan trains in is the plan's precision, not the dtype the factory happened to build.
     """
     registrations: Any = torch._meta_registrations
     strict = getattr(registrations, "_meta_grouped_mm_common", None)

@@ -88,7 +88,7 @@ def _scan(args: dict[str, Any]) -> Attrs:
 
 
 def _rows(op: str, maker: Maker, names: str) -> dict[str, tuple[str, Maker]]:
-    return {name: (op, maker) for name in names.split()}
+    return dict.fromkeys(names.split(), (op, maker))
 
 
 def _same(names: str) -> dict[str, tuple[str, Maker]]:
@@ -101,7 +101,7 @@ TABLE: Mapping[str, tuple[str, Maker]] = MappingProxyType(
         **_same("tanh sigmoid relu silu gelu softplus erf clamp where masked_fill lerp reciprocal"),
         **_same("minimum maximum elu leaky_relu mish atan2 index index_add index_put one_hot"),
         **_same("relu6 hardswish embedding sign"),
-        **_rows("matmul", _none, "mm bmm mv dot baddbmm"),
+        **_rows("matmul", _none, "mm bmm mv dot"),
         **_rows("add", _none, "__add__ add_relu"),
         **_rows("sub", _none, "rsub"),
         **_rows("div", _none, "true_divide divide"),
@@ -133,6 +133,7 @@ TABLE: Mapping[str, tuple[str, Maker]] = MappingProxyType(
         **_rows("topk", _dim, "topk"),
         **_rows("sort", _dim, "sort argsort"),
         **_rows("cumsum", _dim, "cumsum cumprod"),
+        **_rows("diff", _dim, "diff"),
         **_rows("histogram", _none, "bincount histc"),
         **_rows("histogram", _none, "searchsorted bucketize"),
         **_rows("softmax", _dim, "softmax _softmax _safe_softmax"),
@@ -175,8 +176,7 @@ TABLE: Mapping[str, tuple[str, Maker]] = MappingProxyType(
         **_rows("mse", _none, "mse_loss l1_loss smooth_l1_loss huber_loss"),
         **_rows("mse", _none, "binary_cross_entropy_with_logits binary_cross_entropy kl_div"),
         **_rows("einsum", lambda a: {"equation": a["equation"].replace(" ", "")}, "einsum"),
-        **_rows("addmm", _none, "addmm"),
-        **_rows("baddbmm", _none, "addbmm"),
+        **_rows("addmm", _none, "addmm baddbmm addmv"),
         **_rows("grouped_matmul", _none, "_grouped_mm grouped_mm"),
         **_rows("complex", _none, "view_as_complex view_as_real polar real imag complex"),
         **_rows("meshwright.attention", _own_attention, "meshwright.attention"),
@@ -191,10 +191,13 @@ TABLE: Mapping[str, tuple[str, Maker]] = MappingProxyType(
     }
 )
 
+# Checks, which compute nothing; and calls whose result is their argument.
 FORGOTTEN = frozenset(
-    "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size"
-    " sym_constrain_range _assert_async.msg".split()
-)
+    (
+        "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    )
+)  # fmt: skip
 SAME_VALUE = frozenset(
-    "lift_fresh_copy lift_fresh detach alias detach_copy requires_grad _shape_as_tensor".split()
+    ("lift_fresh_copy", "lift_fresh", "detach", "alias", "detach_copy", "requires_grad")
 )

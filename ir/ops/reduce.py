@@ -64,6 +64,7 @@ OPS = (
     Op(name="argmax", kind="memory", spec=_reduce_spec(False), saved=_nothing),
     Op(name="topk", kind="memory", spec=_along_spec, saved=_with_indices),
     Op(name="sort", kind="memory", spec=_along_spec, saved=_with_indices),
+    Op(name="diff", kind="memory", spec=_along_spec, saved=_nothing, fusible=True),
     Op(name="histogram", kind="memory", spec=lambda node, ins: Spec(
         inputs=(tuple(f"d{i}" for i in range(len(ins[0].shape))),),
         outputs=(("!e",),)), saved=_nothing),

@@ -1,0 +1,158 @@
+"""What runs a plan: an engine's overheads, what it keeps for backward, its schedules, its ZeRO.
+
+One table, `engines.toml`; each number with its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ir.errors import UsageError
+
+_TABLE = Path(__file__).with_name("engines.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroMode:
+    """What sharding over data-parallel ranks means: where things are, and what moves.
+
+    The first five are "whole", "shard" or "units" (sharded, with gathered units beside). The
+    rest counts collectives over the local parameters: all-gathers (gather) and reduce-scatters
+    (reduce) of each micro-batch and of each step; all-reduces of each step.
+    """
+
+    name: str
+    parameters_at_rest: str
+    gradients_at_rest: str
+    optimizer_at_rest: str
+    parameters_peak: str
+    gradients_peak: str
+    gather_per_microbatch: int
+    reduce_per_microbatch: int
+    gather_per_step: int
+    reduce_per_step: int
+    all_reduce_per_step: int
+    call: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One engine.
+
+    fused: elementwise chains run as one kernel; unfused_factor multiplies their bytes.
+    saves: what backward keeps, "autograd" (what each op saves) or "min-cut" (a partitioner).
+    attention: which kernels, as `compute.load_kernels` names them.
+    sp_regather_backward: sequence parallelism gathers a saved input again in backward.
+    schedules, compiled_schedules: legal with eager and with compiled stages.
+    pp_zero: ZeRO stages that go with a pipeline.
+    kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
+    micro-batch (step: per step); a layer takes hypot(device, host).
+    tp_exposed, ep_exposed, cp_exposed: share of that traffic that is not hidden.
+    fsdp_interference: what hidden FSDP traffic still costs its layer.
+    dp_reduce_hidden, dp_gather_hidden: share of a stage's time that hides the sharded
+    optimizer's traffic; dp_exposed_least of it is exposed in any case.
+    context_bytes, comm_buffer_bytes (each communicator), workspace_bytes, fragmentation (of
+    activations, gathered units and logits): what is reserved, by name.
+    """
+
+    name: str
+    title: str
+    fused: bool
+    unfused_factor: float
+    saves: str
+    attention: str
+    sp_regather_backward: bool
+    schedules: tuple[str, ...]
+    compiled_schedules: tuple[str, ...]
+    pp_zero: tuple[int, ...]
+    grad_dtype: str
+    kernel_host_s: float
+    layer_host_s: float
+    moe_layer_host_s: float
+    step_host_s: float
+    jitter_per_doubling: float
+    jitter_from_gpus: int
+    tp_exposed: float
+    ep_exposed: float
+    cp_exposed: float
+    fsdp_interference: float
+    dp_reduce_hidden: float
+    dp_gather_hidden: float
+    dp_exposed_least: float
+    optimizer_bytes_per_parameter: float
+    context_bytes: int
+    comm_buffer_bytes: int
+    workspace_bytes: int
+    fragmentation: float
+    zero_modes: tuple[ZeroMode, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    def zero_mode(self, zero: int, *, reshard: bool = True, pp: int = 1) -> ZeroMode:
+        """The row of ZeRO stage 0-3; reshard: gather parameters again in backward (stage 3)."""
+        name = ("replicate", "zero1", "zero2", "zero3")[zero]
+        if pp > 1 and zero >= 2:
+            name += "_pp"
+        elif zero == 3 and not reshard:
+            name += "_keep"
+        return next(mode for mode in self.zero_modes if mode.name == name)
+
+
+@functools.cache
+def engine_names() -> tuple[str, ...]:
+    """The engines there are, in the order of the table."""
+    return tuple(_table()["engine"])
+
+
+@functools.cache
+def load_engine(name: str) -> Engine:
+    """The engine of that name. Raises UsageError naming those there are."""
+    table = _table()
+    rows = table["engine"]
+    if name not in rows:
+        near = difflib.get_close_matches(name, rows, n=1)
+        raise UsageError(
+            f"unknown engine {name!r}",
+            why=f"known: {', '.join(rows)}",
+            hints=tuple(f"did you mean {match}?" for match in near),
+        )
+    defaults, row = table["defaults"], rows[name]
+    values = {**defaults, **row}
+    sources = {**defaults["sources"], **row["sources"]}
+    modes = _zero_modes(table["zero"], values.pop("zero_table"))
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    plain["sources"] = tuple(sorted(sources.items()))
+    assert set(plain) | {"name", "zero_modes"} == {field.name for field in fields(Engine)}
+    return Engine(name=name, zero_modes=modes, **plain)
+
+
+def _table() -> dict[str, Any]:
+    return tomllib.loads(_TABLE.read_text(encoding="utf-8"))
+
+
+def _zero_modes(tables: dict[str, Any], table: str) -> tuple[ZeroMode, ...]:
+    """The modes of one engine family; what a family does not say is torch's."""
+    rows = dict(tables["torch"])
+    for name, row in tables[table].items():
+        rows[name] = {**rows[name], **row}
+    return tuple(
+        ZeroMode(
+            name=name,
+            parameters_at_rest=row["at_rest"]["parameters"],
+            gradients_at_rest=row["at_rest"]["gradients"],
+            optimizer_at_rest=row["at_rest"]["optimizer"],
+            parameters_peak=row["peak"]["parameters"],
+            gradients_peak=row["peak"]["gradients"],
+            gather_per_microbatch=row["per_microbatch"]["gather"],
+            reduce_per_microbatch=row["per_microbatch"]["reduce"],
+            gather_per_step=row["per_step"]["gather"],
+            reduce_per_step=row["per_step"]["reduce"],
+            all_reduce_per_step=row["per_step"]["all_reduce"],
+            call=row["call"],
+        )
+        for name, row in rows.items()
+    )

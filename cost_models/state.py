@@ -1,0 +1,169 @@
+"""Training state: parameters, gradients and optimizer state of a rank, and what moves for them.
+
+What a ZeRO stage means is the engine's table; here are the bytes. With 16-bit compute there is a
+16-bit copy of the parameters wherever they are whole, and fp32 parameters (the optimizer's
+master) wherever the optimizer is; stages that hold parameters sharded hold the master alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.engines import Engine, ZeroMode
+from cost_models.layout import Assignment, produced
+from ir.errors import UsageError
+from ir.graph import Unit
+
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "nvfp4": 2}
+GRAD_BYTES = {"fp32": 4, "bf16": 2}
+MASTER_BYTES = 4
+# bytes a parameter besides the master: Adam's two fp32 moments; SGD's and Muon's fp32 momentum;
+# 8-bit Adam's two bytes and a 4-byte scale for each block of 256, twice (Dettmers et al. 2022)
+MOMENT_BYTES = {"adamw": 8.0, "sgd": 4.0, "muon": 4.0, "adamw8bit": 2.0 + 8.0 / 256}
+OPTIMIZERS = (*MOMENT_BYTES, "adafactor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """One parameter on one rank before data-parallel sharding: rows, and elements a row."""
+
+    name: str
+    rows: int
+    row_elements: int
+    expert: bool
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.row_elements
+
+
+@functools.cache
+def expert_parameters(unit: Unit) -> frozenset[str]:
+    """Parameters that lie over the expert axes: those that grouped matmuls read."""
+    ops = ("grouped_matmul", "expert_bias")
+    return frozenset(
+        r for n in unit.nodes if n.op in ops for r in n.inputs if r in unit.parameter_names
+    )
+
+
+@functools.cache
+def held(unit: Unit, assignment: Assignment, ep: int, etp: int) -> tuple[Held, ...]:
+    """What one rank holds of a unit's parameters: split on tp, or over ep and etp."""
+    at, experts = produced(unit, assignment), expert_parameters(unit)
+    found = []
+    for p in unit.parameters:
+        if p.kind == "buffer":
+            continue
+        sizes = [int(d) for d in p.tensor.sizes(1, 1)]
+        if p.name in experts:
+            sizes[0] //= ep
+            sizes[-1] = -(-sizes[-1] // etp)
+        elif at[p.name] >= 0:
+            sizes[at[p.name]] //= assignment.ways
+        rows = sizes[0] if sizes else 1
+        found.append(
+            Held(name=p.name, rows=rows, row_elements=prod(sizes[1:]), expert=p.name in experts)
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """How many ranks share a parameter's state, and how many groups repeat that."""
+
+    shard: int
+    replicas: int
+    shard_stride: int
+    replica_stride: int
+
+
+def ranks_of(d: Decisions, expert: bool) -> Ranks:
+    """The sharding group of dense or expert parameters. `shard` counts dp * cp ranks."""
+    if expert:
+        stride = d.ep * d.etp
+        whole = d.shard >= d.dp * d.cp
+        size = d.edp if whole else max(1, min(d.edp, d.shard * d.tp // stride))
+        size = next(k for k in range(size, 0, -1) if d.edp % k == 0)
+        return Ranks(
+            shard=size, replicas=d.edp // size, shard_stride=stride, replica_stride=stride * size
+        )
+    return Ranks(
+        shard=d.shard, replicas=d.dp * d.cp // d.shard, shard_stride=d.tp,
+        replica_stride=d.tp * d.shard,
+    )  # fmt: skip
+
+
+def mode_of(d: Decisions, engine: Engine) -> ZeroMode:
+    """The engine's row for the decided ZeRO stage."""
+    return engine.zero_mode(d.zero, reshard=d.reshard, pp=d.pp)
+
+
+def _shard(h: Held, shard: int, by_rows: bool) -> int:
+    """Elements of the fullest rank: whole rows where FSDP2 splits rows, else a flat share."""
+    if by_rows:
+        return -(-h.rows // shard) * h.row_elements
+    return -(-h.elements // shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Bytes of a unit's state on a rank at the peak; gathered_bytes: one unit's transient whole
+    copies; element counts for traffic and the optimizer, dense and expert apart."""
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    gathered_bytes: int
+    dense: int
+    expert: int
+    updated: int
+
+
+def state_of(
+    parameters: tuple[Held, ...], d: Decisions, workload: Workload, engine: Engine
+) -> State:
+    """Bytes by the mode's words: whole, shard, or units (sharded, two units whole beside)."""
+    mode = mode_of(d, engine)
+    by_rows = mode.call.startswith("fully_shard")
+    wide = workload.precision == "fp32"
+    compute = COMPUTE_BYTES[workload.precision]
+    grad = 4 if wide else GRAD_BYTES[d.grad_dtype]
+    master = 0 if wide else MASTER_BYTES
+    offloaded = dict(d.offload).get("optimizer")
+    sums = dict.fromkeys(("parameter", "gradient", "optimizer", "gathered", "updated"), 0)
+    for h in parameters:
+        ranks = ranks_of(d, h.expert)
+        piece = _shard(h, ranks.shard, by_rows)
+        moments = _moment_bytes(h, piece, workload.optimizer)
+        if mode.parameters_peak == "whole":
+            sums["parameter"] += compute * h.elements
+        else:
+            sums["parameter"] += (compute if wide or offloaded else MASTER_BYTES) * piece
+            sums["gathered"] += compute * h.elements
+        sums["gradient"] += grad * (h.elements if mode.gradients_peak == "whole" else piece)
+        if mode.gradients_peak == "units":
+            sums["gathered"] += grad * h.elements
+        kept = piece if mode.optimizer_at_rest == "shard" else h.elements
+        own_master = master if mode.parameters_peak == "whole" else 0
+        if not offloaded:
+            sums["optimizer"] += own_master * kept + (
+                moments if kept == piece else _moment_bytes(h, h.elements, workload.optimizer)
+            )
+        sums["updated"] += kept
+    return State(
+        parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
+        optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
+        dense=sum(h.elements for h in parameters if not h.expert),
+        expert=sum(h.elements for h in parameters if h.expert), updated=sums["updated"],
+    )  # fmt: skip
+
+
+def _moment_bytes(h: Held, elements: int, optimizer: str) -> int:
+    if optimizer == "adafactor":  # row and column second moments in fp32, no first (Shazeer 2018)
+        return 4 * (h.rows + h.row_elements)
+    if optimizer not in MOMENT_BYTES:
+        raise UsageError(f"unknown optimizer {optimizer!r}", why=f"known: {', '.join(OPTIMIZERS)}")
+    return int(-(-MOMENT_BYTES[optimizer] * elements // 1))

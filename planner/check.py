@@ -1,0 +1,145 @@
+"""Is a plan still true: does it fit, and do its inputs and its estimate agree with today's?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cost_models.hardware import Cluster
+from cost_models.ledger import Estimate
+from cost_models.units import format_bytes, format_seconds
+from ir.errors import GateError, InfeasibleError, PlanError
+from ir.graph import Graph
+from planner.legality import inconsistent
+from planner.plan import Plan, Solver, constants_hash, load_cluster, recost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A plan against today: the estimate anew, and what moved since it was written.
+
+    inputs: (name, hash then, hash now). stale: whether the stored estimate is not the new one.
+    """
+
+    plan: Plan
+    cluster: Cluster
+    estimate: Estimate
+    inputs: tuple[tuple[str, str, str], ...]
+    stale: bool
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """A line for each thing that differs."""
+        lines = [f"{name}: {_short(then)} -> {_short(now)}" for name, then, now in self.inputs]
+        if not self.stale:
+            return tuple(lines)
+        p, e = self.plan, self.estimate
+        why = "with today's inputs" if lines else "re-costed: its decisions were edited"
+        then = f"{format_seconds(p.step_time_us / 1e6)} and {format_bytes(p.peak_memory_bytes)}"
+        now = f"{format_seconds(e.step_time_s)} and {format_bytes(e.peak_memory_bytes)}"
+        return (*lines, f"estimate: {then} as written, {now} {why}")
+
+
+def examine(plan: Plan, folder: Path) -> Checked:
+    """Re-cost a plan. Raises PlanError where its decisions contradict its hardware."""
+    cluster = load_cluster(plan, folder)
+    reason = inconsistent(plan.decisions, plan.workload, gpus=cluster.count)
+    if reason:
+        raise PlanError(f"the plan contradicts its hardware {plan.hardware}: {reason}")
+    cluster.device.peak(plan.workload.precision)
+    for _, tier in plan.decisions.offload:
+        cluster.tier(tier)
+    estimate = recost(plan, cluster)
+    pairs = (
+        (f"hardware {plan.hardware}", plan.hardware_hash, cluster.digest),
+        ("cost constants", plan.constants_hash, constants_hash(cluster)),
+    )
+    found = (step_time_us(estimate), estimate.peak_memory_bytes)
+    return Checked(
+        plan=plan,
+        cluster=cluster,
+        estimate=estimate,
+        inputs=tuple(pair for pair in pairs if pair[1] != pair[2]),
+        stale=found != (plan.step_time_us, plan.peak_memory_bytes),
+    )
+
+
+def step_time_us(estimate: Estimate) -> int:
+    """The step as a plan stores it: whole microseconds, rounded half up."""
+    return (estimate.step_time_ps + 500_000) // 1_000_000
+
+
+def require_fit(checked: Checked) -> None:
+    """Raise InfeasibleError where the plan does not fit, with the fullest rank by name."""
+    estimate = checked.estimate
+    if estimate.fits:
+        return
+    rank = max(estimate.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    items = sorted(rank.memory_bytes, key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in items if size >= 5e7)
+    raise InfeasibleError(
+        f"the plan does not fit {checked.plan.hardware} "
+        f"({format_bytes(estimate.capacity_bytes)} a GPU)",
+        why=f"needs {format_bytes(estimate.peak_memory_bytes)} on pp rank {rank.pp_rank}: {parts}",
+        hints=("plan trace anew finds a plan that fits, if there is one",),
+    )
+
+
+def require_fresh(checked: Checked, source: str) -> None:
+    """Raise GateError where inputs or estimate moved, saying what."""
+    if checked.moved:
+        raise GateError(
+            "the plan is stale",
+            where=source,
+            why="\n".join(checked.moved),
+            hints=("plan check --update re-costs and rewrites it", "plan trace plans anew"),
+        )
+
+
+def require_model(plan: Plan, traced: Graph, model: str) -> None:
+    """Raise GateError where a model traced anew is not the one the plan was made for."""
+    from ir.text import format_graph, graph_hash
+
+    if graph_hash(format_graph(traced)) == plan.graph_hash:
+        return
+    raise GateError(
+        f"the plan is for another model than {model}",
+        why="\n".join(_differences(plan.graph, traced)),
+        hints=(f"plan trace {model} --hardware {plan.hardware}",),
+    )
+
+
+def updated(checked: Checked) -> Plan:
+    """The plan under today's inputs, re-costed; what its search proved holds no more."""
+    if not checked.moved:
+        return checked.plan
+    us = step_time_us(checked.estimate)
+    return replace(
+        checked.plan,
+        hardware_hash=checked.cluster.digest,
+        constants_hash=constants_hash(checked.cluster),
+        step_time_us=us,
+        peak_memory_bytes=checked.estimate.peak_memory_bytes,
+        solver=Solver(),
+    )
+
+
+def _differences(old: Graph, new: Graph) -> list[str]:
+    """What is not alike in two models, in a few lines."""
+    lines = [] if old.name == new.name else [f"{old.name} became {new.name}"]
+    if old.parameter_count != new.parameter_count:
+        lines.append(f"parameters: {old.parameter_count:,} -> {new.parameter_count:,}")
+    for word, here, there in (("gone", old, new), ("new", new, old)):
+        names = [name for name in here.parameters if name not in there.parameters]
+        if names:
+            lines.append(f"{word}: {names[0]}" + (f" and {len(names) - 1} more" * (len(names) > 1)))
+    changed = [
+        f"{name}: {p.tensor} -> {new.parameters[name].tensor}"
+        for name, p in old.parameters.items()
+        if name in new.parameters and p.tensor != new.parameters[name].tensor
+    ]
+    return [*lines, *changed[:2]] or ["parameters are alike; operations are not"]
+
+
+def _short(digest: str) -> str:
+    return digest[:15]

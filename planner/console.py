@@ -1,0 +1,87 @@
+"""The terminal: words and faults on stderr, exit codes, progress."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ir.errors import PlanError
+
+INTERNAL, USAGE, INTERRUPTED = 1, 64, 130
+QUIET_S = 1.0  # progress is shown after this
+
+
+def say(text: str) -> None:
+    """Print words that are not the result."""
+    print(text, file=sys.stderr)
+
+
+def run(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run a command; print its faults once, on stderr; return the exit code."""
+    traceback = any(re.fullmatch("-v{2,}", word) for word in arguments)
+    try:
+        command = typer.main.get_command(app)
+        found = command.main(args=list(arguments), prog_name="plan", standalone_mode=False)
+        return found if isinstance(found, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except PlanError as fault:
+        _explain(traceback)
+        say("\n".join(fault.lines()))
+        return fault.exit_code
+    except Exception as fault:
+        if hasattr(fault, "format_message"):
+            return _usage(fault)
+        _explain(traceback)
+        say(f"error: internal: {type(fault).__name__}: {fault}")
+        if not traceback:
+            say("hint: -vv shows where; please report it with the command")
+        return INTERNAL
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None] | None]:
+    """A function that shows one line on a terminal, once a second has passed; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    start = time.monotonic()
+
+    def show(line: str) -> None:
+        if time.monotonic() - start > QUIET_S:
+            print("\r" + line[:78].ljust(78), end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
+        show("\r")
+
+
+def _usage(fault: Any) -> int:
+    """A fault of the command line itself, as the library words it, under our code."""
+    context = getattr(fault, "ctx", None)
+    message = fault.format_message().strip()
+    if type(fault).__name__ == "NoArgsIsHelpError" or not message:
+        say(context.get_help() if context is not None else message)
+        return USAGE
+    say("error: " + message[:1].lower() + message[1:])
+    if context is not None:
+        say(f"hint: {context.command_path} --help")
+    return USAGE
+
+
+def _explain(traceback: bool) -> None:
+    if traceback:
+        from traceback import print_exc
+
+        print_exc(file=sys.stderr)

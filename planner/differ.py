@@ -1,0 +1,317 @@
+"""What changed between two plans, and what it does: one value, and its renderers.
+
+Both plans are costed with today's constants; what the old plan's own estimate drifted by is told
+apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cost_models.units import format_bytes, format_count, format_seconds
+from ir.errors import GateError, UsageError
+from ir.graph import Graph
+from planner.check import Checked, step_time_us
+from planner.decisions import VOCABULARY, decisions_json, summarise_recompute
+from planner.names import expand_text, fold_text
+from planner.placements import placements
+from planner.plan import Plan
+from planner.plan_text import recompute_records, stage_records
+
+SCHEMA = "diff/1"
+SAME_RELATIVE = 1e-6  # below the microsecond and byte that plans are stored in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """One figure of both plans. error: relative, of the estimates; better: -1 less, +1 more."""
+
+    name: str
+    unit: str
+    old: float
+    new: float
+    error: float
+    better: int
+
+    @property
+    def change(self) -> float:
+        """Relative to the old plan."""
+        return self.new / self.old - 1 if self.old else 0.0
+
+    @property
+    def within_error(self) -> bool:
+        return abs(self.change) <= self.error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Something decided or given differently: what, from, to, and what it means."""
+
+    what: str
+    old: str
+    new: str
+    meaning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """The difference of two plans.
+
+    drift: the old plan's stored step against the same plan costed today. renamed: modules paired
+    by shape and order, (old, new) folded.
+    """
+
+    verdict: str
+    numbers: tuple[Number, ...]
+    decisions: tuple[Change, ...]
+    stages: tuple[Change, ...]
+    placements: tuple[Change, ...]
+    inputs: tuple[Change, ...]
+    renamed: tuple[tuple[str, str], ...]
+    drift: Number | None
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything but the estimate's drift is different."""
+        return bool(self.decisions or self.stages or self.placements or self.inputs or self.renamed)
+
+
+def diff(old: Checked, new: Checked) -> Diff:
+    """Compare two plans, each costed anew (`check.examine`)."""
+    renamed = _renamed(old.plan.graph, new.plan.graph)
+    numbers = _numbers(old, new)
+    changes = _decisions(old.plan, new.plan)
+    stages = _by_name(_stage_words(old.plan), _stage_words(new.plan), renamed)
+    placed = _by_name(_placed(old.plan), _placed(new.plan), renamed)
+    inputs = _inputs(old, new)
+    what = bool(changes or stages or placed or inputs or renamed)
+    return Diff(
+        verdict=_verdict(what, numbers, new),
+        numbers=numbers,
+        decisions=changes,
+        stages=stages,
+        placements=placed,
+        inputs=inputs,
+        renamed=((fold_text(list(renamed)), fold_text(list(renamed.values()))),) if renamed else (),
+        drift=_drift(old),
+    )
+
+
+def _numbers(old: Checked, new: Checked) -> tuple[Number, ...]:
+    a, b = old.estimate, new.estimate
+    error = max(a.error, b.error)
+    rows = (
+        ("step time", "s", a.step_time_s, b.step_time_s, -1),
+        ("peak memory", "B", a.peak_memory_bytes, b.peak_memory_bytes, -1),
+        ("tokens/s/GPU", "", _rate(old), _rate(new), 1),
+        ("MFU", "%", a.mfu, b.mfu, 1),
+    )
+    return tuple(
+        Number(name=name, unit=unit, old=x, new=y, error=error, better=better)
+        for name, unit, x, y, better in rows
+    )
+
+
+def _rate(c: Checked) -> float:
+    return c.estimate.tokens / c.estimate.step_time_s / c.estimate.gpus
+
+
+def _verdict(what: bool, numbers: Sequence[Number], new: Checked) -> str:
+    if not new.estimate.fits:
+        return "the new plan does not fit"
+    step, memory = numbers[:2]
+    if not what:
+        return "the plans are the same"
+    words = []
+    for number, (more, less) in ((step, ("slower", "faster")), (memory, ("more", "less"))):
+        size = abs(number.change)
+        if size > SAME_RELATIVE:
+            noise = " (within model error)" if number.within_error else ""
+            what_of = " memory" if number is memory else ""
+            words.append(f"{size:.1%} {more if number.change > 0 else less}{what_of}{noise}")
+    return "the new plan: " + ", ".join(words) if words else "decided differently, costs the same"
+
+
+def _decisions(old: Plan, new: Plan) -> tuple[Change, ...]:
+    """Decisions and workload that differ, in the vocabulary's order."""
+    meanings = {key.name: key.meaning for key in VOCABULARY}
+    before, after = _decided(old), _decided(new)
+    return tuple(
+        Change(what=key, old=before[key], new=after[key], meaning=meanings.get(key, ""))
+        for key in before
+        if before[key] != after[key]
+    )
+
+
+def _decided(plan: Plan) -> dict[str, str]:
+    words = {key: _plain(value) for key, value in decisions_json(plan.decisions).items()}
+    words["recompute"] = str(summarise_recompute(plan.decisions))
+    order = [key.name for key in VOCABULARY if key.name in words]
+    return {key: words[key] for key in order}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, dict):
+        return ",".join(f"{what}:{tier}" for what, tier in value.items()) or "none"
+    return str(value)
+
+
+def _inputs(old: Checked, new: Checked) -> tuple[Change, ...]:
+    """What the plans were made for: model, hardware, workload. Constants are today's for both."""
+    a, b = old.plan, new.plan
+    return tuple(
+        Change(what=what, old=then, new=now)
+        for (what, then), now in zip(_given(a).items(), _given(b).values())
+        if then != now
+    )
+
+
+def _given(plan: Plan) -> dict[str, str]:
+    return {
+        "model": f"{plan.graph.name} {plan.graph_hash[:15]}",
+        "hardware": f"{plan.hardware} {plan.hardware_hash[:15]}",
+        "constants": plan.constants_hash[:15],
+        **{key: str(value) for key, value in asdict(plan.workload).items()},
+    }
+
+
+def _stage_words(plan: Plan) -> dict[str, str]:
+    """Where each unit runs and what is computed again, by module path."""
+    words = {
+        path: f"pp rank {record['pp_rank']}, stage {record['stage']}"
+        for record in stage_records(plan.decisions, plan.graph)
+        for path in expand_text(record["units"])
+    }
+    for record in recompute_records(plan.decisions, plan.graph):
+        if record["recompute"] != "none":
+            for path in expand_text(record["units"]):
+                words[path] += f", recompute {record['recompute']}"
+    return words
+
+
+def _placed(plan: Plan) -> dict[str, str]:
+    return placements(plan.sharding_by_unit, plan.graph)
+
+
+def _by_name(
+    old: Mapping[str, str], new: Mapping[str, str], renamed: Mapping[str, str]
+) -> tuple[Change, ...]:
+    """Names whose word differs, folded by (old word, new word); renamed ones are the same."""
+    moved = {renamed.get(name, name): word for name, word in old.items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys([*moved, *new]):
+        pair = (moved.get(name, "absent"), new.get(name, "absent"))
+        if pair[0] != pair[1]:
+            groups.setdefault(pair, []).append(name)
+    return tuple(Change(what=fold_text(names), old=a, new=b) for (a, b), names in groups.items())
+
+
+def _renamed(old: Graph, new: Graph) -> dict[str, str]:
+    """Old name -> new name of parameters and units, where all that went pairs with all new."""
+    if old.parameters.keys() == new.parameters.keys():
+        return {}
+    gone = [name for name in old.parameters if name not in new.parameters]
+    come = [name for name in new.parameters if name not in old.parameters]
+    shapes = [[g.parameters[n].tensor for n in names] for g, names in ((old, gone), (new, come))]
+    if not gone or shapes[0] != shapes[1]:
+        return {}
+    units = [[path for _, path, _ in graph.calls()] for graph in (old, new)]
+    paths = zip(*units) if len(units[0]) == len(units[1]) else ()
+    return dict(zip(gone, come)) | {a: b for a, b in paths if a != b}
+
+
+def _drift(old: Checked) -> Number | None:
+    """The old plan's own estimate against the same plan costed today, where they differ."""
+    before, after = old.plan.step_time_us, step_time_us(old.estimate)
+    if before == after:
+        return None
+    return Number(name="step time", unit="s", old=before / 1e6, new=after / 1e6,
+                  error=old.estimate.error, better=-1)  # fmt: skip
+
+
+def gate(found: Diff, limits: str) -> None:
+    """Raise GateError where a figure worsened beyond `step-time=+3%,memory=+5%`."""
+    names = {"step-time": "step time", "memory": "peak memory"}
+    by_name = {number.name: number for number in found.numbers}
+    broken = []
+    for limit in limits.split(","):
+        read = re.fullmatch(r"(step-time|memory)=\+?([0-9]+(?:\.[0-9]+)?)%", limit)
+        if read is None:
+            raise UsageError(f"--fail-on {limit} is no limit",
+                             why="expected step-time=+3%,memory=+5%")  # fmt: skip
+        number = by_name[names[read[1]]]
+        if number.change > float(read[2]) / 100 + SAME_RELATIVE:
+            broken.append(f"{number.name} {number.change:+.1%}, allowed +{read[2]}%")
+    if broken:
+        raise GateError("the new plan fails the gate", why="\n".join(broken))
+
+
+def diff_text(d: Diff) -> str:
+    """The diff as text: the verdict first."""
+    lines = [d.verdict, ""]
+    if d.drift:
+        lines[1:1] = [
+            f"(the old plan said {_amount(d.drift, d.drift.old)} a step; with today's inputs "
+            f"{_amount(d.drift, d.drift.new)}: drift {d.drift.change:+.1%}, not counted below)"
+        ]
+    for n in d.numbers:
+        noise = "  within model error" if n.within_error and _moved(n) else ""
+        change = f"{n.change:+.1%}" if _moved(n) else "="
+        lines.append(
+            f"  {n.name:14}{_amount(n, n.old):>12} -> {_amount(n, n.new):<12}{change:>8}{noise}"
+        )
+    lines += _section("decisions", d.decisions)
+    lines += _section("stages", d.stages)
+    lines += _section("placements on tp", d.placements)
+    if d.renamed:
+        lines += ["", "renamed", *(f"  {a} -> {b}" for a, b in d.renamed)]
+    lines += _section("inputs", d.inputs)
+    return "\n".join(lines)
+
+
+def diff_json(d: Diff) -> dict[str, Any]:
+    """The diff as one document with stable keys, base units."""
+    return {
+        "schema": SCHEMA,
+        "verdict": d.verdict,
+        "differs": d.differs,
+        "numbers": [_number_json(n) for n in d.numbers],
+        "drift": None if d.drift is None else _number_json(d.drift),
+        **{
+            key: [{"what": c.what, "old": c.old, "new": c.new} for c in getattr(d, key)]
+            for key in ("decisions", "stages", "placements", "inputs")
+        },
+        "renamed": [{"old": a, "new": b} for a, b in d.renamed],
+    }
+
+
+def _number_json(n: Number) -> dict[str, Any]:
+    keys = {"step time": "step_time_s", "peak memory": "peak_memory_bytes",
+            "tokens/s/GPU": "tokens_per_s_per_gpu", "MFU": "mfu"}  # fmt: skip
+    return {"name": keys[n.name], "old": n.old, "new": n.new, "change": n.change,
+            "within_error": n.within_error}  # fmt: skip
+
+
+def _section(title: str, changes: Iterable[Change]) -> list[str]:
+    lines = [
+        f"  {c.what}: {c.old} -> {c.new}" + (f"   ({c.meaning})" if c.meaning else "")
+        for c in changes
+    ]
+    return ["", title, *lines] if lines else []
+
+
+def _moved(n: Number) -> bool:
+    return abs(n.change) > SAME_RELATIVE
+
+
+def _amount(n: Number, value: float) -> str:
+    if n.unit == "s":
+        return format_seconds(value)
+    if n.unit == "B":
+        return format_bytes(value)
+    return f"{value:.1%}" if n.unit == "%" else format_count(value)

@@ -1,0 +1,62 @@
+"""What `plan trace` is asked to do, and what it gives back: the seam of command and search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cost_models.ledger import Estimate
+from planner.decisions import Pins
+from planner.plan import Plan
+from planner.workload import Asked
+
+Progress = Callable[[str], None]  # takes one line: what is going on, best, bound, gap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """The arguments of `plan trace`.
+
+    model: file, file:factory, config.json or its folder. args: factory arguments as written.
+    cache: use the traced graph if nothing it depends on changed. fold: trace one unit a class.
+    """
+
+    model: str
+    hardware: str = ""
+    args: tuple[tuple[str, str], ...] = ()
+    pins: Pins = field(default_factory=Pins)
+    asked: Asked = field(default_factory=Asked)
+    cache: bool = True
+    fold: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """A classic recipe on the same model and hardware, beside the plan."""
+
+    name: str
+    step_time_s: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Wall seconds of the command's parts; never written to a plan."""
+
+    import_s: float = 0.0
+    trace_s: float = 0.0
+    cost_s: float = 0.0
+    solve_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceResult:
+    """A plan with its estimate. echo: a line a default used. interrupted: Ctrl-C ended it."""
+
+    plan: Plan
+    estimate: Estimate
+    baselines: tuple[Baseline, ...] = ()
+    timing: Timing = field(default_factory=Timing)
+    echo: tuple[str, ...] = ()
+    interrupted: bool = False

@@ -1,0 +1,287 @@
+"""A plan in a screenful of text, or as one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cost_models.ledger import Estimate, RankLedger
+from cost_models.schedule import rank_of
+from cost_models.units import format_bytes, format_count, format_seconds
+from ir.errors import UsageError
+from planner.decisions import decisions_json, summarise_recompute
+from planner.names import fold, fold_text
+from planner.options import Baseline, Timing
+from planner.placements import placements
+from planner.plan import Plan
+from planner.plan_text import SCHEMA, recompute_records, stage_records
+
+WIDTH = 80
+BAR = 32
+MOST_STAGES = 4  # rows on the first screen; --layers shows every stage
+MOST_BARS = 6
+SHORT_RECOMPUTE = 24  # letters; where stages differ more than that, totals are told
+MOST_ASSUMPTIONS = 2
+
+
+def document(
+    plan: Plan,
+    estimate: Estimate,
+    *,
+    timing: Timing | None = None,
+    baselines: Sequence[Baseline] | None = None,
+) -> dict[str, Any]:
+    """The plan as cli.md's JSON, base units. timing and baselines are trace's alone."""
+    keys = decisions_json(plan.decisions)
+    recompute = {"recompute": str(summarise_recompute(plan.decisions))}
+    place = list(keys).index("offload")
+    decisions = dict([*keys.items()][:place]) | recompute | dict([*keys.items()][place:])
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": {"name": plan.graph.name, "parameters": plan.graph.parameter_count},
+        "hardware": plan.hardware,
+        "workload": asdict(plan.workload),
+        "decisions": decisions,
+        "estimate": estimate_json(estimate),
+        "solver": {
+            "status": plan.solver.status,
+            "gap": plan.solver.gap_ppm / 1e6,
+            "bound_s": plan.solver.bound_us / 1e6,
+            "meshes": plan.solver.meshes,
+            "meshes_solved": plan.solver.meshes_solved,
+        },
+    }
+    if timing is not None:
+        found["timing"] = asdict(timing)
+    if baselines is not None:
+        found["baselines"] = [asdict(baseline) for baseline in baselines]
+    return found
+
+
+def estimate_json(e: Estimate) -> dict[str, Any]:
+    """The estimate of a training step, seconds, bytes and rates."""
+    return {
+        "step_time_s": e.step_time_s,
+        "error": e.error,
+        "tokens_per_s_per_gpu": e.tokens / e.step_time_s / e.gpus,
+        "model_tflops_per_gpu": e.model_flop_per_s_per_gpu / 1e12,
+        "hardware_tflops_per_gpu": e.executed_flop / e.step_time_s / e.gpus / 1e12,
+        "mfu": e.mfu,
+        "usd_per_million_tokens": None,
+        "breakdown_s": {name: ps / 1e12 for name, ps in e.breakdown_ps},
+        "peak_memory_bytes": e.peak_memory_bytes,
+        "capacity_bytes": e.capacity_bytes,
+        "memory_by_pp_rank": [dict(rank.memory_bytes) for rank in e.ranks],
+    }
+
+
+def summary(
+    plan: Plan,
+    estimate: Estimate,
+    *,
+    notes: Sequence[str] = (),
+    baselines: Sequence[Baseline] = (),
+) -> str:
+    """The plan at 80 columns, under 40 lines: what was decided, and what it will do.
+
+    notes: lines to print first, such as the defaults used or that the estimate is stale.
+    """
+    return "\n".join(
+        [
+            *(_cut(note) for note in notes),
+            *_head(plan),
+            "",
+            *_stages(plan),
+            "",
+            *_memory(estimate),
+            "",
+            *_time(estimate),
+            "",
+            *_verdict(plan, estimate, baselines),
+        ]
+    )
+
+
+def _head(plan: Plan) -> list[str]:
+    w, d, graph = plan.workload, plan.decisions, plan.graph
+    length = f"{w.global_batch} x {w.seq_len} tokens" if graph.seq_in_input else w.global_batch
+    mesh = [f"{axis} {size}" for axis, size in _mesh(plan)]
+    shard = "" if d.shard in (1, d.dp * d.cp) else f" in groups of {d.shard}"
+    recompute = str(summarise_recompute(d))
+    if len(recompute) > SHORT_RECOMPUTE:
+        full, selective = (sum(counts) for counts in zip(*d.recompute))
+        recompute = f"{full} layers in full, {selective} in part"
+    offload = ", ".join(f"{what} on {tier}" for what, tier in d.offload)
+    virtual = f" x {d.virtual_stages} virtual stages" if d.virtual_stages > 1 else ""
+    words = [
+        f"ZeRO-{d.zero}{shard}" + (", resharding" if d.reshard else ""),
+        f"recompute {recompute}",
+        *(["sequence parallel"] if d.sequence_parallel else []),
+        *([f"cp by {d.cp_kind}"] if d.cp > 1 else []),
+        "compiled" if d.compile else "eager",
+        *([offload] if offload else []),
+    ]
+    return [
+        f"{graph.name}, {format_count(graph.parameter_count)} parameters, on {plan.hardware}",
+        _row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}"),
+        _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
+        _row("steps", f"{d.microbatches} micro-batches of {d.micro_batch}, {d.schedule}{virtual}"),
+        *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
+    ]
+
+
+def _mesh(plan: Plan) -> list[tuple[str, int]]:
+    d = plan.decisions
+    experts = [("ep", d.ep), ("etp", d.etp)] if d.ep * d.etp > 1 else []
+    return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp), *experts]
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Stages with their layers; the middle ones left out where there are many."""
+    records = stage_records(plan.decisions, plan.graph)
+    rows = [f"stage {r['stage']} (pp rank {r['pp_rank']}): {r['units']}" for r in records]
+    if len(rows) > MOST_STAGES:
+        left = len(rows) - MOST_STAGES + 1
+        half = (MOST_STAGES - 1) // 2
+        middle = f"... {left} stages more (plan show --stage N)"
+        rows = [*rows[: half + 1], middle, *rows[-half:]]
+    return [_cut(row) for row in rows]
+
+
+def _memory(e: Estimate) -> list[str]:
+    """The fullest rank's memory by name, as bars against the capacity."""
+    rank = fullest(e)
+    total = sum(size for _, size in rank.memory_bytes)
+    share = total / e.capacity_bytes
+    head = f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
+    lines = [head + f"{format_bytes(e.capacity_bytes)} ({share:.0%})"]
+    if not e.fits:
+        lines[0] += "  DOES NOT FIT"
+    most = _most(rank.memory_bytes)
+    return lines + [_bar(name, format_bytes(n), n / e.capacity_bytes) for name, n in most]
+
+
+def fullest(e: Estimate) -> RankLedger:
+    """The pp rank that holds most; the first of equals."""
+    return max(e.ranks, key=lambda rank: sum(size for _, size in rank.memory_bytes))
+
+
+def _time(e: Estimate) -> list[str]:
+    head = f"step {format_seconds(e.step_time_s)} +-{e.error:.0%}"
+    rate = e.tokens / e.step_time_s / e.gpus
+    head += f"   {rate:,.0f} tokens/s/GPU   {e.model_flop_per_s_per_gpu / 1e12:.0f} TFLOP/s/GPU"
+    return [
+        f"{head}   MFU {e.mfu:.1%}",
+        *(
+            _bar(name, format_seconds(ps / 1e12), ps / e.step_time_ps)
+            for name, ps in _most(e.breakdown_ps)
+        ),
+    ]
+
+
+def _most(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The largest items, and what the others come to."""
+    ordered = sorted((item for item in items if item[1]), key=lambda item: -item[1])
+    if len(ordered) <= MOST_BARS:
+        return ordered
+    rest = ordered[MOST_BARS - 1 :]
+    return [*ordered[: MOST_BARS - 1], (f"{len(rest)} others", sum(size for _, size in rest))]
+
+
+def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str]:
+    s = plan.solver
+    proof = {
+        "OPTIMAL": f"proven: no plan of {s.meshes} meshes is better ({s.meshes_solved} solved)",
+        "FEASIBLE": f"best found; at most {s.gap_ppm / 1e4:.2f}% can be gained"
+        f" ({s.meshes_solved} of {s.meshes} meshes solved)",
+        "ESTIMATE": "every decision is given: an estimate, not a search",
+    }
+    lines = [_row("search", f"{s.status}, {proof.get(s.status, '')}")]
+    if baselines:
+        rows = [
+            f"{b.name} {format_seconds(b.step_time_s)}"
+            f" ({b.step_time_s / e.step_time_s - 1:+.0%}{'' if b.fits else ', does not fit'})"
+            for b in baselines
+        ]
+        lines += [
+            _row("baselines" if not i else "", row) for i, row in enumerate(_pack(rows, "  "))
+        ]
+    if e.assumptions:
+        shown = e.assumptions[:MOST_ASSUMPTIONS]
+        lines.append(_row("assumed", f"{len(e.assumptions)} things; first of them:"))
+        lines += [_row("", text) for text in shown]
+    return lines
+
+
+def layers_text(plan: Plan) -> str:
+    """Every stage, what is computed again, and every parameter's placement on tp."""
+    groups: dict[str, list[str]] = {}
+    for name, placement in placements(plan.sharding_by_unit, plan.graph).items():
+        groups.setdefault(placement, []).append(name)
+    lines = [f"stage {r['stage']} (pp rank {r['pp_rank']}): {r['units']}"
+             for r in stage_records(plan.decisions, plan.graph)]  # fmt: skip
+    lines += [f"recompute {r['recompute']}: {r['units']}"
+              for r in recompute_records(plan.decisions, plan.graph)]  # fmt: skip
+    for placement, names in groups.items():
+        lines += [f"{placement:5} {pattern}" for pattern in fold(names)]
+    return "\n".join(lines)
+
+
+def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
+    """One stage: its units, its recomputation, its rank's memory and collectives."""
+    from planner.chain import stage_units
+
+    d = plan.decisions
+    if not 0 <= stage < len(d.stages):
+        raise UsageError(f"--stage {stage}: there are stages 0 to {len(d.stages) - 1}")
+    full, selective = d.recompute[stage] if d.recompute else (0, 0)
+    rank = e.ranks[rank_of(d.schedule, d.pp, stage)]
+    total = sum(size for _, size in rank.memory_bytes)
+    moved = sorted(rank.collectives, key=lambda c: (-c.exposed_s, c.kind, c.where))
+    return "\n".join(
+        [
+            f"stage {stage} on pp rank {rank.pp_rank}: {d.stages[stage]} layers",
+            _row("units", fold_text(stage_units(plan.graph, d.stages)[stage])),
+            _row("recompute", f"{full} layers in full, {selective} in part"),
+            "",
+            f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
+            f"{format_bytes(e.capacity_bytes)}",
+            *(
+                _bar(name, format_bytes(size), size / e.capacity_bytes)
+                for name, size in rank.memory_bytes
+                if size
+            ),
+            "",
+            f"{'collective':16}{'axis':5}{'count':>8}{'bytes':>10}{'exposed':>10}  where",
+            *(
+                f"{c.kind:16}{c.axis:5}{c.count:8}{format_bytes(c.size_bytes):>10}"
+                f"{format_seconds(c.exposed_s):>10}  {c.where}"
+                for c in moved
+            ),
+        ]
+    )
+
+
+def _row(name: str, text: str) -> str:
+    return _cut(f"  {name:10}{text}")
+
+
+def _bar(name: str, amount: str, share: float) -> str:
+    return f"  {name:14}{amount:>10}  {'#' * round(share * BAR):{BAR}}{share:>5.0%}"
+
+
+def _pack(words: Sequence[str], between: str) -> list[str]:
+    """Words joined in lines that fit beside a row's name."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(between) + len(word) > WIDTH - 12:
+            lines.append(word)
+        else:
+            lines[-1] += between + word
+    return lines
+
+
+def _cut(line: str) -> str:
+    """The line at 80 columns."""
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."

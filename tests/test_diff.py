@@ -1,0 +1,125 @@
+"""What changed between two plans, as a value and as text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy_plan import DECISIONS, SHARDED, toy_estimate, toy_graph, toy_plan
+
+from cost_models.hardware import load_hardware
+from cost_models.sharding import Sharding
+from ir.errors import GateError, UsageError
+from ir.text import format_graph, graph_hash
+from planner.check import Checked, step_time_us
+from planner.differ import diff, diff_json, diff_text, gate
+
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTER = load_hardware("h100x8")
+
+
+def checked(plan, **estimate):
+    e = toy_estimate(plan.graph, CLUSTER, plan.workload, plan.decisions, {})
+    if "step_time_us" not in estimate:
+        plan = replace(plan, step_time_us=step_time_us(e))
+    e = replace(e, **{k: v for k, v in estimate.items() if k != "step_time_us"})
+    return Checked(plan=plan, cluster=CLUSTER, estimate=e, inputs=(), stale=False)
+
+
+OLD = checked(toy_plan())
+OTHER = replace(DECISIONS, tp=1, dp=4, shard=4, microbatches=4, sequence_parallel=False,
+                stages=(4, 4), recompute=((4, 0), (0, 0)))  # fmt: skip
+
+
+def test_the_same_plan():
+    found = diff(OLD, OLD)
+    assert not found.differs
+    assert found.verdict == "the plans are the same"
+
+
+def test_diff_text(update_golden):
+    found = diff(OLD, checked(toy_plan(decisions=OTHER, shardings=())))
+    assert found.differs
+    update_golden(GOLDEN / "diff.txt", diff_text(found) + "\n")
+
+
+def test_decisions_and_places_are_told():
+    found = diff(OLD, checked(toy_plan(decisions=OTHER, shardings=())))
+    decided = {c.what: (c.old, c.new) for c in found.decisions}
+    assert decided == {
+        "dp": ("2", "4"), "tp": ("2", "1"), "shard": ("2", "4"), "microbatches": ("8", "4"),
+        "recompute": ("selective:4/0", "full:4/0"), "sequence_parallel": ("on", "off"),
+    }  # fmt: skip
+    assert ("layers.4", "pp rank 0, stage 0", "pp rank 1, stage 1") in [
+        (c.what, c.old, c.new) for c in found.stages
+    ]
+    assert ("layers.{0..7}.self_attn.{q,k,v}_proj.weight, layers.{0..7}.mlp.up_proj.weight",
+            "S(0)", "R") in [(c.what, c.old, c.new) for c in found.placements]  # fmt: skip
+
+
+def test_small_deltas_are_within_the_models_error():
+    step = OLD.estimate.step_time_ps
+    near = diff(OLD, checked(toy_plan(), step_time_ps=round(step * 1.05)))
+    far = diff(OLD, checked(toy_plan(), step_time_ps=round(step * 1.2)))
+    assert near.numbers[0].within_error and not far.numbers[0].within_error
+    assert "within model error" in diff_text(near)
+    assert "+20.0%\n" in diff_text(far)
+
+
+def test_drift_of_the_old_estimate_is_told_apart():
+    old = checked(toy_plan(step_time_us=3000), step_time_us=None)
+    found = diff(old, OLD)
+    assert found.drift.old == 0.003
+    assert found.drift.change == -0.5  # the toy takes 1.5 ms today
+    assert found.numbers[0].change == 0
+    assert "not counted below" in diff_text(found)
+    assert diff(OLD, OLD).drift is None
+
+
+def test_inputs_that_moved():
+    new = toy_plan(hardware="h200x8", workload=replace(OLD.plan.workload, seq_len=1024))
+    found = diff(OLD, checked(new))
+    assert [c.what for c in found.inputs] == ["hardware", "seq_len"]
+
+
+def test_renamed_modules_are_told_once():
+    graph = toy_graph()
+    text = format_graph(graph).replace("layers.", "blocks.")
+    from ir.text import parse_graph
+
+    new = toy_plan(parse_graph(text), graph_hash=graph_hash(text))
+    found = diff(OLD, checked(new))
+    assert not found.placements and not found.stages
+    assert [c.what for c in found.inputs] == ["model"]
+    assert found.renamed[0][0].startswith("layers.{0..7}")
+    assert found.renamed[0][1].startswith("blocks.{0..7}")
+
+
+def test_one_parameter_placed_otherwise():
+    pairs = dict(SHARDED.parameters) | {"mlp.up_proj.weight": "R"}
+    sharding = Sharding(parameters=tuple(pairs.items()), edges=SHARDED.edges)
+    found = diff(OLD, checked(toy_plan(shardings=(("Layer", sharding),))))
+    assert [(c.what, c.old, c.new) for c in found.placements] == [
+        ("layers.{0..7}.mlp.up_proj.weight", "S(0)", "R")
+    ]
+
+
+def test_gate():
+    found = diff(OLD, checked(toy_plan(), step_time_ps=round(OLD.estimate.step_time_ps * 1.05)))
+    gate(found, "step-time=+6%,memory=+0%")
+    with pytest.raises(GateError, match="fails the gate") as error:
+        gate(found, "step-time=+3%")
+    assert "step time +5.0%, allowed +3%" in error.value.why
+    with pytest.raises(UsageError):
+        gate(found, "speed=3%")
+
+
+def test_json_keys():
+    found = diff_json(diff(OLD, checked(toy_plan(decisions=OTHER, shardings=()))))
+    assert list(found) == ["schema", "verdict", "differs", "numbers", "drift", "decisions",
+                           "stages", "placements", "inputs", "renamed"]  # fmt: skip
+    assert found["numbers"][0]["name"] == "step_time_s"
+
+
+def test_a_plan_that_does_not_fit():
+    found = diff(OLD, checked(toy_plan(), capacity_bytes=9_000))
+    assert found.verdict == "the new plan does not fit"

@@ -1,0 +1,89 @@
+"""A plan on a screen and as JSON."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from toy_plan import DECISIONS, WORKLOAD, toy_estimate, toy_graph, toy_plan
+
+from cost_models.hardware import load_hardware
+from ir.errors import UsageError
+from planner.options import Baseline, Timing
+from planner.show import document, layers_text, stage_text, summary
+
+GOLDEN = Path(__file__).parent / "golden"
+CLUSTER = load_hardware("h100x8")
+BASELINES = (Baseline(name="fsdp", step_time_s=0.002, fits=True),
+             Baseline(name="ddp", step_time_s=0.0018, fits=False))  # fmt: skip
+
+
+def estimated(plan):
+    return toy_estimate(plan.graph, CLUSTER, plan.workload, plan.decisions, {})
+
+
+def test_summary(update_golden):
+    plan = toy_plan()
+    text = summary(plan, estimated(plan), notes=("--seq-len 2048 (default)",), baselines=BASELINES)
+    update_golden(GOLDEN / "show.txt", text + "\n")
+
+
+def test_layers(update_golden):
+    update_golden(GOLDEN / "show_layers.txt", layers_text(toy_plan()) + "\n")
+
+
+def test_stage(update_golden):
+    plan = toy_plan()
+    update_golden(GOLDEN / "show_stage.txt", stage_text(plan, estimated(plan), 1) + "\n")
+    with pytest.raises(UsageError, match="stages 0 to 1"):
+        stage_text(plan, estimated(plan), 2)
+
+
+def test_the_largest_plan_is_one_screen():
+    decisions = replace(
+        DECISIONS, pp=16, dp=2, cp=2, tp=4, ep=4, etp=2, schedule="interleaved", virtual_stages=8,
+        stages=(1,) * 128, recompute=((1, 0), (0, 1)) * 64, microbatches=16,
+        offload=(("optimizer", "cpu"),), shard=2,
+    )  # fmt: skip
+    plan = toy_plan(toy_graph(128), decisions=decisions)
+    e = estimated(plan)
+    full = replace(
+        e,
+        breakdown_ps=tuple((name, 10**9 + i) for i, (name, _) in enumerate(e.breakdown_ps)),
+        ranks=tuple(
+            replace(r, memory_bytes=tuple((name, 10**9 + i) for i, (name, _) in
+                                          enumerate(r.memory_bytes)))
+            for r in e.ranks
+        ),
+        assumptions=("an assumption that takes more than a line " * 3,) * 9,
+    )  # fmt: skip
+    lines = summary(plan, full, notes=("a note " * 20,) * 4, baselines=BASELINES * 2).splitlines()
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 80
+
+
+def test_document_has_the_contract_keys():
+    plan = toy_plan()
+    e = estimated(plan)
+    found = document(plan, e, timing=Timing(), baselines=BASELINES)
+    assert list(found) == ["schema", "model", "hardware", "workload", "decisions", "estimate",
+                           "solver", "timing", "baselines"]  # fmt: skip
+    assert found["workload"] == asdict(WORKLOAD)
+    assert list(found["decisions"])[:18] == [
+        "pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
+        "microbatches", "schedule", "virtual_stages", "recompute", "offload",
+        "sequence_parallel", "compile", "cp_kind",
+    ]  # fmt: skip
+    assert found["decisions"]["recompute"] == "selective:4/0"
+    estimate = found["estimate"]
+    assert sum(estimate["breakdown_s"].values()) == pytest.approx(estimate["step_time_s"])
+    step = (8e9 / 8 + 5e8) / 1e12  # the toy's compute over 8 GPUs, and its bubble
+    assert estimate["step_time_s"] == step
+    assert estimate["tokens_per_s_per_gpu"] == pytest.approx(16 * 2048 / step / 8)
+    assert estimate["model_tflops_per_gpu"] == pytest.approx(1e15 / step / 8 / 1e12)
+    assert estimate["mfu"] == pytest.approx(1e15 / step / 8 / 989.4e12)
+    assert estimate["peak_memory_bytes"] == 2000 + 6000 + 2000
+    assert found["solver"] == {"status": "OPTIMAL", "gap": 0.0, "bound_s": 0.0015, "meshes": 40,
+                               "meshes_solved": 3}  # fmt: skip
+    assert json.loads(json.dumps(found)) == found
+    assert not {"timing", "baselines"} & set(document(plan, e))
