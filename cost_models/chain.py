@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ir.backward import with_saved
 from ir.graph import Graph, Node, Parameter, Tensor, Unit
+from ir.text import format_unit
 
 AFTER = "after"  # the module path of joined operations inside a unit
 
@@ -71,22 +72,31 @@ def chain_of(graph: Graph) -> Chain:
         joined[max(after)].append(node)
         owner.update(dict.fromkeys(node.refs(), max(after)))
     used = _last_use(graph, owner, joined, calls)
-    layers, seen, links, bodies = set(graph.layers), set(), [], {}
+    layers, seen, links = set(graph.layers), set(), []
+    bodies: dict[str, Unit] = {}
     for i, call in enumerate(calls):
         path = str(call.attr("path"))
         unit = graph.unit_by_name[str(call.attr("unit"))]
         reason = "" if path not in seen else f"{path} runs more than once"
         seen.add(path)
-        key = (unit.name, tuple(joined[i]), call.inputs if joined[i] else ())
-        if key not in bodies:
-            bodies[key] = _join(graph, call, unit, joined[i], owner) if joined[i] else unit
+        body = _once(bodies, _join(graph, call, unit, joined[i], owner)) if joined[i] else unit
         links.append(
             Link(
-                path=path, unit=bodies[key], is_layer=path in layers,
+                path=path, unit=body, is_layer=path in layers,
                 cut_reason=reason or _crossing(graph, used, owner, calls, i),
             )
         )  # fmt: skip
     return Chain(links=tuple(links), glue=_glue(graph, glue))
+
+
+def _once(bodies: dict[str, Unit], unit: Unit) -> Unit:
+    """Joined bodies with the same text are one class."""
+    text = "\n".join(format_unit(unit))
+    if text not in bodies:
+        alike = sum(u.name.startswith(unit.name) for u in bodies.values())
+        name = unit.name + (str(alike + 1) if alike else "")
+        bodies[text] = _saved(replace(unit, name=name))
+    return bodies[text]
 
 
 def _last_use(
@@ -129,7 +139,9 @@ def _join(
             return names[ref]
         if ref in given:
             return given[ref]
-        name = f"{AFTER}.{ref}".replace(":", ".")
+        name = f"{AFTER}.in{len(inputs)}"
+        if ref in root_parameters:
+            name = f"{AFTER}.{ref}"
         names[ref] = name
         if ref in root_parameters:
             parameters.append(replace(root_parameters[ref], name=name))
@@ -139,19 +151,17 @@ def _join(
                 diff.append(name)
         return name
 
-    for node in nodes:
-        new = f"{AFTER}/{node.name.replace('/', '.')}"
+    for number, node in enumerate(nodes):
+        new = f"{AFTER}/{node.op}_{number}"
         made.append(replace(node, name=new, inputs=tuple(local(r) for r in node.inputs)))
         names.update(zip(node.refs(), replace(node, name=new).refs()))
     own = {n.name for n in nodes}
     read = {r for n in graph.root.nodes if n.name not in own for r in n.inputs}
     read |= set(graph.root.outputs)
     outs = [names[r] for n in (call, *nodes) for r in n.refs() if r in read]
-    return _saved(
-        Unit(
-            name=f"{unit.name}+", inputs=tuple(inputs), parameters=tuple(parameters),
-            nodes=(*unit.nodes, *made), outputs=tuple(outs), diff_inputs=tuple(diff),
-        )
+    return Unit(
+        name=f"{unit.name}+", inputs=tuple(inputs), parameters=tuple(parameters),
+        nodes=(*unit.nodes, *made), outputs=tuple(outs), diff_inputs=tuple(diff),
     )  # fmt: skip
 
 

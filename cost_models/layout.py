@@ -103,7 +103,7 @@ def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
             continue
         whole = Option((WHOLE,) * len(ins), (WHOLE,) * len(node.outputs), (WHOLE,) * len(ins))
         found = [whole]
-        if ways > 1:
+        if ways > 1 and ins:  # what is made from nothing is made whole: a slice of it is free
             spec = rule(node).spec(node, ins)
             letters = dict.fromkeys(x for word in (*spec.inputs, *spec.outputs) for x in word)
             for factor in letters:

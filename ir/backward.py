@@ -7,7 +7,10 @@ that suffices is a minimum cut (as torch's min-cut partitioner; Chen et al. 2016
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 from ir.graph import FLOATS, Graph, Node, Unit
 from ir.ops import rule
@@ -16,14 +19,23 @@ NOMINAL = (1, 2048)  # batch, sequence at which a cut weighs values: ratios hard
 HEAVY = ("gemm", "grouped_gemm", "attention", "conv", "scan", "dispatch", "combine")
 
 
-def differentiable(unit: Unit) -> dict[str, bool]:
-    """Which values carry a gradient: parameters, differentiable inputs and what floats of them."""
+def differentiable(
+    unit: Unit, classes: Mapping[str, Unit] = MappingProxyType({})
+) -> dict[str, bool]:
+    """Which values carry a gradient: parameters, differentiable inputs and what floats of them.
+
+    classes: the units by name, where the body has calls (the root).
+    """
     learns = {name: name in unit.diff_inputs for name, _ in unit.inputs}
     learns |= {p.name: p.kind == "parameter" for p in unit.parameters}
     for node in unit.nodes:
-        through = any(learns[r] for r in node.inputs) and not node.attr("stop")
-        for ref, tensor in zip(node.refs(), node.outputs):
-            learns[ref] = through and tensor.dtype in FLOATS
+        through = (any(learns[r] for r in node.inputs),) * len(node.outputs)
+        if node.op == "call":
+            called = classes[str(node.attr("unit"))]
+            inside = differentiable(called)
+            through = tuple(inside[output] for output in called.outputs)
+        for ref, tensor, grad in zip(node.refs(), node.outputs, through):
+            learns[ref] = grad and tensor.dtype in FLOATS and not node.attr("stop")
     return learns
 
 
@@ -47,10 +59,14 @@ def _read_by_backward(unit: Unit, learns: dict[str, bool]) -> dict[str, None]:
     return wanted
 
 
-def saved_by_autograd(unit: Unit) -> tuple[str, ...]:
+def saved_by_autograd(
+    unit: Unit, classes: Mapping[str, Unit] = MappingProxyType({})
+) -> tuple[str, ...]:
     """What eager mode keeps: each storage once, parameters and buffers left out."""
     roots = storage_roots(unit)
-    found = dict.fromkeys(roots[r] for r in _read_by_backward(unit, differentiable(unit)))
+    found = dict.fromkeys(
+        roots[r] for r in _read_by_backward(unit, differentiable(unit, classes))
+    )
     return tuple(r for r in found if r not in unit.parameter_names)
 
 
@@ -101,14 +117,72 @@ def _add_node(flow, unit: Unit, node: Node, selective: bool) -> None:  # type: i
 
 
 def with_saved(graph: Graph) -> Graph:
-    """Fill in what every unit keeps, for each way of running it."""
+    """Fill in what every unit keeps, for each way of running it, each storage once.
 
-    def fill(unit: Unit) -> Unit:
-        return replace(
-            unit, saved=saved_by_autograd(unit), saved_fused=saved_by_cut(unit, selective=False),
-            saved_selective=saved_by_cut(unit, selective=True),
-        )  # fmt: skip
+    What a unit is given is kept by the unit that made it, if that keeps it too; by the root, if
+    it carries no gradient (rope, masks) or several units keep it; else by the unit itself. So
+    the sum over calls, and the root's, is the model's.
+    """
+    own = saved_by_autograd(graph.root, graph.unit_by_name)
+    ways: dict[str, Callable[[Unit], tuple[str, ...]]] = {
+        "saved": saved_by_autograd,
+        "saved_fused": partial(saved_by_cut, selective=False),
+        "saved_selective": partial(saved_by_cut, selective=True),
+    }
+    for way, rule_of in ways.items():
+        kept = {u.name: rule_of(u) for u in graph.units}
+        owned, by_root = _owners(graph, kept, own)
+        units = tuple(replace(u, **{way: owned[u.name]}) for u in graph.units)
+        graph = replace(graph, units=units, root=replace(graph.root, **{way: by_root}))
+    return graph
 
-    root = replace(graph.root, saved=saved_by_autograd(graph.root))
-    root = replace(root, saved_fused=root.saved, saved_selective=root.saved)
-    return replace(graph, units=tuple(fill(u) for u in graph.units), root=root)
+
+def _root_storages(graph: Graph) -> dict[str, str]:
+    """As `storage_roots` of the root, through the calls whose result is a view of an argument."""
+    roots = {name: name for name in graph.root.values}
+    for node in graph.root.nodes:
+        if node.op != "call":
+            for ref in node.refs() if rule(node).view else ():
+                roots[ref] = roots[node.inputs[0]]
+            continue
+        unit = graph.unit_by_name[str(node.attr("unit"))]
+        inside = storage_roots(unit)
+        given = {name: ref for (name, _), ref in zip(unit.inputs, node.inputs)}
+        for ref, output in zip(node.refs(), unit.outputs):
+            roots[ref] = roots[given[inside[output]]] if inside[output] in given else ref
+    return roots
+
+
+def _owners(
+    graph: Graph, kept: dict[str, tuple[str, ...]], own: tuple[str, ...]
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """(what each class keeps of its own, what the root keeps), given what each reads."""
+    roots = _root_storages(graph)
+    made: set[str] = set()
+    readers: dict[str, list[tuple[str, str, bool]]] = {}
+    for node, _, unit in graph.calls():
+        inside = storage_roots(unit)
+        made.update(
+            roots[ref]
+            for ref, output in zip(node.refs(), unit.outputs)
+            if inside[output] in kept[unit.name]
+        )
+        for (name, _tensor), ref in zip(unit.inputs, node.inputs):
+            if name in kept[unit.name]:
+                diff = name in unit.diff_inputs
+                readers.setdefault(roots[ref], []).append((unit.name, name, diff))
+    foreign: dict[tuple[str, str], bool] = {}
+    for store, found in readers.items():
+        shared = store in made or store in own or store in graph.root.parameter_names
+        for unit_name, name, diff in found:
+            elsewhere = shared or len(found) > 1 or not diff
+            foreign[unit_name, name] = foreign.get((unit_name, name), True) and elsewhere
+    by_root = dict.fromkeys(own)
+    for store, found in readers.items():
+        if store not in made and store not in graph.root.parameter_names:
+            by_root.update({store: None for unit, name, _ in found if foreign[unit, name]})
+    owned = {
+        unit: tuple(r for r in refs if not foreign.get((unit, r), False))
+        for unit, refs in kept.items()
+    }
+    return owned, tuple(by_root)

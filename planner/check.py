@@ -11,7 +11,7 @@ from cost_models.units import format_bytes, format_seconds
 from ir.errors import GateError, InfeasibleError, PlanError
 from ir.graph import Graph
 from planner.legality import inconsistent
-from planner.plan import Plan, Solver, constants_hash, load_cluster, recost
+from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +62,6 @@ def examine(plan: Plan, folder: Path) -> Checked:
         inputs=tuple(pair for pair in pairs if pair[1] != pair[2]),
         stale=found != (plan.step_time_us, plan.peak_memory_bytes),
     )
-
-
-def step_time_us(estimate: Estimate) -> int:
-    """The step as a plan stores it: whole microseconds, rounded half up."""
-    return (estimate.step_time_ps + 500_000) // 1_000_000
 
 
 def require_fit(checked: Checked) -> None:

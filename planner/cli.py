@@ -100,6 +100,8 @@ def trace(
 
     if as_json and output == "-":
         raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
+    if not Path(output).parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
     load_hardware(hardware)
     options = TraceOptions(
         model=model,

@@ -211,9 +211,9 @@ VOCABULARY = (
     Key(name="zero", words="0 1 2 3", parse=_zero,
         meaning="sharded over data ranks: nothing, optimizer, + gradients, + parameters"),
     Key(name="shard", words="n", parse=_degree,
-        meaning="ranks that share a shard (HSDP replicates across)", default="dp*cp"),
+        meaning="ranks that share a shard; HSDP replicates across them", default="dp*cp"),
     Key(name="reshard", words="on off", parse=_switch,
-        meaning="parameters gathered again in backward (off under pp)"),
+        meaning="parameters gathered again in backward; off under pp"),
     Key(name="micro_batch", words="n", parse=_degree, meaning="samples a rank runs at once"),
     Key(name="microbatches", words="n", parse=_degree, meaning="micro-batches a step",
         default="global batch / (dp*micro_batch)"),
@@ -289,9 +289,9 @@ def summarise_recompute(decisions: Decisions) -> Recompute:
             short = Recompute(full=(full,), selective=(selective,))
             if short.counts(stages) == (rows or ((0, 0),) * len(stages)):
                 return short
-    full, selective = zip(*rows)
+    fulls, selectives = tuple(f for f, _ in rows), tuple(s for _, s in rows)
     return Recompute(
-        full=full if any(full) else (0,), selective=selective if any(selective) else (0,)
+        full=fulls if any(fulls) else (0,), selective=selectives if any(selectives) else (0,)
     )
 
 

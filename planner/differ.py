@@ -14,11 +14,11 @@ from typing import Any
 from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import GateError, UsageError
 from ir.graph import Graph
-from planner.check import Checked, step_time_us
+from planner.check import Checked
 from planner.decisions import VOCABULARY, decisions_json, summarise_recompute
 from planner.names import expand_text, fold_text
 from planner.placements import placements
-from planner.plan import Plan
+from planner.plan import Plan, step_time_us
 from planner.plan_text import recompute_records, stage_records
 
 SCHEMA = "diff/1"

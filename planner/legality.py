@@ -1,8 +1,9 @@
 """What may be combined with what: one table, for pins and for whole plans alike.
 
 A rule looks at a `Case`, in which None is undecided, so that the same rule refuses two pins that
-contradict each other and a candidate of the search. Sources: formulas 5 (schedules in the pinned
-torch), torch_notes 2.1d (recomputation under a split backward), each engine's documentation.
+contradict each other and a candidate of the search. What an engine can run is `engines.toml`'s.
+Sources: formulas 5 (schedules in the pinned torch), torch_notes 2.1d (recomputation under a split
+backward).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.engines import load_engine
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
 from ir.errors import UsageError
 from planner.decisions import Pins
@@ -70,10 +72,17 @@ RULES = (
         fix="recompute=none, or schedule=1f1b or interleaved",
     ),
     Rule(
+        keys=("schedule",),
+        refused=lambda c: c.pp != 1
+        and c.schedule not in (None, *load_engine(c.engine).schedules),
+        reason="the engine does not run that schedule",
+        fix="schedule=1f1b, or another --engine",
+    ),
+    Rule(
         keys=("schedule", "compile"),
-        refused=lambda c: c.schedule in SPLIT_BACKWARD and bool(c.compile)
-        and c.engine != "megatron",
-        reason="the runtimes of zbh1, zbv and dualpipev in torch cannot run compiled stages",
+        refused=lambda c: c.pp != 1 and bool(c.compile)
+        and c.schedule not in (None, *load_engine(c.engine).compiled_schedules),
+        reason="the engine cannot run compiled stages where backward is split in two",
         fix="compile=off, or schedule=1f1b or interleaved",
     ),
     Rule(
@@ -139,16 +148,10 @@ RULES = (
     ),
     Rule(
         keys=("pp", "zero"),
-        refused=lambda c: c.engine == "deepspeed" and (c.pp or 1) > 1 and (c.zero or 0) > 1,
-        reason="DeepSpeed's pipeline runs with ZeRO 0 and 1 alone",
+        refused=lambda c: (c.pp or 1) > 1
+        and c.zero not in (None, *load_engine(c.engine).pp_zero),
+        reason="the engine does not combine that ZeRO stage with a pipeline",
         fix="zero=1, or pp=1",
-    ),
-    Rule(
-        keys=("pp", "schedule"),
-        refused=lambda c: c.engine == "deepspeed" and (c.pp or 1) > 1
-        and c.schedule not in (None, "1f1b"),
-        reason="DeepSpeed's pipeline runs 1F1B alone",
-        fix="schedule=1f1b, or another --engine",
     ),
     Rule(
         keys=("cp", "cp_kind"),

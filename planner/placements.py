@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from cost_models.chain import AFTER, chain_of
 from cost_models.sharding import Edge, Sharding
@@ -42,16 +41,17 @@ def parameter_rules(shardings: Mapping[str, Sharding], graph: Graph) -> list[dic
 
 
 def edge_rules(shardings: Mapping[str, Sharding], graph: Graph) -> list[dict[str, str]]:
-    """Rules of what changes placement where, both directions."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Rules of what changes placement where, both directions; `:in` and `:out` apart."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for path, unit in instances(graph):
         sharding = shardings.get(unit.name, Sharding())
         for edge in _ordered(sharding.edges, unit):
-            change = ("->".join(edge.forward), "->".join(edge.backward))
+            port = edge.at.rpartition(":")[2] if ":" in edge.at else ""
+            change = ("->".join(edge.forward), "->".join(edge.backward), port)
             groups.setdefault(change, []).append(_full_edge(path, edge.at))
     return [
         {"at": pattern, "forward": forward, "backward": backward}
-        for (forward, backward), names in groups.items()
+        for (forward, backward, _), names in groups.items()
         for pattern in fold(list(dict.fromkeys(names)))
     ]
 
@@ -148,7 +148,7 @@ def _changes(rules: list[dict[str, str]], graph: Graph) -> dict[str, tuple[Edge,
 
 def _unit_of(name: str, paths: set[str]) -> str:
     """The longest module path that `name` lies under. Raises PlanError where there is none."""
-    path = name.rpartition(":")[0]
+    path = name.partition(":")[0]
     while path and path not in paths:
         path = path.rpartition(".")[0]
     if not path:
@@ -165,17 +165,18 @@ def _change(rule: dict[str, str], key: str) -> tuple[str, str]:
 
 
 def _ordered(edges: Iterable[Edge], unit: Unit) -> tuple[Edge, ...]:
-    """Edges in the order the unit runs, `:in` before `:out`."""
-    order = {}
+    """Edges in the order the unit runs: by the first operation of a module, `:in` first."""
+    order: dict[str, int] = {}
     for index, node in enumerate(unit.nodes):
+        order[node.name] = index
         module = node.module
-        while module not in order:
-            order[module] = index
+        while module:
+            order.setdefault(module, index)
             module = module.rpartition(".")[0]
 
-    def key(edge: Edge) -> tuple[Any, ...]:
-        module, _, port = edge.at.rpartition(":")
-        return order.get(module, len(order)), -module.count("."), port, module
+    def key(edge: Edge) -> tuple[int, int, str]:
+        place = edge.at.partition(":")[0].partition("[")[0]
+        return order.get(place, len(order)), place.count("."), edge.at
 
     return tuple(sorted(edges, key=key))
 

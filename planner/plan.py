@@ -102,6 +102,39 @@ def constants_hash(cluster: Cluster) -> str:
     return load_constants(cluster.device.constants).digest
 
 
+def step_time_us(estimate: Estimate) -> int:
+    """The step as a plan stores it: whole microseconds, rounded half up."""
+    return (estimate.step_time_ps + 500_000) // 1_000_000
+
+
+def make_plan(
+    graph: Graph,
+    spec: str,
+    cluster: Cluster,
+    workload: Workload,
+    decisions: Decisions,
+    shardings: Mapping[str, Sharding],
+    estimate: Estimate,
+    solver: Solver,
+) -> Plan:
+    """The plan of these decisions under the hashes of today's inputs. spec: as `--hardware`."""
+    from ir.text import format_graph, graph_hash
+
+    return Plan(
+        graph=graph,
+        graph_hash=graph_hash(format_graph(graph)),
+        hardware=hardware_name(spec),
+        hardware_hash=cluster.digest,
+        constants_hash=constants_hash(cluster),
+        workload=workload,
+        decisions=decisions,
+        shardings=tuple(shardings.items()) if decisions.tp > 1 else (),
+        step_time_us=step_time_us(estimate),
+        peak_memory_bytes=estimate.peak_memory_bytes,
+        solver=solver,
+    )
+
+
 def recost(plan: Plan, cluster: Cluster) -> Estimate:
     """Estimate the plan's decisions with today's hardware data and constants."""
     from cost_models.estimate import estimate

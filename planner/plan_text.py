@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.engines import engine_names
 from cost_models.schedule import rank_of
 from ir.errors import PlanError
 from ir.graph import Graph
@@ -20,6 +21,7 @@ from planner.legality import illegal, inconsistent
 from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
 from planner.plan import PLANNER_VERSION, Plan, Solver
+from planner.workload import OPTIMIZERS, PRECISIONS
 
 SCHEMA = "plan/1"
 MODES = ("full", "selective", "none")
@@ -127,6 +129,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
     hardware, _, digest = _typed(inputs, "hardware", str, "inputs.").rpartition(" ")
     workload = _record(raw, "workload", Workload)
+    _check_workload(workload)
     stages = _stages(raw, graph)
     decisions = decisions_from_json(
         _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
@@ -296,6 +299,15 @@ def _recompute(
         rows.append((found.count(0), found.count(1)))
         start += total
     return tuple(rows)
+
+
+def _check_workload(workload: Workload) -> None:
+    words = {"task": ("train",), "engine": engine_names(), "precision": PRECISIONS,
+             "optimizer": OPTIMIZERS}  # fmt: skip
+    for key, known in words.items():
+        if getattr(workload, key) not in known:
+            raise PlanError(f"workload.{key} is {getattr(workload, key)!r}",
+                            why=f"expected one of {' '.join(known)}")  # fmt: skip
 
 
 def _check_decisions(decisions: Decisions, workload: Workload, raw: dict[str, Any]) -> None:

@@ -87,20 +87,11 @@ def summary(
 
     notes: lines to print first, such as the defaults used or that the estimate is stale.
     """
-    return "\n".join(
-        [
-            *(_cut(note) for note in notes),
-            *_head(plan),
-            "",
-            *_stages(plan),
-            "",
-            *_memory(estimate),
-            "",
-            *_time(estimate),
-            "",
-            *_verdict(plan, estimate, baselines),
-        ]
-    )
+    parts = (
+        _stages(plan), _memory(estimate), _time(estimate), _verdict(plan, estimate, baselines)
+    )  # fmt: skip
+    lines = [*notes, *_head(plan), *(line for part in parts for line in ("", *part))]
+    return "\n".join(map(_cut, lines))
 
 
 def _head(plan: Plan) -> list[str]:
@@ -146,7 +137,7 @@ def _stages(plan: Plan) -> list[str]:
         half = (MOST_STAGES - 1) // 2
         middle = f"... {left} stages more (plan show --stage N)"
         rows = [*rows[: half + 1], middle, *rows[-half:]]
-    return [_cut(row) for row in rows]
+    return rows
 
 
 def _memory(e: Estimate) -> list[str]:
@@ -264,11 +255,11 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return _cut(f"  {name:10}{text}")
+    return f"  {name:10}{text}"
 
 
 def _bar(name: str, amount: str, share: float) -> str:
-    return f"  {name:14}{amount:>10}  {'#' * round(share * BAR):{BAR}}{share:>5.0%}"
+    return f"  {name:14}{amount:>10}  {'#' * round(min(share, 1) * BAR):{BAR}}{share:>5.0%}"
 
 
 def _pack(words: Sequence[str], between: str) -> list[str]:

@@ -136,15 +136,6 @@ def _level(pair: Pair, place: int) -> int:
     return 2 if place < pair[0] else 1 if place < pair[0] + pair[1] else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """A choice, weighed: step and bytes per rank; feasible where every rank fits."""
-
-    step_ps: int
-    peak_bytes: tuple[int, ...]
-    feasible: bool
-
-
 def starts_of(stages: Sequence[int]) -> list[int]:
     """The first layer of each stage."""
     starts = [0]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from math import gcd, prod
 
 from cost_models.decisions import Workload
+from cost_models.engines import load_engine
 from cost_models.hardware import Cluster
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
 
-ENGINES = ("native", "native-compiled", "torchtitan", "megatron", "deepspeed")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw8bit", "muon")
 LONGEST_DEFAULT_TOKENS = 8192  # cli.md: the model's maximum, at most this
@@ -42,7 +42,7 @@ def resolve(
     if asked.task != "train":
         raise UsageError(f"--task {asked.task} is not planned by this version",
                          why="it plans --task train")  # fmt: skip
-    _one_of("--engine", asked.engine, ENGINES)
+    load_engine(asked.engine)
     _one_of("--optimizer", asked.optimizer, OPTIMIZERS)
     precision, precision_note = _precision(asked, cluster)
     seq_len, seq_notes = _seq_len(graph, asked)

@@ -12,19 +12,20 @@ from toy_plan import DECISIONS, toy_estimate, toy_graph, toy_plan
 
 from cost_models.hardware import load_hardware
 from planner import cli, console
-from planner.check import step_time_us
 from planner.options import Baseline, TraceResult
-from planner.plan import constants_hash, load
+from planner.plan import load, make_plan
 from planner.plan_text import to_text
 
 CLUSTER = load_hardware("h100x8")
 
 
-def fresh_plan(**changes):
+def fresh_plan(hardware="h100x8", **changes):
     """The toy plan as it would be written today."""
-    plan = toy_plan(hardware_hash=CLUSTER.digest, constants_hash=constants_hash(CLUSTER), **changes)
-    e = toy_estimate(plan.graph, CLUSTER, plan.workload, plan.decisions, {})
-    return replace(plan, step_time_us=step_time_us(e), peak_memory_bytes=e.peak_memory_bytes)
+    p = toy_plan(**changes)
+    e = toy_estimate(p.graph, CLUSTER, p.workload, p.decisions, {})
+    return make_plan(
+        p.graph, hardware, CLUSTER, p.workload, p.decisions, p.sharding_by_unit, e, p.solver
+    )
 
 
 @pytest.fixture
@@ -105,6 +106,7 @@ def test_interrupted_keeps_the_plan(plan, search):
         (["trace", "m.py", "--hardware", "h100x8", "--arg", "x"], 64, "--arg x is no argument"),
         (["trace", "m.py", "--hardware", "h100x8", "--json", "-o", "-"], 64, "both want stdout"),
         (["trace", "m.py", "--hardware", "h100x8", "--seq-len", "x"], 64, "--seq-len"),
+        (["trace", "m.py", "--hardware", "h100x8", "-o", "no/p.json"], 64, "no folder no"),
         (["trace", "m.py"], 64, "--hardware"),
         (["trace"], 64, "MODEL"),
         (["nothing"], 64, "no such command"),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from toy_plan import DECISIONS, WORKLOAD, toy_graph
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.engines import engine_names
+from cost_models.engines import engine_names, load_engine
 from cost_models.hardware import load_hardware
+from cost_models.schedule import SCHEDULES
 from ir.errors import UsageError
 from planner.decisions import (
     ALL_LAYERS,
@@ -23,7 +24,7 @@ from planner.decisions import (
     summarise_recompute,
 )
 from planner.legality import check_pins, illegal, inconsistent
-from planner.workload import ENGINES, Asked, resolve
+from planner.workload import Asked, resolve
 
 H100 = load_hardware("h100x64")
 
@@ -112,11 +113,24 @@ def test_sequence_that_cp_does_not_divide():
             check_pins(parse_pins([pin, "cp_kind=ring"]), workload, gpus=64)
 
 
-def test_megatron_runs_split_backward_as_it_likes():
-    decisions = replace(DECISIONS, schedule="zbh1", compile=True, recompute=())
-    assert illegal(decisions, WORKLOAD) is not None
-    assert illegal(decisions, replace(WORKLOAD, engine="megatron")) is None
-    assert illegal(replace(decisions, compile=False), WORKLOAD) is None
+@pytest.mark.parametrize("engine", engine_names())
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_are_the_engines(engine, schedule):
+    most = {"interleaved": 2, "zbv": 2, "dualpipev": 2}.get(schedule, 1)
+    workload = replace(WORKLOAD, engine=engine)
+    decisions = replace(DECISIONS, schedule=schedule, virtual_stages=most, zero=1, recompute=())
+    row = load_engine(engine)
+    eager = illegal(replace(decisions, compile=False), workload)
+    compiled = illegal(replace(decisions, compile=True), workload)
+    assert (eager is None) == (schedule in row.schedules)
+    assert (compiled is None) == (schedule in row.schedules and schedule in row.compiled_schedules)
+
+
+def test_zero_under_a_pipeline_is_the_engines():
+    workload = replace(WORKLOAD, engine="megatron")
+    assert illegal(replace(DECISIONS, zero=1), workload) is None
+    assert "ZeRO stage" in illegal(replace(DECISIONS, zero=3), workload)
+    assert illegal(replace(DECISIONS, zero=3), WORKLOAD) is None
 
 
 def test_whole_decisions_pin_themselves_without_contradiction():
@@ -205,7 +219,3 @@ def test_precision():
 def test_bad_words_are_usage_errors(asked):
     with pytest.raises(UsageError):
         resolve(toy_graph(), H100, asked, Pins())
-
-
-def test_engines_are_those_of_the_table():
-    assert set(ENGINES) == set(engine_names())

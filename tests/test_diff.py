@@ -10,8 +10,9 @@ from cost_models.hardware import load_hardware
 from cost_models.sharding import Sharding
 from ir.errors import GateError, UsageError
 from ir.text import format_graph, graph_hash
-from planner.check import Checked, step_time_us
+from planner.check import Checked
 from planner.differ import diff, diff_json, diff_text, gate
+from planner.plan import step_time_us
 
 GOLDEN = Path(__file__).parent / "golden"
 CLUSTER = load_hardware("h100x8")

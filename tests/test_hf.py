@@ -67,7 +67,6 @@ SMALL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-NO_STATE = {"return_last_states": False}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
 
 
@@ -168,7 +167,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rwkv": ({"attention_hidden_size": 64}, ("wkv",)),
     "minimax": ({**EXPERTS, "head_dim": 16, "block_size": 8}, ("linear_attention",)),
     "recurrent_gemma": ({"num_hidden_layers": 3, "lru_width": 64}, ("linear_scan",)),
-    "xlstm": ({"num_heads": 4, "mode": "train", "chunk_size": 8, **NO_STATE}, ("mlstm",)),
+    "xlstm": ({"num_heads": 4, "chunk_size": 8, "autocast_kernel_dtype": "float32"}, ("mlstm",)),
     "dbrx": (
         {
             "d_model": 64,

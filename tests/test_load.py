@@ -195,10 +195,40 @@ def test_the_key_follows_what_the_graph_depends_on(tmp_path: Path) -> None:
 
 def test_the_key_needs_no_torch(tmp_path: Path) -> None:
     write(tmp_path, json.dumps({"model_type": "llama"}), "config.json")
+    specs = [str(tmp_path), write(tmp_path, LINEAR)]
     code = (
         "import sys\nfrom ir.capture.load import source_key\n"
-        f"print(source_key({str(tmp_path)!r}, {{}}), source_key({write(tmp_path, LINEAR)!r}, {{}}))\n"
+        f"print([source_key(spec, {{}}) for spec in {specs!r}])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+
+
+def test_a_hugging_face_model_in_a_file_is_adapted(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    text = """
+from transformers import LlamaConfig, LlamaForCausalLM
+def build(layers: int = 2):
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=layers, vocab_size=128))
+"""
+    source = loads(tmp_path, text, layers="3")
+    with source.tracing():
+        program = torch.export.export(source.model, (), source.inputs(2, 64), strict=False)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("meshwright.attention.default") == 3
+    assert source.max_seq_len == source.model.config.max_position_embeddings
+
+
+def test_classes_and_exits(tmp_path: Path) -> None:
+    text = "import sys\nfrom torch import nn\nclass Model(nn.Linear):\n    "
+    text += "def __init__(self, n: int = 2, gain: 'float | None' = None):\n        "
+    text += "super().__init__(n, n)\n        self.gain = gain\n"
+    spec = write(tmp_path, text) + ":Model"
+    assert (load(spec, {"gain": "2"}).model.gain, load(spec, {"gain": "none"}).model.gain) == (
+        2.0,
+        None,
+    )
+    assert "SystemExit" in fails(write(tmp_path, "import sys\nsys.exit(3)\n")).why

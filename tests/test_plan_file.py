@@ -1,7 +1,9 @@
 """The plan file: the same bytes back, every fault told, never half-written."""
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +109,7 @@ FAULTS = {
     "wrong type": (lambda r: r["decisions"].update(tp="2"), "decisions.tp is '2'"),
     "boolean number": (lambda r: r["decisions"].update(tp=True), "decisions.tp is True"),
     "bad word": (lambda r: r["decisions"].update(schedule="2f2b"), "decisions.schedule is '2f2b'"),
+    "unknown engine": (lambda r: r["workload"].update(engine="x"), "workload.engine is 'x'"),
     "batch": (lambda r: r["workload"].update(global_batch=17), "global_batch 17"),
     "experts": (lambda r: r["decisions"].update(ep=3), "ep*etp = 3 does not divide"),
     "illegal": (lambda r: r["decisions"].update(reshard=True), "gathers its parameters once"),
@@ -192,6 +195,21 @@ def test_load_from_a_revision(tmp_path, monkeypatch):
     assert to_text(load("HEAD:plan.json")) == to_text(toy_plan())
     with pytest.raises(PlanError, match="cannot read NONE:plan"):
         load("NONE:plan.json")
+
+
+def test_the_same_bytes_under_any_hash_seed():
+    script = (
+        "from toy_plan import toy_plan; from planner.plan_text import to_text;"
+        "print(to_text(toy_plan()))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ).stdout
+        for seed in ("0", "1", "2")
+    }  # fmt: skip
+    assert texts == {to_text(toy_plan()) + "\n"}
 
 
 def test_hardware_name_is_never_absolute(tmp_path, monkeypatch):

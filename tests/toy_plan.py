@@ -50,9 +50,11 @@ SHARDED = Sharding(
     ),
     edges=(
         Edge(at="self_attn:in", forward=("S(1)", "R"), backward=("P", "S(1)")),
+        Edge(at="self_attn.o_proj/linear[0]", forward=("R", "S(2)"), backward=("S(2)", "R")),
         Edge(at="self_attn.o_proj:out", forward=("P", "S(1)"), backward=("S(1)", "R")),
         Edge(at="mlp:in", forward=("S(1)", "R"), backward=("P", "S(1)")),
         Edge(at="mlp.down_proj:out", forward=("P", "S(1)"), backward=("S(1)", "R")),
+        Edge(at="return[0]", forward=("S(1)", "R"), backward=("R", "S(1)")),
     ),
 )
 

@@ -32,7 +32,9 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
             precision=precision, fold=fold, where=source.name,
         )  # fmt: skip
     graph = with_saved(mark_routes(lower(found, source.model, source.name)))
+    called = {path for _, path, _ in graph.calls()}
     return replace(
         graph, notes=source.notes, max_seq_len=source.max_seq_len,
-        seq_in_input=source.seq_in_input, layers=found.folding.layers,
+        seq_in_input=source.seq_in_input,
+        layers=tuple(path for path in found.folding.layers if path in called),
     )  # fmt: skip

@@ -33,6 +33,7 @@ class Body:
     diff: dict[str, bool] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     made: dict[str, Node] = field(default_factory=dict)
+    constants: dict[fx.Node, str] = field(default_factory=dict)
 
     def unique(self, stem: str) -> str:
         """A name not given before: stem, stem_1, stem_2, ..."""
@@ -50,6 +51,13 @@ class Body:
         self.parameters[parameter.name] = parameter
         self.values[parameter.name] = parameter.tensor
         self.diff[parameter.name] = parameter.kind == "parameter"
+
+    def constant(self, node: fx.Node, tensor: Tensor) -> str:
+        """A tensor that the forward makes from Python values: a buffer of who reads it."""
+        if node not in self.constants:
+            self.constants[node] = self.unique("constant")
+            self.own(Parameter(name=self.constants[node], tensor=tensor, kind="buffer"))
+        return self.constants[node]
 
     def add(self, node: Node, learns: tuple[bool, ...]) -> None:
         """One more node; learns: which of its outputs carry a gradient."""

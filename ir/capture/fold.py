@@ -12,12 +12,16 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ir.capture.index_probe import probe
+
+_TENSOR = object()  # where a unit's outputs have a tensor
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -49,46 +53,14 @@ def _(xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str) -> 
     return [torch.empty_like(x) for x in like]
 
 
-class IndexProbe(int):
-    """A layer's own index, standing in while its representative is traced.
-
-    Comparing it, or computing with it, means that the forward may branch on its position, so
-    layers that differ in it alone are not alike; reading it as an index of a list counts too.
-    """
-
-    touched: set[str]
-    where: str
-
-    def _note(self) -> None:
-        self.touched.add(self.where)
-
-
-def _probing(name: str) -> Callable[..., Any]:
-    def method(self: IndexProbe, *args: Any) -> Any:
-        self._note()
-        return getattr(int, name)(self, *args)
-
-    return method
-
-
-for _name in (
-    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__radd__", "__sub__",
-    "__rsub__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__floordiv__", "__truediv__",
-    "__index__", "__bool__", "__float__", "__int__", "__neg__", "__and__", "__pow__",
-):  # fmt: skip
-    setattr(IndexProbe, _name, _probing(_name))
-IndexProbe.__hash__ = int.__hash__  # type: ignore[method-assign]
-
-
 @dataclass(kw_only=True)
 class Folding:
-    """What the patched forwards found: unit paths in tree order, the layers among them, and the
-    classes that branch on their index."""
+    """What the patched forwards found: paths of the layers in tree order, the classes that branch
+    on their index, and each traced class's outputs: tensors, where they go, and the structure."""
 
-    units: dict[str, nn.Module]
     layers: tuple[str, ...]
     touched: set[str] = field(default_factory=set)
-    outputs: dict[str, tuple[list[torch.Tensor], Any]] = field(default_factory=dict)
+    outputs: dict[str, tuple[list[torch.Tensor], list[Any], Any]] = field(default_factory=dict)
 
 
 def find_units(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
@@ -99,9 +71,13 @@ def find_units(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]
     """
     units: dict[str, nn.Module] = {}
     layers: list[str] = []
+    seen: set[int] = set()
 
     def walk(module: nn.Module, prefix: str, in_container: bool) -> None:
         for name, child in module.named_children():
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
             path = f"{prefix}{name}"
             container = isinstance(child, _CONTAINERS)
             composite = next(child.children(), None) is not None
@@ -163,12 +139,13 @@ def _int_attrs(module: nn.Module) -> Iterator[tuple[str, str, int]]:
 
 
 def index_attributes(siblings: list[nn.Module]) -> set[tuple[str, str]]:
-    """Int attributes that equal each sibling's position: those that name a layer, not shape it."""
-    common: set[tuple[str, str]] | None = None
+    """Int attributes that equal the position of every sibling that has them, two or more: those
+    that name a layer, not shape it."""
+    found: dict[tuple[str, str], list[bool]] = {}
     for position, module in enumerate(siblings):
-        here = {(p, n) for p, n, v in _int_attrs(module) if v == position}
-        common = here if common is None else common & here
-    return common or set() if len(siblings) > 1 else set()
+        for path, name, value in _int_attrs(module):
+            found.setdefault((path, name), []).append(value == position)
+    return {key for key, equal in found.items() if len(equal) > 1 and all(equal)}
 
 
 def signature(module: nn.Module, skip: set[tuple[str, str]], path: str = "") -> str:
@@ -221,75 +198,60 @@ def _call_key(key: str, spec: Any, flat: list[Any]) -> str:
     return hashlib.sha256("\n".join([key, str(spec), *words]).encode()).hexdigest()[:16]
 
 
+def _patched(
+    state: Folding, path: str, key: str, original: Callable[..., Any], fold: bool
+) -> Callable[..., Any]:
+    """A unit's forward while it is traced: between markers, or one call of a class traced before.
+
+    fold=False: every instance is traced, as a class of its own.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = list({id(x): x for x in flat if isinstance(x, torch.Tensor)}.values())
+        name = _call_key(key, spec, flat) if fold else f"{len(state.outputs)}@{path}"
+        if name in state.outputs:
+            like, template, tree = state.outputs[name]
+            at = iter(torch.ops.meshwright_fold.call(tensors, like, path, name))
+            return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
+        fresh = dict(zip(map(id, tensors), torch.ops.meshwright_fold.enter(tensors, path, name)))
+        inside, inside_kwargs = pytree.tree_unflatten([fresh.get(id(x), x) for x in flat], spec)
+        leaves, tree = pytree.tree_flatten(original(*inside, **inside_kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+        results = torch.ops.meshwright_fold.leave([leaves[i] for i in places], path, name)
+        template = [_TENSOR if i in places else x for i, x in enumerate(leaves)]
+        state.outputs[name] = (list(results), template, tree)
+        at = iter(results)
+        return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
+
+    return forward
+
+
 @contextmanager
 def folded(model: nn.Module, *, fold: bool, split: set[str]) -> Iterator[Folding]:
     """Patch unit forwards for one trace; `split` holds class keys not to be merged by index."""
     units, layers = find_units(model)
     keys, skips = _class_keys(units, layers, split)
-    state = Folding(units=units, layers=layers)
+    state = Folding(layers=layers)
     undo: list[Callable[[], None]] = []
     probed: set[str] = set()
-
-    def patch(path: str, module: nn.Module) -> None:
-        original = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            flat, spec = pytree.tree_flatten((args, kwargs))
-            tensors = list({id(x): x for x in flat if isinstance(x, torch.Tensor)}.values())
-            key = _call_key(keys[path], spec, flat)
-            if fold and key in state.outputs:
-                like, out_spec = state.outputs[key]
-                at = iter(torch.ops.meshwright_fold.call(tensors, like, path, key))
-                leaves = [next(at) if x is None else x for x in out_spec[0]]
-                return pytree.tree_unflatten(leaves, out_spec[1])
-            fresh = dict(zip(map(id, tensors), torch.ops.meshwright_fold.enter(tensors, path, key)))
-            inner = [fresh.get(id(x), x) for x in flat]
-            inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
-            out = original(*inner_args, **inner_kwargs)
-            leaves, out_tree = pytree.tree_flatten(out)
-            places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
-            results = torch.ops.meshwright_fold.leave([leaves[i] for i in places], path, key)
-            for i, x in zip(places, results):
-                leaves[i] = x
-            template = [None if i in places else x for i, x in enumerate(leaves)]
-            state.outputs[key] = (list(results), (template, out_tree))
-            return pytree.tree_unflatten(leaves, out_tree)
-
-        had = "forward" in vars(module)
-        previous = vars(module).get("forward")
-        module.forward = forward  # type: ignore[method-assign]
-        undo.append(
-            lambda: (
-                vars(module).__setitem__("forward", previous)
-                if had
-                else vars(module).__delitem__("forward")
-            )
-        )
-        if fold and keys[path] not in probed:
-            probed.add(keys[path])
-            _probe(module, keys[path], skips.get(path, set()), state.touched, undo)
-
     try:
         for path, module in units.items():
-            patch(path, module)
+            key, own = keys[path], vars(module).get("forward")
+            undo.append(partial(_restore, module, own))
+            module.forward = _patched(state, path, key, module.forward, fold)  # type: ignore[method-assign]
+            if fold and key not in probed:
+                probed.add(key)
+                probe(module, key, skips.get(path, set()), state.touched, undo)
         yield state
     finally:
         for step in reversed(undo):
             step()
 
 
-def _probe(
-    module: nn.Module,
-    key: str,
-    attributes: set[tuple[str, str]],
-    touched: set[str],
-    undo: list[Callable[[], None]],
-) -> None:
-    """Stand IndexProbes in for a representative's index attributes."""
-    modules = dict(module.named_modules())
-    for path, name in sorted(attributes):
-        owner, value = modules[path], vars(modules[path])[name]
-        probe = IndexProbe(value)
-        probe.touched, probe.where = touched, key
-        vars(owner)[name] = probe
-        undo.append(lambda owner=owner, name=name, value=value: vars(owner).update({name: value}))  # type: ignore[misc]
+def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    """Give a module the forward it had: its own, or its class's."""
+    if own is None:
+        del module.forward
+    else:
+        module.forward = own  # type: ignore[method-assign]

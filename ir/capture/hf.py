@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -81,7 +82,7 @@ def adapt(model: nn.Module) -> tuple[_Tracing, tuple[str, ...]]:
         module.config._attn_implementation = kind
         own = not kind.startswith(hf_patches.NAME)
         if own and any("Attention" in name for name in _classes(module)):
-            notes.append(f"attention as {type(module).config_class.model_type} spells it: {kind}")
+            notes.append(f"attention as {module.config.model_type} spells it: {kind}")
         module.config._experts_implementation = hf_patches.NAME
 
     @contextlib.contextmanager
@@ -114,11 +115,9 @@ def _without_cache(config: Any) -> None:
 @contextlib.contextmanager
 def _without_init() -> Iterator[None]:
     """Skip filling parameters that have no memory."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        from transformers.modeling_utils import no_init_weights
-    with no_init_weights():
+    from transformers import initialization
+
+    with initialization.no_init_weights():
         yield
 
 
@@ -126,7 +125,7 @@ def _without_init() -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """No advice about kernels that are not installed: nothing runs here."""
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -231,7 +231,7 @@ def _users_code(path: Path, what: str) -> Iterator[None]:
             yield
     except PlanError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = "".join(traceback.format_exception_only(error)).strip()
         raise PlanError(what, where=_line_of(error, path), why=cause) from error
     finally:
@@ -239,7 +239,7 @@ def _users_code(path: Path, what: str) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """`file:line` of the innermost frame in the user's folder, else the file."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}"
@@ -287,7 +287,8 @@ def _arguments(build: Callable[..., Any], args: Mapping[str, str], where: str) -
     except (TypeError, ValueError):
         return dict(args)
     try:
-        hints = typing.get_type_hints(build)
+        annotated: Any = vars(build).get("__init__") if isinstance(build, type) else build
+        hints = typing.get_type_hints(annotated)
     except (NameError, TypeError):
         hints = {}
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -110,10 +110,7 @@ class Lowering:
             elif a.name in owned:
                 self.env[a] = (None, ("parameter", owned[a.name].removeprefix(PREFIX)))
             elif a.name in constants:
-                name = f"constant.{constants[a.name]}"
-                tensor = self.tensor(value, b.meta["val"], a.name)
-                self.root.own(Parameter(name=name, tensor=tensor, kind="buffer"))
-                self.env[a] = (self.root, name)
+                self.env[a] = (None, self.tensor(value, b.meta["val"], a.name))
             else:
                 self.root.take(a.name, self.tensor(value, b.meta["val"], a.name), False)
                 self.env[a] = (self.root, a.name)
@@ -125,6 +122,8 @@ class Lowering:
         owner, value = self.env[node]
         if isinstance(value, tuple) and value and value[0] == "parameter":
             return self._parameter(node, value[1])
+        if isinstance(value, Tensor):
+            return self.body.constant(node, value)
         if owner is None or owner is self.body or value is None:
             return value
         return self._outer(node, owner, value)
@@ -196,12 +195,8 @@ class Lowering:
 
     def _constant(self, node: fx.Node, program: fx.GraphModule) -> None:
         value = attribute(program, node)
-        tensor = Tensor(
-            shape=tuple(dim(int(d)) for d in value.shape), dtype=DTYPES[value.dtype]
-        )
-        name = f"constant.{node.target}"
-        self.root.own(Parameter(name=name, tensor=tensor, kind="buffer"))
-        self.env[node] = (self.root, name)
+        shape = tuple(dim(int(d)) for d in value.shape)
+        self.env[node] = (None, Tensor(shape=shape, dtype=DTYPES[value.dtype]))
 
     def _call(self, a: fx.Node, b: fx.Node, first: fx.GraphModule, second: fx.GraphModule) -> None:
         name = getattr(a.target, "__name__", str(a.target))
@@ -372,7 +367,10 @@ def _merge(
         key = str(node.attr("unit"))
         if node.op != "call" or key in renamed:
             continue
-        text = "\n".join(format_unit(replace(classes[key], name="_")))
+        body = replace(
+            classes[key], name="_", nodes=tuple(replace(n, source="") for n in classes[key].nodes)
+        )
+        text = "\n".join(format_unit(body))
         if text not in by_text:
             by_text[text] = f"u{len(units)}"
             units.append(replace(classes[key], name=by_text[text]))

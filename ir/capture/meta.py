@@ -26,8 +26,10 @@ class _LargeOnMeta(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FILLS and args[0].is_meta:
-            return args[0]
+        if func in _FILLS or getattr(func, "__module__", "") == nn.init.__name__:
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
         if (
             func in _CREATORS
             and kwargs.get("device") is None
@@ -57,7 +59,7 @@ def parameters_on_meta() -> Iterator[None]:
             param = moved.setdefault(id(param), (param, _stand_in(param)))[1]
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         with _LargeOnMeta():
             yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ir.graph import Graph, Node, Unit
+from ir.graph import Graph, Unit
 
 _GATHERS = ("index", "gather")
 _SCATTERS = ("index_add", "index_put", "scatter", "index")
@@ -58,6 +58,3 @@ def _downstream(unit: Unit, start: set[str]) -> set[str]:
         if any(r.partition(":")[0] in found for r in node.inputs):
             found.add(node.name)
     return found - start
-
-
-__all__ = ["Node", "mark_routes"]

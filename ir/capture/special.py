@@ -86,7 +86,8 @@ def _max_pool(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]
 
 
 def _cross_entropy(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]
-    return "cross_entropy", refs, attrs, (low.body.values[refs[0]],)
+    """Log-probabilities are kept, and the number (or weight) of the rows that count."""
+    return "cross_entropy", refs, attrs, (low.body.values[refs[0]], Tensor(shape=(), dtype="f32"))
 
 
 def _addmm(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]

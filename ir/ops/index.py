@@ -39,13 +39,23 @@ def _second(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
     return node.inputs[1:2] if any(needs) else ()
 
 
+def _index_and_source(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
+    """self, index, source: the source too where it learns (torch reads its shape)."""
+    return node.inputs[1 : 3 if needs[-1] else 2] if any(needs) else ()
+
+
+def _between(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
+    """self, indices or mask, values: what says where."""
+    return node.inputs[1:-1] if any(needs) else ()
+
+
 OPS = (
     Op(name="embedding", kind="memory", spec=_embedding_spec, saved=_second),
     Op(name="index", kind="memory", spec=_whole_spec, saved=_indices),
     Op(name="gather", kind="memory", spec=_gather_spec, saved=_second),
     Op(name="scatter", kind="memory", spec=_gather_spec, saved=_second),
-    Op(name="index_add", kind="memory", spec=_whole_spec, saved=_second),
-    Op(name="index_put", kind="memory", spec=_whole_spec, saved=_second),
+    Op(name="index_add", kind="memory", spec=_whole_spec, saved=_index_and_source),
+    Op(name="index_put", kind="memory", spec=_whole_spec, saved=_between),
     Op(name="one_hot", kind="memory", spec=lambda node, ins: Spec(
         inputs=(tuple(f"d{i}" for i in range(len(ins[0].shape))),),
         outputs=((*(f"d{i}" for i in range(len(ins[0].shape))), "!c"),))),

@@ -7,14 +7,14 @@ from ir.ops.base import Op, Spec
 
 
 def _cross_entropy_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
-    """logits: [..., v], targets: [...] -> scalar, log-probabilities [..., v] f32.
+    """logits: [..., v], targets: [...] -> scalar, log-probabilities [..., v], weight.
 
     A split vocabulary is allowed: the maximum and the sum of exponentials are reduced (two small
     all-reduces, in the cost); rows may be split too, the mean is then a partial sum.
     """
     rows = tuple(f"t{i}" for i in range(len(ins[0].shape) - 1))
     names = ((*rows, "v"), rows, *(("!x",) * len(t.shape) for t in ins[2:]))
-    outs = ((), (*rows, "v"))[: len(node.outputs)]
+    outs = ((), (*rows, "v"), ())[: len(node.outputs)]
     return Spec(inputs=names, outputs=outs)
 
 
@@ -40,6 +40,6 @@ OPS = (
     ),
     Op(
         name="cross_entropy", kind="memory", spec=_cross_entropy_spec,
-        saved=lambda node, needs: (f"{node.name}:1", node.inputs[1]) if any(needs) else (),
+        saved=lambda node, needs: (*node.refs()[1:], node.inputs[1]) if any(needs) else (),
     ),
 )  # fmt: skip

@@ -1,0 +1,391 @@
+"""A whole configuration, estimated: the one function that pins, search, show and check share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.hardware import Cluster
+from cost_models.ledger import BREAKDOWN, Collective, Estimate, RankLedger
+from cost_models.schedule import simulate
+from cost_models.sharding import Sharding
+from cost_models.stage_problem import (
+    Extra,
+    Pair,
+    StageProblem,
+    evaluate,
+    in_flight,
+    starts_of,
+    stash_bytes,
+)
+from cost_models.state import mode_of, ranks_of
+from cost_models.step import PARTS, Assignments, Costs, Row, Step, ps, replicated
+from cost_models.words import assignment_of
+from ir.graph import Graph
+
+DTYPE_OF_PRECISION = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8",
+                      "nvfp4": "nvfp4"}  # fmt: skip
+
+
+def estimate(
+    graph: Graph,
+    cluster: Cluster,
+    workload: Workload,
+    decisions: Decisions,
+    shardings: Mapping[str, Sharding],
+) -> Estimate:
+    """Predict a training step. shardings: by unit class name; none needed where tp = 1.
+
+    Raises PlanError where placements contradict the graph, UsageError for a missing format.
+    """
+    costs = Costs(
+        graph=graph, cluster=cluster, workload=workload, micro_batches=(decisions.micro_batch,)
+    )
+    assignments = read_assignments(costs, decisions, shardings)
+    return estimate_step(costs, costs.step(decisions, assignments), decisions)
+
+
+def read_assignments(
+    costs: Costs, decisions: Decisions, shardings: Mapping[str, Sharding]
+) -> Assignments:
+    """Every unit's assignment from a plan's words."""
+    found: Assignments = {}
+    for unit, is_layer, _ in costs.kinds:
+        found[unit, is_layer] = (
+            replicated(unit, 1)
+            if decisions.tp == 1
+            else assignment_of(
+                unit, shardings.get(unit.name, Sharding()), decisions.tp,
+                decisions.sequence_parallel,
+            )
+        )  # fmt: skip
+    return found
+
+
+# --- the stage problem of a step ---------------------------------------------------------------
+
+
+def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
+    """What the stage solver needs to know of a mesh. pins: fixed_stages, fixed_recompute, levels."""
+    d, chain = step.decisions, step.chain
+    layers = chain.layers
+    rows = [step.row(i) for i in layers]
+    grow = 1 + step.fragmentation
+
+    def wide(size: int) -> int:
+        return math.ceil(size * grow)
+
+    split = d.schedule in ("zbh1", "zbv", "dualpipev")
+    return StageProblem(
+        schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
+        microbatches=d.microbatches,
+        forward_ps=tuple(r.forward_ps for r in rows),
+        input_grad_ps=tuple(r.backward_ps - (r.weight_ps if split else 0) for r in rows),
+        weight_grad_ps=tuple(r.weight_ps if split else 0 for r in rows),
+        recompute_ps=(tuple(r.again_ps[1] for r in rows), tuple(r.again_ps[0] for r in rows)),
+        activation_bytes=tuple(tuple(wide(r.kept[k]) for r in rows) for k in range(3)),
+        working_bytes=tuple(tuple(wide(r.working[k]) for r in rows) for k in range(3)),
+        state_bytes=tuple(_state_bytes(r) for r in rows),
+        gathered_bytes=tuple(wide(r.state.gathered_bytes) for r in rows),
+        tail_comm_ps=tuple(r.tail_comm_ps for r in rows),
+        tail_hide_ps=tuple(r.tail_hide_ps for r in rows),
+        tail_own_ps=tuple(_own_ps(r) for r in rows),
+        first=_extra([step.row(i) for i in range(layers[0])] if layers else [], wide, split),
+        last=_extra(
+            [step.row(i) for i in range(layers[-1] + 1 if layers else 0, len(chain.links))],
+            wide, split,
+        ),
+        constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
+        rank_glue_forward_ps=step.glue.forward_ps, rank_glue_backward_ps=step.glue.backward_ps,
+        p2p_ps=step.p2p_ps, capacity_bytes=costs.cluster.device.memory_bytes, **pins,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _state_bytes(row: Row) -> int:
+    s = row.state
+    return s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes
+
+
+def _own_ps(row: Row) -> int:
+    return row.floor_ps + row.optimizer_ps + row.offload_ps
+
+
+def _extra(rows: list[Row], wide, split: bool) -> Extra:  # type: ignore[no-untyped-def]
+    return Extra(
+        forward_ps=sum(r.forward_ps for r in rows),
+        input_grad_ps=sum(r.backward_ps - (r.weight_ps if split else 0) for r in rows),
+        weight_grad_ps=sum(r.weight_ps for r in rows) if split else 0,
+        activation_bytes=sum(wide(r.kept[0]) for r in rows),
+        working_bytes=max((wide(r.working[0]) for r in rows), default=0),
+        state_bytes=sum(map(_state_bytes, rows)),
+        gathered_bytes=max((wide(r.state.gathered_bytes) for r in rows), default=0),
+        tail_comm_ps=sum(r.tail_comm_ps for r in rows),
+        tail_hide_ps=sum(r.tail_hide_ps for r in rows),
+        tail_own_ps=sum(map(_own_ps, rows)),
+    )
+
+
+def step_overhead(costs: Costs) -> tuple[int, float]:
+    """(host picoseconds a step, jitter as a share of the step): both for any mesh."""
+    engine, gpus = costs.engine, costs.cluster.count
+    doublings = max(0.0, math.log2(gpus / engine.jitter_from_gpus))
+    return ps(engine.step_host_s), engine.jitter_per_doubling * doublings
+
+
+def whole_step_ps(costs: Costs, objective_ps: int) -> int:
+    """The step with host overhead and jitter, from the stage problem's objective."""
+    host, share = step_overhead(costs)
+    return objective_ps + host + round(share * (objective_ps + host))
+
+
+# --- the estimate ------------------------------------------------------------------------------
+
+
+def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Positions in the chain of what each global stage runs; ends go with the end layers."""
+    layers, total = step.chain.layers, len(step.chain.links)
+    if not layers or len(stages) == 1:
+        return (tuple(range(total)),)
+    firsts = [layers[i] for i in starts_of(stages)]
+    firsts[0] = 0
+    return tuple(
+        tuple(range(a, b)) for a, b in zip(firsts, [*firsts[1:], total])
+    )
+
+
+def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
+    """The estimate of one mesh with its stages and recomputation decided."""
+    problem = stage_problem(costs, step)
+    objective, memory, _ = evaluate(problem, d.stages, d.recompute)
+    total = whole_step_ps(costs, objective)
+    breakdown = _breakdown(costs, step, problem, d, objective, total)
+    ranks = tuple(
+        RankLedger(
+            pp_rank=rank, memory_bytes=_memory(step, problem, d, rank, memory[rank]),
+            collectives=_collectives(costs, step, problem, d, rank),
+        )
+        for rank in range(d.pp)
+    )  # fmt: skip
+    model = 3 * sum(step.row(i).model_flop for i in range(len(step.chain.links)))
+    return Estimate(
+        step_time_ps=total, breakdown_ps=tuple(breakdown.items()),
+        error=costs.kernels.error(_is_moe(step)),
+        tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=costs.cluster.count,
+        model_flop=model * d.microbatches * d.dp, executed_flop=_executed(step, d),
+        peak_flop_per_s=costs.cluster.device.peak(DTYPE_OF_PRECISION[costs.workload.precision]),
+        capacity_bytes=costs.cluster.device.memory_bytes, ranks=ranks,
+        assumptions=_assumptions(costs, d),
+    )  # fmt: skip
+
+
+def _is_moe(step: Step) -> bool:
+    return any(n.op == "grouped_matmul" for link in step.chain.links for n in link.unit.nodes)
+
+
+def _levels(step: Step, d: Decisions) -> dict[int, int]:
+    """Recomputation level of each link: 0 none, 1 selective, 2 full."""
+    levels = {}
+    layers = step.chain.layers
+    for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
+        for place in range(count):
+            if layers:
+                levels[layers[start + place]] = (
+                    2 if place < full else 1 if place < full + some else 0
+                )
+    return levels
+
+
+def _executed(step: Step, d: Decisions) -> int:
+    """FLOPs that all devices run in a step, recomputation included."""
+    levels, total = _levels(step, d), 0
+    for i in range(len(step.chain.links)):
+        forward, backward, _ = step.row(i).flop
+        total += forward + backward + (forward if levels.get(i) == 2 else 0)
+    return total * d.tp * d.cp * d.dp * d.microbatches
+
+
+def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> dict[str, int]:
+    """Busy picoseconds of a rank over the step, by part; recomputation apart."""
+    links = stage_links(step, d.stages)
+    levels = _levels(step, d)
+    parts = dict.fromkeys((*PARTS, "recompute"), 0)
+    for stage in problem.stages_of(rank):
+        for row in (*(step.row(i) for i in links[stage]), step.glue):
+            for name, f, b in zip(PARTS, row.forward, row.backward):
+                parts[name] += f + b
+        parts["recompute"] += sum(
+            step.row(i).again_ps[levels[i] - 1] for i in links[stage] if levels.get(i)
+        )
+    return {name: value * d.microbatches for name, value in parts.items()}
+
+
+def _tail_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> tuple[int, int, int]:
+    """(exposed reduction, optimizer, offload) of a rank after its last backward."""
+    links = stage_links(step, d.stages)
+    rows = [step.row(i) for k in problem.stages_of(rank) for i in links[k]]
+    comm = sum(r.tail_comm_ps - r.tail_hide_ps for r in rows)
+    return (
+        max(0, comm) + sum(r.floor_ps for r in rows),
+        sum(r.optimizer_ps for r in rows),
+        sum(r.offload_ps for r in rows),
+    )
+
+
+def _breakdown(
+    costs: Costs, step: Step, problem: StageProblem, d: Decisions, objective: int, total: int
+) -> dict[str, int]:
+    """Exposed time of the busiest rank by name; what it waits for sends is pp_comm, the rest of
+    its idle time bubble; the parts sum to the step."""
+    by_rank = [_rank_parts(step, d, problem, r) for r in range(d.pp)]
+    busiest = max(range(d.pp), key=lambda r: (sum(by_rank[r].values()), -r))
+    parts = by_rank[busiest]
+    tails = [_tail_parts(step, d, problem, r) for r in range(d.pp)]
+    slowest = max(range(d.pp), key=lambda r: (sum(tails[r]), -r))
+    reduce, update, offload = tails[slowest]
+    busy = sum(parts.values())
+    makespan = objective - sum(tails[slowest])
+    free = _free_sends_ps(step, problem, d) if d.pp > 1 else makespan
+    host, _ = step_overhead(costs)
+    found = dict.fromkeys(BREAKDOWN, 0)
+    found |= {k: v for k, v in parts.items()}
+    found["dp_comm"] += reduce
+    found["optimizer"], found["offload"] = update, offload
+    found["pp_comm"] = max(0, min(makespan - free, makespan - busy))
+    found["bubble"] = makespan - busy - found["pp_comm"]
+    found["host"] += host
+    found["jitter"] = total - objective - host
+    return found
+
+
+def _free_sends_ps(step: Step, problem: StageProblem, d: Decisions) -> int:
+    """The makespan if sends took no time."""
+    links, levels = stage_links(step, d.stages), _levels(step, d)
+    split = d.schedule in ("zbh1", "zbv", "dualpipev")
+    forward, inputs, weights = [], [], []
+    for group in links:
+        rows = [step.row(i) for i in group]
+        again = sum(step.row(i).again_ps[levels[i] - 1] for i in group if levels.get(i))
+        weight = sum(r.weight_ps for r in rows) if split else 0
+        forward.append(sum(r.forward_ps for r in rows) + step.glue.forward_ps)
+        inputs.append(
+            sum(r.backward_ps for r in rows) - weight + again + step.glue.backward_ps
+        )
+        weights.append(weight)
+    return simulate(
+        d.schedule, forward, inputs, weights, [0] * (problem.count - 1), d.microbatches, d.pp,
+        d.virtual_stages,
+    ).makespan_ps  # fmt: skip
+
+
+def _memory(
+    step: Step, problem: StageProblem, d: Decisions, rank: int, peak: int
+) -> tuple[tuple[str, int], ...]:
+    """A rank's peak by name, before and after what the allocator adds; sums to the peak."""
+    links, levels = stage_links(step, d.stages), _levels(step, d)
+    mine = [links[k] for k in problem.stages_of(rank)]
+    rows = [step.row(i) for group in mine for i in group]
+
+    def level(i: int) -> int:
+        return levels.get(i, 0)
+
+    held = [
+        [sum(step.row(i).kept[level(i)] for i in g if not step.row(i).is_loss) for g in mine],
+        [sum(step.row(i).kept[level(i)] for i in g if step.row(i).is_loss) for g in mine],
+    ]
+    grown = [
+        sum(math.ceil(step.row(i).kept[level(i)] * (1 + step.fragmentation)) for i in g)
+        for g in mine
+    ]
+    most = stash_bytes(problem, rank, grown)
+    counts = max(
+        in_flight(d.schedule, d.pp, d.microbatches, d.virtual_stages, rank),
+        key=lambda c: (sum(x * y for x, y in zip(c, grown)), c),
+    )
+    assert sum(x * y for x, y in zip(counts, grown)) == most
+    working = max(
+        ((step.row(i).working[level(i)], step.row(i).is_loss) for g in mine for i in g),
+        default=(0, False),
+    )
+    reserved = dict(step.reserved)
+    found = {
+        "parameters": sum(r.state.parameter_bytes for r in rows),
+        "gradients": sum(r.state.gradient_bytes for r in rows),
+        "optimizer": sum(r.state.optimizer_bytes for r in rows),
+        "activations": sum(c * h for c, h in zip(counts, held[0])) + step.glue.kept[0],
+        "gathered": 2 * max(r.state.gathered_bytes for r in rows),
+        "logits": sum(c * h for c, h in zip(counts, held[1])) + (working[0] if working[1] else 0),
+        "workspace": reserved["workspace"] + (0 if working[1] else working[0]),
+        "comm_buffers": reserved["comm_buffers"],
+        "context": reserved["context"],
+    }
+    return (*found.items(), ("fragmentation", peak - sum(found.values())))
+
+
+def _collectives(
+    costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
+) -> tuple[Collective, ...]:
+    """What a rank sends in a step, rows of the same place and size added up."""
+    links, levels = stage_links(step, d.stages), _levels(step, d)
+    at = costs.micro_batches.index(d.micro_batch)
+    rows: dict[tuple[str, str, int, str], list[float]] = {}
+
+    def add(kind: str, axis: str, size: int, where: str, count: int, s: float, x: float) -> None:
+        row = rows.setdefault((kind, axis, size, where), [0, 0.0, 0.0])
+        row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
+
+    mode = mode_of(d, costs.engine)
+    compute, grad = costs._formats(d)
+    for i in (i for k in problem.stages_of(rank) for i in links[k]):
+        row, unit = step.row(i), step.chain.links[i].unit
+        for t in row.traffic:
+            repeats = d.microbatches * (2 if levels.get(i) == 2 and not t.backward else 1)
+            seconds = float(t.seconds[at])
+            add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
+                t.count * repeats, seconds * repeats,
+                (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
+        for kind, times, item in (
+            ("all_gather", mode.gather_per_microbatch * d.microbatches + mode.gather_per_step,
+             compute),
+            ("reduce_scatter", mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step,
+             grad),
+            ("all_reduce", mode.all_reduce_per_step, grad),
+        ):  # fmt: skip
+            for elements, expert in ((row.state.dense, False), (row.state.expert, True)):
+                ranks = ranks_of(d, expert)
+                if times and elements and ranks.shard * ranks.replicas > 1:
+                    one = costs.transfers(d, row.state, kind, item)
+                    add(kind, "edp" if expert else "dp", elements * item,
+                        f"{unit.name} parameters", times, one * times, 0.0)  # fmt: skip
+    if d.pp > 1:
+        stages = len(problem.stages_of(rank))
+        add("p2p", "pp", step.p2p_bytes, "between stages",
+            2 * d.microbatches * stages, 2 * d.microbatches * stages * step.p2p_ps / 1e12, 0.0)  # fmt: skip
+    return tuple(
+        Collective(
+            kind=kind, axis=axis, size_bytes=size, count=int(count), where=where, total_s=s,
+            exposed_s=x,
+        )
+        for (kind, axis, size, where), (count, s, x) in rows.items()
+    )  # fmt: skip
+
+
+def _assumptions(costs: Costs, d: Decisions) -> tuple[str, ...]:
+    """What the user should know the numbers rest on."""
+    engine = costs.engine
+    notes = [*costs.graph.notes]
+    notes += [
+        f"{c.name}: {c.source}" for c in costs.kernels.provenance()
+        if any(w in c.source for w in ("assumed", "transferred"))
+    ]  # fmt: skip
+    notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
+    if _is_moe_graph(costs) and d.ep >= 1:
+        notes.append("expert load: balanced, every expert gets the same number of rows")
+    return tuple(dict.fromkeys(notes))
+
+
+def _is_moe_graph(costs: Costs) -> bool:
+    return any(n.op == "grouped_matmul" for unit, _, _ in costs.kinds for n in unit.nodes)
+
+
+__all__ = ["Pair", "estimate", "estimate_step", "stage_problem", "whole_step_ps"]

@@ -1,0 +1,1 @@
+from planner.stage_problem import *  # noqa

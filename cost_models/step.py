@@ -1,0 +1,328 @@
+"""One mesh, every link of the chain: integer picoseconds and bytes, by name.
+
+A `Row` is what one link costs the rank that runs it; the stage solver and the estimate add rows,
+so a plan's step is the same number wherever it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from cost_models.chain import Chain, Link, chain_of
+from cost_models.collectives import collective_s
+from cost_models.compute import Kernels, load_kernels
+from cost_models.decisions import Decisions, Workload
+from cost_models.engines import Engine, load_engine
+from cost_models.hardware import Cluster
+from cost_models.layout import WHOLE, Assignment, options
+from cost_models.ledger import Collective
+from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, Held, State, held, mode_of, ranks_of, state_of
+from cost_models.unit_costs import Axes, Traffic, UnitCost, Work, unit_cost
+from ir.graph import Graph, Unit
+
+PARTS = ("compute", "tp_comm", "dp_comm", "ep_comm", "cp_comm", "host")
+AXIS_PART = {"tp": "tp_comm", "ep": "ep_comm", "etp": "ep_comm", "cp": "cp_comm"}
+Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
+
+
+def ps(seconds: float) -> int:
+    """Integer picoseconds."""
+    return round(float(seconds) * 1e12)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One link, per micro-batch unless said otherwise.
+
+    forward, backward: picoseconds by PARTS. weight_ps: of backward, weight gradients alone.
+    again_ps: added by recomputation, selective and full. kept, working: bytes by level (none,
+    selective, full). tail_*: per step, of gradient reduction and optimizer: communication, what
+    may hide it, and what nothing hides by name.
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    weight_ps: int
+    again_ps: tuple[int, int]
+    kept: tuple[int, int, int]
+    working: tuple[int, int, int]
+    state: State
+    tail_comm_ps: int
+    tail_hide_ps: int
+    optimizer_ps: int
+    offload_ps: int
+    floor_ps: int
+    is_loss: bool
+    flop: tuple[int, int, int]  # forward, backward, light part of forward is left out
+    model_flop: int
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def forward_ps(self) -> int:
+        return sum(self.forward)
+
+    @property
+    def backward_ps(self) -> int:
+        return sum(self.backward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """All rows of one mesh: `rows` by kind of link, `kinds` the row of each link in order."""
+
+    chain: Chain
+    decisions: Decisions
+    rows: tuple[Row, ...]
+    kinds: tuple[int, ...]
+    glue: Row
+    p2p_ps: int
+    p2p_bytes: int
+    reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
+    fragmentation: float
+
+    def row(self, link: int) -> Row:
+        return self.rows[self.kinds[link]]
+
+
+@dataclass(kw_only=True)
+class Costs:
+    """The cost of anything for one (graph, cluster, workload); remembers what it computed.
+
+    micro_batches: the work points that unit costs are computed for at once.
+    """
+
+    graph: Graph
+    cluster: Cluster
+    workload: Workload
+    micro_batches: tuple[int, ...] = (1,)
+    imbalance: float = 1.0
+    _units: dict[tuple[Unit, bool, Assignment, Axes], UnitCost] = field(default_factory=dict)
+    _fsdp: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
+
+    @cached_property
+    def chain(self) -> Chain:
+        return chain_of(self.graph)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return load_engine(self.workload.engine)
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        return load_kernels(self.cluster.device, attention=self.engine.attention)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Unit, bool, bool], ...]:
+        """Distinct (unit, is a layer, holds only a tied alias) in chain order."""
+        return tuple(dict.fromkeys(self._kind(link) for link in self.chain.links))
+
+    def _kind(self, link: Link) -> tuple[Unit, bool, bool]:
+        aliases = {alias for alias, _ in self.graph.tied}
+        tied = any(f"{link.path}.{p.name}" in aliases for p in link.unit.parameters)
+        return link.unit, link.is_layer, tied
+
+    @cached_property
+    def kind_of(self) -> tuple[int, ...]:
+        where = {kind: i for i, kind in enumerate(self.kinds)}
+        return tuple(where[self._kind(link)] for link in self.chain.links)
+
+    def work(self, axes: Axes, is_layer: bool) -> Work:
+        points = np.asarray(self.micro_batches, dtype=np.float64)
+        return Work(
+            micro_batch=points, local_seq=np.full_like(points, self.workload.seq_len / axes.cp),
+            axes=axes, cluster=self.cluster, kernels=self.kernels, engine=self.engine,
+            precision=self.workload.precision, is_layer=is_layer,
+        )  # fmt: skip
+
+    def unit(self, unit: Unit, is_layer: bool, assignment: Assignment, axes: Axes) -> UnitCost:
+        key = (unit, is_layer, assignment, axes)
+        if key not in self._units:
+            self._units[key] = unit_cost(unit, assignment, self.work(axes, is_layer))
+        return self._units[key]
+
+    def step(self, d: Decisions, assignments: Assignments) -> Step:
+        """Every row of a mesh, its micro-batch one of `micro_batches`."""
+        axes = Axes(
+            tp=d.tp, cp=d.cp, ep=d.ep, etp=d.etp, sequence_parallel=d.sequence_parallel,
+            cp_kind=d.cp_kind,
+        )  # fmt: skip
+        rows = tuple(
+            self._row(d, axes, unit, is_layer, tied, assignments[unit, is_layer])
+            for unit, is_layer, tied in self.kinds
+        )
+        glue = self.chain.glue
+        whole = replicated(glue, d.tp)
+        p2p_bytes = self._boundary_bytes(d)
+        return Step(
+            chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
+            glue=self._row(d, axes, glue, False, False, whole), p2p_bytes=p2p_bytes,
+            p2p_ps=ps(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp))
+            if d.pp > 1 else 0,
+            reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
+        )  # fmt: skip
+
+    def _boundary_bytes(self, d: Decisions) -> int:
+        """What one micro-batch sends from a stage to the next: the widest layer's results."""
+        widest = 0.0
+        for link in self.chain.links:
+            if link.is_layer and d.pp > 1:
+                unit = link.unit
+                widest = max(widest, sum(
+                    unit.values[r].nbytes(d.micro_batch, self.workload.seq_len // d.cp)
+                    for r in unit.outputs
+                ))  # fmt: skip
+        return int(widest // (d.tp if d.sequence_parallel else 1))
+
+    def _reserved(self, d: Decisions) -> tuple[tuple[str, int], ...]:
+        """What is there before the first micro-batch, by name."""
+        groups = [d.tp, d.cp, d.dp * d.cp, d.pp, d.ep, d.etp]
+        used = sum(n > 1 for n in groups)
+        tables = sum(
+            p.tensor.nbytes(1, 1) for p in self.graph.root.parameters if p.kind == "buffer"
+        )
+        return (
+            ("context", self.engine.context_bytes),
+            ("workspace", self.engine.workspace_bytes + int(tables)),
+            ("comm_buffers", used * self.engine.comm_buffer_bytes),
+        )
+
+    def _row(
+        self, d: Decisions, axes: Axes, unit: Unit, is_layer: bool, tied: bool, a: Assignment
+    ) -> Row:
+        cost = self.unit(unit, is_layer, a, axes)
+        at = self.micro_batches.index(d.micro_batch)
+        parameters = held(unit, a, d.ep, d.etp)
+        if tied and d.pp == 1:
+            parameters = ()  # the owner is on this rank too
+        state = state_of(parameters, d, self.workload, self.engine)
+        dp_f, dp_b = self._fsdp_exposed(d, state, cost, at)
+        forward, backward = _parts(cost, at, False, dp_f), _parts(cost, at, True, dp_b)
+        comm_again = sum(
+            ps(cost.exposed_s(axis, backward=False)[at]) for axis in ("tp", "ep", "etp", "cp")
+        )
+        tail = self._tail(d, state, parameters, cost, at)
+        return Row(
+            forward=forward, backward=backward, weight_ps=ps(cost.weight_s[at]),
+            again_ps=(ps(cost.light_s[at]), ps(cost.forward_s[at]) + comm_again),
+            kept=tuple(int(k[at]) for k in cost.kept_bytes),
+            working=tuple(int(k[at]) for k in cost.working_bytes),
+            state=state, is_loss=any(n.op == "cross_entropy" for n in unit.nodes),
+            flop=(int(cost.flop[0][at]), int(cost.flop[1][at]), 0),
+            model_flop=int(cost.model_flop[at]), traffic=cost.traffic, **tail,
+        )  # type: ignore[arg-type]
+
+    # --- data parallelism --------------------------------------------------------------------
+
+    def transfers(self, d: Decisions, state: State, kind: str, item_bytes: int) -> float:
+        """Seconds to gather or reduce a unit's local parameters, dense and expert, once."""
+        key = (d.tp, d.cp, d.dp, d.ep, d.etp, d.shard, state.dense, state.expert, kind, item_bytes)
+        if key not in self._fsdp:
+            total = 0.0
+            for elements, expert in ((state.dense, False), (state.expert, True)):
+                ranks = ranks_of(d, expert)
+                size, stride = ranks.shard, ranks.shard_stride
+                if kind == "all_reduce_replicas":
+                    size, stride = ranks.replicas, ranks.replica_stride
+                    elements = -(-elements // ranks.shard)
+                elif kind == "all_reduce":
+                    size = ranks.shard * ranks.replicas
+                name = "all_reduce" if kind.startswith("all_reduce") else kind
+                total += float(
+                    collective_s(self.cluster, name, elements * item_bytes, size, stride)
+                )
+            self._fsdp[key] = (total, 0.0)
+        return self._fsdp[key][0]
+
+    def _formats(self, d: Decisions) -> tuple[int, int]:
+        wide = self.workload.precision == "fp32"
+        return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
+
+    def _fsdp_exposed(
+        self, d: Decisions, state: State, cost: UnitCost, at: int
+    ) -> tuple[float, float]:
+        """What prefetched gathers and reductions add to a direction of one micro-batch: a layer
+        takes max(compute + interference * traffic, traffic)."""
+        mode = mode_of(d, self.engine)
+        if not (mode.gather_per_microbatch or mode.reduce_per_microbatch):
+            return 0.0, 0.0
+        compute, grad = self._formats(d)
+        gather = self.transfers(d, state, "all_gather", compute)
+        reduce = self.transfers(d, state, "reduce_scatter", grad)
+        reduce += self.transfers(d, state, "all_reduce_replicas", grad)
+        forward = gather * (mode.gather_per_microbatch >= 1)
+        backward = gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch
+        share = self.engine.fsdp_interference
+        return (
+            max(share * forward, forward - float(cost.forward_s[at])),
+            max(share * backward, backward - float(cost.backward_s[at])),
+        )
+
+    def _tail(
+        self, d: Decisions, state: State, parameters: tuple[Held, ...], cost: UnitCost, at: int
+    ) -> dict[str, int]:
+        """Per step: gradients reduced and parameters gathered once, the optimizer, offload."""
+        mode, engine = mode_of(d, self.engine), self.engine
+        compute, grad = self._formats(d)
+        reduce = (
+            mode.reduce_per_step * (
+                self.transfers(d, state, "reduce_scatter", grad)
+                + self.transfers(d, state, "all_reduce_replicas", grad)
+            )
+            + mode.all_reduce_per_step * self.transfers(d, state, "all_reduce", grad)
+        )  # fmt: skip
+        gather = mode.gather_per_step * self.transfers(d, state, "all_gather", compute)
+        busy = float(cost.forward_s[at] + cost.backward_s[at])
+        hide = (engine.dp_reduce_hidden if reduce else 0.0) * busy
+        hide += (engine.dp_gather_hidden if gather else 0.0) * busy
+        least = engine.dp_exposed_least
+        own, offload = self._update_s(d, state, mode.optimizer_at_rest)
+        return {
+            "tail_comm_ps": ps((1 - least) * (reduce + gather)), "tail_hide_ps": ps(hide),
+            "floor_ps": ps(least * (reduce + gather)), "optimizer_ps": ps(own),
+            "offload_ps": ps(offload),
+        }  # fmt: skip
+
+    def _update_s(self, d: Decisions, state: State, where: str) -> tuple[float, float]:
+        """(optimizer on the GPU, offloaded update) seconds: bytes over bandwidth; off the GPU,
+        gradients go down and parameters up the host link, and the host's memory, shared by the
+        node's GPUs, does the update; NVMe reads and writes the state too."""
+        traffic = self.engine.optimizer_bytes_per_parameter * state.updated
+        tier = dict(d.offload).get("optimizer")
+        if tier is None:
+            return float(self.kernels.memory_bound_s(traffic)), 0.0
+        compute, grad = self._formats(d)
+        sharers = min(self.cluster.node_size, self.cluster.count)
+        host = self.cluster.tier("cpu")
+        link = state.updated * (compute + grad) / self.cluster.device.host_link_bytes_per_s
+        update = traffic * sharers / host.read_bytes_per_s
+        if tier == "cpu":
+            return 0.0, link + update
+        disk = self.cluster.tier(tier)
+        bytes_each = 12.0 * state.updated * sharers
+        return 0.0, link + update + bytes_each * (
+            1 / disk.read_bytes_per_s + 1 / disk.write_bytes_per_s
+        )
+
+
+def _parts(cost: UnitCost, at: int, backward: bool, dp_s: float) -> tuple[int, ...]:
+    """Picoseconds by PARTS of one direction."""
+    kernels = cost.backward_s if backward else cost.forward_s
+    host = cost.host_backward_s if backward else cost.host_forward_s
+    parts = dict.fromkeys(PARTS, 0.0)
+    parts |= {"compute": float(kernels[at]), "host": float(host[at]), "dp_comm": dp_s}
+    for axis, part in AXIS_PART.items():
+        parts[part] += float(cost.exposed_s(axis, backward=backward)[at])
+    return tuple(ps(parts[p]) for p in PARTS)
+
+
+def replicated(unit: Unit, tp: int) -> Assignment:
+    """Every op whole on every tp rank."""
+    return Assignment(
+        ways=tp, sequence_parallel=False, chosen=tuple(o[0] for o in options(unit, 1).values())
+    )
+
+
+__all__ = ["Assignments", "Collective", "Costs", "Row", "Step", "WHOLE", "ps", "replicated"]

@@ -1,0 +1,316 @@
+"""Bounds on the step: of one arc (a stage with its first layer and its number of layers), of the
+whole problem, and by propagation over all arcs.
+
+With one stage a rank, a cut of the chain is a path of arcs. A path down the pipeline that stays on
+stage s runs m micro-batches of s, the way to s and back, and, where waiting for the stages behind
+takes longer than what s has to do meanwhile, that difference: this bounds the makespan from below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.stage_problem import Pair, StageProblem, allowed_pairs, in_flight, pinned_pair
+
+INF = 1 << 60
+Array = Any  # of int64, or of bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a run of layers may recompute, by pair: the time added, bytes kept and bytes used."""
+
+    pairs: tuple[Pair, ...]
+    extra_ps: Array
+    act_bytes: Array
+    work_bytes: Array
+
+
+class Windows:
+    """Options of runs of layers; runs that are alike share one entry."""
+
+    def __init__(self, problem: StageProblem) -> None:
+        p = self.problem = problem
+        rows = list(zip(*p.recompute_ps, *p.activation_bytes, *p.working_bytes))
+        names: dict[tuple[int, ...], int] = {}
+        self._class = tuple(names.setdefault(row, len(names)) for row in rows)
+        self._rows = np.array(rows, dtype=np.int64).T
+        self._found: dict[tuple[tuple[int, ...], Pair | None], Options] = {}
+
+    def options(self, stage: int, start: int, count: int) -> Options:
+        pin = pinned_pair(self.problem, stage, count)
+        key = self._class[start : start + count], pin
+        if key not in self._found:
+            pairs = allowed_pairs(self.problem, stage, count)
+            self._found[key] = _options(self._rows[:, start : start + count], pairs)
+        return self._found[key]
+
+
+def _options(rows: Array, pairs: tuple[Pair, ...]) -> Options:
+    """rows: [recompute full, selective, activation none, selective, full, working likewise]."""
+    n = rows.shape[1]
+    full = np.array([f for f, _ in pairs])
+    end = full + np.array([s for _, s in pairs])
+    total = np.zeros((5, n + 1), dtype=np.int64)
+    np.cumsum(rows[:5], axis=1, out=total[:, 1:])
+    head, middle, tail = _most(rows[5:], bool(np.any(end > full)))
+    return Options(
+        pairs=pairs,
+        extra_ps=total[0, full] + total[1, end] - total[1, full],
+        act_bytes=total[4, full] + total[3, end] - total[3, full] + total[2, n] - total[2, end],
+        work_bytes=np.maximum(np.maximum(head[full], tail[end]), middle[full, end]),
+    )
+
+
+def _most(rows: Array, selective: bool) -> tuple[Array, Array, Array]:
+    """The most of a run's first layers at full, of a range at selective, of its last at none."""
+    n = rows.shape[1]
+    head = np.concatenate(([0], np.maximum.accumulate(rows[2])))
+    tail = np.concatenate((np.maximum.accumulate(rows[0][::-1])[::-1], [0]))
+    middle = np.zeros((n + 1, n + 1), dtype=np.int64)
+    if selective:
+        wide = np.triu(np.broadcast_to(rows[1], (n, n)))
+        middle[:n, 1:] = np.maximum.accumulate(wide, axis=1)
+    return head, middle, tail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arcs:
+    """All arcs, [stage, first layer, layers - 1]: times per micro-batch, INF where none fits.
+
+    least_bytes: of the rank, at the pair that needs the least; INF where the arc cannot be.
+    pick: index into the allowed pairs, the least extra time that fits.
+    """
+
+    forward: Array
+    backward: Array
+    weight: Array
+    extra: Array
+    tail: Array
+    least_bytes: Array
+    pick: Array
+    prefix: Array  # [3, stage, first layer] forward, backward, weight of all before, no extra
+    suffix: Array  # the same of all behind, by the layer behind
+
+
+def _prefix(values: tuple[int, ...]) -> Array:
+    return np.concatenate(([0], np.cumsum(np.array(values, dtype=np.int64))))
+
+
+def make_arcs(problem: StageProblem, windows: Windows, most: int) -> Arcs:
+    """Arcs of at most so many layers, for one stage a rank. Memory decides the recomputation."""
+    p, S, L = problem, problem.count, problem.layers
+    start = np.arange(L)[:, None]
+    end = start + np.arange(1, most + 1)[None, :]
+    inside = np.minimum(end, L)
+    stage = np.arange(S)[:, None, None]
+    exists = (end <= L) & (start >= stage) & (end <= L - (S - 1 - stage))
+    exists &= ((start == 0) | (stage > 0)) & ((end == L) | (stage < S - 1))
+    if p.fixed_stages is not None:
+        cuts = np.concatenate(([0], np.cumsum(p.fixed_stages)))
+        exists &= (start == cuts[:-1, None, None]) & (end == cuts[1:, None, None])
+
+    def summed(values: tuple[int, ...], name: str, glue: int = 0) -> Array:
+        sums = _prefix(values)
+        table = np.broadcast_to(sums[inside] - sums[start] + glue, (S, L, most)).copy()
+        table[0] += getattr(p.first, name)
+        table[-1] += getattr(p.last, name)
+        return table
+
+    forward = summed(p.forward_ps, "forward_ps", p.rank_glue_forward_ps)
+    backward = summed(p.input_grad_ps, "input_grad_ps", p.rank_glue_backward_ps)
+    weight = summed(p.weight_grad_ps, "weight_grad_ps")
+    comm = summed(p.tail_comm_ps, "tail_comm_ps") - summed(p.tail_hide_ps, "tail_hide_ps")
+    tail = np.maximum(comm, 0) + summed(p.tail_own_ps, "tail_own_ps")
+    fixed = summed(p.state_bytes, "state_bytes", p.constant_bytes)
+    extra, least, pick = _recompute(problem, windows, exists, fixed)
+    prefix, suffix = _around(problem)
+    return Arcs(
+        forward=forward, backward=backward, weight=weight, extra=extra, tail=tail,
+        least_bytes=least, pick=pick, prefix=prefix, suffix=suffix,
+    )  # fmt: skip
+
+
+def _around(p: StageProblem) -> tuple[Array, Array]:
+    """Times of what lies before and behind a stage, [kind, stage, layer], without recompute."""
+    S, L = p.count, p.layers
+    stage = np.arange(S)[:, None]
+    before, behind = np.zeros((2, 3, S, L + 1), dtype=np.int64)
+    kinds = (
+        (p.forward_ps, "forward_ps", p.rank_glue_forward_ps),
+        (p.input_grad_ps, "input_grad_ps", p.rank_glue_backward_ps),
+        (p.weight_grad_ps, "weight_grad_ps", 0),
+    )
+    for kind, (values, name, glue) in enumerate(kinds):
+        sums = _prefix(values)
+        before[kind] = sums + stage * glue + (stage > 0) * getattr(p.first, name)
+        behind[kind] = sums[-1] - sums + (S - 1 - stage) * glue
+        behind[kind] += (stage < S - 1) * getattr(p.last, name)
+    return before, behind
+
+
+def _recompute(
+    p: StageProblem, windows: Windows, exists: Array, fixed: Array
+) -> tuple[Array, Array, Array]:
+    """Per arc: the least time added that fits, the least bytes of any pair, and the pair."""
+    S = p.count
+    extra = np.full(exists.shape, INF, dtype=np.int64)
+    least, pick = extra.copy(), np.zeros(exists.shape, dtype=np.int64)
+    counts = [in_flight(p.schedule, p.pp, p.microbatches, p.virtual_stages, r)[0][0]
+              for r in range(S)]  # fmt: skip
+    more = [sum(e.activation_bytes for e in p.extras(s)) for s in range(S)]
+    works = [max((e.working_bytes for e in p.extras(s)), default=0) for s in range(S)]
+    gathers = [max((e.gathered_bytes for e in p.extras(s)), default=0) for s in range(S)]
+    flight, act0 = np.array(counts)[:, None], np.array(more)[:, None]
+    work0, gather0 = np.array(works)[:, None], np.array(gathers)
+    per_stage = p.fixed_recompute is not None and not isinstance(p.fixed_recompute[0], str)
+    for i, n in zip(*np.nonzero(exists.any(axis=0))):
+        here = np.nonzero(exists[:, i, n])[0]
+        gather = 2 * np.maximum(gather0[here], max(p.gathered_bytes[i : i + n + 1]))
+        for group in [[g] for g in range(len(here))] if per_stage else [slice(None)]:
+            s = here[group]
+            o = windows.options(int(s[0]), int(i), int(n) + 1)
+            memory = flight[s] * (o.act_bytes + act0[s]) + np.maximum(o.work_bytes, work0[s])
+            memory += (fixed[s, i, n] + gather[group])[:, None]
+            time = np.where(memory <= p.capacity_bytes, o.extra_ps, INF)
+            best = time.argmin(axis=1)
+            pick[s, i, n] = best
+            extra[s, i, n] = time[np.arange(len(s)), best]
+            least[s, i, n] = memory.min(axis=1)
+    return extra, least, pick
+
+
+Times = tuple[Array, Array, Array]  # forward, backward, weight
+
+
+def path_bound(
+    p: StageProblem, stage: Array, times: Times, before: Times, behind: Times,
+    peaks: tuple[int, int],
+) -> Array:  # fmt: skip
+    """Makespan at least: of stages with one stage a rank, elementwise.
+
+    times, before, behind: (forward, backward, weight) of the stage, of all before and behind it,
+    recomputation included. peaks: the most forward and backward + weight of any stage.
+    """
+    m, S = p.microbatches, p.count
+    f, b, w = times
+    t = f + b + w
+    if p.schedule == "gpipe":
+        whole = t + sum(before) + sum(behind) + 2 * p.p2p_ps * (S - 1)
+        return whole + (m - 1) * (np.maximum(f, peaks[0]) + np.maximum(b + w, peaks[1]))
+    split = p.schedule == "zbh1"
+    ahead = S - 1 - stage
+    round_trip = behind[0] + behind[1] + (0 if split else behind[2]) + 2 * p.p2p_ps * ahead
+    back = b + w
+    first = np.maximum(0, round_trip - ahead * f)
+    last = np.maximum(0, round_trip - ahead * back)
+    rounds = (m - 1) // (ahead + 1)
+    idle = np.where(rounds > 0, first + last, np.maximum(first, 0 if split else last))
+    idle = idle + np.maximum(0, rounds - 1) * np.maximum(0, round_trip - ahead * t)
+    there = before[0] + p.p2p_ps * stage
+    if not split:
+        return there + before[1] + before[2] + p.p2p_ps * stage + m * t + idle
+    lag = np.minimum(stage, m - 1) + 1
+    home = before[1] + p.p2p_ps * stage - lag * w
+    return there + m * t + idle + np.maximum(0, home)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Arcs that are left, [stage, first layer, layers - 1], each with a bound of any cut through
+    it, and per stage and layer the least bound of what may follow."""
+
+    bound: Array
+    togo: Array
+    alive: bool
+
+
+class Chain:
+    """Least sums and least maxima along paths of arcs."""
+
+    def __init__(self, stages: int, layers: int, most: int) -> None:
+        self.stages, self.layers, self.most = stages, layers, most
+        number = np.arange(most)
+        self.rows = np.arange(layers + 1)[:, None] - number[None, :] - 1
+        self.outside = self.rows < 0
+        self.rows = np.maximum(self.rows, 0)
+        self.columns = np.broadcast_to(number, self.rows.shape)
+        self.ends = np.minimum(np.arange(layers)[:, None] + number[None, :] + 1, layers)
+
+    def before(self, values: Array, join: Callable[[Array, Array], Array]) -> Array:
+        """[stage, layer]: the least way to begin this stage at this layer; INF if none."""
+        by_end = values[:, self.rows, self.columns]
+        by_end[:, self.outside] = INF
+        least = np.full((self.stages + 1, self.layers + 1), INF, dtype=np.int64)
+        least[0, 0] = 0
+        for s in range(self.stages):
+            found = join(least[s][self.rows], by_end[s]).min(axis=1)
+            least[s + 1] = np.minimum(found, INF)
+        return least
+
+    def behind(self, values: Array, join: Callable[[Array, Array], Array]) -> Array:
+        """[stage, layer]: the least way to end the chain where this stage begins here."""
+        least = np.full((self.stages + 1, self.layers + 1), INF, dtype=np.int64)
+        least[self.stages, self.layers] = 0
+        for s in range(self.stages - 1, -1, -1):
+            found = join(least[s + 1][self.ends], values[s]).min(axis=1)
+            least[s, : self.layers] = np.minimum(found, INF)
+        return least
+
+    def at_end(self, table: Array) -> Array:
+        """[stage, layer] -> [stage, first layer, layers - 1]: the table at each arc's end."""
+        return table[:, self.ends]
+
+    def narrowest(self, values: Array) -> int:
+        """The least possible maximum along a path."""
+        return int(self.behind(values, np.maximum)[0, 0])
+
+
+def propagate(p: StageProblem, arcs: Arcs, chain: Chain, below: int) -> Grid:
+    """Drop every arc that no cut with a step below `below` can use, until nothing more drops."""
+    alive = arcs.extra < INF
+    extra = np.where(alive, arcs.extra, INF)
+    again = bool(np.any(alive & (extra > 0)))
+    left = int(alive.sum())
+    while True:
+        bound, reach = _arc_bounds(p, arcs, chain, extra)
+        alive &= reach & (bound < below)
+        bound = np.where(alive, bound, INF)
+        before, togo = chain.before(bound, np.maximum), chain.behind(bound, np.maximum)
+        through = np.maximum(before[:-1, : p.layers, None], chain.at_end(togo[1:]))
+        alive &= through < INF
+        now = int(alive.sum())
+        if now in (0, left) or not again:
+            return Grid(bound=np.where(alive, bound, INF), togo=togo, alive=now > 0)
+        extra = np.where(alive, arcs.extra, INF)
+        left = now
+
+
+def _arc_bounds(p: StageProblem, arcs: Arcs, chain: Chain, extra: Array) -> tuple[Array, Array]:
+    """Of each arc: the step is at least this, and whether a cut through it is left at all.
+
+    extra: INF where the arc is dropped; what is added before and behind an arc is the least left.
+    """
+    L, alive = p.layers, extra < INF
+    added = np.where(alive, extra, 0)
+    pre = chain.before(extra, np.add)[:-1, :L, None]
+    suf = chain.at_end(chain.behind(extra, np.add)[1:])
+    reach = alive & (pre < INF) & (suf < INF)
+    backward = arcs.backward + added
+    slowest = [chain.narrowest(np.where(reach, a, INF))
+               for a in (arcs.forward, backward + arcs.weight, arcs.tail)]  # fmt: skip
+    if max(slowest) >= INF:
+        return extra, reach
+    base = [a[:, :L, None] for a in arcs.prefix]
+    rest = [chain.at_end(a) for a in arcs.suffix]
+    makespan = path_bound(
+        p, np.arange(p.count)[:, None, None], (arcs.forward, backward, arcs.weight),
+        (base[0], base[1] + np.where(pre < INF, pre, 0), base[2]),
+        (rest[0], rest[1] + np.where(suf < INF, suf, 0), rest[2]),
+        (slowest[0], slowest[1]),
+    )  # fmt: skip
+    return makespan + np.maximum(arcs.tail, slowest[2]), reach

@@ -1,0 +1,253 @@
+"""Stages: which layers on which pipeline stage, and what each stage recomputes, with a bound.
+
+The sweep: the least added recompute time of every arc under its stage's memory, then bounds
+propagated over all arcs and the cuts that are left simulated, least bound first. `certify` solves
+the same bound in CP-SAT, with what is added by recomputation before and behind a stage exact.
+Effort is counted in nodes and operations simulated, never in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.schedule import schedule_illegal
+from ir.errors import UsageError
+from planner.stage_bounds import (
+    INF, Arcs, Chain, Grid, Windows, lower_bound_ps, make_arcs, path_bound, propagate,
+    surely_infeasible,
+)  # fmt: skip
+from planner.stage_chunks import solve_chunks
+from planner.stage_problem import (
+    Extra, Found, Nearest, Pair, StageProblem, allowed_pairs, evaluate, rank_bytes, starts_of,
+    step_ps,
+)  # fmt: skip
+
+__all__ = [
+    "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
+    "lower_bound_ps", "solve", "surely_infeasible",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much is spent: arcs visited, operations simulated, CP-SAT's deterministic seconds."""
+
+    nodes: int = 20_000
+    operations: int = 400_000
+    solver_s: float = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSolution:
+    """A choice and how good it is.
+
+    status: OPTIMAL, FEASIBLE (bound_ps < step_ps), INFEASIBLE (see `nearest`), or CUTOFF: no
+    choice is below the incumbent given; then the choice is empty. bound_ps: no choice is below it.
+    """
+
+    status: str
+    stages: tuple[int, ...] = ()
+    recompute: tuple[Pair, ...] = ()
+    step_ps: int = 0
+    bound_ps: int = 0
+    peak_bytes: tuple[int, ...] = ()
+    nearest: Nearest | None = None
+
+
+def solve(
+    problem: StageProblem, *, incumbent_ps: int | None = None, effort: Effort | None = None
+) -> StageSolution:
+    """Choose stages and recomputation for the least step that fits, with a bound on all choices.
+
+    incumbent_ps: only a step below it is of interest. Raises UsageError for an illegal schedule.
+    """
+    p, effort = problem, effort or Effort()
+    reason = schedule_illegal(p.schedule, p.pp, p.microbatches, p.virtual_stages)
+    if reason is None and p.layers < p.count:
+        reason = f"{p.count} stages need as many layers at least, there are {p.layers}"
+    if reason is not None:
+        raise UsageError(reason)
+    floor = lower_bound_ps(p)
+    below = INF if incumbent_ps is None else incumbent_ps
+    if floor >= below:
+        return StageSolution(status="CUTOFF", bound_ps=floor)
+    if p.chunks > 1:
+        found = solve_chunks(p, below, effort.nodes, effort.operations)
+    else:
+        found = _solve_chain(p, below, effort)
+    bound = max(found.bound_ps, floor)
+    if found.nearest is not None:
+        return StageSolution(status="INFEASIBLE", bound_ps=INF, nearest=found.nearest)
+    if bound >= below or not found.stages:
+        return StageSolution(status="CUTOFF", bound_ps=bound)
+    return StageSolution(
+        status="OPTIMAL" if bound >= found.step_ps else "FEASIBLE", stages=found.stages,
+        recompute=found.recompute, step_ps=found.step_ps, bound_ps=min(bound, found.step_ps),
+        peak_bytes=rank_bytes(p, found.stages, found.recompute),
+    )  # fmt: skip
+
+
+def _solve_chain(p: StageProblem, below: int, effort: Effort) -> Found:
+    """One stage a rank: arcs long enough for any cut that can win, then the search."""
+    windows = Windows(p)
+    widest = p.layers - p.count + 1
+    most = min(widest, -(-p.layers // p.count) + 2)
+    if p.fixed_stages is not None:
+        most = widest = max(p.fixed_stages)
+    while True:
+        search = _Search(p, windows, most, below, effort)
+        if search.start():
+            need = min(widest, search.longest())
+            if need <= most:
+                return search.finish()
+        elif most == widest:
+            if search.cut_off:
+                return search.finish()
+            return Found(nearest=_nearest(p, windows, search.arcs, search.chain))
+        else:
+            need = min(widest, 2 * most)
+        most = need
+
+
+class _Search:
+    """The search for the best cut into stages, one a rank."""
+
+    def __init__(
+        self, p: StageProblem, windows: Windows, most: int, below: int, effort: Effort
+    ) -> None:
+        self.p, self.windows, self.effort = p, windows, effort
+        self.below = self.best = below
+        self.arcs: Arcs = make_arcs(p, windows, most)
+        self.chain = Chain(p.count, p.layers, most)
+        self.nodes, self.operations = effort.nodes, effort.operations
+        self.found = Found()
+        self.cut_off = False
+        self.bound = 0
+
+    def start(self) -> bool:
+        """Bound all cuts and weigh the one of least bound. False where no cut fits."""
+        grid = propagate(self.p, self.arcs, self.chain, INF)
+        if not grid.alive:
+            return False
+        self.bound = int(grid.togo[0, 0])
+        self.cut_off = self.bound >= self.below
+        if not self.cut_off:
+            self.weigh(self.greedy(grid))
+        return True
+
+    def longest(self) -> int:
+        """Layers of the longest stage that a cut below the best found can have."""
+        p = self.p
+        each = np.array(p.forward_ps) + np.array(p.input_grad_ps) + np.array(p.weight_grad_ps)
+        sums = np.concatenate(([0], np.cumsum(each))) * p.microbatches
+        limit = min(self.best, self.below)
+        if limit >= INF:
+            return p.layers
+        n = len(self.chain.columns[0])
+        while n < p.layers and int((sums[n + 1 :] - sums[: -n - 1]).min()) < limit:
+            n += 1
+        return n
+
+    def greedy(self, grid: Grid) -> list[tuple[int, int]]:
+        """A path of arcs (first layer, layers), of the least bound at every step."""
+        path, i = [], 0
+        for s in range(self.p.count):
+            n = min(self.after(grid, s, i))[2]
+            path.append((i, n))
+            i += n
+        return path
+
+    def after(self, grid: Grid, s: int, i: int) -> list[tuple[int, int, int]]:
+        """Arcs of stage s from layer i: (the least bound through it, -layers, layers)."""
+        rest = grid.togo[s + 1][self.chain.ends[i]]
+        worst = np.maximum(grid.bound[s, i], rest).tolist()
+        return [(b, -n, n) for n, b in enumerate(worst, 1) if b < INF]
+
+    def weigh(self, path: Sequence[tuple[int, int]]) -> None:
+        """Simulate a cut, unless its bound is no better than the best; keep it where it wins."""
+        p = self.p
+        stages = tuple(n for _, n in path)
+        recompute = tuple(
+            allowed_pairs(p, s, n)[int(self.arcs.pick[s, i, n - 1])]
+            for s, (i, n) in enumerate(path)
+        )
+        if self.cut_bound(path) >= self.best:
+            return
+        self.operations -= 2 * p.microbatches * p.count
+        step = step_ps(p, stages, recompute)
+        if step < self.best:
+            self.best = step
+            self.found = Found(stages=stages, recompute=recompute, step_ps=step)
+
+    def cut_bound(self, path: Sequence[tuple[int, int]]) -> int:
+        """The step of a cut is at least this."""
+        a, s = self.arcs, np.arange(self.p.count)
+        i = np.array([i for i, _ in path])
+        n = np.array([n for _, n in path]) - 1
+        times = (a.forward[s, i, n], a.backward[s, i, n] + a.extra[s, i, n], a.weight[s, i, n])
+        ends = [np.cumsum(t) for t in times]
+        before = tuple(e - t for e, t in zip(ends, times))
+        behind = tuple(e[-1] - e for e in ends)
+        peaks = int(times[0].max()), int((times[1] + times[2]).max())
+        bound = path_bound(self.p, s, times, before, behind, peaks)  # type: ignore[arg-type]
+        return int(bound.max() + a.tail[s, i, n].max())
+
+    def finish(self) -> Found:
+        """Prove the best cut best, or find a better one; then the bound of what is left."""
+        if self.bound >= self.best:
+            return self.done(self.best)
+        grid = propagate(self.p, self.arcs, self.chain, self.best)
+        if not grid.alive or self.explore(grid, 0, 0, []):
+            return self.done(self.best)
+        low, high = max(self.bound, int(grid.togo[0, 0])), self.best
+        for _ in range(6):
+            middle = (low + high + 1) // 2
+            if middle >= high:
+                break
+            if propagate(self.p, self.arcs, self.chain, middle).alive:
+                high = middle
+            else:
+                low = middle
+        return self.done(low)
+
+    def done(self, bound: int) -> Found:
+        f = self.found
+        return Found(
+            stages=f.stages, recompute=f.recompute, step_ps=f.step_ps, bound_ps=bound
+        )  # fmt: skip
+
+    def explore(self, grid: Grid, s: int, i: int, path: list[tuple[int, int]]) -> bool:
+        """Weigh every cut through `path` that may win. False where the effort ran out."""
+        if s == self.p.count:
+            self.weigh(path)
+            return True
+        for bound, _, n in sorted(self.after(grid, s, i)):
+            if bound >= self.best:
+                break
+            self.nodes -= 1
+            if self.nodes < 0 or self.operations < 0:
+                return False
+            if not self.explore(grid, s + 1, i + n, [*path, (i, n)]):
+                return False
+        return True
+
+
+def _nearest(p: StageProblem, windows: Windows, arcs: Arcs, chain: Chain) -> Nearest:
+    """The choice whose fullest rank overflows the least."""
+    togo = chain.behind(arcs.least_bytes, np.maximum)
+    stages, recompute, i = [], [], 0
+    for s in range(p.count):
+        worst = np.maximum(arcs.least_bytes[s, i], togo[s + 1][chain.ends[i]])
+        n = int(worst.argmin()) + 1
+        stages.append(n)
+        flight = p.in_flight(s)[0][0]
+        options = windows.options(s, i, n)
+        needs = flight * options.act_bytes
+        needs = needs + np.maximum(options.work_bytes, max(
+            (e.working_bytes for e in p.extras(s)), default=0))  # fmt: skip
+        recompute.append(options.pairs[int(needs.argmin())])
+        i += n
+    return Nearest.of(p, tuple(stages), tuple(recompute))
