@@ -40,7 +40,8 @@ def estimate(
     Raises PlanError where placements contradict the graph, UsageError for a missing format.
     """
     costs = Costs(
-        graph=graph, cluster=cluster, workload=workload, micro_batches=(decisions.micro_batch,)
+        graph=graph, cluster=cluster, workload=workload,
+        points=((decisions.micro_batch, decisions.cp),),
     )
     assignments = read_assignments(costs, decisions, shardings)
     return estimate_step(costs, costs.step(decisions, assignments), decisions)
@@ -200,7 +201,7 @@ def _executed(step: Step, d: Decisions) -> int:
     """FLOPs that all devices run in a step, recomputation included."""
     levels, total = _levels(step, d), 0
     for i in range(len(step.chain.links)):
-        forward, backward, _ = step.row(i).flop
+        forward, backward = step.row(i).flop
         total += forward + backward + (forward if levels.get(i) == 2 else 0)
     return total * d.tp * d.cp * d.dp * d.microbatches
 
@@ -327,7 +328,7 @@ def _collectives(
 ) -> tuple[Collective, ...]:
     """What a rank sends in a step, rows of the same place and size added up."""
     links, levels = stage_links(step, d.stages), _levels(step, d)
-    at = costs.micro_batches.index(d.micro_batch)
+    at = costs.point(d)
     rows: dict[tuple[str, str, int, str], list[float]] = {}
 
     def add(kind: str, axis: str, size: int, where: str, count: int, s: float, x: float) -> None:

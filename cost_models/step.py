@@ -6,7 +6,7 @@ so a plan's step is the same number wherever it is asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,11 +19,19 @@ from cost_models.engines import Engine, load_engine
 from cost_models.hardware import Cluster
 from cost_models.layout import WHOLE, Assignment, options
 from cost_models.ledger import Collective
-from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, Held, State, held, mode_of, ranks_of, state_of
-from cost_models.unit_costs import Axes, Traffic, UnitCost, Work, unit_cost
+from cost_models.state import (
+    COMPUTE_BYTES,
+    GRAD_BYTES,
+    State,
+    held,
+    mode_of,
+    ranks_of,
+    state_of,
+)
+from cost_models.unit_costs import Axes, Traffic, UnitCost, Work, expert_cost, unit_cost
 from ir.graph import Graph, Unit
 
-PARTS = ("compute", "tp_comm", "dp_comm", "ep_comm", "cp_comm", "host")
+PARTS = ("compute", "tp_comm", "ep_comm", "cp_comm", "host", "dp_comm")
 AXIS_PART = {"tp": "tp_comm", "ep": "ep_comm", "etp": "ep_comm", "cp": "cp_comm"}
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
 
@@ -56,7 +64,7 @@ class Row:
     offload_ps: int
     floor_ps: int
     is_loss: bool
-    flop: tuple[int, int, int]  # forward, backward, light part of forward is left out
+    flop: tuple[int, int]  # forward, backward
     model_flop: int
     traffic: tuple[Traffic, ...] = ()
 
@@ -91,15 +99,14 @@ class Step:
 class Costs:
     """The cost of anything for one (graph, cluster, workload); remembers what it computed.
 
-    micro_batches: the work points that unit costs are computed for at once.
+    points: (micro-batch, cp) pairs, which unit costs are computed for all at once.
     """
 
     graph: Graph
     cluster: Cluster
     workload: Workload
-    micro_batches: tuple[int, ...] = (1,)
-    imbalance: float = 1.0
-    _units: dict[tuple[Unit, bool, Assignment, Axes], UnitCost] = field(default_factory=dict)
+    points: tuple[tuple[int, int], ...] = ((1, 1),)
+    _units: dict[tuple[object, ...], UnitCost | None] = field(default_factory=dict)
     _fsdp: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
@@ -130,27 +137,35 @@ class Costs:
         return tuple(where[self._kind(link)] for link in self.chain.links)
 
     def work(self, axes: Axes, is_layer: bool) -> Work:
-        points = np.asarray(self.micro_batches, dtype=np.float64)
+        batch, cp = np.asarray(self.points, dtype=np.float64).T
         return Work(
-            micro_batch=points, local_seq=np.full_like(points, self.workload.seq_len / axes.cp),
+            micro_batch=batch, cp=cp, local_seq=self.workload.seq_len / cp,
             axes=axes, cluster=self.cluster, kernels=self.kernels, engine=self.engine,
             precision=self.workload.precision, is_layer=is_layer,
         )  # fmt: skip
 
     def unit(self, unit: Unit, is_layer: bool, assignment: Assignment, axes: Axes) -> UnitCost:
+        """A unit without its experts, at every point; `axes.ep` is None."""
         key = (unit, is_layer, assignment, axes)
         if key not in self._units:
             self._units[key] = unit_cost(unit, assignment, self.work(axes, is_layer))
+        found = self._units[key]
+        assert found is not None
+        return found
+
+    def experts(
+        self, unit: Unit, is_layer: bool, assignment: Assignment, axes: Axes
+    ) -> UnitCost | None:
+        """What a unit's experts add, at every point."""
+        key = (unit, is_layer, assignment, axes)
+        if key not in self._units:
+            self._units[key] = expert_cost(unit, assignment, self.work(axes, is_layer))
         return self._units[key]
 
     def step(self, d: Decisions, assignments: Assignments) -> Step:
-        """Every row of a mesh, its micro-batch one of `micro_batches`."""
-        axes = Axes(
-            tp=d.tp, cp=d.cp, ep=d.ep, etp=d.etp, sequence_parallel=d.sequence_parallel,
-            cp_kind=d.cp_kind,
-        )  # fmt: skip
+        """Every row of a mesh, its (micro-batch, cp) one of `points`."""
         rows = tuple(
-            self._row(d, axes, unit, is_layer, tied, assignments[unit, is_layer])
+            self._row(d, unit, is_layer, tied, assignments[unit, is_layer])
             for unit, is_layer, tied in self.kinds
         )
         glue = self.chain.glue
@@ -158,7 +173,7 @@ class Costs:
         p2p_bytes = self._boundary_bytes(d)
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
-            glue=self._row(d, axes, glue, False, False, whole), p2p_bytes=p2p_bytes,
+            glue=self._row(d, glue, False, False, whole), p2p_bytes=p2p_bytes,
             p2p_ps=ps(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp))
             if d.pp > 1 else 0,
             reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
@@ -189,30 +204,32 @@ class Costs:
             ("comm_buffers", used * self.engine.comm_buffer_bytes),
         )
 
+    def point(self, d: Decisions) -> int:
+        """Which point a mesh's micro-batch and cp are."""
+        return self.points.index((d.micro_batch, d.cp))
+
     def _row(
-        self, d: Decisions, axes: Axes, unit: Unit, is_layer: bool, tied: bool, a: Assignment
+        self, d: Decisions, unit: Unit, is_layer: bool, tied: bool, a: Assignment
     ) -> Row:
-        cost = self.unit(unit, is_layer, a, axes)
-        at = self.micro_batches.index(d.micro_batch)
+        axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind)
+        at = self.point(d)
+        cost = at_point(
+            self.unit(unit, is_layer, a, axes),
+            self.experts(unit, is_layer, a, replace(axes, ep=d.ep, etp=d.etp)), at,
+        )  # fmt: skip
         parameters = held(unit, a, d.ep, d.etp)
         if tied and d.pp == 1:
             parameters = ()  # the owner is on this rank too
         state = state_of(parameters, d, self.workload, self.engine)
-        dp_f, dp_b = self._fsdp_exposed(d, state, cost, at)
-        forward, backward = _parts(cost, at, False, dp_f), _parts(cost, at, True, dp_b)
-        comm_again = sum(
-            ps(cost.exposed_s(axis, backward=False)[at]) for axis in ("tp", "ep", "etp", "cp")
-        )
-        tail = self._tail(d, state, parameters, cost, at)
+        dp_f, dp_b = self._fsdp_exposed(d, state, cost)
+        tail = self._tail(d, state, cost)
         return Row(
-            forward=forward, backward=backward, weight_ps=ps(cost.weight_s[at]),
-            again_ps=(ps(cost.light_s[at]), ps(cost.forward_s[at]) + comm_again),
-            kept=tuple(int(k[at]) for k in cost.kept_bytes),
-            working=tuple(int(k[at]) for k in cost.working_bytes),
-            state=state, is_loss=any(n.op == "cross_entropy" for n in unit.nodes),
-            flop=(int(cost.flop[0][at]), int(cost.flop[1][at]), 0),
-            model_flop=int(cost.model_flop[at]), traffic=cost.traffic, **tail,
-        )  # type: ignore[arg-type]
+            forward=(*cost.forward[:-1], ps(dp_f)), backward=(*cost.backward[:-1], ps(dp_b)),
+            weight_ps=cost.weight_ps, again_ps=cost.again_ps, kept=cost.kept,
+            working=cost.working, state=state,
+            is_loss=any(n.op == "cross_entropy" for n in unit.nodes), flop=cost.flop,
+            model_flop=cost.model_flop, traffic=cost.traffic, **tail,
+        )  # fmt: skip
 
     # --- data parallelism --------------------------------------------------------------------
 
@@ -241,7 +258,7 @@ class Costs:
         return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
 
     def _fsdp_exposed(
-        self, d: Decisions, state: State, cost: UnitCost, at: int
+        self, d: Decisions, state: State, cost: Point
     ) -> tuple[float, float]:
         """What prefetched gathers and reductions add to a direction of one micro-batch: a layer
         takes max(compute + interference * traffic, traffic)."""
@@ -256,12 +273,12 @@ class Costs:
         backward = gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch
         share = self.engine.fsdp_interference
         return (
-            max(share * forward, forward - float(cost.forward_s[at])),
-            max(share * backward, backward - float(cost.backward_s[at])),
+            max(share * forward, forward - cost.kernels_s[0]),
+            max(share * backward, backward - cost.kernels_s[1]),
         )
 
     def _tail(
-        self, d: Decisions, state: State, parameters: tuple[Held, ...], cost: UnitCost, at: int
+        self, d: Decisions, state: State, cost: Point
     ) -> dict[str, int]:
         """Per step: gradients reduced and parameters gathered once, the optimizer, offload."""
         mode, engine = mode_of(d, self.engine), self.engine
@@ -274,7 +291,7 @@ class Costs:
             + mode.all_reduce_per_step * self.transfers(d, state, "all_reduce", grad)
         )  # fmt: skip
         gather = mode.gather_per_step * self.transfers(d, state, "all_gather", compute)
-        busy = float(cost.forward_s[at] + cost.backward_s[at])
+        busy = sum(cost.kernels_s)
         hide = (engine.dp_reduce_hidden if reduce else 0.0) * busy
         hide += (engine.dp_gather_hidden if gather else 0.0) * busy
         least = engine.dp_exposed_least
@@ -307,15 +324,49 @@ class Costs:
         )
 
 
-def _parts(cost: UnitCost, at: int, backward: bool, dp_s: float) -> tuple[int, ...]:
-    """Picoseconds by PARTS of one direction."""
-    kernels = cost.backward_s if backward else cost.forward_s
-    host = cost.host_backward_s if backward else cost.host_forward_s
-    parts = dict.fromkeys(PARTS, 0.0)
-    parts |= {"compute": float(kernels[at]), "host": float(host[at]), "dp_comm": dp_s}
-    for axis, part in AXIS_PART.items():
-        parts[part] += float(cost.exposed_s(axis, backward=backward)[at])
-    return tuple(ps(parts[p]) for p in PARTS)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A unit with its experts at one work point, before data parallelism: as `Row` has it."""
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    weight_ps: int
+    again_ps: tuple[int, int]
+    kept: tuple[int, int, int]
+    working: tuple[int, int, int]
+    kernels_s: tuple[float, float]
+    flop: tuple[int, int]
+    model_flop: int
+    traffic: tuple[Traffic, ...]
+
+
+def at_point(unit: UnitCost, experts: UnitCost | None, at: int) -> Point:
+    """Integers of one point, the last part (dp_comm) zero: it is not the unit's own."""
+    both = (unit, experts) if experts else (unit,)
+
+    def total(name: str) -> float:
+        return float(sum(getattr(c, name)[at] for c in both))
+
+    def parts(direction: str) -> tuple[int, ...]:
+        found = dict.fromkeys(PARTS, 0.0)
+        found["compute"] = total(f"{direction}_s")
+        found["host"] = total(f"host_{direction}_s")
+        for c in both:
+            for axis, part in AXIS_PART.items():
+                found[part] += float(c.exposed_s(axis, backward=direction == "backward")[at])
+        return tuple(ps(found[p]) for p in PARTS)
+
+    forward = parts("forward")
+    comm = sum(p for name, p in zip(PARTS, forward) if name.endswith("_comm"))
+    return Point(
+        forward=forward, backward=parts("backward"), weight_ps=ps(total("weight_s")),
+        again_ps=(ps(total("light_s")), ps(total("forward_s")) + comm),
+        kept=tuple(int(k[at]) for k in unit.kept_bytes),
+        working=tuple(int(k[at]) for k in unit.working_bytes),
+        kernels_s=(total("forward_s"), total("backward_s")),
+        flop=tuple(int(sum(c.flop[k][at] for c in both)) for k in (0, 1)),
+        model_flop=int(unit.model_flop[at]), traffic=tuple(t for c in both for t in c.traffic),
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def replicated(unit: Unit, tp: int) -> Assignment:

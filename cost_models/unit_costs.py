@@ -7,7 +7,7 @@ sequence, and by ep and etp on experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -41,14 +41,17 @@ CAST_BYTES = {"fp8": (3.0, 4.0), "nvfp4": (2.5, 3.5)}  # read and written per in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """Degrees that a unit's own cost depends on."""
+    """Degrees that a unit's own cost depends on, beside what a work point says.
+
+    ep, etp: where experts lie; None leaves grouped matmuls and expert traffic out, for they are
+    costed on their own and added.
+    """
 
     tp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
     sequence_parallel: bool = False
     cp_kind: str = "ring"
+    ep: int | None = None
+    etp: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +100,10 @@ class UnitCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Work points: micro-batch and local sequence (after cp), and the context around them."""
+    """Work points: micro-batch, cp and local sequence (after cp), and the context around them."""
 
     micro_batch: Floats
+    cp: Floats
     local_seq: Floats
     axes: Axes
     cluster: Cluster
@@ -112,7 +116,7 @@ class Work:
     def zeros(self) -> Floats:
         return np.zeros_like(self.micro_batch)
 
-    def sizes(self, tensor: Tensor, at: int, seq_scale: int = 1) -> tuple[Any, ...]:
+    def sizes(self, tensor: Tensor, at: int, seq_scale: Any = 1) -> tuple[Any, ...]:
         found = list(tensor.sizes(self.micro_batch, self.local_seq * seq_scale))
         if at >= 0:
             found[at] = found[at] / self.axes.tp
@@ -222,7 +226,7 @@ def _grouped(
     axes, k = work.axes, work.kernels
     rows = ins[0][0] * axes.etp
     experts, inner, n = unit.values[node.inputs[1]].sizes(1, 1)
-    groups = experts / axes.ep
+    groups = experts / (axes.ep or 1)
     first = not _after_grouped(unit, node.inputs[0])
     n, inner = (n / axes.etp, inner) if first else (n, inner / axes.etp)
     forward = k.grouped_gemm_s(dtype, rows, groups, n, inner)
@@ -253,7 +257,7 @@ def _attention(
     node: Node, unit: Unit, option: Option, dtype: str, moved: Floats, work: Work
 ) -> Heavy:
     """Pairs of the whole sequence, shared by the cp ranks: balanced, as zigzag halves are."""
-    cp = work.axes.cp
+    cp = work.cp
     q = work.sizes(unit.values[node.inputs[0]], option.ins[0], cp)
     v = work.sizes(unit.values[node.inputs[2]], WHOLE, cp)
     keys = work.sizes(unit.values[node.inputs[1]], WHOLE, cp)[2]
@@ -350,6 +354,11 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
     attention_s = [work.zeros, work.zeros]
     for node, option in zip(unit.nodes, assignment.chosen):
         op = rule(node)
+        if op.kind == "grouped_gemm":
+            model = model + 2.0 * prod(_whole_sizes(node, unit, work)[0]) * prod(
+                unit.values[node.inputs[1]].sizes(1, 1)[1:]
+            ) / _whole_sizes(node, unit, work)[0][-1]
+            continue  # costed with the experts
         if op.kind in HEAVY or not op.fusible:
             f, b, w, ff, fb = heavy_s(node, unit, option, work, learns)
             forward, backward, weight = forward + f, backward + b, weight + w
@@ -358,15 +367,13 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
             kernels += 1
             if op.kind == "attention":
                 attention_s = [attention_s[0] + f, attention_s[1] + b]
-        ins = tuple(work.sizes(unit.values[r], WHOLE, work.axes.cp) for r in node.inputs)
-        outs = tuple(work.sizes(t, WHOLE, work.axes.cp) for t in node.outputs)
-        model = model + op.flop(node, ins, outs)
+        outs = tuple(work.sizes(t, WHOLE, work.cp) for t in node.outputs)
+        model = model + op.flop(node, _whole_sizes(node, unit, work), outs)
     for run in _lights(unit, work):
         f, b = _light_s(run, unit, at, learns, work)
         forward, backward, light, kernels = forward + f, backward + b, light + f, kernels + 1
     traffic = (
-        *_tp_traffic(unit, assignment, work), *_ep_traffic(unit, work),
-        *_cp_traffic(unit, assignment, work, attention_s),
+        *_tp_traffic(unit, assignment, work), *_cp_traffic(unit, assignment, work, attention_s),
     )  # fmt: skip
     keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
     none = _kept(unit, keep, assignment, at, work)
@@ -385,6 +392,32 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
         host_backward_s=host_b, traffic=traffic, kept_bytes=(none, some, full),
         working_bytes=(2 * largest, 2 * largest + none - some, 2 * largest + none - full),
         flop=(flop_f, flop_b), model_flop=model, kernels=kernels,
+    )  # fmt: skip
+
+
+def _whole_sizes(node: Node, unit: Unit, work: Work) -> tuple[Any, ...]:
+    """Sizes of a node's inputs before any split."""
+    return tuple(work.sizes(unit.values[r], WHOLE, work.cp) for r in node.inputs)
+
+
+def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | None:
+    """What a unit's grouped matmuls and expert traffic add, at `work.axes` ep and etp; None where
+    there are none. Memory is counted with the unit."""
+    learns = differentiable(unit)
+    sums = [work.zeros] * 5
+    kernels = 0
+    for node, option in zip(unit.nodes, assignment.chosen):
+        if rule(node).kind == "grouped_gemm":
+            sums = [a + b for a, b in zip(sums, heavy_s(node, unit, option, work, learns))]
+            kernels += 1
+    traffic = tuple(_ep_traffic(unit, work))
+    if not kernels and not traffic:
+        return None
+    none = (work.zeros,) * 3
+    return UnitCost(
+        forward_s=sums[0], backward_s=sums[1], weight_s=sums[2], light_s=work.zeros,
+        host_forward_s=work.zeros, host_backward_s=work.zeros, traffic=traffic, kept_bytes=none,
+        working_bytes=none, flop=(sums[3], sums[4]), model_flop=work.zeros, kernels=kernels,
     )  # fmt: skip
 
 
@@ -451,7 +484,7 @@ def _ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
         )  # fmt: skip
         size = np.maximum.reduce([work.nbytes(t, WHOLE) for t in candidates]) / axes.tp
         for backward in (False, True):
-            if axes.ep > 1:
+            if axes.ep and axes.ep > 1:
                 rows.append(_row(
                     work, "all_to_all", "ep", node.name, backward, size, axes.ep, axes.etp,
                     work.engine.ep_exposed,
@@ -465,12 +498,28 @@ def _ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
     return rows
 
 
+def _cp_row(
+    work: Work, kind: str, where: str, backward: bool, size: Floats, steps: bool
+) -> Traffic:
+    """One cp collective at every point, each in its own group; steps: one send a ring step."""
+    seconds, count = work.zeros, 1
+    for cp in sorted({int(c) for c in work.cp}):
+        here = work.cp == cp
+        times = cp - 1 if steps else 1
+        one = collective_s(work.cluster, kind, size, cp, work.axes.tp) if cp > 1 else work.zeros
+        seconds = np.where(here, one * times, seconds)
+        count = times if here.all() else count
+    return Traffic(
+        kind=kind, axis="cp", where=where, backward=backward, count=count, size_bytes=size,
+        seconds=seconds, hidden_s=work.zeros,
+    )  # fmt: skip
+
+
 def _cp_traffic(
     unit: Unit, assignment: Assignment, work: Work, attention_s: list[Floats]
 ) -> list[Traffic]:
     """Keys and values around the cp ranks: ring hides behind attention, the others do not."""
-    axes = work.axes
-    if axes.cp == 1:
+    if (work.cp == 1).all():
         return []
     rows = []
     for node, option in zip(unit.nodes, assignment.chosen):
@@ -480,25 +529,24 @@ def _cp_traffic(
         q, kv, out = shard[0], shard[1] + shard[2], work.nbytes(node.outputs[0], option.outs[0])
         for backward in (False, True):
             times = 2 if backward else 1
-            if axes.cp_kind == "ring":
-                row = _row(work, "p2p", "cp", node.name, backward, kv * times, axes.cp, axes.tp,
-                           1.0, count=axes.cp - 1)  # fmt: skip
+            if work.axes.cp_kind == "ring":
+                row = _cp_row(work, "p2p", node.name, backward, kv * times, True)
                 hidden = np.minimum(
                     row.seconds * (1 - work.engine.cp_exposed), attention_s[int(backward)]
                 )
-                rows.append(Traffic(
-                    kind=row.kind, axis="cp", where=row.where, backward=backward, count=row.count,
-                    size_bytes=row.size_bytes, seconds=row.seconds, hidden_s=hidden,
-                ))  # fmt: skip
-            elif axes.cp_kind == "allgather":
+                rows.append(replace(row, hidden_s=hidden))
+            elif work.axes.cp_kind == "allgather":
                 kinds = ("all_gather", "reduce_scatter") if backward else ("all_gather",)
-                rows += [_row(work, kind, "cp", node.name, backward, kv * axes.cp, axes.cp,
-                              axes.tp, 1.0) for kind in kinds]  # fmt: skip
+                rows += [
+                    _cp_row(work, kind, node.name, backward, kv * work.cp, False)
+                    for kind in kinds
+                ]
             else:
-                rows += [_row(work, "all_to_all", "cp", f"{node.name} {what}", backward, size,
-                              axes.cp, axes.tp, 1.0)
-                         for what, size in (("q", q), ("kv", kv), ("out", out))]  # fmt: skip
+                rows += [
+                    _cp_row(work, "all_to_all", f"{node.name} {what}", backward, size, False)
+                    for what, size in (("q", q), ("kv", kv), ("out", out))
+                ]
     return rows
 
 
-__all__ = ["Axes", "Traffic", "UnitCost", "Work", "boundary", "chains", "heavy_s", "unit_cost"]
+__all__ = ["Axes", "Traffic", "UnitCost", "Work", "boundary", "chains", "expert_cost", "heavy_s", "unit_cost"]

@@ -179,8 +179,10 @@ def _owners(
             foreign[unit_name, name] = foreign.get((unit_name, name), True) and elsewhere
     by_root = dict.fromkeys(own)
     for store, found in readers.items():
-        if store not in made and store not in graph.root.parameter_names:
-            by_root.update({store: None for unit, name, _ in found if foreign[unit, name]})
+        if store in made or store in graph.root.parameter_names:
+            continue
+        if any(foreign[unit, name] for unit, name, _ in found):
+            by_root[store] = None
     owned = {
         unit: tuple(r for r in refs if not foreign.get((unit, r), False))
         for unit, refs in kept.items()

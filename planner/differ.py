@@ -120,11 +120,11 @@ def _rate(c: Checked) -> float:
 
 
 def _verdict(what: bool, numbers: Sequence[Number], new: Checked) -> str:
+    if not what:
+        return "the plans are the same" + ("" if new.estimate.fits else ", and do not fit")
     if not new.estimate.fits:
         return "the new plan does not fit"
     step, memory = numbers[:2]
-    if not what:
-        return "the plans are the same"
     words = []
     for number, (more, less) in ((step, ("slower", "faster")), (memory, ("more", "less"))):
         size = abs(number.change)

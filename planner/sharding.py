@@ -61,14 +61,15 @@ class Program:
 
 
 def tabulate(
-    costs: Costs, unit: Unit, is_layer: bool, axes: Axes, micro_batch: int,
+    costs: Costs, unit: Unit, is_layer: bool, axes: Axes, micro_batch: int, cp: int,
     price_ps_per_byte: float, placed: dict[str, int],
 ) -> Program:  # fmt: skip
     """Time and memory of every option. placed: parameters (relative names) that are pinned."""
     work = replace(
         costs.work(axes, is_layer),
         micro_batch=np.array([float(micro_batch)]),
-        local_seq=np.array([costs.workload.seq_len / axes.cp]),
+        cp=np.array([float(cp)]),
+        local_seq=np.array([costs.workload.seq_len / cp]),
     )
     learns = differentiable(unit)
     table = options(unit, axes.tp)
@@ -382,15 +383,15 @@ def _by_highs(
 
 
 def best_assignment(
-    costs: Costs, unit: Unit, is_layer: bool, axes: Axes, micro_batch: int,
+    costs: Costs, unit: Unit, is_layer: bool, axes: Axes, micro_batch: int, cp: int,
     price_ps_per_byte: float | None = None, placed: dict[str, int] | None = None,
 ) -> Assignment:  # fmt: skip
-    """The optimal way to lay a unit over tp, at one micro-batch and price of memory: a byte that
+    """The optimal way to lay a unit over tp, at one micro-batch, cp and price of memory: a byte that
     is not held is fetched over the fastest link each micro-batch, unless the caller says."""
     if price_ps_per_byte is None:
         price_ps_per_byte = 1e12 / costs.cluster.intra.useful_bytes_per_s
     program = tabulate(
-        costs, unit, is_layer, axes, micro_batch, price_ps_per_byte, placed or {},
+        costs, unit, is_layer, axes, micro_batch, cp, price_ps_per_byte, placed or {},
     )
     picks = solve(program)
     return Assignment(

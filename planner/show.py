@@ -117,7 +117,7 @@ def _head(plan: Plan) -> list[str]:
         f"{graph.name}, {format_count(graph.parameter_count)} parameters, on {plan.hardware}",
         _row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}"),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
-        _row("steps", f"{d.microbatches} micro-batches of {d.micro_batch}, {d.schedule}{virtual}"),
+        _row("steps", f"micro-batches {d.microbatches} x {d.micro_batch}, {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
     ]
 
@@ -267,6 +267,7 @@ def _pack(words: Sequence[str], between: str) -> list[str]:
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(between) + len(word) > WIDTH - 12:
+            lines[-1] += between.rstrip()
             lines.append(word)
         else:
             lines[-1] += between + word

@@ -14,10 +14,77 @@ from typing import Any
 
 import numpy as np
 
-from planner.stage_problem import Pair, StageProblem, allowed_pairs, in_flight, pinned_pair
+from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
+from planner.stage_problem import Pair, StageProblem, allowed_pairs, pinned_pair
 
 INF = 1 << 60
 Array = Any  # of int64, or of bool
+
+
+def load_ps(p: StageProblem) -> int:
+    """Compute of the busiest rank per micro-batch, at least: by the mean, by count, by layer."""
+    each = list(map(sum, zip(p.forward_ps, p.input_grad_ps, p.weight_grad_ps)))
+    glue = p.chunks * (p.rank_glue_forward_ps + p.rank_glue_backward_ps)
+    more = {r: glue for r in range(p.pp)}
+    for rank, e in ((p.rank_of(0), p.first), (p.rank_of(p.count - 1), p.last)):
+        more[rank] += e.forward_ps + e.input_grad_ps + e.weight_grad_ps
+    least = min(each)
+    mean = -(-(sum(each) + sum(more.values())) // p.pp)
+    load = max(mean, max(each) + glue, max(more.values()) + p.chunks * least)
+    if not least:
+        return load
+    levels = sorted(set(more.values()))
+    while sum((load - fixed) // least for fixed in more.values()) < p.layers:
+        load = min(load + least - (load - fixed) % least for fixed in levels)
+    return load
+
+
+def lower_bound_ps(problem: StageProblem) -> int:
+    """The step is at least this, whatever is chosen. Cheap: for screening, without recompute.
+
+    1F1B, m > p, busiest stage M, all stages T: the path through the busiest stage s takes
+    (m - 1) M + T less what is behind s beyond the idle time it causes, and what is before s is
+    s M at most, which leaves (m - 1 - p) M + 2 T.
+    """
+    p = problem
+    m, load, ends = p.microbatches, load_ps(p), (p.first, p.last)
+    forward = sum(p.forward_ps) + p.count * p.rank_glue_forward_ps
+    forward += sum(e.forward_ps for e in ends)
+    back = sum(p.input_grad_ps) + p.count * p.rank_glue_backward_ps
+    back += sum(e.input_grad_ps for e in ends)
+    weight = sum(p.weight_grad_ps) + sum(e.weight_grad_ps for e in ends)
+    crossings = p.count - 1 - (p.schedule in V_SHAPED)
+    once = forward + back + 2 * p.p2p_ps * crossings
+    whole = forward + back + weight
+    fused = p.schedule not in SPLIT_BACKWARD
+    makespan = max(m * load, once + weight * fused)
+    if p.schedule == "gpipe":
+        makespan = once + weight + (m - 1) * load
+    elif p.schedule == "1f1b" and m > p.pp:
+        makespan = max(makespan, (m - 1 - p.pp) * load + 2 * whole)
+    comm, hide = sum(p.tail_comm_ps), sum(p.tail_hide_ps)
+    own = sum(p.tail_own_ps) + sum(e.tail_own_ps for e in ends)
+    exposed = comm - hide + sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
+    return makespan + -(-(max(0, exposed) + own) // p.pp)
+
+
+def surely_infeasible(problem: StageProblem) -> bool:
+    """True where no choice can fit, by count: each rank takes so many of the least layer."""
+    p = problem
+    act, work = min(map(min, p.activation_bytes)), min(map(min, p.working_bytes))
+    state, gathered = min(p.state_bytes), min(p.gathered_bytes)
+    room = 0
+    for rank in range(p.pp):
+        more = [e for k in (0, p.count - 1) if p.rank_of(k) == rank for e in p.extras(k)]
+        flight = p.in_flight(rank)[0][0] if p.chunks == 1 else 1
+        left = p.capacity_bytes - p.constant_bytes
+        left -= max([work, *(e.working_bytes for e in more)])
+        left -= 2 * max([gathered, *(e.gathered_bytes for e in more)])
+        left -= sum(e.state_bytes + flight * e.activation_bytes for e in more)
+        if left < p.chunks * (state + flight * act):
+            return True
+        room += left // (state + flight * act) if state + act else p.layers
+    return room < p.layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +227,7 @@ def _recompute(
     S = p.count
     extra = np.full(exists.shape, INF, dtype=np.int64)
     least, pick = extra.copy(), np.zeros(exists.shape, dtype=np.int64)
-    counts = [in_flight(p.schedule, p.pp, p.microbatches, p.virtual_stages, r)[0][0]
-              for r in range(S)]  # fmt: skip
+    counts = [p.in_flight(r)[0][0] for r in range(S)]
     more = [sum(e.activation_bytes for e in p.extras(s)) for s in range(S)]
     works = [max((e.working_bytes for e in p.extras(s)), default=0) for s in range(S)]
     gathers = [max((e.gathered_bytes for e in p.extras(s)), default=0) for s in range(S)]

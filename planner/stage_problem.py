@@ -91,6 +91,10 @@ class StageProblem:
         """The global stages of a rank, by chunk."""
         return tuple(global_stage(self.schedule, self.pp, rank, c) for c in range(self.chunks))
 
+    def in_flight(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Micro-batches held per chunk at the moments that can be the rank's peak."""
+        return in_flight(self.schedule, self.pp, self.microbatches, self.virtual_stages, rank)
+
     def extras(self, stage: int) -> tuple[Extra, ...]:
         """What the stage has beside its layers."""
         here = (self.first,) if stage == 0 else ()
@@ -221,10 +225,42 @@ def rank_bytes(
 
 def stash_bytes(problem: StageProblem, rank: int, held: Sequence[int]) -> int:
     """The most a rank holds, given each chunk's bytes a micro-batch; as peak_stash has it."""
-    peaks = in_flight(
-        problem.schedule, problem.pp, problem.microbatches, problem.virtual_stages, rank
-    )
-    return max(sum(c * b for c, b in zip(counts, held)) for counts in peaks)
+    return max(sum(c * b for c, b in zip(counts, held)) for counts in problem.in_flight(rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """Where nothing fits: the choice that overflows the least, and its fullest rank and stage."""
+
+    stages: tuple[int, ...]
+    recompute: tuple[Pair, ...]
+    peak_bytes: tuple[int, ...]
+    rank: int
+    stage: int
+    overflow_bytes: int
+
+    @classmethod
+    def of(
+        cls, problem: StageProblem, stages: tuple[int, ...], recompute: tuple[Pair, ...]
+    ) -> Nearest:
+        memory = rank_bytes(problem, stages, recompute)
+        rank = memory.index(max(memory))
+        return cls(
+            stages=stages, recompute=recompute, peak_bytes=memory, rank=rank,
+            stage=max(problem.stages_of(rank), key=lambda k: stages[k]),
+            overflow_bytes=max(memory) - problem.capacity_bytes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found: the best choice if any, a bound on all, what is nearest if none fits."""
+
+    stages: tuple[int, ...] = ()
+    recompute: tuple[Pair, ...] = ()
+    step_ps: int = 0
+    bound_ps: int = 0
+    nearest: Nearest | None = None
 
 
 @functools.lru_cache(maxsize=4096)

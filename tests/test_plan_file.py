@@ -11,6 +11,7 @@ import pytest
 from toy_plan import DECISIONS, SHARDED, toy_graph, toy_plan
 
 from ir.errors import GateError, PlanError
+from planner.chain import layer_paths, stage_units
 from planner.plan import hardware_name, load, write_whole
 from planner.plan_text import parse_text, to_text
 
@@ -210,6 +211,15 @@ def test_the_same_bytes_under_any_hash_seed():
         for seed in ("0", "1", "2")
     }  # fmt: skip
     assert texts == {to_text(toy_plan()) + "\n"}
+
+
+def test_units_follow_the_layers_of_their_stage():
+    graph = toy_graph(4)
+    assert layer_paths(graph) == tuple(f"layers.{i}" for i in range(4))
+    assert stage_units(graph, (1, 3)) == (
+        ("embed_tokens", "layers.0"), ("layers.1", "layers.2", "layers.3", "norm", "lm_head"),
+    )  # fmt: skip
+    assert stage_units(toy_graph(0), (0,)) == (("embed_tokens", "norm", "lm_head"),)
 
 
 def test_hardware_name_is_never_absolute(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,9 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     ("DbrxExperts", "forward"): dbrx_experts,
     ("LongcatFlashExperts", "forward"): longcat_experts,
 }
+# key of a configuration -> its value in a trace: Gemma 3n clamps small weights through `.data`
+# at each training step, which export cannot record
+SETTINGS: dict[str, Any] = {"altup_coef_clip": None}
 
 
 @contextlib.contextmanager
@@ -282,6 +286,10 @@ def scans_as_operators(model: nn.Module) -> Iterator[None]:
             if file.startswith("transformers."):
                 for name, function in FUNCTIONS.items():
                     stack.enter_context(_replaced(sys.modules[file], name, function))
+        for config in (getattr(module, "config", None) for module in model.modules()):
+            keys = vars(config) if hasattr(config, "__dict__") else {}
+            known = {name: value for name, value in SETTINGS.items() if name in keys}
+            stack.enter_context(mock.patch.dict(keys, known))  # past the configuration's checks
         for (cls, method), function in METHODS.items():
             if cls in classes:
                 stack.enter_context(_replaced(classes[cls], method, function))

@@ -35,7 +35,12 @@ def _mark(unit: Unit) -> Unit:
             renamed[node.name] = "dispatch"
         elif node.name in below and node.op in _SCATTERS:
             renamed[node.name] = "combine"
-    nodes = tuple(replace(n, op=renamed[n.name]) if n.name in renamed else n for n in unit.nodes)
+    nodes = tuple(
+        replace(n, op=renamed[n.name], attrs=tuple(sorted((*n.attrs, ("via", n.op)))))
+        if n.name in renamed
+        else n
+        for n in unit.nodes
+    )
     return replace(unit, nodes=nodes)
 
 

@@ -50,6 +50,8 @@ def _own_attention(args: dict[str, Any]) -> Attrs:
     }  # fmt: skip
     if window:
         found["window"] = int(window)
+    if args.get("chunk"):
+        found["chunk"] = int(args["chunk"])
     if args.get("softcap"):
         found["softcap"] = float(args["softcap"])
     return found

@@ -16,7 +16,7 @@ def _spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     -> out [b, n_q, s, dv] (or [b, s, n_q, dv], attr layout "bshd"), log-sum-exp [b, n_q, s].
     Grouped heads are one factor: a shard of query heads sees its own key heads.
     """
-    letters = [("b", "h", "!s", "!d"), ("b", "h", "!t", "!d"), ("b", "h", "!t", "!v")]
+    letters: list[tuple[str, ...]] = [("b", "h", "!s", "!d"), ("b", "h", "!t", "!d"), ("b", "h", "!t", "!v")]
     if node.attr("mask"):
         mask = ins[3].shape
         names = ("b", "h", "!s", "!t")[4 - len(mask) :]
@@ -28,13 +28,25 @@ def _spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 
 
 def pairs(node: Node, queries: Any, keys: Any) -> Any:
-    """Query-key pairs a kernel visits: half of the square when causal, a band with a window."""
+    """Query-key pairs a kernel visits, the last query aligned with the last key.
+
+    Causal: half of the square; with a window w a band of w keys; with a chunk c, half of a square
+    of c for each chunk. Not causal, a window is a band of w keys on either side.
+    """
+    window, chunk = int(node.attr("window") or 0), int(node.attr("chunk") or 0)
+    if chunk and node.attr("causal"):
+        full, rest = keys // chunk, keys % chunk
+        return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
     if not node.attr("causal"):
-        return queries * keys
-    window = node.attr("window")
-    if not window:
-        return queries * (queries + 1) // 2 + queries * (keys - queries)
-    width = -(-(queries + window - abs(queries - window)) // 2)  # min(s, w), arrays too
+        return 2 * _band(queries, window + 1) - queries if window else queries * keys
+    if window:
+        return _band(queries, window)
+    return queries * (queries + 1) // 2 + queries * (keys - queries)
+
+
+def _band(queries: Any, window: int) -> Any:
+    """Pairs with 0 <= query - key < window: ints, or arrays."""
+    width = (queries + window - abs(queries - window)) // 2  # min(queries, window)
     return queries * width - width * (width - 1) // 2
 
 

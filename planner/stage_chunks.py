@@ -1,0 +1,218 @@
+"""Stages where a rank runs several chunks (interleaved, ZB-V, DualPipeV): memory couples them.
+
+Few cuts: all of them, least bound first. Many: near-even cuts with the ranks' loads balanced, then
+single layers moved between neighbours, against a bound on every cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED, global_stage, order
+from planner.stage_bounds import INF, Windows
+from planner.stage_problem import (
+    Found, Nearest, Pair, StageProblem, rank_bytes, stash_bytes, starts_of, step_ps, tail_ps,
+)  # fmt: skip
+
+ALL_CUTS = 1000  # so many cuts are all looked at
+ALL_PAIRS = 512  # so many combinations of a rank's pairs are all looked at
+Array = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """Recomputation of one rank's chunks: pairs, the time each adds, and bytes at the peak."""
+
+    pairs: tuple[Pair, ...]
+    extra_ps: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What each rank does before its first backward and up to its last forward.
+
+    stage: [rank, chunk]. Of the first backward: its stage, and forwards done before, by chunk.
+    Of the last forward: its stage; forwards, input and weight gradients up to it, by chunk.
+    """
+
+    stage: Array
+    first_stage: Array
+    first_done: Array
+    last_stage: Array
+    last_done: Array
+
+
+@functools.lru_cache(maxsize=256)
+def profile(schedule: str, pp: int, m: int, v: int) -> Profile:
+    firsts, lasts, first_done, last_done = [], [], [], []
+    for rank in range(pp):
+        ops = order(schedule, pp, m, v, rank)
+        first = next(i for i, (op, _, _) in enumerate(ops) if op in ("B", "BW"))
+        last = max(i for i, (op, _, _) in enumerate(ops) if op == "F")
+        firsts.append(global_stage(schedule, pp, rank, ops[first][2]))
+        lasts.append(global_stage(schedule, pp, rank, ops[last][2]))
+        first_done.append([sum(c == k for _, _, k in ops[:first]) for c in range(v)])
+        done = np.zeros((3, v), dtype=np.int64)
+        for op, _, chunk in ops[: last + 1]:
+            for kind, words in enumerate((("F",), ("B", "BW"), ("W", "BW"))):
+                done[kind, chunk] += op in words
+        last_done.append(done)
+    return Profile(
+        stage=np.array([[global_stage(schedule, pp, r, c) for c in range(v)] for r in range(pp)]),
+        first_stage=np.array(firsts), first_done=np.array(first_done),
+        last_stage=np.array(lasts), last_done=np.array(last_done),
+    )  # fmt: skip
+
+
+class Chunks:
+    """Costs of cuts: times by stage, the recomputation a rank needs, and a bound of each."""
+
+    def __init__(self, p: StageProblem) -> None:
+        self.p, self.windows = p, Windows(p)
+        self.profile = profile(p.schedule, p.pp, p.microbatches, p.virtual_stages)
+        kinds = (p.forward_ps, p.input_grad_ps, p.weight_grad_ps, p.state_bytes)
+        self.sums = np.concatenate(
+            (np.zeros((4, 1), dtype=np.int64), np.cumsum(np.array(kinds), axis=1)), axis=1
+        )
+        self.split = p.schedule in SPLIT_BACKWARD
+        crossing = [p.rank_of(k) != p.rank_of(k + 1) for k in range(p.count - 1)]
+        self.cross = np.concatenate(([0], np.cumsum(crossing))) * p.p2p_ps
+        self.exact = True  # whether every combination of pairs asked for was looked at
+        self._pairs: dict[tuple[int, tuple[tuple[int, int], ...]], tuple[Pairs, ...]] = {}
+
+    def times(self, stages: Sequence[int]) -> Array:
+        """[forward, backward, weight; stage], without recomputation."""
+        p, cuts = self.p, np.concatenate(([0], np.cumsum(stages)))
+        t = self.sums[:3, cuts[1:]] - self.sums[:3, cuts[:-1]]
+        t[0] += p.rank_glue_forward_ps
+        t[1] += p.rank_glue_backward_ps
+        for k, e in ((0, p.first), (p.count - 1, p.last)):
+            t[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
+        return t
+
+    def bound(self, stages: Sequence[int], extra: Sequence[int]) -> int:
+        """The step of a cut is at least this, `extra` being the time added to each stage."""
+        f, b, w = self.times(stages)
+        b = b + np.array(extra)
+        q, m, cross = self.profile, self.p.microbatches, self.cross
+        back = b if self.split else b + w  # before a gradient is passed on
+        before = np.concatenate(([0], np.cumsum(f)))
+        behind = np.concatenate(([0], np.cumsum(back)))
+        load = m * (f + b + w)[q.stage].sum(axis=1)
+        rank = np.arange(self.p.pp)
+        head = before[rank] + cross[rank]
+        home = np.zeros(self.p.pp, dtype=np.int64) if self.split else behind[rank] + cross[rank]
+        returned = before[-1] + 2 * cross[-1] - cross[q.first_stage]
+        returned = returned + behind[-1] - behind[q.first_stage + 1]
+        after_first = returned + load - (q.first_done * f[q.stage]).sum(axis=1) + home
+        done = sum((q.last_done[:, i] * t[q.stage]).sum(axis=1) for i, t in enumerate((f, b, w)))
+        to_last = head + done + before[-1] - before[q.last_stage + 1]
+        to_last = to_last + 2 * cross[-1] - cross[q.last_stage] + behind[-1]
+        once = int(before[-1] + behind[-1] + 2 * cross[-1])
+        found = max(once, int(np.maximum(np.maximum(head + load + home, after_first),
+                                         to_last).max()))  # fmt: skip
+        return found + tail_ps(self.p, stages)
+
+    def pairs(self, rank: int, stages: Sequence[int]) -> tuple[Pairs, ...]:
+        """Recomputations of a rank that fit and are not worse in every chunk; none if none fits."""
+        starts = starts_of(stages)
+        spans = tuple((starts[k], stages[k]) for k in self.p.stages_of(rank))
+        key = rank, spans
+        if key not in self._pairs:
+            self._pairs[key] = self._fitting(rank, spans)
+        return self._pairs[key]
+
+    def _fitting(self, rank: int, spans: tuple[tuple[int, int], ...]) -> tuple[Pairs, ...]:
+        lists = self._lists(rank, spans)
+        if math.prod(map(len, lists)) > ALL_PAIRS:
+            self.exact = False
+            chosen = self._filled(rank, spans, lists)
+            return (chosen,) if chosen.bytes <= self.p.capacity_bytes else ()
+        kept: list[Pairs] = []
+        for rows in sorted(itertools.product(*lists), key=lambda rows: sum(r[0] for r in rows)):
+            one = self._weighed(rank, spans, rows)
+            if one.bytes <= self.p.capacity_bytes and not any(
+                all(a <= b for a, b in zip(k.extra_ps, one.extra_ps)) for k in kept
+            ):
+                kept.append(one)
+        return tuple(kept)
+
+    def _lists(
+        self, rank: int, spans: tuple[tuple[int, int], ...]
+    ) -> list[list[tuple[int, int, int, Pair]]]:
+        """Per chunk: (time added, bytes kept, bytes used, pair), the dominated left out."""
+        lists = []
+        for k, (start, count) in zip(self.p.stages_of(rank), spans):
+            o = self.windows.options(k, start, count)
+            kept: list[tuple[int, int, int, Pair]] = []
+            rows = zip(o.extra_ps.tolist(), o.act_bytes.tolist(), o.work_bytes.tolist(), o.pairs)
+            for row in sorted(rows):
+                if not any(a[1] <= row[1] and a[2] <= row[2] for a in kept):
+                    kept.append(row)
+            lists.append(kept)
+        return lists
+
+    def _weighed(
+        self, rank: int, spans: tuple[tuple[int, int], ...],
+        rows: Sequence[tuple[int, int, int, Pair]],
+    ) -> Pairs:  # fmt: skip
+        p, state, held = self.p, self.p.constant_bytes, []
+        working, gathered = max(row[2] for row in rows), 0
+        for k, (start, count), row in zip(p.stages_of(rank), spans, rows):
+            more = p.extras(k)
+            held.append(row[1] + sum(e.activation_bytes for e in more))
+            state += int(self.sums[3, start + count] - self.sums[3, start])
+            state += sum(e.state_bytes for e in more)
+            working = max([working, *(e.working_bytes for e in more)])
+            gathered = max([gathered, *p.gathered_bytes[start : start + count],
+                            *(e.gathered_bytes for e in more)])  # fmt: skip
+        total = state + stash_bytes(p, rank, held) + working + 2 * gathered
+        return Pairs(pairs=tuple(r[3] for r in rows), extra_ps=tuple(r[0] for r in rows),
+                     bytes=total)  # fmt: skip
+
+    def _filled(
+        self, rank: int, spans: tuple[tuple[int, int], ...],
+        lists: list[list[tuple[int, int, int, Pair]]],
+    ) -> Pairs:  # fmt: skip
+        """Recompute where a second saves the most bytes, until the rank fits or nothing is left."""
+        rows = [options[0] for options in lists]
+        now = self._weighed(rank, spans, rows)
+        while now.bytes > self.p.capacity_bytes:
+            best: tuple[float, list[tuple[int, int, int, Pair]], Pairs] | None = None
+            for chunk, options in enumerate(lists):
+                place = options.index(rows[chunk])
+                for row in options[place + 1 : place + 9]:
+                    then = [*rows[:chunk], row, *rows[chunk + 1 :]]
+                    weighed = self._weighed(rank, spans, then)
+                    rate = (now.bytes - weighed.bytes) / max(1, row[0] - rows[chunk][0])
+                    if weighed.bytes < now.bytes and (best is None or rate > best[0]):
+                        best = rate, then, weighed
+            if best is None:
+                break
+            _, rows, now = best
+        return now
+
+    def least(self, rank: int, stages: Sequence[int]) -> Pairs:
+        """Where nothing fits: the pairs that need the fewest bytes."""
+        starts = starts_of(stages)
+        spans = tuple((starts[k], stages[k]) for k in self.p.stages_of(rank))
+        lists = self._lists(rank, spans)
+        if math.prod(map(len, lists)) > ALL_PAIRS:
+            return self._filled(rank, spans, lists)
+        every = (self._weighed(rank, spans, rows) for rows in itertools.product(*lists))
+        return min(every, key=lambda one: one.bytes)
+
+    def spread(self, chosen: Sequence[Pairs]) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+        """Pairs and times added by global stage, from those by rank."""
+        at = {k: (one.pairs[c], one.extra_ps[c]) for r, one in enumerate(chosen)
+              for c, k in enumerate(self.p.stages_of(r))}  # fmt: skip
+        stages = range(self.p.count)
+        return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
