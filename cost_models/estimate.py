@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.hardware import Cluster
 from cost_models.ledger import BREAKDOWN, Collective, Estimate, RankLedger
-from cost_models.schedule import simulate
+from cost_models.schedule import SPLIT_BACKWARD, simulate
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import (
     Extra,
@@ -68,35 +68,45 @@ def read_assignments(
 
 
 def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
-    """What the stage solver needs to know of a mesh. pins: fixed_stages, fixed_recompute, levels."""
+    """What the stage solver needs to know of a mesh. pins: fixed_stages, fixed_recompute, levels.
+
+    What stands between two layers goes with the first of them, and is never recomputed.
+    """
     d, chain = step.decisions, step.chain
-    layers = chain.layers
-    rows = [step.row(i) for i in layers]
-    grow = 1 + step.fragmentation
+    groups = [[step.row(i) for i in group] for group in chain.groups]
+    wide, split = step.wide, d.schedule in SPLIT_BACKWARD
 
-    def wide(size: int) -> int:
-        return math.ceil(size * grow)
+    def each(value: Callable[[Row], int]) -> tuple[int, ...]:
+        return tuple(sum(map(value, group)) for group in groups)
 
-    split = d.schedule in ("zbh1", "zbv", "dualpipev")
+    def held(level: int) -> tuple[int, ...]:
+        return tuple(
+            wide(g[0].kept[level]) + sum(wide(r.kept[0]) for r in g[1:]) for g in groups
+        )
+
+    def transient(level: int) -> tuple[int, ...]:
+        return tuple(
+            max(wide(g[0].working[level]), *(wide(r.working[0]) for r in g)) if len(g) > 1
+            else wide(g[0].working[level])
+            for g in groups
+        )  # fmt: skip
+
     return StageProblem(
         schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
-        microbatches=d.microbatches,
-        forward_ps=tuple(r.forward_ps for r in rows),
-        input_grad_ps=tuple(r.backward_ps - (r.weight_ps if split else 0) for r in rows),
-        weight_grad_ps=tuple(r.weight_ps if split else 0 for r in rows),
-        recompute_ps=(tuple(r.again_ps[1] for r in rows), tuple(r.again_ps[0] for r in rows)),
-        activation_bytes=tuple(tuple(wide(r.kept[k]) for r in rows) for k in range(3)),
-        working_bytes=tuple(tuple(wide(r.working[k]) for r in rows) for k in range(3)),
-        state_bytes=tuple(_state_bytes(r) for r in rows),
-        gathered_bytes=tuple(wide(r.state.gathered_bytes) for r in rows),
-        tail_comm_ps=tuple(r.tail_comm_ps for r in rows),
-        tail_hide_ps=tuple(r.tail_hide_ps for r in rows),
-        tail_own_ps=tuple(_own_ps(r) for r in rows),
-        first=_extra([step.row(i) for i in range(layers[0])] if layers else [], wide, split),
-        last=_extra(
-            [step.row(i) for i in range(layers[-1] + 1 if layers else 0, len(chain.links))],
-            wide, split,
+        microbatches=d.microbatches, forward_ps=each(lambda r: r.forward_ps),
+        input_grad_ps=each(lambda r: r.backward_ps - (r.weight_ps if split else 0)),
+        weight_grad_ps=each(lambda r: r.weight_ps if split else 0),
+        recompute_ps=(
+            tuple(g[0].again_ps[1] for g in groups), tuple(g[0].again_ps[0] for g in groups),
         ),
+        activation_bytes=(held(0), held(1), held(2)),
+        working_bytes=(transient(0), transient(1), transient(2)),
+        state_bytes=each(_state_bytes),
+        gathered_bytes=tuple(max(wide(r.state.gathered_bytes) for r in g) for g in groups),
+        tail_comm_ps=each(lambda r: r.tail_comm_ps), tail_hide_ps=each(lambda r: r.tail_hide_ps),
+        tail_own_ps=each(_own_ps),
+        first=_extra(step, range(chain.layers[0]), split),
+        last=_extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
         rank_glue_forward_ps=step.glue.forward_ps, rank_glue_backward_ps=step.glue.backward_ps,
         p2p_ps=step.p2p_ps, capacity_bytes=costs.cluster.device.memory_bytes, **pins,
@@ -112,7 +122,9 @@ def _own_ps(row: Row) -> int:
     return row.floor_ps + row.optimizer_ps + row.offload_ps
 
 
-def _extra(rows: list[Row], wide, split: bool) -> Extra:  # type: ignore[no-untyped-def]
+def _extra(step: Step, links: range, split: bool) -> Extra:
+    """The links before the first layer, or behind the last, as one."""
+    rows, wide = [step.row(i) for i in links], step.wide
     return Extra(
         forward_ps=sum(r.forward_ps for r in rows),
         input_grad_ps=sum(r.backward_ps - (r.weight_ps if split else 0) for r in rows),
@@ -146,8 +158,6 @@ def whole_step_ps(costs: Costs, objective_ps: int) -> int:
 def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Positions in the chain of what each global stage runs; ends go with the end layers."""
     layers, total = step.chain.layers, len(step.chain.links)
-    if not layers or len(stages) == 1:
-        return (tuple(range(total)),)
     firsts = [layers[i] for i in starts_of(stages)]
     firsts[0] = 0
     return tuple(
@@ -190,10 +200,7 @@ def _levels(step: Step, d: Decisions) -> dict[int, int]:
     layers = step.chain.layers
     for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
         for place in range(count):
-            if layers:
-                levels[layers[start + place]] = (
-                    2 if place < full else 1 if place < full + some else 0
-                )
+            levels[layers[start + place]] = 2 if place < full else 1 if place < full + some else 0
     return levels
 
 
@@ -262,7 +269,7 @@ def _breakdown(
 def _free_sends_ps(step: Step, problem: StageProblem, d: Decisions) -> int:
     """The makespan if sends took no time."""
     links, levels = stage_links(step, d.stages), _levels(step, d)
-    split = d.schedule in ("zbh1", "zbv", "dualpipev")
+    split = d.schedule in SPLIT_BACKWARD
     forward, inputs, weights = [], [], []
     for group in links:
         rows = [step.row(i) for i in group]
@@ -295,8 +302,7 @@ def _memory(
         [sum(step.row(i).kept[level(i)] for i in g if step.row(i).is_loss) for g in mine],
     ]
     grown = [
-        sum(math.ceil(step.row(i).kept[level(i)] * (1 + step.fragmentation)) for i in g)
-        for g in mine
+        sum(step.wide(step.row(i).kept[level(i)]) for i in g) for g in mine
     ]
     most = stash_bytes(problem, rank, grown)
     counts = max(

@@ -110,11 +110,11 @@ def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
                 if factor.startswith("!"):
                     continue
                 option = _by_factor(node, ins, factor, ways)
-                if option is not None and option not in found:
+                if option is not None and option.ins not in [o.ins for o in found]:
                     found.append(option)
             if node.module in routed and node.op in ROUTING:
                 local = _token_local(node, ins)
-                found += [local] if local not in found else []
+                found += [local] if local.ins not in [o.ins for o in found] else []
         table[node.name] = tuple(found)
     return table
 

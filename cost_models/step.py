@@ -6,8 +6,11 @@ so a plan's step is the same number wherever it is asked for.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +31,15 @@ from cost_models.state import (
     ranks_of,
     state_of,
 )
-from cost_models.unit_costs import Axes, Traffic, UnitCost, Work, expert_cost, unit_cost
+from cost_models.unit_costs import (
+    Axes,
+    Traffic,
+    UnitCost,
+    Work,
+    context_cost,
+    expert_cost,
+    unit_cost,
+)
 from ir.graph import Graph, Unit
 
 PARTS = ("compute", "tp_comm", "ep_comm", "cp_comm", "host", "dp_comm")
@@ -91,6 +102,10 @@ class Step:
     reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
     fragmentation: float
 
+    def wide(self, size_bytes: int) -> int:
+        """Bytes with what the allocator loses around them."""
+        return math.ceil(size_bytes * (1 + self.fragmentation))
+
     def row(self, link: int) -> Row:
         return self.rows[self.kinds[link]]
 
@@ -107,7 +122,8 @@ class Costs:
     workload: Workload
     points: tuple[tuple[int, int], ...] = ((1, 1),)
     _units: dict[tuple[object, ...], UnitCost | None] = field(default_factory=dict)
-    _fsdp: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
+    _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
 
     @cached_property
     def chain(self) -> Chain:
@@ -144,23 +160,23 @@ class Costs:
             precision=self.workload.precision, is_layer=is_layer,
         )  # fmt: skip
 
-    def unit(self, unit: Unit, is_layer: bool, assignment: Assignment, axes: Axes) -> UnitCost:
-        """A unit without its experts, at every point; `axes.ep` is None."""
-        key = (unit, is_layer, assignment, axes)
-        if key not in self._units:
-            self._units[key] = unit_cost(unit, assignment, self.work(axes, is_layer))
-        found = self._units[key]
-        assert found is not None
-        return found
+    def unit(
+        self, unit: Unit, is_layer: bool, assignment: Assignment, d: Decisions
+    ) -> tuple[UnitCost, ...]:
+        """A unit at every point: alone, and what its experts and a shared sequence add."""
+        axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel)
+        work = self.work(axes, is_layer)
 
-    def experts(
-        self, unit: Unit, is_layer: bool, assignment: Assignment, axes: Axes
-    ) -> UnitCost | None:
-        """What a unit's experts add, at every point."""
-        key = (unit, is_layer, assignment, axes)
-        if key not in self._units:
-            self._units[key] = expert_cost(unit, assignment, self.work(axes, is_layer))
-        return self._units[key]
+        def once(make: Callable[..., UnitCost | None], changed: Axes, *more: object) -> Any:
+            key = (make, unit, is_layer, assignment, changed)
+            if key not in self._units:
+                self._units[key] = make(unit, assignment, replace(work, axes=changed), *more)
+            return self._units[key]
+
+        alone = once(unit_cost, axes)
+        experts = once(expert_cost, replace(axes, ep=d.ep, etp=d.etp))
+        context = once(context_cost, replace(axes, cp_kind=d.cp_kind), alone)
+        return tuple(cost for cost in (alone, experts, context) if cost is not None)
 
     def step(self, d: Decisions, assignments: Assignments) -> Step:
         """Every row of a mesh, its (micro-batch, cp) one of `points`."""
@@ -204,6 +220,13 @@ class Costs:
             ("comm_buffers", used * self.engine.comm_buffer_bytes),
         )
 
+    def at(self, d: Decisions, unit: Unit, is_layer: bool, a: Assignment) -> Point:
+        """A unit at the mesh's point."""
+        key = (unit, is_layer, a, d.sequence_parallel, d.cp_kind, d.ep, d.etp, d.micro_batch, d.cp)
+        if key not in self._points:
+            self._points[key] = at_point(self.unit(unit, is_layer, a, d), self.point(d))
+        return self._points[key]
+
     def point(self, d: Decisions) -> int:
         """Which point a mesh's micro-batch and cp are."""
         return self.points.index((d.micro_batch, d.cp))
@@ -211,12 +234,7 @@ class Costs:
     def _row(
         self, d: Decisions, unit: Unit, is_layer: bool, tied: bool, a: Assignment
     ) -> Row:
-        axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind)
-        at = self.point(d)
-        cost = at_point(
-            self.unit(unit, is_layer, a, axes),
-            self.experts(unit, is_layer, a, replace(axes, ep=d.ep, etp=d.etp)), at,
-        )  # fmt: skip
+        cost = self.at(d, unit, is_layer, a)
         parameters = held(unit, a, d.ep, d.etp)
         if tied and d.pp == 1:
             parameters = ()  # the owner is on this rank too
@@ -250,8 +268,8 @@ class Costs:
                 total += float(
                     collective_s(self.cluster, name, elements * item_bytes, size, stride)
                 )
-            self._fsdp[key] = (total, 0.0)
-        return self._fsdp[key][0]
+            self._fsdp[key] = total
+        return self._fsdp[key]
 
     def _formats(self, d: Decisions) -> tuple[int, int]:
         wide = self.workload.precision == "fp32"
@@ -340,20 +358,20 @@ class Point:
     traffic: tuple[Traffic, ...]
 
 
-def at_point(unit: UnitCost, experts: UnitCost | None, at: int) -> Point:
+def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
     """Integers of one point, the last part (dp_comm) zero: it is not the unit's own."""
-    both = (unit, experts) if experts else (unit,)
+    alone = costs[0]
 
     def total(name: str) -> float:
-        return float(sum(getattr(c, name)[at] for c in both))
+        return float(sum(getattr(c, name)[at] for c in costs))
 
     def parts(direction: str) -> tuple[int, ...]:
         found = dict.fromkeys(PARTS, 0.0)
         found["compute"] = total(f"{direction}_s")
         found["host"] = total(f"host_{direction}_s")
-        for c in both:
-            for axis, part in AXIS_PART.items():
-                found[part] += float(c.exposed_s(axis, backward=direction == "backward")[at])
+        for row in (t for c in costs for t in c.traffic):
+            if row.backward == (direction == "backward"):
+                found[AXIS_PART[row.axis]] += float(row.seconds[at] - row.hidden_s[at])
         return tuple(ps(found[p]) for p in PARTS)
 
     forward = parts("forward")
@@ -361,11 +379,11 @@ def at_point(unit: UnitCost, experts: UnitCost | None, at: int) -> Point:
     return Point(
         forward=forward, backward=parts("backward"), weight_ps=ps(total("weight_s")),
         again_ps=(ps(total("light_s")), ps(total("forward_s")) + comm),
-        kept=tuple(int(k[at]) for k in unit.kept_bytes),
-        working=tuple(int(k[at]) for k in unit.working_bytes),
+        kept=tuple(int(k[at]) for k in alone.kept_bytes),
+        working=tuple(int(k[at]) for k in alone.working_bytes),
         kernels_s=(total("forward_s"), total("backward_s")),
-        flop=tuple(int(sum(c.flop[k][at] for c in both)) for k in (0, 1)),
-        model_flop=int(unit.model_flop[at]), traffic=tuple(t for c in both for t in c.traffic),
+        flop=tuple(int(sum(c.flop[k][at] for c in costs)) for k in (0, 1)),
+        model_flop=int(alone.model_flop[at]), traffic=tuple(t for c in costs for t in c.traffic),
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -43,13 +43,13 @@ CAST_BYTES = {"fp8": (3.0, 4.0), "nvfp4": (2.5, 3.5)}  # read and written per in
 class Axes:
     """Degrees that a unit's own cost depends on, beside what a work point says.
 
-    ep, etp: where experts lie; None leaves grouped matmuls and expert traffic out, for they are
-    costed on their own and added.
+    ep, etp: where experts lie; None leaves grouped matmuls and expert traffic out, and an empty
+    cp_kind the traffic of attention: they are costed on their own and added.
     """
 
     tp: int = 1
     sequence_parallel: bool = False
-    cp_kind: str = "ring"
+    cp_kind: str = ""
     ep: int | None = None
     etp: int = 1
 
@@ -77,6 +77,7 @@ class UnitCost:
     host_forward_s, host_backward_s: what the host adds. traffic: collectives inside the unit.
     kept_bytes: by recomputation level. working_bytes: transient, by level. flop: executed here,
     forward and backward; model_flop: the unit's model math, whole micro-batch, forward.
+    attention_s: forward and backward of attention alone, which hides a ring's steps.
     """
 
     forward_s: Floats
@@ -91,6 +92,7 @@ class UnitCost:
     flop: tuple[Floats, Floats]
     model_flop: Floats
     kernels: int
+    attention_s: tuple[Floats, Floats]
 
     def exposed_s(self, axis: str, *, backward: bool) -> Floats:
         """Traffic of an axis that nothing hides."""
@@ -351,7 +353,7 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
     learns, at = differentiable(unit), produced(unit, assignment)
     forward, backward, light, weight = work.zeros, work.zeros, work.zeros, work.zeros
     flop_f, flop_b, model, kernels = work.zeros, work.zeros, work.zeros, 0
-    attention_s = [work.zeros, work.zeros]
+    attention_s = (work.zeros, work.zeros)
     for node, option in zip(unit.nodes, assignment.chosen):
         op = rule(node)
         if op.kind == "grouped_gemm":
@@ -366,15 +368,13 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
             light = light + (f if op.kind not in HEAVY else 0)
             kernels += 1
             if op.kind == "attention":
-                attention_s = [attention_s[0] + f, attention_s[1] + b]
+                attention_s = (attention_s[0] + f, attention_s[1] + b)
         outs = tuple(work.sizes(t, WHOLE, work.cp) for t in node.outputs)
         model = model + op.flop(node, _whole_sizes(node, unit, work), outs)
     for run in _lights(unit, work):
         f, b = _light_s(run, unit, at, learns, work)
         forward, backward, light, kernels = forward + f, backward + b, light + f, kernels + 1
-    traffic = (
-        *_tp_traffic(unit, assignment, work), *_cp_traffic(unit, assignment, work, attention_s),
-    )  # fmt: skip
+    traffic = tuple(_tp_traffic(unit, assignment, work))
     keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
     none = _kept(unit, keep, assignment, at, work)
     some = np.minimum(none, _kept(unit, unit.saved_selective, assignment, at, work))
@@ -391,7 +391,7 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
         forward_s=forward, backward_s=backward, weight_s=weight, light_s=light, host_forward_s=host_f,
         host_backward_s=host_b, traffic=traffic, kept_bytes=(none, some, full),
         working_bytes=(2 * largest, 2 * largest + none - some, 2 * largest + none - full),
-        flop=(flop_f, flop_b), model_flop=model, kernels=kernels,
+        flop=(flop_f, flop_b), model_flop=model, kernels=kernels, attention_s=attention_s,
     )  # fmt: skip
 
 
@@ -413,11 +413,26 @@ def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | No
     traffic = tuple(_ep_traffic(unit, work))
     if not kernels and not traffic:
         return None
-    none = (work.zeros,) * 3
+    return replace(
+        _nothing(work), forward_s=sums[0], backward_s=sums[1], weight_s=sums[2], traffic=traffic,
+        flop=(sums[3], sums[4]), kernels=kernels,
+    )  # fmt: skip
+
+
+def context_cost(
+    unit: Unit, assignment: Assignment, work: Work, alone: UnitCost
+) -> UnitCost | None:
+    """What sharing the sequence over cp adds to a unit; None where it has no attention."""
+    traffic = tuple(_cp_traffic(unit, assignment, work, alone.attention_s))
+    return replace(_nothing(work), traffic=traffic) if traffic else None
+
+
+def _nothing(work: Work) -> UnitCost:
+    z = work.zeros
     return UnitCost(
-        forward_s=sums[0], backward_s=sums[1], weight_s=sums[2], light_s=work.zeros,
-        host_forward_s=work.zeros, host_backward_s=work.zeros, traffic=traffic, kept_bytes=none,
-        working_bytes=none, flop=(sums[3], sums[4]), model_flop=work.zeros, kernels=kernels,
+        forward_s=z, backward_s=z, weight_s=z, light_s=z, host_forward_s=z, host_backward_s=z,
+        traffic=(), kept_bytes=(z, z, z), working_bytes=(z, z, z), flop=(z, z), model_flop=z,
+        kernels=0, attention_s=(z, z),
     )  # fmt: skip
 
 
@@ -506,7 +521,12 @@ def _cp_row(
     for cp in sorted({int(c) for c in work.cp}):
         here = work.cp == cp
         times = cp - 1 if steps else 1
-        one = collective_s(work.cluster, kind, size, cp, work.axes.tp) if cp > 1 else work.zeros
+        if cp == 1:
+            continue
+        if cp * work.axes.tp > work.cluster.count:  # a point of other meshes
+            seconds = np.where(here, np.inf, seconds)
+            continue
+        one = collective_s(work.cluster, kind, size, cp, work.axes.tp)
         seconds = np.where(here, one * times, seconds)
         count = times if here.all() else count
     return Traffic(
@@ -516,7 +536,7 @@ def _cp_row(
 
 
 def _cp_traffic(
-    unit: Unit, assignment: Assignment, work: Work, attention_s: list[Floats]
+    unit: Unit, assignment: Assignment, work: Work, attention_s: tuple[Floats, Floats]
 ) -> list[Traffic]:
     """Keys and values around the cp ranks: ring hides behind attention, the others do not."""
     if (work.cp == 1).all():
@@ -549,4 +569,4 @@ def _cp_traffic(
     return rows
 
 
-__all__ = ["Axes", "Traffic", "UnitCost", "Work", "boundary", "chains", "expert_cost", "heavy_s", "unit_cost"]
+__all__ = ["Axes", "Traffic", "UnitCost", "Work", "boundary", "chains", "context_cost", "expert_cost", "heavy_s", "unit_cost"]

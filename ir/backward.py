@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from ir.graph import FLOATS, Graph, Node, Unit
 from ir.ops import rule
@@ -132,9 +133,17 @@ def with_saved(graph: Graph) -> Graph:
     for way, rule_of in ways.items():
         kept = {u.name: rule_of(u) for u in graph.units}
         owned, by_root = _owners(graph, kept, own)
-        units = tuple(replace(u, **{way: owned[u.name]}) for u in graph.units)
-        graph = replace(graph, units=units, root=replace(graph.root, **{way: by_root}))
+        graph = replace(
+            graph,
+            units=tuple(_with(u, way, owned[u.name]) for u in graph.units),
+            root=_with(graph.root, way, by_root),
+        )
     return graph
+
+
+def _with(unit: Unit, way: str, refs: tuple[str, ...]) -> Unit:
+    changed: dict[str, Any] = {way: refs}
+    return replace(unit, **changed)
 
 
 def _root_storages(graph: Graph) -> dict[str, str]:

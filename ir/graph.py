@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 ITEM_BYTES = {
     "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "f8": 1, "i64": 8, "i32": 4, "i16": 2, "i8": 1,
@@ -35,7 +36,7 @@ class Dim:
     seq: int = 0
     offset: int = 0
 
-    def at(self, b, s):  # type: ignore[no-untyped-def]
+    def at(self, b: Any, s: Any) -> Any:
         """The size at batch b and sequence s: ints, or integer numpy arrays."""
         if not self.batch and not self.seq:
             return self.numerator + self.offset
@@ -67,13 +68,13 @@ class Tensor:
     shape: tuple[Dim, ...]
     dtype: str
 
-    def sizes(self, b, s) -> tuple:  # type: ignore[no-untyped-def,type-arg]
+    def sizes(self, b: Any, s: Any) -> tuple[Any, ...]:
         return tuple(d.at(b, s) for d in self.shape)
 
-    def numel(self, b=1, s=1):  # type: ignore[no-untyped-def]
+    def numel(self, b: Any = 1, s: Any = 1) -> Any:
         return prod(self.sizes(b, s))
 
-    def nbytes(self, b=1, s=1):  # type: ignore[no-untyped-def]
+    def nbytes(self, b: Any = 1, s: Any = 1) -> Any:
         return self.numel(b, s) * ITEM_BYTES[self.dtype]
 
     def __str__(self) -> str:
@@ -106,6 +107,11 @@ class Node:
 
     def attr(self, key: str, default: Attr = None) -> Attr:
         return dict(self.attrs).get(key, default)
+
+    def number(self, key: str, default: int = 0) -> int:
+        """An attribute that is an integer; `default` where it is not given."""
+        value = self.attr(key)
+        return value if isinstance(value, int) else default
 
     @property
     def module(self) -> str:

@@ -8,7 +8,7 @@ takes longer than what s has to do meanwhile, that difference: this bounds the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,34 @@ INF = 1 << 60
 Array = Any  # of int64, or of bool
 
 
+def sure_extra(p: StageProblem) -> tuple[int, ...]:
+    """Recompute time of each layer that no choice avoids."""
+    pin, (full, selective) = p.fixed_recompute, p.recompute_ps
+    if pin == "none" or (pin is None and "none" in p.levels):
+        return (0,) * p.layers
+    if pin is None:
+        kept = [t for t, level in ((full, "full"), (selective, "selective")) if level in p.levels]
+        return tuple(map(min, zip(*kept)))
+    level, count = (pin, -1) if isinstance(pin, str) else (pin[0], pin[1])
+    if isinstance(level, str) and isinstance(count, int) and count < 0 and level != "none":
+        return full if level == "full" else selective
+    return (0,) * p.layers
+
+
+def mean_tail_ps(p: StageProblem) -> int:
+    """The longest tail of a rank is at least the mean one."""
+    ends = (p.first, p.last)
+    comm = sum(p.tail_comm_ps) - sum(p.tail_hide_ps)
+    comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
+    own = sum(p.tail_own_ps) + sum(e.tail_own_ps for e in ends)
+    return -(-(max(0, comm) + own) // p.pp)
+
+
 def load_ps(p: StageProblem) -> int:
     """Compute of the busiest rank per micro-batch, at least: by the mean, by count, by layer."""
-    each = list(map(sum, zip(p.forward_ps, p.input_grad_ps, p.weight_grad_ps)))
+    each = list(map(sum, zip(p.forward_ps, p.input_grad_ps, p.weight_grad_ps, sure_extra(p))))
     glue = p.chunks * (p.rank_glue_forward_ps + p.rank_glue_backward_ps)
-    more = {r: glue for r in range(p.pp)}
+    more = dict.fromkeys(range(p.pp), glue)
     for rank, e in ((p.rank_of(0), p.first), (p.rank_of(p.count - 1), p.last)):
         more[rank] += e.forward_ps + e.input_grad_ps + e.weight_grad_ps
     least = min(each)
@@ -44,13 +67,14 @@ def lower_bound_ps(problem: StageProblem) -> int:
 
     1F1B, m > p, busiest stage M, all stages T: the path through the busiest stage s takes
     (m - 1) M + T less what is behind s beyond the idle time it causes, and what is before s is
-    s M at most, which leaves (m - 1 - p) M + 2 T.
+    s M at most, which leaves (m - 1 - p) M + 2 T. Where m = p that needs a stage other than the
+    first, so it is 2 T - M for the first stage's M, which itself takes T + (m - 1) M / 2.
     """
     p = problem
     m, load, ends = p.microbatches, load_ps(p), (p.first, p.last)
     forward = sum(p.forward_ps) + p.count * p.rank_glue_forward_ps
     forward += sum(e.forward_ps for e in ends)
-    back = sum(p.input_grad_ps) + p.count * p.rank_glue_backward_ps
+    back = sum(p.input_grad_ps) + sum(sure_extra(p)) + p.count * p.rank_glue_backward_ps
     back += sum(e.input_grad_ps for e in ends)
     weight = sum(p.weight_grad_ps) + sum(e.weight_grad_ps for e in ends)
     crossings = p.count - 1 - (p.schedule in V_SHAPED)
@@ -62,10 +86,9 @@ def lower_bound_ps(problem: StageProblem) -> int:
         makespan = once + weight + (m - 1) * load
     elif p.schedule == "1f1b" and m > p.pp:
         makespan = max(makespan, (m - 1 - p.pp) * load + 2 * whole)
-    comm, hide = sum(p.tail_comm_ps), sum(p.tail_hide_ps)
-    own = sum(p.tail_own_ps) + sum(e.tail_own_ps for e in ends)
-    exposed = comm - hide + sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
-    return makespan + -(-(max(0, exposed) + own) // p.pp)
+    elif p.schedule == "1f1b":
+        makespan = max(makespan, 2 * whole * m // (m + 1))
+    return makespan + mean_tail_ps(p)
 
 
 def surely_infeasible(problem: StageProblem) -> bool:
@@ -75,12 +98,12 @@ def surely_infeasible(problem: StageProblem) -> bool:
     state, gathered = min(p.state_bytes), min(p.gathered_bytes)
     room = 0
     for rank in range(p.pp):
-        more = [e for k in (0, p.count - 1) if p.rank_of(k) == rank for e in p.extras(k)]
+        ends = [e for k, e in ((0, p.first), (p.count - 1, p.last)) if p.rank_of(k) == rank]
         flight = p.in_flight(rank)[0][0] if p.chunks == 1 else 1
         left = p.capacity_bytes - p.constant_bytes
-        left -= max([work, *(e.working_bytes for e in more)])
-        left -= 2 * max([gathered, *(e.gathered_bytes for e in more)])
-        left -= sum(e.state_bytes + flight * e.activation_bytes for e in more)
+        left -= max([work, *(e.working_bytes for e in ends)])
+        left -= 2 * max([gathered, *(e.gathered_bytes for e in ends)])
+        left -= sum(e.state_bytes + flight * e.activation_bytes for e in ends)
         if left < p.chunks * (state + flight * act):
             return True
         room += left // (state + flight * act) if state + act else p.layers
@@ -117,6 +140,20 @@ class Windows:
         return self._found[key]
 
 
+    def grouped(self, arcs: Array) -> Iterator[tuple[Options, Array, Array, Array]]:
+        """The arcs marked, [stage, first layer, layers - 1], as indices by what their options are.
+        """
+        groups: dict[int, tuple[Options, list[tuple[int, int, int]]]] = {}
+        for s, i, n in np.argwhere(arcs).tolist():
+            o = self.options(s, i, n + 1)
+            groups.setdefault(id(o), (o, []))[1].append((s, i, n))
+        for o, places in groups.values():
+            step = max(1, 1_000_000 // len(o.pairs))  # cells at once, to bound memory
+            for at in range(0, len(places), step):
+                s, i, n = np.array(places[at : at + step]).T
+                yield o, s, i, n
+
+
 def _options(rows: Array, pairs: tuple[Pair, ...]) -> Options:
     """rows: [recompute full, selective, activation none, selective, full, working likewise]."""
     n = rows.shape[1]
@@ -149,7 +186,7 @@ def _most(rows: Array, selective: bool) -> tuple[Array, Array, Array]:
 class Arcs:
     """All arcs, [stage, first layer, layers - 1]: times per micro-batch, INF where none fits.
 
-    least_bytes: of the rank, at the pair that needs the least; INF where the arc cannot be.
+    least_bytes: the rank needs so many at least; INF where the arc cannot be.
     pick: index into the allowed pairs, the least extra time that fits.
     """
 
@@ -168,14 +205,18 @@ def _prefix(values: tuple[int, ...]) -> Array:
     return np.concatenate(([0], np.cumsum(np.array(values, dtype=np.int64))))
 
 
-def make_arcs(problem: StageProblem, windows: Windows, most: int) -> Arcs:
-    """Arcs of at most so many layers, for one stage a rank. Memory decides the recomputation."""
+def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool = True) -> Arcs:
+    """Arcs of at most so many layers, for one stage a rank. Memory decides the recomputation.
+
+    priced: False leaves out what recomputation takes, where only least_bytes is of interest.
+    """
     p, S, L = problem, problem.count, problem.layers
     start = np.arange(L)[:, None]
     end = start + np.arange(1, most + 1)[None, :]
     inside = np.minimum(end, L)
     stage = np.arange(S)[:, None, None]
     exists = (end <= L) & (start >= stage) & (end <= L - (S - 1 - stage))
+    exists &= (start <= stage * most) & (L - end <= (S - 1 - stage) * most)
     exists &= ((start == 0) | (stage > 0)) & ((end == L) | (stage < S - 1))
     if p.fixed_stages is not None:
         cuts = np.concatenate(([0], np.cumsum(p.fixed_stages)))
@@ -194,7 +235,7 @@ def make_arcs(problem: StageProblem, windows: Windows, most: int) -> Arcs:
     comm = summed(p.tail_comm_ps, "tail_comm_ps") - summed(p.tail_hide_ps, "tail_hide_ps")
     tail = np.maximum(comm, 0) + summed(p.tail_own_ps, "tail_own_ps")
     fixed = summed(p.state_bytes, "state_bytes", p.constant_bytes)
-    extra, least, pick = _recompute(problem, windows, exists, fixed)
+    extra, least, pick = _recompute(problem, windows if priced else None, exists, fixed)
     prefix, suffix = _around(problem)
     return Arcs(
         forward=forward, backward=backward, weight=weight, extra=extra, tail=tail,
@@ -221,33 +262,51 @@ def _around(p: StageProblem) -> tuple[Array, Array]:
 
 
 def _recompute(
-    p: StageProblem, windows: Windows, exists: Array, fixed: Array
+    p: StageProblem, windows: Windows | None, exists: Array, fixed: Array
 ) -> tuple[Array, Array, Array]:
-    """Per arc: the least time added that fits, the least bytes of any pair, and the pair."""
-    S = p.count
+    """Per arc: the least time added that fits, the least bytes it can need, and the pair.
+
+    An arc that fits without recomputation, or never, is told by sums; the others by their options.
+    """
     extra = np.full(exists.shape, INF, dtype=np.int64)
-    least, pick = extra.copy(), np.zeros(exists.shape, dtype=np.int64)
-    counts = [p.in_flight(r)[0][0] for r in range(S)]
-    more = [sum(e.activation_bytes for e in p.extras(s)) for s in range(S)]
-    works = [max((e.working_bytes for e in p.extras(s)), default=0) for s in range(S)]
-    gathers = [max((e.gathered_bytes for e in p.extras(s)), default=0) for s in range(S)]
-    flight, act0 = np.array(counts)[:, None], np.array(more)[:, None]
-    work0, gather0 = np.array(works)[:, None], np.array(gathers)
-    per_stage = p.fixed_recompute is not None and not isinstance(p.fixed_recompute[0], str)
-    for i, n in zip(*np.nonzero(exists.any(axis=0))):
-        here = np.nonzero(exists[:, i, n])[0]
-        gather = 2 * np.maximum(gather0[here], max(p.gathered_bytes[i : i + n + 1]))
-        for group in [[g] for g in range(len(here))] if per_stage else [slice(None)]:
-            s = here[group]
-            o = windows.options(int(s[0]), int(i), int(n) + 1)
-            memory = flight[s] * (o.act_bytes + act0[s]) + np.maximum(o.work_bytes, work0[s])
-            memory += (fixed[s, i, n] + gather[group])[:, None]
-            time = np.where(memory <= p.capacity_bytes, o.extra_ps, INF)
-            best = time.argmin(axis=1)
-            pick[s, i, n] = best
-            extra[s, i, n] = time[np.arange(len(s)), best]
-            least[s, i, n] = memory.min(axis=1)
-    return extra, least, pick
+    pick = np.zeros(exists.shape, dtype=np.int64)
+    column = np.arange(p.count)[:, None, None]
+    flight = np.array([p.in_flight(r)[0][0] for r in range(p.count)])
+    more = [p.extras(s) for s in range(p.count)]
+    act0 = np.array([sum(e.activation_bytes for e in es) for es in more])
+    work0 = np.array([max((e.working_bytes for e in es), default=0) for es in more])
+    gather0 = np.array([max((e.gathered_bytes for e in es), default=0) for es in more])
+    most = exists.shape[2]
+    gathered = np.maximum(_running_most(p.gathered_bytes, most), gather0[column])
+    fixed = fixed + 2 * gathered + (flight * act0)[:, None, None]
+
+    def needed(act: tuple[int, ...], work: tuple[int, ...]) -> Array:
+        sums = _prefix(act)
+        end = np.minimum(np.arange(p.layers)[:, None] + np.arange(1, most + 1), p.layers)
+        held = flight[column] * (sums[end] - sums[:-1, None])
+        return fixed + held + np.maximum(_running_most(work, most), work0[column])
+
+    least = needed(tuple(map(min, zip(*p.activation_bytes))),
+                   tuple(map(min, zip(*p.working_bytes))))  # fmt: skip
+    rest = exists & (least <= p.capacity_bytes)
+    if p.fixed_recompute is None and "none" in p.levels:
+        free = exists & (needed(p.activation_bytes[0], p.working_bytes[0]) <= p.capacity_bytes)
+        extra[free] = 0
+        rest &= ~free
+    for o, s, i, n in windows.grouped(rest) if windows is not None else ():
+        memory = flight[s][:, None] * o.act_bytes + fixed[s, i, n][:, None]
+        memory += np.maximum(o.work_bytes, work0[s][:, None])
+        time = np.where(memory <= p.capacity_bytes, o.extra_ps, INF)
+        best = time.argmin(axis=1)
+        pick[s, i, n] = best
+        extra[s, i, n] = time[np.arange(len(s)), best]
+    return extra, np.where(exists, least, INF), pick
+
+
+def _running_most(values: tuple[int, ...], most: int) -> Array:
+    """[first layer, layers - 1]: the most of a run of layers; past the end, of the last layers."""
+    at = np.minimum(np.arange(len(values))[:, None] + np.arange(most), len(values) - 1)
+    return np.maximum.accumulate(np.array(values, dtype=np.int64)[at], axis=1)
 
 
 Times = tuple[Array, Array, Array]  # forward, backward, weight

@@ -7,7 +7,7 @@ layers compute everything again, the next `selective` in part, the rest nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cost_models.schedule import chunks_of, global_stage, order, peak_stash, rank_of, simulate
@@ -148,6 +148,15 @@ def starts_of(stages: Sequence[int]) -> list[int]:
     return starts
 
 
+def neighbours(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Cuts with one boundary moved by a layer, the last boundary first."""
+    for k in range(len(stages) - 2, -1, -1):
+        for step in (1, -1):
+            a, b = stages[k] + step, stages[k + 1] - step
+            if a >= 1 and b >= 1:
+                yield (*stages[:k], a, b, *stages[k + 2 :])
+
+
 def evaluate(
     problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]
 ) -> tuple[int, tuple[int, ...], bool]:
@@ -165,20 +174,23 @@ def evaluate(
 
 def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
     """The schedule simulated plus the longest tail of a rank."""
-    again, lists = problem.recompute_ps, ([], [], [])  # type: tuple, tuple[list[int], ...]
+    again = problem.recompute_ps
+    forward: list[int] = []
+    backward: list[int] = []
+    weight: list[int] = []
     for k, (i, n, pair) in enumerate(zip(starts_of(stages), stages, recompute)):
         full, middle = i + pair[0], i + pair[0] + pair[1]
         more = problem.extras(k)
-        lists[0].append(sum(problem.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
+        forward.append(sum(problem.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
                         + problem.rank_glue_forward_ps)  # fmt: skip
-        lists[1].append(sum(problem.input_grad_ps[i : i + n]) + problem.rank_glue_backward_ps
+        backward.append(sum(problem.input_grad_ps[i : i + n]) + problem.rank_glue_backward_ps
                         + sum(again[0][i:full]) + sum(again[1][full:middle])
                         + sum(e.input_grad_ps for e in more))  # fmt: skip
-        lists[2].append(sum(problem.weight_grad_ps[i : i + n])
+        weight.append(sum(problem.weight_grad_ps[i : i + n])
                         + sum(e.weight_grad_ps for e in more))  # fmt: skip
     line = simulate(
-        problem.schedule, *lists, [problem.p2p_ps] * (problem.count - 1), problem.microbatches,
-        problem.pp, problem.virtual_stages,
+        problem.schedule, forward, backward, weight, [problem.p2p_ps] * (problem.count - 1),
+        problem.microbatches, problem.pp, problem.virtual_stages,
     )  # fmt: skip
     return line.makespan_ps + tail_ps(problem, stages)
 
@@ -276,8 +288,8 @@ def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[
         return ((min(m, pp - rank),),)
     if chunks == 1:
         return ((peak_stash(schedule, pp, m, v, rank, (1,)).peak_bytes,),)
-    now, seen = [0] * chunks, {}  # type: list[int], dict[tuple[int, ...], None]
-    rising = False
+    now, rising = [0] * chunks, False
+    seen: dict[tuple[int, ...], None] = {}
     for op, _, chunk in order(schedule, pp, m, v, rank):
         if op == "F":
             now[chunk] += 1

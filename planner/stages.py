@@ -16,12 +16,29 @@ import numpy as np
 from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
 from planner.stage_bounds import (
-    INF, Arcs, Chain, Grid, Windows, lower_bound_ps, make_arcs, path_bound, propagate,
+    INF,
+    Arcs,
+    Chain,
+    Grid,
+    Windows,
+    lower_bound_ps,
+    make_arcs,
+    path_bound,
+    propagate,
     surely_infeasible,
 )  # fmt: skip
 from planner.stage_chunks import solve_chunks
 from planner.stage_problem import (
-    Extra, Found, Nearest, Pair, StageProblem, allowed_pairs, evaluate, rank_bytes, starts_of,
+    Extra,
+    Found,
+    Nearest,
+    Pair,
+    StageProblem,
+    allowed_pairs,
+    evaluate,
+    neighbours,
+    rank_bytes,
+    starts_of,
     step_ps,
 )  # fmt: skip
 
@@ -31,12 +48,15 @@ __all__ = [
 ]  # fmt: skip
 
 
+NEAREST_ARCS = 2000  # so many arcs are weighed exactly to say what is nearest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
     """How much is spent: arcs visited, operations simulated, CP-SAT's deterministic seconds."""
 
-    nodes: int = 20_000
-    operations: int = 400_000
+    nodes: int = 4_000
+    operations: int = 300_000
     solver_s: float = 4.0
 
 
@@ -103,11 +123,13 @@ def _solve_chain(p: StageProblem, below: int, effort: Effort) -> Found:
             need = min(widest, search.longest())
             if need <= most:
                 return search.finish()
-        elif most == widest:
-            if search.cut_off:
-                return search.finish()
-            return Found(nearest=_nearest(p, windows, search.arcs, search.chain))
         else:
+            arcs, chain = search.arcs, search.chain
+            if most < widest:
+                arcs = make_arcs(p, windows, widest, priced=False)
+                chain = Chain(p.count, p.layers, widest)
+            if most == widest or chain.narrowest(arcs.least_bytes) > p.capacity_bytes:
+                return Found(nearest=_nearest(p, windows, arcs, chain))
             need = min(widest, 2 * most)
         most = need
 
@@ -124,7 +146,6 @@ class _Search:
         self.chain = Chain(p.count, p.layers, most)
         self.nodes, self.operations = effort.nodes, effort.operations
         self.found = Found()
-        self.cut_off = False
         self.bound = 0
 
     def start(self) -> bool:
@@ -133,8 +154,7 @@ class _Search:
         if not grid.alive:
             return False
         self.bound = int(grid.togo[0, 0])
-        self.cut_off = self.bound >= self.below
-        if not self.cut_off:
+        if self.bound < self.below:
             self.weigh(self.greedy(grid))
         return True
 
@@ -192,7 +212,7 @@ class _Search:
         before = tuple(e - t for e, t in zip(ends, times))
         behind = tuple(e[-1] - e for e in ends)
         peaks = int(times[0].max()), int((times[1] + times[2]).max())
-        bound = path_bound(self.p, s, times, before, behind, peaks)  # type: ignore[arg-type]
+        bound = path_bound(self.p, s, times, before, behind, peaks)
         return int(bound.max() + a.tail[s, i, n].max())
 
     def finish(self) -> Found:
@@ -200,6 +220,8 @@ class _Search:
         if self.bound >= self.best:
             return self.done(self.best)
         grid = propagate(self.p, self.arcs, self.chain, self.best)
+        if grid.alive and self.improve():
+            grid = propagate(self.p, self.arcs, self.chain, self.best)
         if not grid.alive or self.explore(grid, 0, 0, []):
             return self.done(self.best)
         low, high = max(self.bound, int(grid.togo[0, 0])), self.best
@@ -212,6 +234,20 @@ class _Search:
             else:
                 low = middle
         return self.done(low)
+
+    def improve(self) -> bool:
+        """Move one boundary by a layer while the step falls and effort lasts."""
+        first, before = self.best, INF
+        while self.best < before and self.found.stages:
+            before, stages = self.best, self.found.stages
+            for cut in neighbours(stages):
+                path = list(zip(starts_of(cut), cut))
+                if self.operations > 0 and all(
+                    n <= self.chain.most and self.arcs.extra[s, i, n - 1] < INF
+                    for s, (i, n) in enumerate(path)
+                ):
+                    self.weigh(path)
+        return self.best < first
 
     def done(self, bound: int) -> Found:
         f = self.found
@@ -236,18 +272,35 @@ class _Search:
 
 
 def _nearest(p: StageProblem, windows: Windows, arcs: Arcs, chain: Chain) -> Nearest:
-    """The choice whose fullest rank overflows the least."""
-    togo = chain.behind(arcs.least_bytes, np.maximum)
+    """The choice whose fullest rank overflows the least; by a bound on bytes where arcs abound."""
+    needs = arcs.least_bytes.copy()
+    places = np.argwhere(needs < INF)
+    if len(places) <= NEAREST_ARCS:
+        for s, i, n in places.tolist():
+            needs[s, i, n] = _least_pair(p, windows, s, i, n + 1)[0]
+    togo = chain.behind(needs, np.maximum)
     stages, recompute, i = [], [], 0
     for s in range(p.count):
-        worst = np.maximum(arcs.least_bytes[s, i], togo[s + 1][chain.ends[i]])
+        worst = np.maximum(needs[s, i], togo[s + 1][chain.ends[i]])
         n = int(worst.argmin()) + 1
         stages.append(n)
-        flight = p.in_flight(s)[0][0]
-        options = windows.options(s, i, n)
-        needs = flight * options.act_bytes
-        needs = needs + np.maximum(options.work_bytes, max(
-            (e.working_bytes for e in p.extras(s)), default=0))  # fmt: skip
-        recompute.append(options.pairs[int(needs.argmin())])
+        recompute.append(_least_pair(p, windows, s, i, n)[1])
         i += n
     return Nearest.of(p, tuple(stages), tuple(recompute))
+
+
+def _least_pair(p: StageProblem, windows: Windows, s: int, i: int, n: int) -> tuple[int, Pair]:
+    """The pair by which a stage alone on its rank needs the fewest bytes, and how many."""
+    o, more = windows.options(s, i, n), p.extras(s)
+    used = np.maximum(o.work_bytes, max((e.working_bytes for e in more), default=0))
+    needs = p.in_flight(s)[0][0] * (o.act_bytes + sum(e.activation_bytes for e in more)) + used
+    best = int(needs.argmin())
+    fixed = p.constant_bytes + sum(p.state_bytes[i : i + n]) + sum(e.state_bytes for e in more)
+    gathered = max([*p.gathered_bytes[i : i + n], *(e.gathered_bytes for e in more)])
+    return int(needs[best]) + fixed + 2 * gathered, o.pairs[best]
+
+
+def certify(
+    problem: StageProblem, *, incumbent_ps: int | None = None, effort: Effort | None = None
+) -> int:
+    return 0

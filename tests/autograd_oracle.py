@@ -38,9 +38,17 @@ class Kept:
         return total
 
 
-def kept(model: nn.Module, step: Callable[[], torch.Tensor], units: tuple[str, ...]) -> Kept:
-    """Run a forward `step` of `model` and see what is kept, parameters and buffers left out."""
+def kept(
+    model: nn.Module, step: Callable[[], torch.Tensor], units: tuple[str, ...], inputs: Any
+) -> Kept:
+    """Run a forward `step` of `model` and see what is kept, parameters and buffers left out.
+
+    What runs between two units follows from the first of them, and is its. inputs: the step's
+    tensors, targets too, which are the root's.
+    """
     found = Kept()
+    for x in pytree.tree_leaves(inputs):
+        found.given[x.untyped_storage().data_ptr()] = dict.fromkeys(units, False)
     stack = [""]
     static = {
         t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
@@ -57,6 +65,9 @@ def kept(model: nn.Module, step: Callable[[], torch.Tensor], units: tuple[str, .
 
         return hook
 
+    def leave(*_: Any) -> None:
+        stack[0] = stack.pop()
+
     def pack(x: torch.Tensor) -> torch.Tensor:
         key = x.untyped_storage().data_ptr()
         if key not in static and x.untyped_storage().nbytes():
@@ -71,7 +82,7 @@ def kept(model: nn.Module, step: Callable[[], torch.Tensor], units: tuple[str, .
     for path in units:
         module = model.get_submodule(path)
         hooks.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+        hooks.append(module.register_forward_hook(leave))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = step()
     for hook in hooks:

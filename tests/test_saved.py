@@ -42,7 +42,8 @@ def measured(name: str) -> dict[str, int]:
     ids = torch.zeros(BATCH, SEQ, dtype=torch.long)
     targets = file["targets"](BATCH, SEQ) if "targets" in file else ids
     paths = tuple(path for _, path, _ in captured(name).calls())
-    return kept(model, lambda: file["loss"](model(**given), targets), paths).by_unit()
+    step = lambda: file["loss"](model(**given), targets)  # noqa: E731
+    return kept(model, step, paths, (given, targets)).by_unit()
 
 
 def composite_rms_norm_bytes(unit: Unit) -> int:

@@ -24,6 +24,7 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
     from ir.capture.export import sizes_for, trace
     from ir.capture.lower import lower
     from ir.capture.routes import mark_routes
+    from ir.join import join_tails
 
     sizes = sizes_for(source.max_seq_len, source.seq_in_input)
     with source.tracing():
@@ -31,7 +32,9 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
             source.model, source.inputs, source.targets, source.loss, sizes,
             precision=precision, fold=fold, where=source.name,
         )  # fmt: skip
-    graph = with_saved(mark_routes(lower(found, source.model, source.name)))
+    graph = lower(found, source.model, source.name)
+    for step in (mark_routes, join_tails, with_saved):
+        graph = step(graph)
     called = {path for _, path, _ in graph.calls()}
     return replace(
         graph, notes=source.notes, max_seq_len=source.max_seq_len,

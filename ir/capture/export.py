@@ -194,12 +194,12 @@ def _step(
             return _Step(model, loss), targets
         except Exception as fault:
             failures.append(fault)
-    fault = failures[0]
+    first = failures[0]
     raise PlanError(
-        f"loss(outputs, targets) raised {type(fault).__name__}: {_first_line(fault)}",
-        where=_user_frame(fault) or where,
+        f"loss(outputs, targets) raised {type(first).__name__}: {_first_line(first)}",
+        where=_user_frame(first) or where,
         why="tried targets of the first output's leading shape (int64), and of its whole shape",
-    ) from fault
+    ) from first
 
 
 def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:

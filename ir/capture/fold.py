@@ -239,7 +239,7 @@ def folded(model: nn.Module, *, fold: bool, split: set[str]) -> Iterator[Folding
         for path, module in units.items():
             key, own = keys[path], vars(module).get("forward")
             undo.append(partial(_restore, module, own))
-            module.forward = _patched(state, path, key, module.forward, fold)  # type: ignore[method-assign]
+            module.forward = _patched(state, path, key, module.forward, fold)
             if fold and key not in probed:
                 probed.add(key)
                 probe(module, key, skips.get(path, set()), state.touched, undo)
@@ -254,4 +254,4 @@ def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:
     if own is None:
         del module.forward
     else:
-        module.forward = own  # type: ignore[method-assign]
+        module.forward = own

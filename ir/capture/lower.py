@@ -202,7 +202,7 @@ class Lowering:
         name = getattr(a.target, "__name__", str(a.target))
         if name == "getitem":
             owner, value = self.env[a.args[0]]  # type: ignore[index]
-            self.env[a] = (owner, value[a.args[1]] if value is not None else None)  # type: ignore[index]
+            self.env[a] = (owner, value[a.args[1]] if value is not None else None)
         elif name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             self._higher_order(a, b, first, second)
         elif isinstance(a.target, torch._ops.OpOverload):
@@ -359,21 +359,25 @@ def _outputs(program: Any) -> list[fx.Node]:
 def _merge(
     name: str, root: Unit, classes: dict[str, Unit], tied: tuple[tuple[str, str], ...]
 ) -> Graph:
-    """Give classes short names; classes whose bodies are the same text are one."""
+    """Give classes short names; classes whose bodies are the same text are one.
+
+    Source lines do not tell classes apart: a body has those of its first use.
+    """
     by_text: dict[str, str] = {}
+    first: dict[str, tuple[Node, ...]] = {}
     renamed: dict[str, str] = {}
     units: list[Unit] = []
     for node in root.nodes:
         key = str(node.attr("unit"))
         if node.op != "call" or key in renamed:
             continue
-        body = replace(
-            classes[key], name="_", nodes=tuple(replace(n, source="") for n in classes[key].nodes)
-        )
-        text = "\n".join(format_unit(body))
+        unit = classes[key]
+        bare = replace(unit, name="_", nodes=tuple(replace(n, source="") for n in unit.nodes))
+        nodes = first.setdefault(_text(replace(bare, diff_inputs=())), unit.nodes)
+        text = _text(bare)
         if text not in by_text:
             by_text[text] = f"u{len(units)}"
-            units.append(replace(classes[key], name=by_text[text]))
+            units.append(replace(unit, name=by_text[text], nodes=nodes))
         renamed[key] = by_text[text]
     nodes = tuple(
         replace(n, attrs=(("path", n.attr("path")), ("unit", renamed[str(n.attr("unit"))])))
@@ -382,3 +386,7 @@ def _merge(
         for n in root.nodes
     )
     return Graph(name=name, units=tuple(units), root=replace(root, nodes=nodes), tied=tied)
+
+
+def _text(unit: Unit) -> str:
+    return "\n".join(format_unit(unit))

@@ -16,7 +16,8 @@ def _spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     -> out [b, n_q, s, dv] (or [b, s, n_q, dv], attr layout "bshd"), log-sum-exp [b, n_q, s].
     Grouped heads are one factor: a shard of query heads sees its own key heads.
     """
-    letters: list[tuple[str, ...]] = [("b", "h", "!s", "!d"), ("b", "h", "!t", "!d"), ("b", "h", "!t", "!v")]
+    letters: list[tuple[str, ...]] = [("b", "h", "!s", "!d")]
+    letters += [("b", "h", "!t", "!d"), ("b", "h", "!t", "!v")]
     if node.attr("mask"):
         mask = ins[3].shape
         names = ("b", "h", "!s", "!t")[4 - len(mask) :]
@@ -33,7 +34,7 @@ def pairs(node: Node, queries: Any, keys: Any) -> Any:
     Causal: half of the square; with a window w a band of w keys; with a chunk c, half of a square
     of c for each chunk. Not causal, a window is a band of w keys on either side.
     """
-    window, chunk = int(node.attr("window") or 0), int(node.attr("chunk") or 0)
+    window, chunk = node.number("window"), node.number("chunk")
     if chunk and node.attr("causal"):
         full, rest = keys // chunk, keys % chunk
         return full * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2

@@ -42,7 +42,7 @@ def _lerp(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
 
 def _dim_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """The dimension named by attr dim must be whole."""
-    return blocked_dims_spec(node, ins, (int(node.attr("dim") or 0),))
+    return blocked_dims_spec(node, ins, (node.number("dim"),))
 
 
 def _row(name: str, saved, **more) -> Op:  # type: ignore[no-untyped-def]

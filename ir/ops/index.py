@@ -25,7 +25,7 @@ def _gather_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     rank = len(ins[0].shape)
     if any(len(t.shape) != rank for t in (*ins, *node.outputs)):
         return _whole_spec(node, ins)
-    held = int(node.attr("dim") or 0) % rank if rank else 0
+    held = node.number("dim") % rank if rank else 0
     letters = tuple(f"!d{i}" if i == held else f"d{i}" for i in range(rank))
     return Spec(inputs=tuple(letters for _ in ins), outputs=tuple(letters for _ in node.outputs))
 

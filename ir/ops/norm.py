@@ -8,7 +8,7 @@ from ir.ops.base import Op, Spec
 
 def _last_dims_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """x: [..., h] with attr dims trailing dimensions normalised; weight, bias: [h]."""
-    rank, held = len(ins[0].shape), int(node.attr("dims") or 1)
+    rank, held = len(ins[0].shape), node.number("dims", 1)
     x = tuple(f"!d{i}" if i >= rank - held else f"d{i}" for i in range(rank))
     stats = tuple("!1" if i >= rank - held else f"d{i}" for i in range(rank))
     affine = tuple(x[rank - held :] for _ in ins[1:])

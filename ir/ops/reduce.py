@@ -34,7 +34,7 @@ def _reduce_spec(partial: bool):  # type: ignore[no-untyped-def]
 def _along_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """One dimension (attr dim) must be whole in the inputs and is another size in the outputs."""
     rank = len(ins[0].shape)
-    held = int(node.attr("dim") or 0) % rank if rank else 0
+    held = node.number("dim") % rank if rank else 0
     letters = tuple(f"!d{i}" if i == held else f"d{i}" for i in range(rank))
     return Spec(inputs=tuple(letters for _ in ins), outputs=tuple(letters for _ in node.outputs))
 

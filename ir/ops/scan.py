@@ -33,9 +33,9 @@ def _scan_flop(node: Node, ins: tuple[Sizes, ...], outs: tuple[Sizes, ...]) -> A
 
     2*T*heads*(c*(d_k + d_v)/2 + 2*d_k*d_v); attrs state (d_k) and chunk; the result has the rest.
     """
-    state, chunk = int(node.attr("state") or 1), int(node.attr("chunk") or 1)
+    state, chunk = node.number("state", 1), node.number("chunk", 1)
     values = prod(outs[0])  # tokens * heads * d_v
-    head = int(node.attr("head_dim") or 1)
+    head = node.number("head_dim", 1)
     tokens_heads = values // head
     return 2 * tokens_heads * (chunk * (state + head) // 2 + 2 * state * head)
 
@@ -49,5 +49,5 @@ OPS = (
     Op(name="delta_rule", kind="scan", spec=_spec, flop=_scan_flop, saved=_saved),
     Op(name="linear_attention", kind="scan", spec=_spec, flop=_scan_flop, saved=_saved),
     Op(name="causal_conv1d", kind="scan", spec=_spec, saved=_saved,
-       flop=lambda node, ins, outs: 2 * prod(outs[0]) * int(node.attr("width") or 4)),
+       flop=lambda node, ins, outs: 2 * prod(outs[0]) * node.number("width", 4)),
 )  # fmt: skip

@@ -110,7 +110,7 @@ def _cut_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 def _select_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """select, unbind: the dimension goes."""
     rank = len(ins[0].shape)
-    held = int(node.attr("dim") or 0) % rank
+    held = node.number("dim") % rank
     letters = tuple(f"!d{i}" if i == held else f"d{i}" for i in range(rank))
     out = tuple(x for i, x in enumerate(letters) if i != held)
     return Spec(inputs=(letters,), outputs=tuple(out for _ in node.outputs))
@@ -118,7 +118,7 @@ def _select_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 
 def _stack_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     rank = len(ins[0].shape)
-    held = int(node.attr("dim") or 0) % (rank + 1)
+    held = node.number("dim") % (rank + 1)
     letters = [f"d{i}" for i in range(rank)]
     out = (*letters[:held], "!new", *letters[held:])
     return Spec(inputs=tuple(tuple(letters) for _ in ins), outputs=(out,))

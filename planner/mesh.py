@@ -1,0 +1,178 @@
+"""Candidate meshes: what the axes may be for one model on one cluster, before any cost.
+
+Every divisor counts. tp stays inside one NVLink (or PCIe) domain unless pinned, and must split
+some matmul of a layer; cp needs a model whose sequence is mixed by attention alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cost_models.chain import Chain
+from cost_models.hardware import Cluster
+from cost_models.decisions import Workload
+from cost_models.layout import options
+from cost_models.state import expert_parameters
+from planner.decisions import Pins
+
+MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
+MOST_CP = 64
+CP_KINDS = ("ring", "allgather", "ulysses")
+MIXES_SEQUENCE = ("scan", "delta_rule", "linear_attention", "causal_conv1d")
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Degrees and micro-batch of one candidate, in the order that ties break by."""
+
+    pp: int
+    tp: int
+    cp: int
+    ep: int
+    etp: int
+    dp: int
+    micro_batch: int
+    microbatches: int
+    sequence_parallel: bool
+    cp_kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What limits the axes of a model."""
+
+    layers: int
+    pipeline_reason: str
+    experts: tuple[int, ...]
+    expert_features: tuple[int, ...]
+    heads: tuple[int, ...]
+    sequence: bool
+    attention_only: bool
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Every divisor, ascending."""
+    small = [i for i in range(1, int(n**0.5) + 1) if n % i == 0]
+    return tuple(sorted({*small, *(n // i for i in small)}))
+
+
+@functools.cache
+def facts_of(chain: Chain) -> Facts:
+    """Read the limits off the units."""
+    units = list(dict.fromkeys(link.unit for link in chain.links))
+    nodes = [(u, n) for u in units for n in u.nodes]
+    weights = [u.values[p] for u in units for p in sorted(expert_parameters(u))]
+    heads = [
+        u.values[r].shape[1].at(1, 1)
+        for u, n in nodes if n.op == "attention" for r in n.inputs[:2]
+    ]  # fmt: skip
+    mixes = any(
+        n.op in MIXES_SEQUENCE or (n.op == "conv" and any(d.seq for d in n.outputs[0].shape))
+        for _, n in nodes
+    )
+    return Facts(
+        layers=len(chain.layers), pipeline_reason=chain.pipeline_reason,
+        experts=tuple(dict.fromkeys(w.shape[0].at(1, 1) for w in weights)),
+        expert_features=tuple(dict.fromkeys(d.at(1, 1) for w in weights for d in w.shape[1:])),
+        heads=tuple(dict.fromkeys(heads)),
+        sequence=any(d.seq for link in chain.links for _, t in link.unit.inputs for d in t.shape),
+        attention_only=bool(heads) and not mixes,
+    )  # fmt: skip
+
+
+def splits_something(chain: Chain, tp: int) -> bool:
+    """Whether tp splits the weight of some matmul of the layers."""
+    for unit in dict.fromkeys(link.unit for link in chain.links if link.is_layer):
+        found = options(unit, tp)
+        for node in unit.nodes:
+            if node.op in ("linear", "matmul", "einsum", "dispatch"):
+                for option in found[node.name]:
+                    if any(
+                        at >= 0 for r, at in zip(node.inputs, option.ins)
+                        if r in unit.parameter_names or node.op == "dispatch"
+                    ):  # fmt: skip
+                        return True
+    return False
+
+
+def _choices(pinned: int | None, found: tuple[int, ...]) -> tuple[int, ...]:
+    return found if pinned is None else (pinned,)
+
+
+def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> Iterator[Mesh]:
+    """Every candidate that the pins, the model and the cluster allow, in a fixed order."""
+    facts, gpus = facts_of(chain), cluster.count
+    most_pp = 1 if facts.pipeline_reason else facts.layers
+    tps = _choices(pins.tp, tuple(
+        t for t in divisors(gpus)
+        if t == 1 or (t <= cluster.domain_ranks and splits_something(chain, t))
+    ))  # fmt: skip
+    cps = _choices(pins.cp, tuple(
+        c for c in divisors(gpus) if c == 1 or (c <= MOST_CP and facts.attention_only)
+    ))  # fmt: skip
+    for pp in _choices(pins.pp, tuple(p for p in divisors(gpus) if p <= most_pp)):
+        for tp in tps:
+            for cp in cps:
+                if gpus % (pp * tp * cp) or workload.seq_len % cp:
+                    continue
+                dp = gpus // (pp * tp * cp)
+                if pins.dp not in (None, dp) or workload.global_batch % dp:
+                    continue
+                yield from _filled(facts, workload, pins, pp, tp, cp, dp)
+
+
+def _filled(
+    facts: Facts, workload: Workload, pins: Pins, pp: int, tp: int, cp: int, dp: int
+) -> Iterator[Mesh]:
+    """The same mesh with every micro-batch, expert layout and way to share the sequence."""
+    samples = workload.global_batch // dp
+    batches = [
+        b for b in divisors(samples)
+        if pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
+        and pins.microbatches in (None, samples // b)
+    ]  # fmt: skip
+    splits = facts.sequence and workload.seq_len // cp % tp == 0 and tp > 1
+    ways = (False, True) if splits else (False,)
+    ways = ways if pins.sequence_parallel is None else (pins.sequence_parallel,)
+    for ep, etp in _expert_layouts(facts, pins, dp * cp * tp):
+        for kind in _cp_kinds(facts, workload, pins, tp, cp):
+            for split in ways:
+                for b in batches:
+                    yield Mesh(pp, tp, cp, ep, etp, dp, b, samples // b, split, kind)
+
+
+def _expert_layouts(facts: Facts, pins: Pins, ranks: int) -> list[tuple[int, int]]:
+    """(ep, etp): ep divides every layer's experts, etp their features; both a stage's ranks."""
+    if not facts.experts:
+        return [(pins.ep or 1, pins.etp or 1)]
+    eps = _choices(pins.ep, tuple(
+        e for e in divisors(ranks) if all(n % e == 0 for n in facts.experts)
+    ))  # fmt: skip
+    etps = _choices(pins.etp, tuple(
+        t for t in divisors(ranks) if t <= 8 and all(n % t == 0 for n in facts.expert_features)
+    ))  # fmt: skip
+    return [(e, t) for e in eps for t in etps if ranks % (e * t) == 0]
+
+
+def _cp_kinds(facts: Facts, workload: Workload, pins: Pins, tp: int, cp: int) -> list[str]:
+    if cp == 1:
+        return [pins.cp_kind or "ring"]
+    return [
+        kind for kind in CP_KINDS
+        if pins.cp_kind in (None, kind) and cp_reason(facts, workload, kind, tp, cp) is None
+    ]  # fmt: skip
+
+
+def cp_reason(facts: Facts, workload: Workload, kind: str, tp: int, cp: int) -> str | None:
+    """Why cp cannot share this model's sequence in that way, or None."""
+    if cp == 1:
+        return None
+    if not facts.attention_only:
+        return "the model mixes its sequence by more than attention (scan, convolution)"
+    if kind == "ring" and workload.seq_len % (2 * cp):
+        return f"a balanced ring needs --seq-len to be a multiple of {2 * cp}"
+    if kind == "ulysses" and any(h % (tp * cp) for h in facts.heads):
+        return f"Ulysses shares heads: {facts.heads} do not all divide by tp*cp = {tp * cp}"
+    return None

@@ -1,0 +1,338 @@
+"""The search: best bound first over meshes, until no bound beats the incumbent.
+
+For each mesh, the ways to hold its state (ZeRO stage, shard size, offload) and its schedules are
+tried, dominated ones left out, and the stage program solved. What is left in the queue when it
+ends bounds what was not tried, and the gap is the proof.
+"""
+
+from __future__ import annotations
+
+import heapq
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import stage_problem
+from cost_models.layout import Assignment
+from cost_models.stage_problem import Nearest, StageProblem
+from cost_models.state import expert_parameters
+from cost_models.step import Assignments, Costs, Step, replicated
+from cost_models.unit_costs import Axes
+from ir.errors import UsageError
+from planner.bounds import mesh_bounds_ps
+from planner.decisions import Pins
+from planner.legality import illegal
+from planner.mesh import MOST_CP, Mesh, divisors, meshes
+from planner.names import matches
+from planner.sharding import best_assignment
+from planner.stages import lower_bound_ps, solve, surely_infeasible
+
+MOST_VIRTUAL_STAGES = 8
+SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
+SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """The best found. objective_ps: without host overhead and jitter, which every mesh shares."""
+
+    decisions: Decisions
+    assignments: Assignments
+    objective_ps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """The mesh that overflows the least, where none fits."""
+
+    decisions: Decisions
+    assignments: Assignments
+    nearest: Nearest
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a search found. bound_ps: no plan of the space is below it."""
+
+    best: Tried | None = None
+    misfit: Misfit | None = None
+    bound_ps: int = 0
+    meshes: int = 0
+    solved: int = 0
+    interrupted: bool = False
+
+    @property
+    def proved(self) -> bool:
+        return self.best is not None and self.bound_ps >= self.best.objective_ps
+
+    @property
+    def gap(self) -> float:
+        if self.best is None or self.proved:
+            return 0.0
+        return (self.best.objective_ps - self.bound_ps) / self.best.objective_ps
+
+
+@dataclass(kw_only=True)
+class Searcher:
+    """One model on one cluster under pins; keeps what searches share (costs, assignments)."""
+
+    costs: Costs
+    pins: Pins = field(default_factory=Pins)
+    progress: Callable[[str], None] | None = None
+    effort: int = 2_000  # stage programs solved at most
+    _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
+
+    def assign(self, tp: int, split: bool) -> Assignments:
+        """How every unit lies on tp: solved once, at one sample of the whole sequence."""
+        if (tp, split) not in self._laid:
+            self._laid[tp, split] = self._lay(tp, split)
+        return self._laid[tp, split]
+
+    def _lay(self, tp: int, split: bool) -> Assignments:
+        costs, found = self.costs, {}
+        axes = Axes(tp=tp, sequence_parallel=split)
+        owners = dict(costs.graph.tied)
+        tied: dict[str, int] = {}  # full name of a tied owner -> its placement
+        for unit, is_layer, _ in costs.kinds:
+            if tp == 1:
+                found[unit, is_layer] = replicated(unit, 1)
+                continue
+            paths = [k.path for k in costs.chain.links if k.unit is unit]
+            placed = _pinned_places(self.pins, unit, paths)
+            for p in unit.parameters:
+                full = f"{paths[0]}.{p.name}"
+                if owners.get(full) in tied:
+                    placed[p.name] = tied[owners[full]]
+            laid = best_assignment(costs, unit, is_layer, axes, 1, 1, placed=placed)
+            found[unit, is_layer] = laid
+            for node, option in zip(unit.nodes, laid.chosen):
+                for ref, at in zip(node.inputs, option.ins):
+                    if f"{paths[0]}.{ref}" in owners.values():
+                        tied[f"{paths[0]}.{ref}"] = at
+        return found
+
+    # --- the space ---------------------------------------------------------------------------
+
+    def variants(self, mesh: Mesh) -> Iterator[Decisions]:
+        """Every way to hold a mesh's state that the table allows, simplest first."""
+        pins, engine = self.pins, self.costs.engine
+        base = Decisions(
+            pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
+            micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
+            sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
+            compile=engine.fused if pins.compile is None else pins.compile,
+            grad_dtype=pins.grad_dtype or engine.grad_dtype,
+        )  # fmt: skip
+        ranks = mesh.dp * mesh.cp
+        for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
+            for shard in self._shards(mesh, zero):
+                for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
+                    if pins.reshard not in (None, reshard):
+                        continue
+                    for offload in self._offloads():
+                        d = replace(
+                            base, zero=zero, shard=shard, reshard=reshard, offload=offload
+                        )
+                        alone = zero > 0 and shard == 1 < ranks and pins.zero is None
+                        if not alone and illegal(d, self.costs.workload) is None:
+                            yield d
+
+    def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:
+        ranks = mesh.dp * mesh.cp
+        if self.pins.shard is not None:
+            return (self.pins.shard,)
+        if zero == 0:
+            return (1,)
+        inside = max(1, self.costs.cluster.domain_ranks // mesh.tp)
+        spreads = {inside * k for k in SHARD_SPREADS}
+        return tuple(s for s in divisors(ranks)[::-1] if s == ranks or s in spreads)
+
+    def _offloads(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        if self.pins.offload is not None:
+            return (self.pins.offload,)
+        tiers = [t.name for t in self.costs.cluster.tiers]
+        return ((), (("optimizer", "cpu"),)) if "cpu" in tiers else ((),)
+
+    def schedules(self, d: Decisions) -> Iterator[Decisions]:
+        """The same state under every schedule and number of virtual stages."""
+        layers = len(self.costs.chain.layers)
+        names = SEARCHED_SCHEDULES if self.pins.schedule is None else (self.pins.schedule,)
+        if d.pp == 1:
+            names = (self.pins.schedule or "1f1b",)
+        for name in names:
+            if name == "interleaved":
+                most = min(MOST_VIRTUAL_STAGES, layers // d.pp)
+                counts: tuple[int, ...] = tuple(range(2, most + 1))
+            else:
+                counts = (2,) if name in ("zbv", "dualpipev") else (1,)
+            if self.pins.virtual_stages is not None:
+                counts = (self.pins.virtual_stages,)
+            for v in counts:
+                made = replace(d, schedule=name, virtual_stages=v)
+                split = name not in self.costs.engine.compiled_schedules
+                if split and self.pins.compile is None:
+                    made = replace(made, compile=False)
+                if d.pp * v <= layers and illegal(made, self.costs.workload) is None:
+                    yield made
+
+    def problem(self, step: Step, d: Decisions) -> StageProblem:
+        """The stage program of a mesh under one schedule, with the pins it has to keep."""
+        pins = self.pins
+        fixed = None
+        if pins.recompute is not None:
+            r, count = pins.recompute, d.pp * d.virtual_stages
+            fixed = tuple(
+                (r.full[k % len(r.full)], r.selective[k % len(r.selective)])
+                for k in range(count)
+            )
+        split = d.schedule in ("zbh1", "zbv", "dualpipev")
+        return stage_problem(
+            self.costs, replace(step, decisions=d), fixed_stages=pins.stages,
+            fixed_recompute=fixed, levels=("none",) if split else ("none", "selective", "full"),
+        )  # fmt: skip
+
+    # --- the search --------------------------------------------------------------------------
+
+    def run(self, incumbent: Tried | None = None) -> Outcome:
+        """Best bound first. incumbent: a plan of the space that is known already."""
+        costs = self.costs
+        candidates = list(meshes(costs.chain, costs.cluster, costs.workload, self.pins))
+        out = Outcome(best=incumbent, meshes=len(candidates))
+        if not candidates:
+            return out
+        bounds = mesh_bounds_ps(costs, candidates, self.assign)
+        queue = [(int(b), i) for i, b in enumerate(bounds)]
+        heapq.heapify(queue)
+        floor = 1 << 62  # the least bound of what was tried and not settled
+        with _interruptible() as stopped:
+            while queue:
+                bound, i = queue[0]
+                if out.best and bound >= out.best.objective_ps:
+                    break
+                if stopped() or out.solved >= self.effort:
+                    out.interrupted = stopped()
+                    break
+                heapq.heappop(queue)
+                floor = min(floor, self._expand(candidates[i], out))
+                self._report(out, min(floor, queue[0][0]) if queue else floor)
+        left = queue[0][0] if queue else 1 << 62
+        out.bound_ps = min(floor, left, out.best.objective_ps if out.best else 1 << 62)
+        return out
+
+    def _report(self, out: Outcome, bound: int) -> None:
+        if self.progress and out.best:
+            best = out.best.objective_ps
+            gap = max(0.0, (best - bound) / best)
+            self.progress(
+                f"solving: best {best / 1e12:.3f} s, bound {min(bound, best) / 1e12:.3f} s,"
+                f" gap {gap:.1%}"
+            )
+
+    def _expand(self, mesh: Mesh, out: Outcome) -> int:
+        """Solve a mesh's variants; return the least bound among those not settled."""
+        laid = self.assign(mesh.tp, mesh.sequence_parallel)
+        steps = _undominated([(d, self.costs.step(d, laid)) for d in self.variants(mesh)])
+        todo = []
+        for d, step in steps:
+            for made in self.schedules(d):
+                problem = self.problem(step, made)
+                if surely_infeasible(problem) and out.best:
+                    continue
+                todo.append((lower_bound_ps(problem), len(todo), made, problem))
+        floor = 1 << 62
+        for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
+            best = out.best.objective_ps if out.best else None
+            if best is not None and bound >= best:
+                break
+            found = solve(problem, incumbent_ps=best)
+            out.solved += 1
+            if found.status == "INFEASIBLE":
+                assert found.nearest is not None
+                out.misfit = _nearer(out.misfit, Misfit(
+                    decisions=replace(d, stages=found.nearest.stages,
+                                      recompute=found.nearest.recompute),
+                    assignments=laid, nearest=found.nearest,
+                ))  # fmt: skip
+            elif found.status != "CUTOFF":
+                out.best = Tried(
+                    decisions=replace(d, stages=found.stages, recompute=found.recompute),
+                    assignments=laid, objective_ps=found.step_ps,
+                )  # fmt: skip
+                floor = min(floor, found.bound_ps)
+            else:
+                floor = min(floor, found.bound_ps)
+        return floor
+
+
+def _nearer(old: Misfit | None, new: Misfit) -> Misfit:
+    if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
+        return old
+    return new
+
+
+def _pinned_places(pins: Pins, unit, paths: list[str]) -> dict[str, int]:  # type: ignore[no-untyped-def]
+    """Pinned placements of a unit's parameters, by relative name."""
+    from cost_models.layout import placement
+
+    placed: dict[str, int] = {}
+    for p in unit.parameters:
+        for pattern, words in pins.place:
+            if any(matches(pattern, f"{path}.{p.name}") for path in paths):
+                if p.name in expert_parameters(unit):
+                    raise UsageError(
+                        f"--fix place:{pattern}={words}: expert weights lie over ep and etp",
+                        hints=("--fix ep=... etp=...",),
+                    )
+                placed[p.name] = placement(words)
+    return placed
+
+
+def _profile(step: Step) -> tuple[int, ...]:
+    """What a variant costs and holds, each number better when smaller."""
+    numbers: list[int] = [sum(size for _, size in step.reserved)]
+    for r in step.rows:
+        s = r.state
+        numbers += [
+            r.forward_ps, r.backward_ps, r.tail_comm_ps, -r.tail_hide_ps,
+            r.floor_ps + r.optimizer_ps + r.offload_ps,
+            s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes, s.gathered_bytes,
+        ]  # fmt: skip
+    return tuple(numbers)
+
+
+def _undominated(found: list[tuple[Decisions, Step]]) -> list[tuple[Decisions, Step]]:
+    """Variants that no other is at least as good as in every number, the first of equals."""
+    kept: list[tuple[tuple[int, ...], tuple[Decisions, Step]]] = []
+    for d, step in found:
+        mine = _profile(step)
+        if any(all(a <= b for a, b in zip(theirs, mine)) for theirs, _ in kept):
+            continue
+        kept = [row for row in kept if not all(a <= b for a, b in zip(mine, row[0]))]
+        kept.append((mine, (d, step)))
+    return [row for _, row in kept]
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks the search to stop; a second one stops the program."""
+    asked: list[bool] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread: nothing to catch there
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+__all__ = ["MOST_CP", "Assignment", "Outcome", "Searcher", "Tried"]

@@ -1,0 +1,154 @@
+"""Stages: the search equals exhaustive enumeration, and its bounds hold."""
+
+import itertools
+import random
+
+import pytest
+
+from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
+from planner.stages import (
+    Extra,
+    StageProblem,
+    evaluate,
+    lower_bound_ps,
+    solve,
+    surely_infeasible,
+)
+
+TIGHT, LOOSE = "tight", "loose"
+
+
+def numbers(rng, low, high, n):
+    return tuple(rng.randint(low, high) for _ in range(n))
+
+
+def tiny(seed, schedule=None):
+    """A random problem small enough to enumerate: 5 layers at most, 3 ranks, 2 chunks."""
+    rng = random.Random(seed)
+    schedule = schedule or rng.choice(SCHEDULES)
+    v = 2 if schedule in ("interleaved", "zbv", "dualpipev") else 1
+    while True:
+        pp, m = rng.randint(1, 3 if v == 1 else 2), rng.randint(1, 9)
+        n = rng.randint(pp * v, 5) if pp * v <= 5 else 0
+        if n and schedule_illegal(schedule, pp, m, v) is None:
+            break
+    alike = rng.random() < 0.3
+    row = (lambda a, b: (rng.randint(a, b),) * n) if alike else (lambda a, b: numbers(rng, a, b, n))
+    none, selective = row(20, 60), row(5, 20)
+
+    def extra():
+        return Extra(
+            forward_ps=rng.randint(0, 20), input_grad_ps=rng.randint(0, 20),
+            weight_grad_ps=rng.randint(0, 20), activation_bytes=rng.randint(0, 30),
+            working_bytes=rng.randint(0, 40), state_bytes=rng.randint(0, 100),
+            gathered_bytes=rng.randint(0, 20), tail_comm_ps=rng.randint(0, 20),
+            tail_hide_ps=rng.randint(0, 20), tail_own_ps=rng.randint(0, 9),
+        )  # fmt: skip
+
+    return StageProblem(
+        schedule=schedule, pp=pp, virtual_stages=v, microbatches=m, forward_ps=row(5, 40),
+        input_grad_ps=row(5, 40), weight_grad_ps=row(5, 40),
+        recompute_ps=(row(5, 30), row(0, 10)), activation_bytes=(none, selective, row(0, 5)),
+        working_bytes=(row(0, 20), row(0, 30), row(0, 40)), state_bytes=row(10, 50),
+        gathered_bytes=row(0, 20), tail_comm_ps=row(0, 20), tail_hide_ps=row(0, 20),
+        tail_own_ps=row(0, 5), first=extra(), last=extra(), constant_bytes=rng.randint(0, 50),
+        rank_glue_forward_ps=rng.randint(0, 3), rank_glue_backward_ps=rng.randint(0, 3),
+        p2p_ps=rng.choice((0, 2, 15)), capacity_bytes=rng.choice((250, 350, 450, 600, 900, 9999)),
+        levels=rng.choice((("none",), ("none", "selective", "full"), ("none", "full"),
+                           ("selective", "full"), ("none", "selective", "full"))),
+    )  # fmt: skip
+
+
+def cuts(layers, stages):
+    for places in itertools.combinations(range(1, layers), stages - 1):
+        yield tuple(b - a for a, b in itertools.pairwise((0, *places, layers)))
+
+
+def all_pairs(p, n):
+    kinds = itertools.product(range(n + 1), repeat=2)
+    return [
+        (f, s) for f, s in kinds
+        if f + s <= n and ("full" in p.levels or not f) and ("selective" in p.levels or not s)
+        and ("none" in p.levels or f + s == n)
+    ]  # fmt: skip
+
+
+def weigh(p, stages, recompute):
+    """The objective again, layer by layer."""
+    f, b, w = [], [], []
+    memory, tails = [p.constant_bytes] * p.pp, [[0, 0] for _ in range(p.pp)]
+    acts = [[] for _ in range(p.pp)]
+    work, gathered = [0] * p.pp, [0] * p.pp
+    layer, last = 0, len(stages) - 1
+    for k, (n, (full, selective)) in enumerate(zip(stages, recompute)):
+        r = rank_of(p.schedule, p.pp, k)
+        times, act = [p.rank_glue_forward_ps, p.rank_glue_backward_ps, 0], 0
+        for place in range(n):
+            level = 2 if place < full else 1 if place < full + selective else 0
+            again = (0, p.recompute_ps[1][layer], p.recompute_ps[0][layer])[level]
+            times[0] += p.forward_ps[layer]
+            times[1] += p.input_grad_ps[layer] + again
+            times[2] += p.weight_grad_ps[layer]
+            act += p.activation_bytes[level][layer]
+            memory[r] += p.state_bytes[layer]
+            work[r] = max(work[r], p.working_bytes[level][layer])
+            gathered[r] = max(gathered[r], p.gathered_bytes[layer])
+            tails[r][0] += p.tail_comm_ps[layer] - p.tail_hide_ps[layer]
+            tails[r][1] += p.tail_own_ps[layer]
+            layer += 1
+        for e in ([p.first] if k == 0 else []) + ([p.last] if k == last else []):
+            times = [times[0] + e.forward_ps, times[1] + e.input_grad_ps,
+                     times[2] + e.weight_grad_ps]  # fmt: skip
+            act += e.activation_bytes
+            memory[r] += e.state_bytes
+            work[r] = max(work[r], e.working_bytes)
+            gathered[r] = max(gathered[r], e.gathered_bytes)
+            tails[r][0] += e.tail_comm_ps - e.tail_hide_ps
+            tails[r][1] += e.tail_own_ps
+        acts[r].append((k, act))
+        for line, t in zip((f, b, w), times):
+            line.append(t)
+    for r in range(p.pp):
+        held = [act for _, act in acts[r]]
+        stash = peak_stash(p.schedule, p.pp, p.microbatches, p.virtual_stages, r, held)
+        memory[r] += stash.peak_bytes + work[r] + 2 * gathered[r]
+    line = simulate(p.schedule, f, b, w, [p.p2p_ps] * last, p.microbatches, p.pp, p.virtual_stages)
+    step = line.makespan_ps + max(max(0, a) + b for a, b in tails)
+    return step, tuple(memory), max(memory) <= p.capacity_bytes
+
+
+def choices(p):
+    for stages in cuts(p.layers, p.count):
+        for recompute in itertools.product(*(all_pairs(p, n) for n in stages)):
+            yield stages, recompute
+
+
+def brute(p):
+    """(the least step that fits or None, the least bytes of the fullest rank)."""
+    weighed = [weigh(p, *choice) for choice in choices(p)]
+    fits = [step for step, _, feasible in weighed if feasible]
+    return min(fits, default=None), min(max(memory) for _, memory, _ in weighed)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_equals_enumeration(schedule):
+    for seed in range(40):
+        p = tiny(seed, schedule)
+        best, least_bytes = brute(p)
+        found = solve(p)
+        if best is None:
+            assert found.status == "INFEASIBLE", seed
+            near = found.nearest
+            assert max(near.peak_bytes) == least_bytes == near.peak_bytes[near.rank], seed
+            assert near.overflow_bytes == least_bytes - p.capacity_bytes > 0
+            assert weigh(p, near.stages, near.recompute)[1] == near.peak_bytes
+            continue
+        assert (found.status, found.step_ps, found.bound_ps) == ("OPTIMAL", best, best), seed
+        assert weigh(p, found.stages, found.recompute) == (best, found.peak_bytes, True)
+        assert evaluate(p, found.stages, found.recompute) == (best, found.peak_bytes, True)
+        assert lower_bound_ps(p) <= best, seed
+        assert not surely_infeasible(p), seed
+        assert solve(p) == found
+        assert solve(p, incumbent_ps=best + 1).step_ps == best
+        cut = solve(p, incumbent_ps=best)
+        assert cut.status == "CUTOFF" and cut.bound_ps >= best and not cut.stages
