@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Engine:
     pp_zero: ZeRO stages that go with a pipeline.
     kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
-    tp_exposed, ep_exposed, cp_exposed: share of that traffic that is not hidden.
+    tp_exposed, ep_exposed, cp_exposed, p2p_exposed (one stage a rank, or more): share of that
+    traffic that is not hidden.
     fsdp_interference: what hidden FSDP traffic still costs its layer.
     dp_reduce_hidden, dp_gather_hidden: share of a stage's time that hides the sharded
     optimizer's traffic; dp_exposed_least of it is exposed in any case.
@@ -80,6 +81,8 @@ class Engine:
     tp_exposed: float
     ep_exposed: float
     cp_exposed: float
+    p2p_exposed: float
+    p2p_exposed_interleaved: float
     fsdp_interference: float
     dp_reduce_hidden: float
     dp_gather_hidden: float
@@ -128,6 +131,15 @@ def load_engine(name: str) -> Engine:
     plain["sources"] = tuple(sorted(sources.items()))
     assert set(plain) | {"name", "zero_modes"} == {field.name for field in fields(Engine)}
     return Engine(name=name, zero_modes=modes, **plain)
+
+
+def uncompiled(engine: Engine) -> Engine:
+    """The engine with compilation off: kernels, host and what is kept as the native eager row."""
+    eager = load_engine("native")
+    return replace(
+        engine, fused=False, unfused_factor=eager.unfused_factor, saves=eager.saves,
+        kernel_host_s=eager.kernel_host_s,
+    )  # fmt: skip
 
 
 def _table() -> dict[str, Any]:

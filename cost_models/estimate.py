@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.hardware import Cluster
 from cost_models.ledger import BREAKDOWN, Collective, Estimate, RankLedger
-from cost_models.schedule import SPLIT_BACKWARD, simulate
+from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import (
     Extra,
@@ -18,6 +19,8 @@ from cost_models.stage_problem import (
     in_flight,
     starts_of,
     stash_bytes,
+    step_ps,
+    tail_ps,
 )
 from cost_models.state import mode_of, ranks_of
 from cost_models.step import PARTS, Assignments, Costs, Row, Step, ps, replicated
@@ -41,7 +44,7 @@ def estimate(
     """
     costs = Costs(
         graph=graph, cluster=cluster, workload=workload,
-        points=((decisions.micro_batch, decisions.cp),),
+        points=((decisions.micro_batch, decisions.cp),), compiled=decisions.compile,
     )
     assignments = read_assignments(costs, decisions, shardings)
     return estimate_step(costs, costs.step(decisions, assignments), decisions)
@@ -75,6 +78,7 @@ def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
     d, chain = step.decisions, step.chain
     groups = [[step.row(i) for i in group] for group in chain.groups]
     wide, split = step.wide, d.schedule in SPLIT_BACKWARD
+    exposed = exposed_send_ps(costs, step, d)
 
     def each(value: Callable[[Row], int]) -> tuple[int, ...]:
         return tuple(sum(map(value, group)) for group in groups)
@@ -108,9 +112,17 @@ def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
         first=_extra(step, range(chain.layers[0]), split),
         last=_extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
-        rank_glue_forward_ps=step.glue.forward_ps, rank_glue_backward_ps=step.glue.backward_ps,
-        p2p_ps=step.p2p_ps, capacity_bytes=costs.cluster.device.memory_bytes, **pins,
+        rank_glue_forward_ps=step.glue.forward_ps + exposed,
+        rank_glue_backward_ps=step.glue.backward_ps + exposed,
+        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes, **pins,
     )  # type: ignore[arg-type]  # fmt: skip
+
+
+def exposed_send_ps(costs: Costs, step: Step, d: Decisions) -> int:
+    """What a send takes from a stage's own time, each way; the rest is latency."""
+    engine = costs.engine
+    share = engine.p2p_exposed if d.virtual_stages == 1 else engine.p2p_exposed_interleaved
+    return round(step.p2p_ps * share)
 
 
 def _state_bytes(row: Row) -> int:
@@ -246,44 +258,32 @@ def _breakdown(
     """Exposed time of the busiest rank by name; what it waits for sends is pp_comm, the rest of
     its idle time bubble; the parts sum to the step."""
     by_rank = [_rank_parts(step, d, problem, r) for r in range(d.pp)]
+    sent = 2 * d.microbatches * d.virtual_stages * exposed_send_ps(costs, step, d)
     busiest = max(range(d.pp), key=lambda r: (sum(by_rank[r].values()), -r))
     parts = by_rank[busiest]
     tails = [_tail_parts(step, d, problem, r) for r in range(d.pp)]
     slowest = max(range(d.pp), key=lambda r: (sum(tails[r]), -r))
     reduce, update, offload = tails[slowest]
-    busy = sum(parts.values())
+    busy = sum(parts.values()) + sent
     makespan = objective - sum(tails[slowest])
-    free = _free_sends_ps(step, problem, d) if d.pp > 1 else makespan
+    free = _no_latency_ps(problem, d) if d.pp > 1 else makespan
     host, _ = step_overhead(costs)
     found = dict.fromkeys(BREAKDOWN, 0)
     found |= {k: v for k, v in parts.items()}
     found["dp_comm"] += reduce
     found["optimizer"], found["offload"] = update, offload
-    found["pp_comm"] = max(0, min(makespan - free, makespan - busy))
-    found["bubble"] = makespan - busy - found["pp_comm"]
+    late = max(0, min(makespan - free, makespan - busy))
+    found["pp_comm"] = sent + late
+    found["bubble"] = makespan - busy - late
     found["host"] += host
     found["jitter"] = total - objective - host
     return found
 
 
-def _free_sends_ps(step: Step, problem: StageProblem, d: Decisions) -> int:
-    """The makespan if sends took no time."""
-    links, levels = stage_links(step, d.stages), _levels(step, d)
-    split = d.schedule in SPLIT_BACKWARD
-    forward, inputs, weights = [], [], []
-    for group in links:
-        rows = [step.row(i) for i in group]
-        again = sum(step.row(i).again_ps[levels[i] - 1] for i in group if levels.get(i))
-        weight = sum(r.weight_ps for r in rows) if split else 0
-        forward.append(sum(r.forward_ps for r in rows) + step.glue.forward_ps)
-        inputs.append(
-            sum(r.backward_ps for r in rows) - weight + again + step.glue.backward_ps
-        )
-        weights.append(weight)
-    return simulate(
-        d.schedule, forward, inputs, weights, [0] * (problem.count - 1), d.microbatches, d.pp,
-        d.virtual_stages,
-    ).makespan_ps  # fmt: skip
+def _no_latency_ps(problem: StageProblem, d: Decisions) -> int:
+    """The makespan if sends arrived at once."""
+    at_once = replace(problem, p2p_ps=0)
+    return step_ps(at_once, d.stages, d.recompute) - tail_ps(at_once, d.stages)
 
 
 def _memory(

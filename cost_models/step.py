@@ -18,7 +18,7 @@ from cost_models.chain import Chain, Link, chain_of
 from cost_models.collectives import collective_s
 from cost_models.compute import Kernels, load_kernels
 from cost_models.decisions import Decisions, Workload
-from cost_models.engines import Engine, load_engine
+from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
 from cost_models.layout import WHOLE, Assignment, options
 from cost_models.ledger import Collective
@@ -114,13 +114,15 @@ class Step:
 class Costs:
     """The cost of anything for one (graph, cluster, workload); remembers what it computed.
 
-    points: (micro-batch, cp) pairs, which unit costs are computed for all at once.
+    points: (micro-batch, cp) pairs, which unit costs are computed for all at once. compiled:
+    False costs a compiling engine's eager mode.
     """
 
     graph: Graph
     cluster: Cluster
     workload: Workload
     points: tuple[tuple[int, int], ...] = ((1, 1),)
+    compiled: bool = True
     _units: dict[tuple[object, ...], UnitCost | None] = field(default_factory=dict)
     _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
     _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
@@ -131,7 +133,8 @@ class Costs:
 
     @cached_property
     def engine(self) -> Engine:
-        return load_engine(self.workload.engine)
+        engine = load_engine(self.workload.engine)
+        return engine if self.compiled or not engine.fused else uncompiled(engine)
 
     @cached_property
     def kernels(self) -> Kernels:

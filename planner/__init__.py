@@ -1,0 +1,19 @@
+"""Meshwright in Python: `planner.trace`, `planner.load`, `planner.diff`; plans save themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.api import diff, load, trace
+
+__all__ = ["diff", "load", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: reading a plan needs neither torch nor a solver."""
+    if name in __all__:
+        from planner import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

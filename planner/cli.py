@@ -119,7 +119,7 @@ def trace(
         cache=cache,
         fold=fold,
     )
-    from planner.trace import run as search
+    from planner.tracing import run as search
 
     with progress() as report:
         result: TraceResult = search(options, progress=report)
@@ -226,7 +226,7 @@ def check(
 
     checked = _examine(plan)
     if model is not None:
-        from planner.trace import capture
+        from planner.tracing import capture
 
         traced = capture(TraceOptions(model=model, args=parse_args(arg), cache=cache))
         checks.require_model(checked.plan, traced, model)

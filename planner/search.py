@@ -30,8 +30,26 @@ from planner.sharding import best_assignment
 from planner.stages import lower_bound_ps, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
+AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
+# error is several times that, and a plan with fewer axes is simpler to run and to trust
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe")
+
+
+def axes_used(mesh: Mesh | Decisions) -> int:
+    """How many axes there are beside data parallelism: pp, tp, cp, experts."""
+    return sum((mesh.pp > 1, mesh.tp > 1, mesh.cp > 1, max(mesh.ep, mesh.etp) > 1))
+
+
+def score_of(objective_ps: int, mesh: Mesh | Decisions) -> int:
+    """What plans are ordered by: the step, with what its axes must earn."""
+    return objective_ps * (AXIS_MUST_EARN + axes_used(mesh)) // AXIS_MUST_EARN
+
+
+def objective_below(score: int, mesh: Mesh | Decisions) -> int:
+    """The least objective whose score is not below `score`."""
+    weight = AXIS_MUST_EARN + axes_used(mesh)
+    return -(-AXIS_MUST_EARN * score // weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +59,10 @@ class Tried:
     decisions: Decisions
     assignments: Assignments
     objective_ps: int
+
+    @property
+    def score(self) -> int:
+        return score_of(self.objective_ps, self.decisions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,24 +76,31 @@ class Misfit:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a search found. bound_ps: no plan of the space is below it."""
+    """What a search found. bound: no plan of the space has a score below it."""
 
     best: Tried | None = None
     misfit: Misfit | None = None
-    bound_ps: int = 0
+    bound: int = 0
     meshes: int = 0
     solved: int = 0
     interrupted: bool = False
 
     @property
     def proved(self) -> bool:
-        return self.best is not None and self.bound_ps >= self.best.objective_ps
+        return self.best is not None and self.bound >= self.best.score
 
     @property
     def gap(self) -> float:
         if self.best is None or self.proved:
             return 0.0
-        return (self.best.objective_ps - self.bound_ps) / self.best.objective_ps
+        return (self.best.score - self.bound) / self.best.score
+
+    @property
+    def bound_ps(self) -> int:
+        """The bound as a step objective of the best plan's kind."""
+        if self.best is None:
+            return 0
+        return min(self.best.objective_ps, objective_below(self.bound, self.best.decisions))
 
 
 @dataclass(kw_only=True)
@@ -113,6 +142,11 @@ class Searcher:
                         tied[f"{paths[0]}.{ref}"] = at
         return found
 
+    def under(self, pins: Pins) -> Searcher:
+        """The same model and costs under other pins."""
+        laid = self._laid if pins.place == self.pins.place else {}
+        return Searcher(costs=self.costs, pins=pins, effort=self.effort, _laid=laid)
+
     # --- the space ---------------------------------------------------------------------------
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
@@ -122,7 +156,7 @@ class Searcher:
             pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
             micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
-            compile=engine.fused if pins.compile is None else pins.compile,
+            compile=engine.fused,
             grad_dtype=pins.grad_dtype or engine.grad_dtype,
         )  # fmt: skip
         ranks = mesh.dp * mesh.cp
@@ -171,9 +205,6 @@ class Searcher:
                 counts = (self.pins.virtual_stages,)
             for v in counts:
                 made = replace(d, schedule=name, virtual_stages=v)
-                split = name not in self.costs.engine.compiled_schedules
-                if split and self.pins.compile is None:
-                    made = replace(made, compile=False)
                 if d.pp * v <= layers and illegal(made, self.costs.workload) is None:
                     yield made
 
@@ -203,13 +234,13 @@ class Searcher:
         if not candidates:
             return out
         bounds = mesh_bounds_ps(costs, candidates, self.assign)
-        queue = [(int(b), i) for i, b in enumerate(bounds)]
+        queue = [(score_of(int(b), m), i) for i, (b, m) in enumerate(zip(bounds, candidates))]
         heapq.heapify(queue)
         floor = 1 << 62  # the least bound of what was tried and not settled
         with _interruptible() as stopped:
             while queue:
                 bound, i = queue[0]
-                if out.best and bound >= out.best.objective_ps:
+                if out.best and bound >= out.best.score:
                     break
                 if stopped() or out.solved >= self.effort:
                     out.interrupted = stopped()
@@ -218,16 +249,16 @@ class Searcher:
                 floor = min(floor, self._expand(candidates[i], out))
                 self._report(out, min(floor, queue[0][0]) if queue else floor)
         left = queue[0][0] if queue else 1 << 62
-        out.bound_ps = min(floor, left, out.best.objective_ps if out.best else 1 << 62)
+        out.bound = min(floor, left, out.best.score if out.best else 1 << 62)
         return out
 
     def _report(self, out: Outcome, bound: int) -> None:
         if self.progress and out.best:
-            best = out.best.objective_ps
+            best = out.best.score
+            step = out.best.objective_ps / 1e12
             gap = max(0.0, (best - bound) / best)
             self.progress(
-                f"solving: best {best / 1e12:.3f} s, bound {min(bound, best) / 1e12:.3f} s,"
-                f" gap {gap:.1%}"
+                f"solving: best {step:.3f} s, bound {step * (1 - gap):.3f} s, gap {gap:.1%}"
             )
 
     def _expand(self, mesh: Mesh, out: Outcome) -> int:
@@ -243,7 +274,7 @@ class Searcher:
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
         floor = 1 << 62
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
-            best = out.best.objective_ps if out.best else None
+            best = objective_below(out.best.score, mesh) if out.best else None
             if best is not None and bound >= best:
                 break
             found = solve(problem, incumbent_ps=best)
@@ -260,9 +291,9 @@ class Searcher:
                     decisions=replace(d, stages=found.stages, recompute=found.recompute),
                     assignments=laid, objective_ps=found.step_ps,
                 )  # fmt: skip
-                floor = min(floor, found.bound_ps)
+                floor = min(floor, score_of(found.bound_ps, mesh))
             else:
-                floor = min(floor, found.bound_ps)
+                floor = min(floor, score_of(found.bound_ps, mesh))
         return floor
 
 

@@ -395,14 +395,23 @@ class Chain:
         return int(self.behind(values, np.maximum)[0, 0])
 
 
-def propagate(p: StageProblem, arcs: Arcs, chain: Chain, below: int) -> Grid:
-    """Drop every arc that no cut with a step below `below` can use, until nothing more drops."""
-    alive = arcs.extra < INF
+Band = tuple[int, int]  # the longest tail of a cut is in here, ends included
+ANY_TAIL = (0, INF)
+
+
+def propagate(
+    p: StageProblem, arcs: Arcs, chain: Chain, below: int, band: Band = ANY_TAIL
+) -> Grid:
+    """Drop every arc that no cut with a step below `below` can use, until nothing more drops.
+
+    band: of cuts whose longest tail lies in it.
+    """
+    alive = (arcs.extra < INF) & (arcs.tail <= band[1])
     extra = np.where(alive, arcs.extra, INF)
     again = bool(np.any(alive & (extra > 0)))
     left = int(alive.sum())
     while True:
-        bound, reach = _arc_bounds(p, arcs, chain, extra)
+        bound, reach = _arc_bounds(p, arcs, chain, extra, band[0])
         alive &= reach & (bound < below)
         bound = np.where(alive, bound, INF)
         before, togo = chain.before(bound, np.maximum), chain.behind(bound, np.maximum)
@@ -415,10 +424,13 @@ def propagate(p: StageProblem, arcs: Arcs, chain: Chain, below: int) -> Grid:
         left = now
 
 
-def _arc_bounds(p: StageProblem, arcs: Arcs, chain: Chain, extra: Array) -> tuple[Array, Array]:
+def _arc_bounds(
+    p: StageProblem, arcs: Arcs, chain: Chain, extra: Array, tail_ps: int
+) -> tuple[Array, Array]:
     """Of each arc: the step is at least this, and whether a cut through it is left at all.
 
     extra: INF where the arc is dropped; what is added before and behind an arc is the least left.
+    tail_ps: the longest tail is known to be so long.
     """
     L, alive = p.layers, extra < INF
     added = np.where(alive, extra, 0)
@@ -438,4 +450,4 @@ def _arc_bounds(p: StageProblem, arcs: Arcs, chain: Chain, extra: Array) -> tupl
         (rest[0], rest[1] + np.where(suf < INF, suf, 0), rest[2]),
         (slowest[0], slowest[1]),
     )  # fmt: skip
-    return makespan + np.maximum(arcs.tail, slowest[2]), reach
+    return makespan + np.maximum(arcs.tail, max(slowest[2], tail_ps)), reach

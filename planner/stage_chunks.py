@@ -93,6 +93,7 @@ class Chunks:
         self.split = p.schedule in SPLIT_BACKWARD
         crossing = [p.rank_of(k) != p.rank_of(k + 1) for k in range(p.count - 1)]
         self.cross = np.concatenate(([0], np.cumsum(crossing))) * p.p2p_ps
+        self._kept: dict[int, list[tuple[int, int, int, Pair]]] = {}
         self.exact = True  # whether every combination of pairs asked for was looked at
         self._pairs: dict[tuple[int, tuple[tuple[int, int], ...]], tuple[Pairs, ...]] = {}
 
@@ -160,12 +161,14 @@ class Chunks:
         lists = []
         for k, (start, count) in zip(self.p.stages_of(rank), spans):
             o = self.windows.options(k, start, count)
-            kept: list[tuple[int, int, int, Pair]] = []
-            rows = zip(o.extra_ps.tolist(), o.act_bytes.tolist(), o.work_bytes.tolist(), o.pairs)
-            for row in sorted(rows):
-                if not any(a[1] <= row[1] and a[2] <= row[2] for a in kept):
-                    kept.append(row)
-            lists.append(kept)
+            if id(o) not in self._kept:
+                kept: list[tuple[int, int, int, Pair]] = []
+                columns = (o.extra_ps.tolist(), o.act_bytes.tolist(), o.work_bytes.tolist())
+                for row in sorted(zip(*columns, o.pairs)):
+                    if not any(a[1] <= row[1] and a[2] <= row[2] for a in kept):
+                        kept.append(row)
+                self._kept[id(o)] = kept
+            lists.append(self._kept[id(o)])
         return lists
 
     def _weighed(
@@ -190,31 +193,50 @@ class Chunks:
         self, rank: int, spans: tuple[tuple[int, int], ...],
         lists: list[list[tuple[int, int, int, Pair]]],
     ) -> Pairs:  # fmt: skip
-        """Recompute where a second saves the most bytes, until the rank fits or nothing is left."""
+        """Recompute where a second saves the most bytes, until the rank fits or nothing is left.
+
+        Along each chunk's lower hull of time added by bytes kept, all chunks' steps merged.
+        """
+        flight = [max(counts) for counts in zip(*self.p.in_flight(rank))]
+        steps = []
+        for chunk, options in enumerate(lists):
+            hull = _hull(options)
+            for place, (a, b) in enumerate(itertools.pairwise(hull)):
+                slope = (b[0] - a[0]) / ((a[1] - b[1]) * flight[chunk])
+                steps.append((slope, chunk, place, b))
+        steps.sort(key=lambda step: step[:3])
+        low, high = 0, len(steps)
         rows = [options[0] for options in lists]
-        now = self._weighed(rank, spans, rows)
-        while now.bytes > self.p.capacity_bytes:
-            best: tuple[float, list[tuple[int, int, int, Pair]], Pairs] | None = None
-            for chunk, options in enumerate(lists):
-                place = options.index(rows[chunk])
-                for row in options[place + 1 : place + 9]:
-                    then = [*rows[:chunk], row, *rows[chunk + 1 :]]
-                    weighed = self._weighed(rank, spans, then)
-                    rate = (now.bytes - weighed.bytes) / max(1, row[0] - rows[chunk][0])
-                    if weighed.bytes < now.bytes and (best is None or rate > best[0]):
-                        best = rate, then, weighed
-            if best is None:
-                break
-            _, rows, now = best
-        return now
+
+        def after(count: int) -> Pairs:
+            then = list(rows)
+            for _, chunk, _, row in steps[:count]:
+                then[chunk] = row
+            return self._weighed(rank, spans, then)
+
+        while low < high:
+            middle = (low + high) // 2
+            if after(middle).bytes <= self.p.capacity_bytes:
+                high = middle
+            else:
+                low = middle + 1
+        filled, chunk = after(low), steps[low - 1][1] if low else -1
+        then = list(rows)
+        for _, at, _, row in steps[:low]:
+            then[at] = row
+        for row in lists[chunk] if low else ():
+            one = self._weighed(rank, spans, [*then[:chunk], row, *then[chunk + 1 :]])
+            if row[0] < then[chunk][0] and one.bytes <= self.p.capacity_bytes:
+                return one
+        return filled
 
     def least(self, rank: int, stages: Sequence[int]) -> Pairs:
-        """Where nothing fits: the pairs that need the fewest bytes."""
+        """Where nothing fits: the pairs that need the fewest bytes, or of many keep the least."""
         starts = starts_of(stages)
         spans = tuple((starts[k], stages[k]) for k in self.p.stages_of(rank))
         lists = self._lists(rank, spans)
         if math.prod(map(len, lists)) > ALL_PAIRS:
-            return self._filled(rank, spans, lists)
+            lists = [[min(rows, key=lambda row: (row[1], row[2]))] for rows in lists]
         every = (self._weighed(rank, spans, rows) for rows in itertools.product(*lists))
         return min(every, key=lambda one: one.bytes)
 
@@ -224,6 +246,20 @@ class Chunks:
               for c, k in enumerate(self.p.stages_of(r))}  # fmt: skip
         stages = range(self.p.count)
         return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
+
+
+def _hull(options: list[tuple[int, int, int, Pair]]) -> list[tuple[int, int, int, Pair]]:
+    """Options on the lower hull of time added by bytes kept, the least time first."""
+    hull: list[tuple[int, int, int, Pair]] = []
+    for row in options:
+        if hull and row[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (row[0] - hull[-2][0]) * (hull[-2][1] - hull[-1][1]) <= (
+            hull[-1][0] - hull[-2][0]
+        ) * (hull[-2][1] - row[1]):
+            hull.pop()
+        hull.append(row)
+    return hull
 
 
 def bound_all(p: StageProblem, chunks: Chunks) -> int:
@@ -254,13 +290,21 @@ def bound_all(p: StageProblem, chunks: Chunks) -> int:
     return base + mean_tail_ps(p)
 
 
-def _sure_recompute(p: StageProblem, rank: int, number: Array, more: list[Any]) -> Array:
-    """Recompute time that a rank of so many layers needs at least to fit; INF where none fits."""
+def saving_rate(p: StageProblem) -> float | None:
+    """The most bytes that a picosecond of recomputation saves; None where that has no bound."""
     none, again = np.array(p.activation_bytes[0]), np.array(p.recompute_ps, dtype=float)
     saved = np.stack([none - np.array(p.activation_bytes[level]) for level in (2, 1)])
-    if np.any((saved > 0) & (again <= 0)) or p.levels == ("none",):
+    if np.any((saved > 0) & (again <= 0)):
+        return None
+    return float(np.max(np.where(saved > 0, saved / np.maximum(again, 1.0), 0.0)))
+
+
+def _sure_recompute(p: StageProblem, rank: int, number: Array, more: list[Any]) -> Array:
+    """Recompute time that a rank of so many layers needs at least to fit; INF where none fits."""
+    rate = saving_rate(p)
+    if rate is None:
         return np.zeros(len(number), dtype=np.int64)
-    rate = float(np.max(np.where(saved > 0, saved / np.maximum(again, 1.0), 0.0)))
+    none = np.array(p.activation_bytes[0])
     fixed = p.constant_bytes + sum(e.state_bytes for e in more) - p.capacity_bytes
     needed = np.zeros(len(number), dtype=np.int64)
     for counts in p.in_flight(rank):
@@ -447,8 +491,16 @@ def _balanced(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
 def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple[int, ...]:
     """Move layers from the fullest rank to the emptiest while the fullest rank shrinks."""
 
+    least: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+
     def bytes_of(cut: Sequence[int]) -> list[int]:
-        return [chunks.least(rank, cut).bytes for rank in range(p.pp)]
+        starts, found = starts_of(cut), []
+        for rank in range(p.pp):
+            key = rank, tuple((starts[k], cut[k]) for k in p.stages_of(rank))
+            if key not in least:
+                least[key] = chunks.least(rank, cut).bytes
+            found.append(least[key])
+        return found
 
     cut, now = tuple(stages), bytes_of(stages)
     for _ in range(p.layers):

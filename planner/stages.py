@@ -8,8 +8,8 @@ Effort is counted in nodes and operations simulated, never in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,38 +17,24 @@ from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
 from planner.stage_bounds import (
     INF,
-    Arcs,
     Chain,
-    Grid,
     Windows,
     lower_bound_ps,
     make_arcs,
-    path_bound,
+    mean_tail_ps,
     propagate,
+    sure_extra,
     surely_infeasible,
-)  # fmt: skip
-from planner.stage_chunks import solve_chunks
-from planner.stage_problem import (
-    Extra,
-    Found,
-    Nearest,
-    Pair,
-    StageProblem,
-    allowed_pairs,
-    evaluate,
-    neighbours,
-    rank_bytes,
-    starts_of,
-    step_ps,
-)  # fmt: skip
+)
+from planner.stage_chain import longest, solve_chain
+from planner.stage_chunks import Chunks, saving_rate, solve_chunks
+from planner.stage_problem import Extra, Nearest, Pair, StageProblem, evaluate, rank_bytes
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
     "lower_bound_ps", "solve", "surely_infeasible",
 ]  # fmt: skip
 
-
-NEAREST_ARCS = 2000  # so many arcs are weighed exactly to say what is nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +83,7 @@ def solve(
     if p.chunks > 1:
         found = solve_chunks(p, below, effort.nodes, effort.operations)
     else:
-        found = _solve_chain(p, below, effort)
+        found = solve_chain(p, below, effort.nodes, effort.operations)
     bound = max(found.bound_ps, floor)
     if found.nearest is not None:
         return StageSolution(status="INFEASIBLE", bound_ps=INF, nearest=found.nearest)
@@ -110,197 +96,204 @@ def solve(
     )  # fmt: skip
 
 
-def _solve_chain(p: StageProblem, below: int, effort: Effort) -> Found:
-    """One stage a rank: arcs long enough for any cut that can win, then the search."""
-    windows = Windows(p)
-    widest = p.layers - p.count + 1
-    most = min(widest, -(-p.layers // p.count) + 2)
-    if p.fixed_stages is not None:
-        most = widest = max(p.fixed_stages)
-    while True:
-        search = _Search(p, windows, most, below, effort)
-        if search.start():
-            need = min(widest, search.longest())
-            if need <= most:
-                return search.finish()
-        else:
-            arcs, chain = search.arcs, search.chain
-            if most < widest:
-                arcs = make_arcs(p, windows, widest, priced=False)
-                chain = Chain(p.count, p.layers, widest)
-            if most == widest or chain.narrowest(arcs.least_bytes) > p.capacity_bytes:
-                return Found(nearest=_nearest(p, windows, arcs, chain))
-            need = min(widest, 2 * most)
-        most = need
+def certify(problem: StageProblem, *, incumbent_ps: int, effort: Effort | None = None) -> int:
+    """No choice has a step below this: the bound of all cuts, minimised by CP-SAT.
+
+    incumbent_ps: the step of a choice of this problem, which the bound never passes. One stage a
+    rank: one-hot arcs, a row a stage as path_bound has it, with the recomputation before and
+    behind a stage exact. Several: one-hot cuts, rows a rank as Chunks.bound has them, and a rank's
+    memory with what recomputation saves at most. For finalists: takes about a second.
+    """
+    p, effort = problem, effort or Effort()
+    model = _Model(p, incumbent_ps)
+    if p.chunks > 1:
+        model.add_cuts()
+    elif not model.add_arcs():
+        return incumbent_ps
+    return max(lower_bound_ps(p), min(incumbent_ps, model.solve(effort.solver_s)))
 
 
-class _Search:
-    """The search for the best cut into stages, one a rank."""
+class _Model:
+    """A CP-SAT model of the bound. Times are rounded down to units, where picoseconds are many."""
 
-    def __init__(
-        self, p: StageProblem, windows: Windows, most: int, below: int, effort: Effort
-    ) -> None:
-        self.p, self.windows, self.effort = p, windows, effort
-        self.below = self.best = below
-        self.arcs: Arcs = make_arcs(p, windows, most)
-        self.chain = Chain(p.count, p.layers, most)
-        self.nodes, self.operations = effort.nodes, effort.operations
-        self.found = Found()
-        self.bound = 0
+    def __init__(self, p: StageProblem, incumbent_ps: int) -> None:
+        from ortools.sat.python import cp_model
 
-    def start(self) -> bool:
-        """Bound all cuts and weigh the one of least bound. False where no cut fits."""
-        grid = propagate(self.p, self.arcs, self.chain, INF)
-        if not grid.alive:
-            return False
-        self.bound = int(grid.togo[0, 0])
-        if self.bound < self.below:
-            self.weigh(self.greedy(grid))
-        return True
+        self.p, self.incumbent, self.cp = p, incumbent_ps, cp_model
+        self.model = cp_model.CpModel()
+        self.unit = max(1, incumbent_ps >> 36)
+        self.limit = 2 * (incumbent_ps // self.unit) + 2
+        self.span, self.tail = self.time("makespan"), self.time("tail")
 
-    def longest(self) -> int:
-        """Layers of the longest stage that a cut below the best found can have."""
-        p = self.p
-        each = np.array(p.forward_ps) + np.array(p.input_grad_ps) + np.array(p.weight_grad_ps)
-        sums = np.concatenate(([0], np.cumsum(each))) * p.microbatches
-        limit = min(self.best, self.below)
-        if limit >= INF:
-            return p.layers
-        n = len(self.chain.columns[0])
-        while n < p.layers and int((sums[n + 1 :] - sums[: -n - 1]).min()) < limit:
-            n += 1
-        return n
+    def time(self, name: str) -> Any:
+        return self.model.new_int_var(0, self.limit, name)
 
-    def greedy(self, grid: Grid) -> list[tuple[int, int]]:
-        """A path of arcs (first layer, layers), of the least bound at every step."""
-        path, i = [], 0
-        for s in range(self.p.count):
-            n = min(self.after(grid, s, i))[2]
-            path.append((i, n))
-            i += n
-        return path
-
-    def after(self, grid: Grid, s: int, i: int) -> list[tuple[int, int, int]]:
-        """Arcs of stage s from layer i: (the least bound through it, -layers, layers)."""
-        rest = grid.togo[s + 1][self.chain.ends[i]]
-        worst = np.maximum(grid.bound[s, i], rest).tolist()
-        return [(b, -n, n) for n, b in enumerate(worst, 1) if b < INF]
-
-    def weigh(self, path: Sequence[tuple[int, int]]) -> None:
-        """Simulate a cut, unless its bound is no better than the best; keep it where it wins."""
-        p = self.p
-        stages = tuple(n for _, n in path)
-        recompute = tuple(
-            allowed_pairs(p, s, n)[int(self.arcs.pick[s, i, n - 1])]
-            for s, (i, n) in enumerate(path)
+    def total(self, terms: list[tuple[Any, int]], up: bool = False) -> Any:
+        """Sum of variable * ps in units, rounded down, or up where it is subtracted."""
+        unit = self.unit
+        return self.cp.LinearExpr.weighted_sum(
+            [x for x, _ in terms], [-(-ps // unit) if up else ps // unit for _, ps in terms]
         )
-        if self.cut_bound(path) >= self.best:
-            return
-        self.operations -= 2 * p.microbatches * p.count
-        step = step_ps(p, stages, recompute)
-        if step < self.best:
-            self.best = step
-            self.found = Found(stages=stages, recompute=recompute, step_ps=step)
 
-    def cut_bound(self, path: Sequence[tuple[int, int]]) -> int:
-        """The step of a cut is at least this."""
-        a, s = self.arcs, np.arange(self.p.count)
-        i = np.array([i for i, _ in path])
-        n = np.array([n for _, n in path]) - 1
-        times = (a.forward[s, i, n], a.backward[s, i, n] + a.extra[s, i, n], a.weight[s, i, n])
-        ends = [np.cumsum(t) for t in times]
-        before = tuple(e - t for e, t in zip(ends, times))
-        behind = tuple(e[-1] - e for e in ends)
-        peaks = int(times[0].max()), int((times[1] + times[2]).max())
-        bound = path_bound(self.p, s, times, before, behind, peaks)
-        return int(bound.max() + a.tail[s, i, n].max())
+    def excess(self, name: str, expression: Any) -> Any:
+        """max(0, expression), from above."""
+        more = self.time(name)
+        self.model.add(more >= expression)
+        return more
 
-    def finish(self) -> Found:
-        """Prove the best cut best, or find a better one; then the bound of what is left."""
-        if self.bound >= self.best:
-            return self.done(self.best)
-        grid = propagate(self.p, self.arcs, self.chain, self.best)
-        if grid.alive and self.improve():
-            grid = propagate(self.p, self.arcs, self.chain, self.best)
-        if not grid.alive or self.explore(grid, 0, 0, []):
-            return self.done(self.best)
-        low, high = max(self.bound, int(grid.togo[0, 0])), self.best
-        for _ in range(6):
-            middle = (low + high + 1) // 2
-            if middle >= high:
-                break
-            if propagate(self.p, self.arcs, self.chain, middle).alive:
-                high = middle
-            else:
-                low = middle
-        return self.done(low)
+    def solve(self, seconds: float) -> int:
+        self.model.minimize(self.span + self.tail)
+        solver = self.cp.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.random_seed = 0
+        solver.parameters.max_deterministic_time = seconds
+        status = solver.solve(self.model)
+        if status == self.cp.INFEASIBLE:  # no cut is as good as the incumbent
+            return self.incumbent
+        return max(0, round(solver.best_objective_bound)) * self.unit
 
-    def improve(self) -> bool:
-        """Move one boundary by a layer while the step falls and effort lasts."""
-        first, before = self.best, INF
-        while self.best < before and self.found.stages:
-            before, stages = self.best, self.found.stages
-            for cut in neighbours(stages):
-                path = list(zip(starts_of(cut), cut))
-                if self.operations > 0 and all(
-                    n <= self.chain.most and self.arcs.extra[s, i, n - 1] < INF
-                    for s, (i, n) in enumerate(path)
-                ):
-                    self.weigh(path)
-        return self.best < first
-
-    def done(self, bound: int) -> Found:
-        f = self.found
-        return Found(
-            stages=f.stages, recompute=f.recompute, step_ps=f.step_ps, bound_ps=bound
-        )  # fmt: skip
-
-    def explore(self, grid: Grid, s: int, i: int, path: list[tuple[int, int]]) -> bool:
-        """Weigh every cut through `path` that may win. False where the effort ran out."""
-        if s == self.p.count:
-            self.weigh(path)
-            return True
-        for bound, _, n in sorted(self.after(grid, s, i)):
-            if bound >= self.best:
-                break
-            self.nodes -= 1
-            if self.nodes < 0 or self.operations < 0:
-                return False
-            if not self.explore(grid, s + 1, i + n, [*path, (i, n)]):
-                return False
+    def add_arcs(self) -> bool:
+        """One stage a rank; False where no arc is left below the incumbent."""
+        p, model = self.p, self.model
+        most = min(p.layers - p.count + 1, longest(p, self.incumbent + 1))
+        arcs, chain = make_arcs(p, Windows(p), most), Chain(p.count, p.layers, most)
+        bound = propagate(p, arcs, chain, self.incumbent + 1).bound
+        stages: list[list[tuple[Any, int, int]]] = []
+        for s in range(p.count):
+            places = np.argwhere(bound[s] < INF).tolist()
+            stages.append([(model.new_bool_var(""), i, n) for i, n in places])
+        if not all(stages):
+            return False
+        for s, row in enumerate(stages):
+            model.add_exactly_one(x for x, _, _ in row)
+            for j in range(1, p.layers if s + 1 < p.count else 0):
+                ends = [x for x, i, n in row if i + n + 1 == j]
+                starts = [x for x, i, _ in stages[s + 1] if i == j]
+                model.add(sum(ends) == sum(starts))
+        terms = {}
+        for kind, table in (("f", arcs.forward), ("b", arcs.backward + arcs.extra),
+                            ("w", arcs.weight), ("t", arcs.tail)):  # fmt: skip
+            terms[kind] = [[(x, int(table[s, i, n])) for x, i, n in row]
+                           for s, row in enumerate(stages)]  # fmt: skip
+        for tails in terms["t"]:
+            model.add(self.tail >= self.total(tails))
+        self._add_paths(terms)
         return True
 
+    def _add_paths(self, terms: dict[str, list[list[tuple[Any, int]]]]) -> None:
+        """Rows of path_bound."""
+        p, model, m, S = self.p, self.model, self.p.microbatches, self.p.count
+        hop = p.p2p_ps // self.unit
+        low = {kind: [self.total(row) for row in terms[kind]] for kind in "fbw"}
+        high = {kind: [self.total(row, up=True) for row in terms[kind]] for kind in "fbw"}
+        f, b, w = low["f"], low["b"], low["w"]
+        t = [x + y + z for x, y, z in zip(f, b, w)]
+        if p.schedule == "gpipe":
+            slow, back = self.time("forward"), self.time("backward")
+            for s in range(S):
+                model.add(slow >= f[s])
+                model.add(back >= b[s] + w[s])
+            model.add(self.span >= sum(t) + 2 * hop * (S - 1) + (m - 1) * (slow + back))
+            return
+        split = p.schedule == "zbh1"
+        for s in range(S):
+            ahead = S - 1 - s
+            trip = sum(f[s + 1 :]) + sum(b[s + 1 :]) + 2 * hop * ahead
+            trip += 0 if split else sum(w[s + 1 :])
+            back = high["b"][s] + high["w"][s]
+            first = self.excess(f"first{s}", trip - ahead * high["f"][s])
+            last = self.excess(f"last{s}", trip - ahead * back)
+            rounds = (m - 1) // (ahead + 1)
+            line = sum(f[:s]) + hop * s + m * t[s]
+            if not split:
+                line += sum(b[:s]) + sum(w[:s]) + hop * s
+            ways = [line + first + last] if rounds else [line + first] + [line + last] * (not split)
+            if rounds > 1:
+                more = self.excess(f"more{s}", trip - ahead * (high["f"][s] + back))
+                ways = [way + (rounds - 1) * more for way in ways]
+            if split:
+                home = sum(b[:s]) + hop * s - (min(s, m - 1) + 1) * high["w"][s]
+                ways += [way + home for way in ways]
+            for way in ways:
+                model.add(self.span >= way)
 
-def _nearest(p: StageProblem, windows: Windows, arcs: Arcs, chain: Chain) -> Nearest:
-    """The choice whose fullest rank overflows the least; by a bound on bytes where arcs abound."""
-    needs = arcs.least_bytes.copy()
-    places = np.argwhere(needs < INF)
-    if len(places) <= NEAREST_ARCS:
-        for s, i, n in places.tolist():
-            needs[s, i, n] = _least_pair(p, windows, s, i, n + 1)[0]
-    togo = chain.behind(needs, np.maximum)
-    stages, recompute, i = [], [], 0
-    for s in range(p.count):
-        worst = np.maximum(needs[s, i], togo[s + 1][chain.ends[i]])
-        n = int(worst.argmin()) + 1
-        stages.append(n)
-        recompute.append(_least_pair(p, windows, s, i, n)[1])
-        i += n
-    return Nearest.of(p, tuple(stages), tuple(recompute))
+    def add_cuts(self) -> None:
+        """Several stages a rank: where each stage begins, one-hot."""
+        p, model, S, L = self.p, self.model, self.p.count, self.p.layers
+        chunks = Chunks(p)
+        cuts: list[list[tuple[Any, int]]] = []
+        for k in range(S + 1):
+            places = range(L, L + 1) if k == S else range(k if k else 0, L - S + k + 1 if k else 1)
+            if p.fixed_stages is not None:
+                places = range(sum(p.fixed_stages[:k]), sum(p.fixed_stages[:k]) + 1)
+            cuts.append([(model.new_bool_var(""), j) for j in places])
+            model.add_exactly_one(x for x, _ in cuts[-1])
+        at = [sum(j * x for x, j in row) for row in cuts]
+        for k in range(S):
+            model.add(at[k + 1] >= at[k] + 1)
+        self._add_ranks(chunks, cuts)
+        model.add(self.tail >= mean_tail_ps(p) // self.unit)
 
+    def _add_ranks(self, chunks: Chunks, cuts: list[list[tuple[Any, int]]]) -> None:
+        """Rows of Chunks.bound."""
+        p, model, m, q = self.p, self.model, self.p.microbatches, chunks.profile
+        sums = chunks.sums.copy()
+        sums[1, 1:] += np.cumsum(np.array(sure_extra(p), dtype=np.int64))
 
-def _least_pair(p: StageProblem, windows: Windows, s: int, i: int, n: int) -> tuple[int, Pair]:
-    """The pair by which a stage alone on its rank needs the fewest bytes, and how many."""
-    o, more = windows.options(s, i, n), p.extras(s)
-    used = np.maximum(o.work_bytes, max((e.working_bytes for e in more), default=0))
-    needs = p.in_flight(s)[0][0] * (o.act_bytes + sum(e.activation_bytes for e in more)) + used
-    best = int(needs.argmin())
-    fixed = p.constant_bytes + sum(p.state_bytes[i : i + n]) + sum(e.state_bytes for e in more)
-    gathered = max([*p.gathered_bytes[i : i + n], *(e.gathered_bytes for e in more)])
-    return int(needs[best]) + fixed + 2 * gathered, o.pairs[best]
+        def upto(kind: int, up: bool = False) -> list[Any]:
+            return [self.total([(x, int(sums[kind, j])) for x, j in row], up) for row in cuts]
 
+        low, high = [upto(kind) for kind in range(3)], [upto(kind, True) for kind in range(3)]
+        fixed = np.zeros((3, p.count), dtype=np.int64)
+        fixed[0], fixed[1] = p.rank_glue_forward_ps, p.rank_glue_backward_ps
+        for k, e in ((0, p.first), (p.count - 1, p.last)):
+            fixed[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
 
-def certify(
-    problem: StageProblem, *, incumbent_ps: int | None = None, effort: Effort | None = None
-) -> int:
-    return 0
+        def span(kind: int, i: int, j: int, most: bool = False) -> Any:
+            """Time of stages i to j, j left out: at least, or at most."""
+            here = int(fixed[kind, i:j].sum())
+            if most:
+                return high[kind][j] - low[kind][i] + -(-here // self.unit)
+            return low[kind][j] - high[kind][i] + here // self.unit
+
+        S, back = p.count, (1,) if chunks.split else (1, 2)
+        cross = [int(c) // self.unit for c in chunks.cross]
+        for r in range(p.pp):
+            stages = [int(k) for k in q.stage[r]]
+            load = m * sum(span(kind, k, k + 1) for k in stages for kind in range(3))
+            load += m * self._recompute(chunks, r, cuts)
+            head = span(0, 0, r) + cross[r]
+            home = 0 if chunks.split else span(1, 0, r) + span(2, 0, r) + cross[r]
+            model.add(self.span >= head + load + home)
+            k = int(q.first_stage[r])
+            spent = sum(int(c) * span(0, s, s + 1, True) for c, s in zip(q.first_done[r], stages))
+            behind = sum(span(kind, k + 1, S) for kind in back)
+            trip = span(0, 0, S) + behind + 2 * cross[-1] - cross[k]
+            model.add(self.span >= trip + load - spent + home)
+            k = int(q.last_stage[r])
+            done = sum(int(q.last_done[r, kind, c]) * span(kind, s, s + 1)
+                       for c, s in enumerate(stages) for kind in range(3))  # fmt: skip
+            rest = span(0, k + 1, S) + sum(span(kind, 0, S) for kind in back)
+            model.add(self.span >= head + done + rest + 2 * cross[-1] - cross[k])
+
+    def _recompute(self, chunks: Chunks, rank: int, cuts: list[list[tuple[Any, int]]]) -> Any:
+        """Time a rank must add at least, in units: what it saves is bounded by the best rate."""
+        p, rate = self.p, saving_rate(self.p)
+        if rate is None or any(sure_extra(p)):
+            return 0
+        again = self.time(f"again{rank}")
+        kept = np.concatenate(([0], np.cumsum(p.activation_bytes[0])))
+        more = [p.extras(k) for k in p.stages_of(rank)]
+        state = p.constant_bytes + sum(e.state_bytes for es in more for e in es)
+        working = max([min(map(min, p.working_bytes)),
+                       *(e.working_bytes for es in more for e in es)])  # fmt: skip
+        for counts in p.in_flight(rank):
+            held = state + working
+            for c, (k, es) in enumerate(zip(p.stages_of(rank), more)):
+                held += counts[c] * sum(e.activation_bytes for e in es)
+                for sign, row in ((1, cuts[k + 1]), (-1, cuts[k])):
+                    held += sum(sign * (int(chunks.sums[3, j]) + counts[c] * int(kept[j])) * x
+                                for x, j in row)  # fmt: skip
+            saved = int(rate * max(counts) * self.unit * (1 + 1e-9)) + 1
+            self.model.add(held - saved * again <= p.capacity_bytes)
+        return again

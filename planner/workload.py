@@ -44,7 +44,7 @@ def resolve(
                          why="it plans --task train")  # fmt: skip
     load_engine(asked.engine)
     _one_of("--optimizer", asked.optimizer, OPTIMIZERS)
-    precision, precision_note = _precision(asked, cluster)
+    precision, precision_note = precision_of(asked, cluster)
     seq_len, seq_notes = _seq_len(graph, asked)
     batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
     workload = Workload(
@@ -64,7 +64,7 @@ def _one_of(flag: str, value: str, words: tuple[str, ...]) -> None:
                      hints=tuple(f"{flag} {word}" for word in near))  # fmt: skip
 
 
-def _precision(asked: Asked, cluster: Cluster) -> tuple[str, tuple[str, ...]]:
+def precision_of(asked: Asked, cluster: Cluster) -> tuple[str, tuple[str, ...]]:
     """The precision asked for; or bf16, and where the device has none, fp16."""
     if asked.precision is not None:
         _one_of("--precision", asked.precision, PRECISIONS)

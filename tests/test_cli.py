@@ -59,7 +59,7 @@ def search(monkeypatch):
         )  # fmt: skip
 
     fake = SimpleNamespace(run=run, capture=lambda options: seen.graph)
-    monkeypatch.setitem(sys.modules, "planner.trace", fake)
+    monkeypatch.setitem(sys.modules, "planner.tracing", fake)
     return seen
 
 

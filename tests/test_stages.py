@@ -152,3 +152,16 @@ def test_equals_enumeration(schedule):
         assert solve(p, incumbent_ps=best + 1).step_ps == best
         cut = solve(p, incumbent_ps=best)
         assert cut.status == "CUTOFF" and cut.bound_ps >= best and not cut.stages
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_certificate(schedule):
+    proved = 0
+    for seed in range(100, 112):
+        p = tiny(seed, schedule)
+        found = solve(p)
+        if found.status == "OPTIMAL":
+            bound = certify(p, incumbent_ps=found.step_ps)
+            assert lower_bound_ps(p) <= bound <= found.step_ps, seed
+            proved += bound == found.step_ps
+    assert proved >= (3 if p.chunks == 1 else 0)

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch._export.utils import _compiling_state_context
 
+from ir.capture.experts import experts_in_groups, find_routed
 from ir.capture.fold import Folding, folded
+from ir.capture.leaf import leaves_as_one
 from ir.errors import PlanError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
           "fp8": torch.bfloat16, "nvfp4": torch.bfloat16}  # fmt: skip
+_READS_VALUES = (  # what torch says where a forward reads values, or makes shapes of them
+    "DataDependent", "data-dependent", "GuardOnData", "meta tensor", "Meta tensors",
+    "DynamicOutputShape", "unbacked",
+)  # fmt: skip
 PREFIX = "model."  # the user's model inside the traced step
 
 Size = tuple[int, int]  # batch, sequence
@@ -32,6 +39,10 @@ class Trace:
     programs: tuple[Any, Any]
     sizes: tuple[Size, Size]
     folding: Folding
+
+
+class DataDependent(PlanError):
+    """The forward reads values of a tensor."""
 
 
 def default_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
@@ -121,22 +132,45 @@ def trace(
     cast_floats(model, DTYPES[precision])
     _tie_again(model, tied)
     model.train()
+    once = partial(
+        _trace, model, inputs, targets, loss, sizes, dtype=DTYPES[precision], fold=fold, where=where
+    )
+    try:
+        return once()
+    except DataDependent:
+        routed = find_routed(model)
+        if not routed:
+            raise
+        with experts_in_groups(model, routed):
+            return once()
+
+
+def _trace(
+    model: nn.Module,
+    inputs: Callable[[int, int], Any],
+    targets: Callable[[int, int], Any] | None,
+    loss: Callable[..., Any] | None,
+    sizes: tuple[Size, Size],
+    *,
+    dtype: torch.dtype,
+    fold: bool,
+    where: str,
+) -> Trace:
     split: set[str] = set()
     while True:
         programs = []
         for size in sizes:
-            with folded(model, fold=fold, split=split) as folding:
-                args, kwargs = _arguments(inputs, size, DTYPES[precision])
+            with leaves_as_one(model), folded(model, fold=fold, split=split) as folding:
+                args, kwargs = _arguments(inputs, size, dtype)
                 given = [targets(*size)] if targets else []
                 step, wanted = _step(model, loss, args, kwargs, given, where)
                 folding.outputs.clear()  # the trace must see each class anew
                 programs.append(_export(step, (args, kwargs, _meta(wanted)), where))
-            touched = folding.touched
-            if touched - split:
+            if folding.touched - split:
                 break
-        if not touched - split:
+        else:
             return Trace(programs=(programs[0], programs[1]), sizes=sizes, folding=folding)
-        split |= touched
+        split |= folding.touched
 
 
 def _arguments(
@@ -229,13 +263,14 @@ def _user_frame(fault: BaseException) -> str:
 
 def _untraceable(fault: BaseException, where: str) -> PlanError:
     text = f"{type(fault).__name__}: {_first_line(fault)}"
-    data = any(w in text for w in ("DataDependent", "data-dependent", "GuardOnData", "meta tensor"))
+    data = any(word in text for word in _READS_VALUES)
     hint = (
         "the forward reads values of a tensor (.item(), .tolist(), if x.sum() > 0, a boolean mask)"
         ": use torch.where or F.grouped_mm, or declare the module a leaf with ir.leaf(...)"
         if data
         else "run the model once in eager mode with inputs(batch, seq_len): it must work there"
     )
-    return PlanError(
+    error = DataDependent if data else PlanError
+    return error(
         f"the model cannot be traced: {text}", where=_user_frame(fault) or where, hints=(hint,)
     )

@@ -21,6 +21,7 @@ from ir.capture.arguments import (
 )
 from ir.capture.body import DTYPES, Body, Known
 from ir.capture.export import PREFIX, Trace, ties
+from ir.capture.leaves import LEAVES
 from ir.capture.markers import MARKERS
 from ir.capture.sizes import recover
 from ir.capture.special import SPECIAL
@@ -43,6 +44,7 @@ class Lowering:
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         self.sizes = trace.sizes
+        self.model = model
         self.env: dict[fx.Node, tuple[Body | None, Value]] = {}
         self.views: dict[fx.Node, fx.Node] = {}
         self.root = Body(path="")
@@ -209,6 +211,8 @@ class Lowering:
             space, _, base = a.target._schema.name.partition("::")
             if space == "meshwright_fold":
                 MARKERS[base](self, a)
+            elif space == "meshwright_leaf":
+                LEAVES[base](self, a, b)
             else:
                 self._operator(a, b, base if space == "aten" else f"{space}.{base}")
         elif not isinstance(a.meta.get("val"), torch.Tensor):

@@ -12,6 +12,7 @@ from ir.ops import (
     conv,
     elementwise,
     index,
+    leaf,
     loss,
     matmul,
     moe,
@@ -25,7 +26,7 @@ from ir.ops.base import KINDS, Op, Spec
 __all__ = ["OPS", "Op", "Spec", "rule"]
 
 _MODULES = (
-    matmul, attention, norm, elementwise, reduce, view, conv, moe, index, scan, loss,
+    matmul, attention, norm, elementwise, reduce, view, conv, moe, index, scan, loss, leaf,
 )  # fmt: skip
 
 

@@ -124,6 +124,12 @@ def _stack_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     return Spec(inputs=tuple(tuple(letters) for _ in ins), outputs=(out,))
 
 
+def _stack_view_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
+    """Experts' weights [n, k] (or biases [n]) beside each other: [e, k, n], read by pointers."""
+    one = ("n", "k")[: len(ins[0].shape)]
+    return Spec(inputs=(one,) * len(ins), outputs=(("!e", *reversed(one)),))
+
+
 def _create_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     outs = tuple(tuple(f"d{i}" for i in range(len(t.shape))) for t in node.outputs)
     return Spec(inputs=tuple(tuple("!x" for _ in t.shape) for t in ins), outputs=outs)
@@ -152,5 +158,6 @@ OPS = (
     Op(name="pad", kind="memory", spec=_cut_spec, fusible=True),
     Op(name="roll", kind="memory", spec=_cut_spec, fusible=True),
     Op(name="stack", kind="memory", spec=_stack_spec, fusible=True),
+    Op(name="stack_view", kind="free", spec=_stack_view_spec, view=True),
     Op(name="create", kind="memory", spec=_create_spec, saved=saves_nothing, fusible=True),
 )

@@ -1,0 +1,131 @@
+"""The one data-dependent pattern that is recognised: a router, and a list of equal experts.
+
+A forward that loops over experts (`nonzero`, `tolist`, `bincount`) cannot be traced. Where a
+module holds a linear layer with one output for each member of a `ModuleList` of equal modules,
+what it computes is known: route each token to its top k experts, run them, sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ir.capture.fold import signature
+from ir.capture.leaf import run
+from ir.errors import PlanError
+
+assert run  # the namespace's library
+_TOP_K = ("top_k", "topk", "num_experts_per_tok", "experts_per_token", "k")
+
+
+@torch.library.custom_op("meshwright_leaf::expert_linear", mutates_args=())
+def expert_linear(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+    """Each expert's rows times its weight. rows: [r, k] by expert; weights: [n, k] -> [r, n]."""
+    raise NotImplementedError("for tracing only")
+
+
+@torch.library.custom_op("meshwright_leaf::expert_bias", mutates_args=())
+def expert_bias(rows: Tensor, biases: list[Tensor], offsets: Tensor) -> Tensor:
+    """Each expert's rows plus its bias."""
+    raise NotImplementedError("for tracing only")
+
+
+@expert_linear.register_fake
+def _(rows: Tensor, weights: list[Tensor], offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights[0].shape[0])
+
+
+@expert_bias.register_fake
+def _(rows: Tensor, biases: list[Tensor], offsets: Tensor) -> Tensor:
+    return torch.empty_like(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """A module that routes: its router, its experts, how many each token goes to."""
+
+    router: nn.Linear
+    experts: tuple[nn.Module, ...]
+    top_k: int
+
+
+def find_routed(model: nn.Module) -> dict[str, Routed]:
+    """Modules of the pattern by path. Raises PlanError where top k cannot be told."""
+    found = {}
+    for path, module in model.named_modules():
+        for experts in module.children():
+            if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
+                continue
+            routers = [
+                m
+                for m in module.children()
+                if isinstance(m, nn.Linear) and m.out_features == len(experts)
+            ]
+            if len(routers) == 1 and len({signature(e, set()) for e in experts}) == 1:
+                top_k = _top_k(path, module, len(experts))
+                found[path] = Routed(router=routers[0], experts=tuple(experts), top_k=top_k)
+    return found
+
+
+def _top_k(path: str, module: nn.Module, experts: int) -> int:
+    values = {
+        value
+        for name, value in vars(module).items()
+        if type(value) is int and 1 <= value <= experts and name.lower().endswith(_TOP_K)
+    }
+    if len(values) != 1:
+        raise PlanError(
+            f"{path} routes tokens to experts; to how many, it does not say", where=path,
+            why=f"looked for one int attribute named {', '.join(_TOP_K)}: found {sorted(values)}",
+            hints=(f"declare it a leaf: ir.leaf({type(module).__name__}, flop=...)",),
+        )  # fmt: skip
+    return values.pop()
+
+
+@contextmanager
+def experts_in_groups(model: nn.Module, routed: dict[str, Routed]) -> Iterator[None]:
+    """Inside, modules of the pattern run as router, dispatch, grouped matmuls and combine."""
+    modules = [model.get_submodule(path) for path in routed]
+    try:
+        for module, pattern in zip(modules, routed.values()):
+            module.forward = _grouped(pattern)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def _grouped(pattern: Routed) -> Callable[..., Tensor]:
+    ops, first = torch.ops, pattern.experts[0]
+    linears = [name for name, m in first.named_modules() if isinstance(m, nn.Linear)]
+
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, index = pattern.router(tokens).float().softmax(-1).topk(pattern.top_k, dim=-1)
+        rows, offsets = ops.meshwright.moe_experts_dispatch(tokens, index, len(pattern.experts))
+        for name in linears:
+            same = [expert.get_submodule(name) for expert in pattern.experts]
+            first.get_submodule(name).forward = _linear(same, offsets)
+        try:
+            rows = first(rows)
+        finally:
+            for name in linears:
+                del first.get_submodule(name).forward
+        return ops.meshwright.moe_experts_combine(rows, weights.to(x.dtype), index).view(x.shape)
+
+    return forward
+
+
+def _linear(same: list[Any], offsets: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(rows: Tensor) -> Tensor:
+        out = torch.ops.meshwright_leaf.expert_linear(rows, [m.weight for m in same], offsets)
+        if same[0].bias is None:
+            return out
+        return torch.ops.meshwright_leaf.expert_bias(out, [m.bias for m in same], offsets)
+
+    return forward

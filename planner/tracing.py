@@ -1,0 +1,366 @@
+"""`plan trace`, whole: capture (or the cache), workload, search, baselines, plan."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from cost_models.decisions import Workload
+from cost_models.engines import load_engine
+from cost_models.estimate import estimate_step, whole_step_ps
+from cost_models.hardware import Cluster, load_hardware
+from cost_models.ledger import Estimate
+from cost_models.step import Costs
+from cost_models.words import sharding_of
+from ir.errors import InfeasibleError, UsageError
+from ir.graph import Graph
+from planner.decisions import Pins
+from planner.legality import check_pins
+from planner.mesh import cp_reason, facts_of, meshes, splits_something
+from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
+from planner.plan import Plan, Solver, make_plan, write_whole
+from planner.search import Outcome, Searcher, Tried
+from planner.workload import precision_of, resolve
+
+RECIPES = ("ddp", "fsdp", "fsdp+tp", "3d")
+
+
+def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
+    """Plan a model. progress: takes a line now and then.
+
+    Raises PlanError for a model that cannot be read or traced, UsageError for flags and pins that
+    cannot be meant, InfeasibleError naming what binds where nothing fits.
+    """
+    clock = Clock()
+    cluster = load_hardware(options.hardware)
+    graph = capture(options, cluster, clock, progress)
+    return plan_graph(graph, options, cluster, clock, progress)
+
+
+def plan_graph(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    clock: Clock,
+    progress: Progress | None = None,
+) -> TraceResult:
+    """Plan a graph that is captured already; raises as `run` does."""
+    workload, echo = resolve(graph, cluster, options.asked, options.pins)
+    check_pins(
+        options.pins, workload, gpus=cluster.count, layers=facts_of(_chain(graph)).layers
+    )
+    _check_model(graph, cluster, workload, options.pins)
+    costs, searcher = _searcher(graph, cluster, workload, options.pins, progress)
+    clock.mark("cost_s")
+    baselines = _baselines(costs, searcher)
+    outcome = searcher.run(_best_of(baselines, options.pins))
+    clock.mark("solve_s")
+    if outcome.best is None:
+        raise infeasible(searcher, outcome)
+    plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome)
+    return TraceResult(
+        plan=plan, estimate=estimate, echo=echo, interrupted=outcome.interrupted,
+        baselines=tuple(row for row, _ in baselines), timing=clock.timing(),
+    )  # fmt: skip
+
+
+def _chain(graph: Graph):  # type: ignore[no-untyped-def]
+    from cost_models.chain import chain_of
+
+    return chain_of(graph)
+
+
+class Clock:
+    """Wall seconds of the parts, each since the last mark."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def timing(self) -> Timing:
+        return Timing(**self.parts, total_s=time.perf_counter() - self.start)
+
+
+# --- capture and its cache --------------------------------------------------------------------
+
+
+def capture(
+    options: TraceOptions,
+    cluster: Cluster | None = None,
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+) -> Graph:
+    """The model's graph: from the cache if nothing it depends on changed, else traced."""
+    from ir.capture.load import source_key
+    from ir.text import format_graph, parse_graph
+
+    clock = clock or Clock()
+    cluster = cluster or load_hardware(options.hardware)
+    precision, _ = precision_of(options.asked, cluster)
+    args = dict(options.args)
+    key = f"{source_key(options.model, args)} {precision} {options.fold} {_own_digest()}"
+    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.graph"
+    if options.cache and path.exists():
+        graph = parse_graph(path.read_text(encoding="utf-8"))
+        clock.mark("trace_s")
+        return graph
+    if progress:
+        progress("tracing")
+    import torch  # noqa: F401  (timed apart from what we do with it)
+
+    clock.mark("import_s")
+    from ir.capture import capture_graph
+    from ir.capture.load import load
+
+    graph = capture_graph(load(options.model, args), precision=precision, fold=options.fold)
+    text = format_graph(graph)
+    if options.cache:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+        except OSError as fault:  # a cache that cannot be written costs time, not the plan
+            if progress:
+                progress(f"the graph is not cached: {fault}")
+    graph = parse_graph(text)  # what a later command reads is what was planned
+    clock.mark("trace_s")
+    return graph
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "meshwright"
+
+
+def _own_digest() -> str:
+    """The text of the IR's own code: another version may make another graph."""
+    import ir
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(str(ir.__file__)).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# --- searching --------------------------------------------------------------------------------
+
+
+def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) -> None:
+    """Pins that this model cannot hold: a pipeline it has no cuts for, tp that splits nothing."""
+    chain = _chain(graph)
+    facts = facts_of(chain)
+    if (pins.pp or 1) > 1 and facts.pipeline_reason:
+        raise UsageError(
+            f"--fix pp={pins.pp}: this model has no pipeline", why=facts.pipeline_reason,
+            hints=("--fix pp=1",),
+        )  # fmt: skip
+    if (pins.pp or 1) > facts.layers:
+        raise UsageError(
+            f"--fix pp={pins.pp}: the model has {facts.layers} layers to divide",
+            hints=(f"--fix pp={facts.layers} at most",),
+        )
+    if (pins.tp or 1) > 1 and not splits_something(chain, pins.tp or 1):
+        raise UsageError(
+            f"--fix tp={pins.tp}: no matmul of the layers divides by {pins.tp}",
+            hints=("a tp that divides the heads and the hidden sizes",),
+        )
+    if (pins.cp or 1) > 1:
+        kinds = (pins.cp_kind,) if pins.cp_kind else ("allgather",)
+        reason = cp_reason(facts, workload, kinds[0], pins.tp or 1, pins.cp or 1)
+        if reason:
+            raise UsageError(f"--fix cp={pins.cp} cannot hold", why=reason)
+    for key, sizes in (("ep", facts.experts), ("etp", facts.expert_features)):
+        degree = getattr(pins, key) or 1
+        if degree > 1 and (not sizes or any(n % degree for n in sizes)):
+            what = "experts" if key == "ep" else "expert features"
+            raise UsageError(
+                f"--fix {key}={degree}: it does not divide the {what} ({sizes or 'none'})"
+            )
+    _check_places(graph, pins)
+
+
+def _check_places(graph: Graph, pins: Pins) -> None:
+    from planner.names import matches
+
+    for pattern, words in pins.place:
+        if not any(matches(pattern, name) for name in graph.parameters):
+            names = list(graph.parameters)
+            raise UsageError(
+                f"--fix place:{pattern}={words}: no parameter has that name",
+                hints=(f"parameters are named {names[0]} ... {names[-1]}",),
+            )
+
+
+def _searcher(
+    graph: Graph, cluster: Cluster, workload: Workload, pins: Pins, progress: Progress | None
+) -> tuple[Costs, Searcher]:
+    """Costs at every work point that the candidates of the pins, and the recipes, have."""
+    chain = _chain(graph)
+    wide = [pins, *(recipe for _, recipe in _recipes(cluster, workload, pins))]
+    points = dict.fromkeys(
+        (m.micro_batch, m.cp) for p in wide for m in meshes(chain, cluster, workload, p)
+    )
+    points[1, 1] = None
+    # a schedule that the engine runs eager alone is costed so
+    schedules = load_engine(workload.engine).compiled_schedules
+    compiled = pins.compile is not False and pins.schedule in (None, *schedules)
+    costs = Costs(
+        graph=graph, cluster=cluster, workload=workload, points=tuple(points), compiled=compiled
+    )
+    return costs, Searcher(costs=costs, pins=pins, progress=progress)
+
+
+def _recipes(cluster: Cluster, workload: Workload, pins: Pins) -> list[tuple[str, Pins]]:
+    """The classic recipes as pins: what a team would run without a planner."""
+    tp = cluster.domain_ranks if cluster.domain_ranks <= 8 else 8
+    plain = Pins(pp=1, tp=1, cp=1, ep=1, etp=1, offload=(), compile=pins.compile)
+    full = cluster.count
+    return [
+        ("ddp", replace(plain, zero=0)),
+        ("fsdp", replace(plain, zero=3, shard=full)),
+        ("fsdp+tp", replace(plain, tp=tp, zero=3, sequence_parallel=None)),
+        ("3d", replace(plain, pp=None, tp=tp, zero=1, schedule="1f1b")),
+    ]  # fmt: skip
+
+
+Found = list[tuple[Baseline, Tried | None]]
+
+
+def _baselines(costs: Costs, searcher: Searcher) -> Found:
+    """Cost every recipe with the same model; one that cannot be laid out is left out."""
+    rows: Found = []
+    chain = costs.chain
+    for name, recipe in _recipes(costs.cluster, costs.workload, searcher.pins):
+        if recipe.tp and recipe.tp > 1 and not splits_something(chain, recipe.tp):
+            continue
+        if name == "3d" and facts_of(chain).pipeline_reason:
+            continue
+        found = searcher.under(recipe).run()
+        if found.best is not None:
+            seconds = whole_step_ps(costs, found.best.objective_ps) / 1e12
+            rows.append((Baseline(name=name, step_time_s=seconds, fits=True), found.best))
+        elif found.misfit is not None:
+            m = found.misfit
+            made = estimate_step(costs, costs.step(m.decisions, m.assignments), m.decisions)
+            rows.append((Baseline(name=name, step_time_s=made.step_time_s, fits=False), None))
+    return rows
+
+
+def _best_of(rows: Found, pins: Pins) -> Tried | None:
+    """The best recipe, as the search's incumbent; with pins, recipes are another space."""
+    found = [tried for _, tried in rows if tried is not None]
+    if pins != Pins() or not found:
+        return None
+    return min(found, key=lambda t: t.score)
+
+
+def _planned(
+    graph: Graph, spec: str, cluster: Cluster, workload: Workload, costs: Costs, out: Outcome
+) -> tuple[Plan, Estimate]:
+    assert out.best is not None
+    d = out.best.decisions
+    estimate = estimate_step(costs, costs.step(d, out.best.assignments), d)
+    bound = whole_step_ps(costs, out.bound_ps)
+    solver = Solver(
+        status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
+        bound_us=bound // 1_000_000, meshes=out.meshes, meshes_solved=out.solved,
+    )  # fmt: skip
+    shardings = {
+        unit.name: sharding_of(unit, a) for (unit, _), a in out.best.assignments.items()
+    }
+    plan = make_plan(graph, spec, cluster, workload, d, shardings, estimate, solver)
+    return plan, estimate
+
+
+# --- nothing fits -------------------------------------------------------------------------------
+
+
+def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
+    """Why no plan fits, by name, and hints that were solved again."""
+    costs = searcher.costs
+    gpu_bytes = costs.cluster.device.memory_bytes
+    spec = costs.cluster.spec
+    if out.misfit is None:
+        return InfeasibleError(
+            f"no mesh of {spec} suits the model, the batch and the pins",
+            why=f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
+            f" {costs.workload.global_batch}",
+            hints=("another --global-batch, or fewer pins",),
+        )
+    m = out.misfit
+    made = estimate_step(costs, costs.step(m.decisions, m.assignments), m.decisions)
+    worst = max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    total = sum(size for _, size in worst.memory_bytes)
+    named = sorted(worst.memory_bytes, key=lambda row: -row[1])
+    parts = [f"{name} {size / 1e9:.1f}" for name, size in named[:4]]
+    parts.append(f"other {sum(size for _, size in named[4:]) / 1e9:.1f}")
+    binding = ["memory", *(f"{p} (--fix)" for p in _said(searcher.pins))]
+    if searcher.pins.tp is None and m.decisions.tp == costs.cluster.domain_ranks > 1:
+        binding.append(f"tp<={costs.cluster.domain_ranks} (one NVLink domain)")
+    return InfeasibleError(
+        f"no plan fits {spec} ({gpu_bytes / 1e9:.1f} GB a GPU)",
+        why=f"nearest needs {total / 1e9:.1f} GB on pp rank {worst.pp_rank}: {', '.join(parts)}\n"
+        f"binding: {'; '.join(binding)}",
+        hints=tuple(_hints(searcher)),
+    )
+
+
+def _said(pins: Pins) -> list[str]:
+    from dataclasses import fields
+
+    return [
+        pins.said(f.name) for f in fields(Pins)
+        if f.name != "place" and getattr(pins, f.name) is not None
+    ]  # fmt: skip
+
+
+def _hints(searcher: Searcher) -> list[str]:
+    """Solve again without each pin, then on more GPUs: what fits is a hint."""
+    hints = []
+    for name in [f for f in Pins.__dataclass_fields__ if f != "place"]:
+        if getattr(searcher.pins, name) is None:
+            continue
+        fewer = replace(searcher.pins, **{name: None})
+        found = _again(searcher, fewer, searcher.costs.cluster)
+        if found:
+            hints.append(f"without {searcher.pins.said(name)} it fits: {found}")
+    for times in (2, 4, 8, 16):
+        if hints:
+            break
+        count = searcher.costs.cluster.count * times
+        bigger = _counted(searcher.costs.cluster, count)
+        found = bigger and _again(searcher, searcher.pins, bigger)
+        if found and bigger:
+            hints.append(f"{bigger.spec} holds it: {found}")
+    return hints or ["a device with more memory, a smaller batch or a shorter --seq-len"]
+
+
+def _counted(cluster: Cluster, count: int) -> Cluster | None:
+    try:
+        return replace(cluster, count=count)
+    except UsageError:
+        return None
+
+
+def _again(searcher: Searcher, pins: Pins, cluster: Cluster) -> str:
+    """Step and memory of the best plan under other pins or GPUs; empty where none fits."""
+    old = searcher.costs
+    if old.workload.global_batch % 1 or cluster.count % (pins.tp or 1):
+        return ""
+    costs, again = _searcher(old.graph, cluster, old.workload, pins, None)
+    again.effort = 200
+    out = again.run()
+    if out.best is None:
+        return ""
+    d = out.best.decisions
+    made = estimate_step(costs, costs.step(d, out.best.assignments), d)
+    return f"{made.peak_memory_bytes / 1e9:.1f} GB a GPU, {made.step_time_s:.3g} s a step"
+
+
