@@ -65,9 +65,7 @@ def saved_by_autograd(
 ) -> tuple[str, ...]:
     """What eager mode keeps: each storage once, parameters and buffers left out."""
     roots = storage_roots(unit)
-    found = dict.fromkeys(
-        roots[r] for r in _read_by_backward(unit, differentiable(unit, classes))
-    )
+    found = dict.fromkeys(roots[r] for r in _read_by_backward(unit, differentiable(unit, classes)))
     return tuple(r for r in found if r not in unit.parameter_names)
 
 

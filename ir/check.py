@@ -33,7 +33,8 @@ def _faults(graph: Graph) -> Iterator[str]:
         yield "two units have one name"
     for unit in (*graph.units, graph.root):
         yield from (f"unit {unit.name}: {fault}" for fault in _unit_faults(graph, unit))
-    yield from _parameter_faults(graph)
+    if all(str(n.attr("unit")) in names for n in graph.root.nodes if n.op == "call"):
+        yield from _parameter_faults(graph)
     called = {str(n.attr("path")) for n in graph.root.nodes if n.op == "call"}
     yield from (f"layer {path} is never called" for path in graph.layers if path not in called)
 
@@ -79,7 +80,7 @@ def _call_faults(graph: Graph, unit: Unit, node: Node) -> Iterator[str]:
         given = tuple(unit.values[ref] for ref in node.inputs)
         if given != tuple(tensor for _, tensor in called.inputs):
             yield f"{node.name} gives {_shown(given)} to {called.name}"
-        if node.outputs != tuple(called.values[ref] for ref in called.outputs):
+        if node.outputs != tuple(called.values.get(ref) for ref in called.outputs):
             yield f"{node.name} gets {_shown(node.outputs)} from {called.name}"
 
 
@@ -99,6 +100,8 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
             yield f"{node.name}: {node.op} has letters {' '.join(letters)} for {tensor}"
             continue
         for letter, size in zip(letters, tensor.shape):
+            if letter == "!1" and str(size) != "1" and node.op not in _RESIZES:
+                yield f"{node.name}: {node.op} cannot spread a dimension of {size}"
             blocked = letter.startswith("!") or node.op in _RESIZES
             if not blocked and sizes.setdefault(letter, size) != size:
                 yield f"{node.name}: factor {letter} is {sizes[letter]} and {size}"
@@ -106,10 +109,12 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
 
 def _parameter_faults(graph: Graph) -> Iterator[str]:
     """Every parameter is in one place, and a tie's owner is there."""
-    owners: dict[str, str] = {p.name: "the root" for p in graph.root.parameters}
+    owners: dict[str, str] = {
+        p.name: "the root" for p in graph.root.parameters if p.kind != "buffer"
+    }
     for _, path, unit in graph.calls():
         for p in unit.parameters:
-            if owners.setdefault(f"{path}.{p.name}", path) != path:
+            if p.kind != "buffer" and owners.setdefault(f"{path}.{p.name}", path) != path:
                 yield f"parameter {path}.{p.name} is also {owners[f'{path}.{p.name}']}'s"
     aliases = {alias for alias, _ in graph.tied}
     for alias, owner in graph.tied:

@@ -12,9 +12,7 @@ from ir.graph import Attr, Dim, Graph, Node, Parameter, Tensor, Unit
 VERSION = "graph/1"
 SAVED_KINDS = ("saved", "saved_fused", "saved_selective")
 
-_DIM = re.compile(
-    r"^(?:(?P<n>-?\d+)\*?)?(?P<sym>[bs](?:\*[bs])*)?(?:/(?P<d>\d+))?(?P<o>[+-]\d+)?$"
-)
+_DIM = re.compile(r"^(?:(?P<n>-?\d+)\*?)?(?P<sym>[bs](?:\*[bs])*)?(?:/(?P<d>\d+))?(?P<o>[+-]\d+)?$")
 _NODE = re.compile(
     r"^  (?P<outs>.+?) = (?P<name>\S+) (?P<op>\w+)\((?P<ins>[^)]*)\)(?: \{(?P<attrs>.*)\})?"
     r"(?: @(?P<src>\S+))?$"

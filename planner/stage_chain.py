@@ -8,17 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.stage_bounds import (
-    INF,
-    Arcs,
-    Band,
-    Chain,
-    Grid,
-    Windows,
-    make_arcs,
-    path_bound,
-    propagate,
-)
+from planner.stage_arcs import INF, Arcs, Windows, make_arcs
+from planner.stage_bounds import Band, Chain, Grid, path_bound, propagate
 from planner.stage_problem import (
     Found,
     Nearest,

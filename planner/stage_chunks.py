@@ -1,7 +1,6 @@
-"""Stages where a rank runs several chunks (interleaved, ZB-V, DualPipeV): memory couples them.
+"""Stages where a rank runs several chunks (interleaved, ZB-V, DualPipeV): what a cut costs.
 
-Few cuts: all of them, least bound first. Many: near-even cuts with the ranks' loads balanced, then
-single layers moved between neighbours, against a bound on every cut.
+Memory couples a rank's chunks: which recompute is chosen for the rank as a whole.
 """
 
 from __future__ import annotations
@@ -9,27 +8,21 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, global_stage, order
-from planner.stage_bounds import INF, Windows, mean_tail_ps, sure_extra
+from planner.stage_arcs import Windows
 from planner.stage_problem import (
-    Found,
-    Nearest,
     Pair,
     StageProblem,
-    neighbours,
     starts_of,
-    stash_bytes,
-    step_ps,
     tail_ps,
 )  # fmt: skip
 
-ALL_CUTS = 1000  # so many cuts are all looked at
 ALL_PAIRS = 512  # so many combinations of a rank's pairs are all looked at
 Array = Any
 
@@ -145,13 +138,17 @@ class Chunks:
             self.exact = False
             chosen = self._filled(rank, spans, lists)
             return (chosen,) if chosen.bytes <= self.p.capacity_bytes else ()
+        rows = list(itertools.product(*lists))
+        table = np.array([[row[:3] for row in one] for one in rows], dtype=np.int64)
+        table = table.transpose(2, 0, 1)
+        memory = self._bytes(rank, spans, table[1], table[2])
+        fits = np.nonzero(memory <= self.p.capacity_bytes)[0]
+        fits = fits[np.argsort(table[0][fits].sum(axis=1), kind="stable")]
         kept: list[Pairs] = []
-        for rows in sorted(itertools.product(*lists), key=lambda rows: sum(r[0] for r in rows)):
-            one = self._weighed(rank, spans, rows)
-            if one.bytes <= self.p.capacity_bytes and not any(
-                all(a <= b for a, b in zip(k.extra_ps, one.extra_ps)) for k in kept
-            ):
-                kept.append(one)
+        while len(fits):
+            best, extra = int(fits[0]), table[0][fits[0]]
+            kept.append(_chosen(rows[best], int(memory[best])))
+            fits = fits[np.any(table[0][fits] < extra, axis=1)]
         return tuple(kept)
 
     def _lists(
@@ -171,23 +168,29 @@ class Chunks:
             lists.append(self._kept[id(o)])
         return lists
 
-    def _weighed(
-        self, rank: int, spans: tuple[tuple[int, int], ...],
-        rows: Sequence[tuple[int, int, int, Pair]],
-    ) -> Pairs:  # fmt: skip
-        p, state, held = self.p, self.p.constant_bytes, []
-        working, gathered = max(row[2] for row in rows), 0
-        for k, (start, count), row in zip(p.stages_of(rank), spans, rows):
+    def _bytes(
+        self, rank: int, spans: tuple[tuple[int, int], ...], act: Array, work: Array
+    ) -> Array:
+        """Bytes at the peak, by row of act and work: [row, chunk], what layers keep and use."""
+        p, state, working, gathered = self.p, self.p.constant_bytes, 0, 0
+        beside = []
+        for k, (start, count) in zip(p.stages_of(rank), spans):
             more = p.extras(k)
-            held.append(row[1] + sum(e.activation_bytes for e in more))
+            beside.append(sum(e.activation_bytes for e in more))
             state += int(self.sums[3, start + count] - self.sums[3, start])
             state += sum(e.state_bytes for e in more)
             working = max([working, *(e.working_bytes for e in more)])
             gathered = max([gathered, *p.gathered_bytes[start : start + count],
                             *(e.gathered_bytes for e in more)])  # fmt: skip
-        total = state + stash_bytes(p, rank, held) + working + 2 * gathered
-        return Pairs(pairs=tuple(r[3] for r in rows), extra_ps=tuple(r[0] for r in rows),
-                     bytes=total)  # fmt: skip
+        stash = ((act + np.array(beside)) @ np.array(p.in_flight(rank)).T).max(axis=1)
+        return stash + np.maximum(work.max(axis=1), working) + state + 2 * gathered
+
+    def _weighed(
+        self, rank: int, spans: tuple[tuple[int, int], ...],
+        rows: Sequence[tuple[int, int, int, Pair]],
+    ) -> Pairs:  # fmt: skip
+        table = np.array([row[:3] for row in rows], dtype=np.int64)
+        return _chosen(rows, int(self._bytes(rank, spans, table[None, :, 1], table[None, :, 2])[0]))
 
     def _filled(
         self, rank: int, spans: tuple[tuple[int, int], ...],
@@ -237,8 +240,11 @@ class Chunks:
         lists = self._lists(rank, spans)
         if math.prod(map(len, lists)) > ALL_PAIRS:
             lists = [[min(rows, key=lambda row: (row[1], row[2]))] for rows in lists]
-        every = (self._weighed(rank, spans, rows) for rows in itertools.product(*lists))
-        return min(every, key=lambda one: one.bytes)
+        rows = list(itertools.product(*lists))
+        table = np.array([[row[1:3] for row in one] for one in rows], dtype=np.int64)
+        memory = self._bytes(rank, spans, table[..., 0], table[..., 1])
+        best = int(memory.argmin())
+        return _chosen(rows[best], int(memory[best]))
 
     def spread(self, chosen: Sequence[Pairs]) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
         """Pairs and times added by global stage, from those by rank."""
@@ -246,6 +252,11 @@ class Chunks:
               for c, k in enumerate(self.p.stages_of(r))}  # fmt: skip
         stages = range(self.p.count)
         return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
+
+
+def _chosen(rows: Sequence[tuple[int, int, int, Pair]], needed: int) -> Pairs:
+    """rows: by chunk, (time added, bytes kept, bytes used, pair)."""
+    return Pairs(pairs=tuple(r[3] for r in rows), extra_ps=tuple(r[0] for r in rows), bytes=needed)
 
 
 def _hull(options: list[tuple[int, int, int, Pair]]) -> list[tuple[int, int, int, Pair]]:
@@ -260,263 +271,3 @@ def _hull(options: list[tuple[int, int, int, Pair]]) -> list[tuple[int, int, int
             hull.pop()
         hull.append(row)
     return hull
-
-
-def bound_all(p: StageProblem, chunks: Chunks) -> int:
-    """No cut has a smaller step: a rank of N layers takes so long at least, and all N sum to L."""
-    m, v, ranks = p.microbatches, p.chunks, range(p.pp)
-    number = np.arange(v, p.layers + 1)
-    each = np.array([p.forward_ps, p.input_grad_ps, p.weight_grad_ps]).sum(axis=0)
-    each = each + np.array(sure_extra(p))
-    glue = v * (p.rank_glue_forward_ps + p.rank_glue_backward_ps)
-    before, costs = 0, []
-    for r in ranks:
-        more = [e for k in (0, p.count - 1) if p.rank_of(k) == r for e in p.extras(k)]
-        fixed = glue + sum(e.forward_ps + e.input_grad_ps + e.weight_grad_ps for e in more)
-        cost = m * (fixed + number * int(each.min()) + _sure_recompute(p, r, number, more))
-        costs.append(np.maximum.accumulate(np.minimum(cost + before, INF)))
-        if r == 0:
-            before += p.first.forward_ps
-            before += 0 if chunks.split else p.first.input_grad_ps + p.first.weight_grad_ps
-        before += p.forward_ps[r] + p.rank_glue_forward_ps + p.p2p_ps
-        if not chunks.split:
-            before += p.input_grad_ps[r] + p.weight_grad_ps[r]
-            before += p.rank_glue_backward_ps + p.p2p_ps
-    base = max(int(cost[0]) for cost in costs)
-    more_layers = p.layers - p.pp * v
-    if more_layers:
-        rest = np.sort(np.concatenate([cost[1:] for cost in costs]))
-        base = max(base, int(rest[more_layers - 1]))
-    return base + mean_tail_ps(p)
-
-
-def saving_rate(p: StageProblem) -> float | None:
-    """The most bytes that a picosecond of recomputation saves; None where that has no bound."""
-    none, again = np.array(p.activation_bytes[0]), np.array(p.recompute_ps, dtype=float)
-    saved = np.stack([none - np.array(p.activation_bytes[level]) for level in (2, 1)])
-    if np.any((saved > 0) & (again <= 0)):
-        return None
-    return float(np.max(np.where(saved > 0, saved / np.maximum(again, 1.0), 0.0)))
-
-
-def _sure_recompute(p: StageProblem, rank: int, number: Array, more: list[Any]) -> Array:
-    """Recompute time that a rank of so many layers needs at least to fit; INF where none fits."""
-    rate = saving_rate(p)
-    if rate is None:
-        return np.zeros(len(number), dtype=np.int64)
-    none = np.array(p.activation_bytes[0])
-    fixed = p.constant_bytes + sum(e.state_bytes for e in more) - p.capacity_bytes
-    needed = np.zeros(len(number), dtype=np.int64)
-    for counts in p.in_flight(rank):
-        stash = (sum(counts) + (number - p.chunks) * min(counts)) * int(none.min())
-        over = fixed + number * min(p.state_bytes) + stash
-        time = np.floor(np.maximum(over, 0) / max(1e-30, rate * max(counts))).astype(np.int64) - 1
-        needed = np.maximum(needed, time)
-    return needed
-
-
-def solve_chunks(p: StageProblem, below: int, nodes: int, operations: int) -> Found:
-    """The best cut found with several chunks a rank, and a bound on all."""
-    chunks = Chunks(p)
-    few = math.comb(p.layers - 1, p.count - 1) <= ALL_CUTS
-    if p.fixed_stages is not None or few:
-        cuts = [p.fixed_stages] if p.fixed_stages is not None else list(_cuts(p.layers, p.count))
-        return _every(p, chunks, cuts, below, nodes, operations)
-    bound = bound_all(p, chunks)
-    if bound >= below:
-        return Found(bound_ps=bound)
-    return _some(p, chunks, bound, below, operations)
-
-
-def _cuts(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
-    for places in itertools.combinations(range(1, layers), stages - 1):
-        ends = (0, *places, layers)
-        yield tuple(b - a for a, b in itertools.pairwise(ends))
-
-
-def _every(
-    p: StageProblem, chunks: Chunks, cuts: list[tuple[int, ...]], below: int, nodes: int,
-    operations: int,
-) -> Found:  # fmt: skip
-    """Weigh all cuts with all their recomputations, least bound first, while effort lasts."""
-    rows = []
-    for stages in cuts:
-        choices = [chunks.pairs(rank, stages) for rank in range(p.pp)]
-        if all(choices):
-            least = {k: min(one.extra_ps[c] for one in choices[r])
-                     for r in range(p.pp) for c, k in enumerate(p.stages_of(r))}  # fmt: skip
-            extra = [least[k] for k in range(p.count)]
-            rows.append((chunks.bound(stages, extra), stages, choices))
-    if not rows:
-        return Found(nearest=_nearest(p, chunks, cuts))
-    rows.sort(key=lambda row: row[:2])
-    found, best, bound = Found(), below, INF
-    for floor, stages, choices in rows:
-        if floor >= best:
-            break
-        for chosen in itertools.product(*choices):
-            nodes -= 1
-            pairs, extra = chunks.spread(chosen)  # type: ignore[assignment]
-            if chunks.bound(stages, extra) >= best:
-                continue
-            operations -= 2 * p.microbatches * p.count
-            step = step_ps(p, stages, pairs)
-            if step < best:
-                best, found = step, Found(stages=stages, recompute=pairs, step_ps=step)
-            if nodes < 0 or operations < 0:
-                bound = min(bound, floor)
-                break
-        if bound < INF:
-            break
-    if not chunks.exact:
-        bound = min(bound, bound_all(p, chunks))
-    return _with_bound(found, min(bound, best))
-
-
-def _with_bound(found: Found, bound: int) -> Found:
-    return Found(stages=found.stages, recompute=found.recompute, step_ps=found.step_ps,
-                 bound_ps=bound)  # fmt: skip
-
-
-def _nearest(p: StageProblem, chunks: Chunks, cuts: Sequence[tuple[int, ...]]) -> Nearest:
-    """Of these cuts, the one whose fullest rank overflows the least."""
-
-    def fullest(stages: tuple[int, ...]) -> int:
-        return max(chunks.least(rank, stages).bytes for rank in range(p.pp))
-
-    stages = min(cuts, key=fullest)
-    pairs, _ = chunks.spread([chunks.least(rank, stages) for rank in range(p.pp)])
-    return Nearest.of(p, stages, pairs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Candidate:
-    """A cut that fits, by its bound."""
-
-    bound_ps: int
-    stages: tuple[int, ...]
-    pairs: tuple[Pair, ...]
-
-
-def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Candidate | None:
-    choices = [chunks.pairs(rank, stages) for rank in range(p.pp)]
-    if not all(choices):
-        return None
-    chosen = [min(some, key=lambda one: (sum(one.extra_ps), one.extra_ps)) for some in choices]
-    pairs, extra = chunks.spread(chosen)
-    return Candidate(bound_ps=chunks.bound(stages, extra), stages=stages, pairs=pairs)
-
-
-def _some(p: StageProblem, chunks: Chunks, bound: int, below: int, operations: int) -> Found:
-    """Near-even cuts, balanced; then single layers moved between neighbours while it pays."""
-    starts = list(dict.fromkeys(_near_even(p, chunks)))
-    pool = sorted(c for c in (_candidate(p, chunks, s) for s in starts) if c is not None)
-    if not pool:
-        relieved = [_relieved(p, chunks, stages) for stages in starts[:2]]
-        pool = sorted(c for c in (_candidate(p, chunks, s) for s in relieved) if c is not None)
-        if not pool:
-            return Found(nearest=_nearest(p, chunks, [*starts, *relieved]))
-    found, best, seen = Found(), below, set(starts)
-    while pool and operations > 0:
-        one = pool.pop(0)
-        if one.bound_ps >= best:
-            break
-        operations -= 2 * p.microbatches * p.count
-        step = step_ps(p, one.stages, one.pairs)
-        if step >= best:
-            continue
-        best = step
-        found = Found(stages=one.stages, recompute=one.pairs, step_ps=step)
-        if best <= bound:
-            break
-        near = [s for s in neighbours(one.stages) if s not in seen][:64]
-        seen.update(near)
-        more = (_candidate(p, chunks, stages) for stages in near)
-        pool = sorted([*pool, *(c for c in more if c is not None)])
-    return _with_bound(found, min(bound, best))
-
-
-def _near_even(p: StageProblem, chunks: Chunks) -> Iterator[tuple[int, ...]]:
-    """Cuts with stages of nearly one time: rounded, the longer ones first, last, or spread."""
-    S, L = p.count, p.layers
-    even, more = divmod(L, S)
-    times = chunks.times([1] * (S - 1) + [L - S + 1])
-    each = np.diff(chunks.sums[:3]).sum(axis=0)
-    whole, first = float(times.sum()), sum((p.first.forward_ps, p.first.input_grad_ps,
-                                            p.first.weight_grad_ps))  # fmt: skip
-    glue = p.rank_glue_forward_ps + p.rank_glue_backward_ps
-    ends: list[int] = []
-    at = np.cumsum(each) + first
-    for k in range(1, S):
-        wanted = int(np.searchsorted(at + k * glue - each / 2, whole * k / S))
-        ends.append(min(max(wanted, (ends[-1] if ends else 0) + 1), L - S + k))
-    rounded = tuple(b - a for a, b in itertools.pairwise((0, *ends, L)))
-    spread = tuple((k + 1) * L // S - k * L // S for k in range(S))
-    longer_first = tuple(even + (k < more) for k in range(S))
-    longer_last = tuple(even + (k >= S - more) for k in range(S))
-    inner = tuple(even + (0 < (k + 1) % S <= more) for k in range(S))
-    for stages in (rounded, spread, longer_first, longer_last, inner):
-        if sum(stages) == L and min(stages) >= 1:
-            yield _balanced(p, chunks, stages)
-            yield stages
-
-
-def _balanced(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple[int, ...]:
-    """Move layers from the busiest rank to the idlest while the greatest load falls."""
-
-    def loads(cut: Sequence[int]) -> list[int]:
-        busy = chunks.times(cut).sum(axis=0)[chunks.profile.stage].sum(axis=1)
-        return [int(t) for t in busy]
-
-    def spread_of(cut: Sequence[int]) -> list[int]:
-        return sorted(loads(cut), reverse=True)
-
-    now, cut = spread_of(stages), list(stages)
-    for _ in range(p.layers):
-        at = loads(cut)
-        busy, idle = at.index(max(at)), at.index(min(at))
-        give = max(p.stages_of(busy), key=lambda k: (cut[k], k))
-        take = min(p.stages_of(idle), key=lambda k: (cut[k], k))
-        if cut[give] == 1:
-            break
-        then = list(cut)
-        then[give] -= 1
-        then[take] += 1
-        if spread_of(then) >= now:
-            break
-        now, cut = spread_of(then), then
-    return tuple(cut)
-
-
-def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple[int, ...]:
-    """Move layers from the fullest rank to the emptiest while the fullest rank shrinks."""
-
-    least: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-
-    def bytes_of(cut: Sequence[int]) -> list[int]:
-        starts, found = starts_of(cut), []
-        for rank in range(p.pp):
-            key = rank, tuple((starts[k], cut[k]) for k in p.stages_of(rank))
-            if key not in least:
-                least[key] = chunks.least(rank, cut).bytes
-            found.append(least[key])
-        return found
-
-    cut, now = tuple(stages), bytes_of(stages)
-    for _ in range(p.layers):
-        full, free = now.index(max(now)), now.index(min(now))
-        trials = []
-        for give in p.stages_of(full):
-            for take in p.stages_of(free):
-                if cut[give] > 1 and give != take:
-                    then = list(cut)
-                    then[give] -= 1
-                    then[take] += 1
-                    trials.append((bytes_of(then), tuple(then)))
-        best = min(trials, key=lambda t: (max(t[0]), t[1]), default=None)
-        if best is None or max(best[0]) >= max(now):
-            break
-        now, cut = best
-        if max(now) <= p.capacity_bytes:
-            break
-    return cut

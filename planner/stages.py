@@ -15,19 +15,18 @@ import numpy as np
 
 from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
+from planner.stage_arcs import INF, Windows, make_arcs
 from planner.stage_bounds import (
-    INF,
     Chain,
-    Windows,
     lower_bound_ps,
-    make_arcs,
     mean_tail_ps,
     propagate,
     sure_extra,
     surely_infeasible,
 )
 from planner.stage_chain import longest, solve_chain
-from planner.stage_chunks import Chunks, saving_rate, solve_chunks
+from planner.stage_chunks import Chunks
+from planner.stage_cuts import bound_all, saving_rate, solve_chunks
 from planner.stage_problem import Extra, Nearest, Pair, StageProblem, evaluate, rank_bytes
 
 __all__ = [
@@ -43,7 +42,7 @@ class Effort:
 
     nodes: int = 4_000
     operations: int = 300_000
-    solver_s: float = 4.0
+    solver_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +105,13 @@ def certify(problem: StageProblem, *, incumbent_ps: int, effort: Effort | None =
     """
     p, effort = problem, effort or Effort()
     model = _Model(p, incumbent_ps)
+    least = lower_bound_ps(p)
     if p.chunks > 1:
+        least = max(least, bound_all(p))
         model.add_cuts()
     elif not model.add_arcs():
         return incumbent_ps
-    return max(lower_bound_ps(p), min(incumbent_ps, model.solve(effort.solver_s)))
+    return min(incumbent_ps, max(least, model.solve(effort.solver_s)))
 
 
 class _Model:

@@ -50,9 +50,7 @@ def kept(
     for x in pytree.tree_leaves(inputs):
         found.given[x.untyped_storage().data_ptr()] = dict.fromkeys(units, False)
     stack = [""]
-    static = {
-        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-    }
+    static = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def enter(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

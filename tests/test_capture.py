@@ -24,6 +24,7 @@ from ir.text import format_graph, graph_hash, parse_graph
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+CONFIGS = sorted((ROOT.parent / "shared" / "data" / "model_configs").glob("*.json"))
 # model type: changes to its default configuration. Few layers, but of every kind it has.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 3},
@@ -306,6 +307,16 @@ def test_configurations_have_their_published_parameters(
     source = load(str(tmp_path), {})
     graph = capture_graph(source)
     assert graph.parameter_count == published == parameters(source)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_published_configurations_plan_at_full_depth(config: Path) -> None:
+    source = load(str(config), {})
+    graph = capture_graph(source)
+    assert graph.parameter_count == parameters(source)
+    assert len(graph.layers) == source.model.config.get_text_config().num_hidden_layers
+    assert len(layer_classes(graph)) <= 3
+    check_graph(graph)
 
 
 def test_tied_weights_count_once() -> None:

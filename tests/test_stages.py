@@ -2,20 +2,25 @@
 
 import itertools
 import random
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
+from ir.errors import UsageError
+from planner.stage_cuts import bound_all
 from planner.stages import (
+    Effort,
     Extra,
     StageProblem,
+    certify,
     evaluate,
     lower_bound_ps,
     solve,
     surely_infeasible,
 )
-
-TIGHT, LOOSE = "tight", "loose"
 
 
 def numbers(rng, low, high, n):
@@ -165,3 +170,111 @@ def test_certificate(schedule):
             assert lower_bound_ps(p) <= bound <= found.step_ps, seed
             proved += bound == found.step_ps
     assert proved >= (3 if p.chunks == 1 else 0)
+
+
+def test_the_same_twice():
+    for p in (large(), large(schedule="interleaved", virtual_stages=2)):
+        assert solve(p) == solve(p)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_monotone(schedule):
+    """More memory is never slower; a pin is never faster than the free choice."""
+    for seed in range(200, 225):
+        p = tiny(seed, schedule)
+        free, roomy = solve(p), solve(replace(p, capacity_bytes=p.capacity_bytes + 150))
+        some = itertools.islice(cuts(p.layers, p.count), 3)
+        pinned = [replace(p, fixed_stages=cut) for cut in some]
+        if "none" in p.levels:
+            pinned.append(replace(p, fixed_recompute="none"))
+        if "full" in p.levels and "none" in p.levels:
+            pinned += [replace(p, fixed_recompute=pin) for pin in ("full", ("full", 1))]
+            pinned.append(replace(p, fixed_recompute=((1, 0),) * p.count))
+        if free.status == "INFEASIBLE":
+            assert all(solve(one).status == "INFEASIBLE" for one in pinned)
+            continue
+        assert roomy.step_ps <= free.step_ps
+        for one in pinned:
+            found = solve(one)
+            assert found.status == "INFEASIBLE" or found.step_ps >= free.step_ps, seed
+            if one.fixed_stages is not None and found.stages:
+                assert found.stages == one.fixed_stages
+            if one.fixed_recompute == ("full", 1) and found.stages:
+                assert found.recompute == ((1, 0),) * p.count
+            assert lower_bound_ps(one) <= found.bound_ps
+        whole = replace(p, fixed_stages=free.stages, fixed_recompute=free.recompute)
+        again = solve(whole)
+        assert (again.step_ps, again.recompute, again.status) == (
+            free.step_ps, free.recompute, "OPTIMAL"
+        )  # fmt: skip
+
+
+def large(**changes):
+    """126 equal layers, a heavy last stage."""
+    n, ps, mb = 126, 10**9, 2**20
+    head = Extra(forward_ps=ps, input_grad_ps=ps, weight_grad_ps=ps, state_bytes=3000 * mb)
+    p = StageProblem(
+        schedule="1f1b", pp=16, microbatches=64, forward_ps=(3 * ps,) * n,
+        input_grad_ps=(3 * ps,) * n, weight_grad_ps=(3 * ps,) * n,
+        recompute_ps=((3 * ps,) * n, (ps // 3,) * n),
+        activation_bytes=((300 * mb,) * n, (200 * mb,) * n, (34 * mb,) * n),
+        working_bytes=((500 * mb,) * n,) * 3, state_bytes=(3200 * mb,) * n,
+        gathered_bytes=(0,) * n, tail_comm_ps=(20 * ps,) * n, tail_hide_ps=(10 * ps,) * n,
+        tail_own_ps=(2 * ps,) * n, last=head, p2p_ps=ps // 10, capacity_bytes=50 * 2**30,
+    )  # fmt: skip
+    return replace(p, **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"microbatches": 16}, {"pp": 32, "microbatches": 256}, {"capacity_bytes": 80 * 2**30},
+    {"schedule": "gpipe", "capacity_bytes": 90 * 2**30},
+])  # fmt: skip
+def test_no_gap_on_equal_layers(changes):
+    p = large(**changes)
+    found = solve(p)
+    assert found.status == "OPTIMAL" and found.bound_ps == found.step_ps
+    assert evaluate(p, found.stages, found.recompute) == (found.step_ps, found.peak_bytes, True)
+
+
+def test_interleaved_balances_its_ranks():
+    """112 stages for 126 layers: no rank has more than 8."""
+    p = large(schedule="interleaved", virtual_stages=7, capacity_bytes=200 * 2**30)
+    found = solve(p)
+    loads = [sum(found.stages[rank::16]) for rank in range(16)]
+    assert max(loads) == 8 and found.bound_ps <= found.step_ps
+    assert found.step_ps <= 1.08 * found.bound_ps
+
+
+def test_infeasible_names_what_is_nearest():
+    p = large(capacity_bytes=20 * 2**30)
+    found = solve(p)
+    near = found.nearest
+    assert found.status == "INFEASIBLE" and not found.stages
+    assert evaluate(p, near.stages, near.recompute)[1] == near.peak_bytes
+    assert near.overflow_bytes == max(near.peak_bytes) - p.capacity_bytes > 0
+    assert p.rank_of(near.stage) == near.rank == near.peak_bytes.index(max(near.peak_bytes))
+
+
+def test_illegal_is_a_usage_error():
+    with pytest.raises(UsageError, match="microbatches >= pp"):
+        solve(large(microbatches=8))
+    with pytest.raises(UsageError, match="as many layers"):
+        solve(large(schedule="interleaved", virtual_stages=8))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bounds_hold_when_effort_runs_out(schedule):
+    for seed in range(300, 330):
+        p = tiny(seed, schedule)
+        best, _ = brute(p)
+        if best is not None:
+            found = solve(p, effort=Effort(nodes=1, operations=1))
+            assert found.bound_ps <= best <= found.step_ps, seed
+            assert weigh(p, found.stages, found.recompute)[0] == found.step_ps
+            if p.chunks > 1:
+                assert bound_all(p) <= best, seed
+
+
+def test_no_solver_is_imported_before_it_is_needed():
+    code = "import sys, planner.stages; sys.exit('ortools' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

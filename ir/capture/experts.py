@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ir.capture import torch_ops
 from ir.capture.fold import signature
 from ir.capture.leaf import run
 from ir.errors import PlanError
 
-assert run  # the namespace's library
+assert run and torch_ops.NAMES  # imported for their registrations
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "experts_per_token", "k")
 
 

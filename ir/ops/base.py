@@ -96,6 +96,4 @@ def blocked_dims_spec(node: Node, ins: tuple[Tensor, ...], dims: tuple[int, ...]
     def hold(letters: Letters) -> Letters:
         return tuple("!" + x if x in held else x for x in letters)
 
-    return Spec(
-        inputs=tuple(map(hold, spec.inputs)), outputs=tuple(map(hold, spec.outputs))
-    )
+    return Spec(inputs=tuple(map(hold, spec.inputs)), outputs=tuple(map(hold, spec.outputs)))

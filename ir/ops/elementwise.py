@@ -46,9 +46,7 @@ def _dim_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 
 
 def _row(name: str, saved, **more) -> Op:  # type: ignore[no-untyped-def]
-    return Op(
-        name=name, kind="memory", spec=pointwise_spec, saved=saved, fusible=True, **more
-    )
+    return Op(name=name, kind="memory", spec=pointwise_spec, saved=saved, fusible=True, **more)
 
 
 def _nothing(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:

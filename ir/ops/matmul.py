@@ -18,9 +18,7 @@ def _keep_operands(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
 def _linear_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """x: [..., k], weight: [n, k], bias: [n] -> [..., n]."""
     rows = tuple(f"t{i}" for i in range(len(ins[0].shape) - 1))
-    return Spec(
-        inputs=((*rows, "k"), ("n", "k"), ("n",))[: len(ins)], outputs=((*rows, "n"),)
-    )
+    return Spec(inputs=((*rows, "k"), ("n", "k"), ("n",))[: len(ins)], outputs=((*rows, "n"),))
 
 
 def _linear_flop(node: Node, ins: tuple[Sizes, ...], outs: tuple[Sizes, ...]) -> Any:
@@ -30,23 +28,18 @@ def _linear_flop(node: Node, ins: tuple[Sizes, ...], outs: tuple[Sizes, ...]) ->
 
 def _matmul_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     """a: [..., m, k], b: [..., k, n] -> [..., m, n]; leading dimensions broadcast."""
-    rank = len(node.outputs[0].shape)
-    lead = tuple(f"b{i}" for i in range(rank - 2))
-
-    def letters(tensor: Tensor, tail: tuple[str, ...]) -> tuple[str, ...]:
-        tail = tail[-len(tensor.shape) :]
-        count = len(tensor.shape) - len(tail)
-        head = zip(lead[rank - 2 - count :] if count else (), tensor.shape)
-        return (*("!1" if str(size) == "1" else name for name, size in head), *tail)
-
     a, b = ins[0], ins[1]
     tail_a = ("k",) if len(a.shape) == 1 else ("m", "k")
     tail_b = ("k",) if len(b.shape) == 1 else ("k", "n")
-    tail = (("m",) if len(a.shape) > 1 else ()) + (("n",) if len(b.shape) > 1 else ())
-    return Spec(
-        inputs=(letters(a, tail_a), letters(b, tail_b)),
-        outputs=((*lead, *tail)[-rank:] if rank else (),),
-    )
+    tail = (*tail_a[:-1], *tail_b[1:])
+    lead = tuple(f"b{i}" for i in range(len(node.outputs[0].shape) - len(tail)))
+
+    def letters(tensor: Tensor, own: tuple[str, ...]) -> tuple[str, ...]:
+        count = len(tensor.shape) - len(own)
+        head = zip(lead[len(lead) - count :], tensor.shape)
+        return (*("!1" if str(size) == "1" else name for name, size in head), *own)
+
+    return Spec(inputs=(letters(a, tail_a), letters(b, tail_b)), outputs=((*lead, *tail),))
 
 
 def _grouped_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
@@ -55,9 +48,7 @@ def _grouped_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     Rows of a shard hold their own share of every expert, so splitting them is data parallelism;
     splitting experts or n, k over the expert axes is the moe recipe's.
     """
-    return Spec(
-        inputs=(("r", "k"), ("!e", "k", "n"), ("!e",))[: len(ins)], outputs=(("r", "n"),)
-    )
+    return Spec(inputs=(("r", "k"), ("!e", "k", "n"), ("!e",))[: len(ins)], outputs=(("r", "n"),))
 
 
 def _einsum_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:

@@ -54,8 +54,13 @@ def _bias_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 
 
 OPS = (
-    Op(name="expert_bias", kind="memory", spec=_bias_spec, fusible=True,
-       saved=lambda node, needs: node.inputs[2:3] if any(needs) else ()),
+    Op(
+        name="expert_bias",
+        kind="memory",
+        spec=_bias_spec,
+        fusible=True,
+        saved=lambda node, needs: node.inputs[2:3] if any(needs) else (),
+    ),
     Op(name="dispatch", kind="dispatch", spec=_dispatch_spec, saved=_dispatch_saved),
     Op(name="combine", kind="combine", spec=_combine_spec, saved=_combine_saved),
 )
