@@ -76,39 +76,45 @@ def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
     What stands between two layers goes with the first of them, and is never recomputed.
     """
     d, chain = step.decisions, step.chain
-    groups = [[step.row(i) for i in group] for group in chain.groups]
     wide, split = step.wide, d.schedule in SPLIT_BACKWARD
     exposed = exposed_send_ps(costs, step, d)
+    kinds = [tuple(step.kinds[i] for i in group) for group in chain.groups]
+    distinct = {kind: [step.rows[k] for k in kind] for kind in kinds}
 
-    def each(value: Callable[[Row], int]) -> tuple[int, ...]:
-        return tuple(sum(map(value, group)) for group in groups)
+    def each(value: Callable[[list[Row]], int]) -> tuple[int, ...]:
+        """A number of every layer's links, computed once a kind."""
+        known = {kind: value(rows) for kind, rows in distinct.items()}
+        return tuple(known[kind] for kind in kinds)
+
+    def total(value: Callable[[Row], int]) -> tuple[int, ...]:
+        return each(lambda rows: sum(map(value, rows)))
 
     def held(level: int) -> tuple[int, ...]:
-        return tuple(
-            wide(g[0].kept[level]) + sum(wide(r.kept[0]) for r in g[1:]) for g in groups
+        return each(
+            lambda rows: wide(rows[0].kept[level]) + sum(wide(r.kept[0]) for r in rows[1:])
         )
 
     def transient(level: int) -> tuple[int, ...]:
-        return tuple(
-            max(wide(g[0].working[level]), *(wide(r.working[0]) for r in g)) if len(g) > 1
-            else wide(g[0].working[level])
-            for g in groups
-        )  # fmt: skip
+        return each(
+            lambda rows: max(
+                [wide(rows[0].working[level]), *(wide(r.working[0]) for r in rows[1:])]
+            )
+        )
 
     return StageProblem(
         schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
-        microbatches=d.microbatches, forward_ps=each(lambda r: r.forward_ps),
-        input_grad_ps=each(lambda r: r.backward_ps - (r.weight_ps if split else 0)),
-        weight_grad_ps=each(lambda r: r.weight_ps if split else 0),
+        microbatches=d.microbatches, forward_ps=total(lambda r: r.forward_ps),
+        input_grad_ps=total(lambda r: r.backward_ps - (r.weight_ps if split else 0)),
+        weight_grad_ps=total(lambda r: r.weight_ps if split else 0),
         recompute_ps=(
-            tuple(g[0].again_ps[1] for g in groups), tuple(g[0].again_ps[0] for g in groups),
+            each(lambda rows: rows[0].again_ps[1]), each(lambda rows: rows[0].again_ps[0]),
         ),
         activation_bytes=(held(0), held(1), held(2)),
         working_bytes=(transient(0), transient(1), transient(2)),
-        state_bytes=each(_state_bytes),
-        gathered_bytes=tuple(max(wide(r.state.gathered_bytes) for r in g) for g in groups),
-        tail_comm_ps=each(lambda r: r.tail_comm_ps), tail_hide_ps=each(lambda r: r.tail_hide_ps),
-        tail_own_ps=each(_own_ps),
+        state_bytes=total(_state_bytes),
+        gathered_bytes=each(lambda rows: max(wide(r.state.gathered_bytes) for r in rows)),
+        tail_comm_ps=total(lambda r: r.tail_comm_ps),
+        tail_hide_ps=total(lambda r: r.tail_hide_ps), tail_own_ps=total(_own_ps),
         first=_extra(step, range(chain.layers[0]), split),
         last=_extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),

@@ -14,6 +14,7 @@ from math import prod
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, ZeroMode
 from cost_models.layout import Assignment, produced
+from ir.backward import storage_roots
 from ir.errors import UsageError
 from ir.graph import Unit
 
@@ -42,11 +43,11 @@ class Held:
 
 @functools.cache
 def expert_parameters(unit: Unit) -> frozenset[str]:
-    """Parameters that lie over the expert axes: those that grouped matmuls read."""
+    """Parameters that lie over the expert axes: those that grouped matmuls read, or views of."""
     ops = ("grouped_matmul", "expert_bias")
-    return frozenset(
-        r for n in unit.nodes if n.op in ops for r in n.inputs if r in unit.parameter_names
-    )
+    roots = storage_roots(unit)
+    read = {roots[r] for n in unit.nodes if n.op in ops for r in n.inputs}
+    return frozenset(read & unit.parameter_names)
 
 
 @functools.cache

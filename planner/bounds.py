@@ -2,67 +2,228 @@
 
 A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S is a micro-batch
 through the whole chain and l through the quickest layer. For rank r waits for the r layers before
-it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S.
-Recomputation, bubbles beyond that, data-parallel traffic and the optimizer only add.
+it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S. And some rank has ceil(L / p)
+of the L layers.
+Recomputation, bubbles beyond that and the optimizer only add, and so does the least of what the
+ZeRO stages send.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.collectives import explain
 from cost_models.decisions import Decisions
+from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, held
 from cost_models.step import Assignments, Costs
 from planner.mesh import Mesh
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+LATE_S = 1e5  # a guess that puts a mesh behind all others
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
 
 
-def through_chain_s(costs: Costs, d: Decisions, assignments: Assignments) -> tuple[
-    NDArray[np.float64], NDArray[np.float64]
-]:  # fmt: skip
-    """(whole chain, quickest layer) seconds of one micro-batch, forward and backward, at every
-    work point, for the mesh's tp, cp kind and expert layout."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Through:
+    """One micro-batch through the whole chain, forward and backward, at every work point.
+
+    step_s: all of it; quickest_s: the quickest layer. kept: bytes by level (none, selective,
+    full); again_s: what recomputing every layer adds, selective and full.
+    """
+
+    step_s: Floats
+    quickest_s: Floats
+    kept: tuple[Floats, Floats, Floats]
+    again_s: tuple[Floats, Floats]
+
+
+def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Through:
+    """Add up the chain for a mesh's tp, cp kind and expert layout."""
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
     layers = {costs.kind_of[i] for i in costs.chain.layers}
-    total, quickest = 0.0, np.inf
+    zero = np.zeros(len(costs.points))
+    step, quickest = zero, np.full(len(costs.points), np.inf)
+    kept, again = [zero, zero, zero], [zero, zero]
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
+        alone = found[0]
         one = sum(
             c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
             + sum(t.seconds - t.hidden_s for t in c.traffic)
             for c in found
         )  # fmt: skip
-        total = total + counts[k] * one
+        step = step + counts[k] * one
         if k in layers:
             quickest = np.minimum(quickest, one)
-    return np.asarray(total), np.asarray(quickest)
+            whole = sum(
+                c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
+                for c in found
+            )
+            again = [again[0] + counts[k] * alone.light_s, again[1] + counts[k] * whole]
+        level = (0, 1, 2) if k in layers else (0, 0, 0)
+        kept = [a + counts[k] * alone.kept_bytes[n] for a, n in zip(kept, level)]
+    return Through(
+        step_s=step, quickest_s=quickest, kept=(kept[0], kept[1], kept[2]),
+        again_s=(again[0], again[1]),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Of every candidate: a lower bound of its objective, and a guess at it, in picoseconds.
+
+    The guess adds the bubble of the most virtual stages; it orders what is tried first and
+    proves nothing.
+    """
+
+    lower_ps: NDArray[np.int64]
+    guess_ps: NDArray[np.int64]
 
 
 def mesh_bounds_ps(
-    costs: Costs, candidates: Sequence[Mesh], assign: Assign
-) -> NDArray[np.int64]:
-    """A lower bound of each mesh's step objective, in picoseconds, rounded down."""
+    costs: Costs, candidates: Sequence[Mesh], assign: Assign, most_virtual: int
+) -> Bounds:
+    """Bound every mesh: its units through the pipeline, and the least data-parallel tail."""
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
     for i, m in enumerate(candidates):
         key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
         groups.setdefault(key, []).append(i)
-    bounds = np.zeros(len(candidates))
+    bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
+    layers = len(costs.chain.layers)
+    tails = _States(costs)
     for (tp, split, kind, ep, etp), members in groups.items():
         d = replace(
             Decisions(), tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp
         )
-        total, quickest = through_chain_s(costs, d, assign(tp, split))
-        rows = np.array([
-            (point[candidates[i].micro_batch, candidates[i].cp], candidates[i].pp,
-             candidates[i].microbatches)
-            for i in members
-        ])  # fmt: skip
-        at, pp, m = rows.T
-        bounds[members] = m * total[at] / pp + quickest[at] * (pp - 1) / 2
+        laid = assign(tp, split)
+        through = through_chain(costs, d, laid)
+        rows = [candidates[i] for i in members]
+        at = np.array([point[m.micro_batch, m.cp] for m in rows])
+        pp, m = np.array([(row.pp, row.microbatches) for row in rows]).T
+        step, quickest = through.step_s[at], through.quickest_s[at]
+        fullest = -(-layers // pp)  # layers of the rank that has the most
+        tail = np.array([tails.least_s(row, laid) for row in rows])
+        bounds[members] = tail + np.maximum(
+            m * step / pp + quickest * (pp - 1) / 2, m * fullest * quickest
+        )
+        again = _again_s(costs, through, at, pp, m, np.array([tails.state(r, laid) for r in rows]))
+        guess = np.full(len(rows), np.inf)
+        for v in range(1, most_virtual + 1):
+            load = -(-layers // (pp * v)) * v * (step + again) / layers
+            legal = (pp * v <= layers) & ((v == 1) | (m % pp == 0))
+            guess = np.where(legal, np.minimum(guess, (m + (pp - 1) / v) * load), guess)
+        guesses[members] = guess + tail
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
-    return np.floor(bounds * 1e12 * (1 - 1e-6)).astype(np.int64)
+    return Bounds(
+        lower_ps=np.floor(bounds * 1e12 * (1 - 1e-6)).astype(np.int64),
+        guess_ps=np.floor(np.minimum(guesses, LATE_S) * 1e12).astype(np.int64),
+    )
+
+
+def _again_s(
+    costs: Costs, through: Through, at: Ints, pp: Ints, m: Ints, state_bytes: Floats
+) -> Floats:
+    """A guess at the recomputation that memory forces on the first rank under 1F1B, as seconds of
+    a micro-batch through the chain; LATE_S where even full recomputation seems not to fit."""
+    room = costs.cluster.device.memory_bytes - state_bytes
+    held = np.minimum(m, pp) / pp
+    none, some, full = (held * k[at] for k in through.kept)
+    light, heavy = (t[at] for t in through.again_s)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
+        in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
+    by_part = np.where(some <= room, in_part * light, LATE_S)
+    by_full = np.where(full <= room, in_full * heavy, LATE_S)
+    return np.where(none <= room, 0.0, np.minimum(by_part, by_full))
+
+
+class _States:
+    """A mesh's state: the least data-parallel time, of all ZeRO stages and of the fullest rank,
+    and a guess at its bytes.
+
+    A rank's collectives take at least their summed bytes over the bandwidth, and some rank holds
+    the mean of the bytes.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        self.known: dict[tuple[int, ...], float] = {}
+        self.sizes: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+    def least_s(self, m: Mesh, laid: Assignments) -> float:
+        ranks = m.dp * m.cp
+        if ranks == 1:
+            return 0.0
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, m.microbatches if m.pp == 1 else 0)
+        if key not in self.known:
+            self.known[key] = self._least_s(m, laid)
+        return self.known[key]
+
+    def state(self, m: Mesh, laid: Assignments) -> float:
+        """A guess at a rank's state and reserves, in bytes: parameters and gradients whole under
+        a pipeline, all sharded without."""
+        dense, expert = self._elements(m, laid)
+        grad = GRAD_BYTES[self.costs.engine.grad_dtype]
+        compute = COMPUTE_BYTES[self.costs.workload.precision]
+        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
+        shared = dense / (m.dp * m.cp) + expert / edp
+        whole = (compute + grad) * (dense + expert) if m.pp > 1 else (4 + grad) * shared
+        unit = (compute + grad) * 2 * (dense + expert) / len(self.costs.kind_of)
+        return (whole + 12 * shared) / m.pp + (unit if m.pp == 1 else 0.0) + 3e9
+
+    def _elements(self, m: Mesh, laid: Assignments) -> tuple[int, int]:
+        """(dense, expert) local elements of the whole chain, a tied alias left out."""
+        key = (m.tp, m.ep, m.etp)
+        if key not in self.sizes:
+            dense = expert = 0
+            for k in self.costs.kind_of:
+                unit, is_layer, tied = self.costs.kinds[k]
+                for h in () if tied else held(unit, laid[unit, is_layer], m.ep, m.etp):
+                    dense, expert = dense + h.elements * (not h.expert), expert + (
+                        h.elements * h.expert
+                    )
+            self.sizes[key] = (dense, expert)
+        return self.sizes[key]
+
+    def _least_s(self, m: Mesh, laid: Assignments) -> float:
+        costs, engine = self.costs, self.costs.engine
+        dense, expert = self._elements(m, laid)
+        wide = costs.workload.precision == "fp32"
+        compute = COMPUTE_BYTES[costs.workload.precision]
+        grad = 4 if wide else min(GRAD_BYTES.values())
+        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
+
+        def once(kind: str, item: int) -> float:
+            """Bytes over the group's bandwidth: no grouping of the ranks moves fewer."""
+            return sum(
+                n * item / m.pp * min(
+                    f.s_per_byte for f in explain(costs.cluster, kind, size, stride).forms
+                )
+                for n, size, stride in ((dense, m.dp * m.cp, m.tp), (expert, edp, m.ep * m.etp))
+                if n and size > 1
+            )  # fmt: skip
+
+        return self._spread_s(m, once, grad, compute)
+
+    def _spread_s(
+        self, m: Mesh, once: Callable[[str, int], float], grad: int, compute: int
+    ) -> float:
+        """The cheapest mode: everything once a step, or the share of each micro-batch's traffic
+        that a layer pays though hidden."""
+        engine = self.costs.engine
+        reduce, gather = once("reduce_scatter", grad), once("all_gather", compute)
+        hidden = engine.dp_reduce_hidden or engine.dp_gather_hidden
+        share = engine.dp_exposed_least if hidden else 1.0
+        per_step = share * min(once("all_reduce", grad), reduce + gather)
+        if m.pp > 1:
+            return per_step
+        each = engine.fsdp_interference * m.microbatches
+        return min(
+            per_step, each * reduce + share * gather, each * (gather + reduce),
+        )  # fmt: skip

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cost_models.chain import Chain
-from cost_models.hardware import Cluster
 from cost_models.decisions import Workload
+from cost_models.hardware import Cluster
 from cost_models.layout import options
 from cost_models.state import expert_parameters
 from planner.decisions import Pins
 
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
-MOST_CP = 64
+LEAST_CP_TOKENS = 4096  # tokens a cp rank: of 44 published runs with cp, 42 have as many or more,
+# none under 2,048; below, the search does not go unless pinned
 CP_KINDS = ("ring", "allgather", "ulysses")
 MIXES_SEQUENCE = ("scan", "delta_rule", "linear_attention", "causal_conv1d")
 
@@ -110,7 +111,8 @@ def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> It
         if t == 1 or (t <= cluster.domain_ranks and splits_something(chain, t))
     ))  # fmt: skip
     cps = _choices(pins.cp, tuple(
-        c for c in divisors(gpus) if c == 1 or (c <= MOST_CP and facts.attention_only)
+        c for c in divisors(gpus)
+        if c == 1 or (facts.attention_only and workload.seq_len >= c * LEAST_CP_TOKENS)
     ))  # fmt: skip
     for pp in _choices(pins.pp, tuple(p for p in divisors(gpus) if p <= most_pp)):
         for tp in tps:

@@ -1,14 +1,14 @@
-"""The search: best bound first over meshes, until no bound beats the incumbent.
+"""The search: most promising mesh first, until no bound beats the incumbent.
 
 For each mesh, the ways to hold its state (ZeRO stage, shard size, offload) and its schedules are
-tried, dominated ones left out, and the stage program solved. What is left in the queue when it
-ends bounds what was not tried, and the gap is the proof.
+tried, dominated ones left out, and the stage program solved. A mesh whose lower bound does not
+beat the incumbent is not tried; the least bound of what is left is the proof, or the gap.
 """
 
 from __future__ import annotations
 
-import heapq
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from ir.errors import UsageError
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
 from planner.legality import illegal
-from planner.mesh import MOST_CP, Mesh, divisors, meshes
+from planner.mesh import Mesh, divisors, meshes
 from planner.names import matches
 from planner.sharding import best_assignment
 from planner.stages import lower_bound_ps, solve, surely_infeasible
@@ -227,29 +227,32 @@ class Searcher:
     # --- the search --------------------------------------------------------------------------
 
     def run(self, incumbent: Tried | None = None) -> Outcome:
-        """Best bound first. incumbent: a plan of the space that is known already."""
+        """Most promising first, by guess; bounds prune. incumbent: a plan of the space that is known already."""
         costs = self.costs
         candidates = list(meshes(costs.chain, costs.cluster, costs.workload, self.pins))
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        bounds = mesh_bounds_ps(costs, candidates, self.assign)
-        queue = [(score_of(int(b), m), i) for i, (b, m) in enumerate(zip(bounds, candidates))]
-        heapq.heapify(queue)
+        bounds = mesh_bounds_ps(costs, candidates, self.assign, MOST_VIRTUAL_STAGES)
+        lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
+        guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]
+        order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
+        left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
+        tried: Counter[int] = Counter()
         floor = 1 << 62  # the least bound of what was tried and not settled
         with _interruptible() as stopped:
-            while queue:
-                bound, i = queue[0]
-                if out.best and bound >= out.best.score:
-                    break
+            for i in order:
+                if out.best and lower[i] >= out.best.score:
+                    continue
                 if stopped() or out.solved >= self.effort:
                     out.interrupted = stopped()
                     break
-                heapq.heappop(queue)
                 floor = min(floor, self._expand(candidates[i], out))
-                self._report(out, min(floor, queue[0][0]) if queue else floor)
-        left = queue[0][0] if queue else 1 << 62
-        out.bound = min(floor, left, out.best.score if out.best else 1 << 62)
+                tried[lower[i]] += 1
+                while left and tried[left[-1]]:
+                    tried[left.pop()] -= 1
+                self._report(out, min(floor, *left[-1:]))
+        out.bound = min(floor, *left[-1:], out.best.score if out.best else 1 << 62)
         return out
 
     def _report(self, out: Outcome, bound: int) -> None:
@@ -366,4 +369,4 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["MOST_CP", "Assignment", "Outcome", "Searcher", "Tried"]
+__all__ = ["Assignment", "Outcome", "Searcher", "Tried"]

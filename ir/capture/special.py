@@ -95,6 +95,11 @@ def _addmm(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]
     return "add", (low.put(a, "matmul", refs[1:3], (outs[0],), {}), refs[0]), {}, ()
 
 
+def _alone(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]
+    """expand_as, type_as: the other tensor lends its shape or type, it is not read."""
+    return "expand" if "expand" in str(a.target) else "cast", refs[:1], attrs, ()
+
+
 def _cumulative(low, a, refs, attrs, outs):  # type: ignore[no-untyped-def]
     """max and min of two tensors are elementwise; of one, reductions."""
     if len(refs) == 2:
@@ -142,7 +147,7 @@ def _scan_letters(kind: str) -> Callable[[Tensor], str]:
 
 
 SPECIAL: Mapping[str, Special] = MappingProxyType({
-    "view": _view, "permute": _permute, "attention": _attention,
+    "expand": _alone, "cast": _alone, "view": _view, "permute": _permute, "attention": _attention,
     "meshwright.attention": _attention, "layer_norm": _statistics(2), "rms_norm": _statistics(1),
     "batch_norm": _channel_statistics, "group_norm": _channel_statistics, "dropout": _dropout,
     "max_pool": _max_pool, "cross_entropy": _cross_entropy, "addmm": _addmm, "amax": _cumulative,

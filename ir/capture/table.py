@@ -123,6 +123,7 @@ TABLE: Mapping[str, tuple[str, Maker]] = MappingProxyType(
         **_rows("create", _none, "zeros ones full empty rand randn arange scalar_tensor eye"),
         **_rows("create", _none, "new_zeros new_ones new_full new_empty linspace tensor randint"),
         **_rows("create", _none, "_efficientzerotensor bernoulli normal tril_indices exponential"),
+        **_rows("create", _none, "uniform random triu_indices log_normal cauchy geometric"),
         **_rows("mean", _dims, "mean"),
         **_rows("sum", _dims, "sum"),
         **_rows("amax", _dims, "amax amin max min"),
