@@ -1,1 +1,306 @@
-from planner.stage_problem import *  # noqa
+"""Stages: the problem of cutting a chain of layers, and the one objective of a choice.
+
+A choice is layers per global stage and, per stage, a pair (full, selective): the first `full`
+layers compute everything again, the next `selective` in part, the rest nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cost_models.schedule import chunks_of, global_stage, order, peak_stash, rank_of, simulate
+
+Pair = tuple[int, int]
+LEVELS = ("none", "selective", "full")  # the order of activation_bytes and working_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extra:
+    """What the first or the last stage has beside its layers, summed over those units."""
+
+    forward_ps: int = 0
+    input_grad_ps: int = 0
+    weight_grad_ps: int = 0
+    activation_bytes: int = 0
+    working_bytes: int = 0
+    state_bytes: int = 0
+    gathered_bytes: int = 0
+    tail_comm_ps: int = 0
+    tail_hide_ps: int = 0
+    tail_own_ps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProblem:
+    """Layers in a row to be cut into pp * chunks stages, each of one layer at least.
+
+    Times are per micro-batch, tuples per layer. recompute_ps: (full, selective), added to the
+    layer's input gradient. activation_bytes, working_bytes: (none, selective, full); activations
+    are held per micro-batch in flight, the most of a rank's working bytes once, twice the most of
+    its gathered bytes once. constant_bytes: per rank. glue: per stage. p2p_ps: per boundary.
+    tail: what a rank does after its last backward, max(0, comm - hide) + own.
+    fixed_recompute: one (full, selective) a stage, or a level for every layer, or (level, layers
+    a stage); counts are cut to the stage, a negative one means all of its layers.
+    """
+
+    schedule: str
+    pp: int
+    virtual_stages: int = 1
+    microbatches: int
+    forward_ps: tuple[int, ...]
+    input_grad_ps: tuple[int, ...]
+    weight_grad_ps: tuple[int, ...]
+    recompute_ps: tuple[tuple[int, ...], tuple[int, ...]]
+    activation_bytes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    working_bytes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    state_bytes: tuple[int, ...]
+    gathered_bytes: tuple[int, ...]
+    tail_comm_ps: tuple[int, ...]
+    tail_hide_ps: tuple[int, ...]
+    tail_own_ps: tuple[int, ...]
+    first: Extra = field(default_factory=Extra)
+    last: Extra = field(default_factory=Extra)
+    constant_bytes: int = 0
+    rank_glue_forward_ps: int = 0
+    rank_glue_backward_ps: int = 0
+    p2p_ps: int = 0
+    capacity_bytes: int
+    fixed_stages: tuple[int, ...] | None = None
+    fixed_recompute: tuple[Pair, ...] | str | tuple[str, int] | None = None
+    levels: tuple[str, ...] = LEVELS
+
+    @property
+    def layers(self) -> int:
+        return len(self.forward_ps)
+
+    @property
+    def chunks(self) -> int:
+        return chunks_of(self.schedule, self.virtual_stages)
+
+    @property
+    def count(self) -> int:
+        """Global stages."""
+        return self.pp * self.chunks
+
+    def rank_of(self, stage: int) -> int:
+        return rank_of(self.schedule, self.pp, stage)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The global stages of a rank, by chunk."""
+        return tuple(global_stage(self.schedule, self.pp, rank, c) for c in range(self.chunks))
+
+    def in_flight(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Micro-batches held per chunk at the moments that can be the rank's peak."""
+        return in_flight(self.schedule, self.pp, self.microbatches, self.virtual_stages, rank)
+
+    def extras(self, stage: int) -> tuple[Extra, ...]:
+        """What the stage has beside its layers."""
+        here = (self.first,) if stage == 0 else ()
+        return (*here, self.last) if stage == self.count - 1 else here
+
+
+def pinned_pair(problem: StageProblem, stage: int, layers: int) -> Pair | None:
+    """The recomputation that is fixed for a stage of so many layers, or None."""
+    pin = problem.fixed_recompute
+    if pin is None:
+        return None
+    if isinstance(pin, str):
+        pin = (pin, -1)
+    if isinstance(pin[0], str):
+        level, count = pin
+        full, selective = {"full": (count, 0), "selective": (0, count), "none": (0, 0)}[level]
+    else:
+        full, selective = pin[stage]
+    full = layers if full < 0 else min(full, layers)
+    left = layers - full
+    return full, left if selective < 0 else min(selective, left)
+
+
+def allowed_pairs(problem: StageProblem, stage: int, layers: int) -> tuple[Pair, ...]:
+    """Every (full, selective) that a stage of so many layers may have, the least full first."""
+    pin = pinned_pair(problem, stage, layers)
+    return (pin,) if pin is not None else _pairs(problem.levels, layers)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pairs(levels: tuple[str, ...], n: int) -> tuple[Pair, ...]:
+    fulls = range(n + 1) if "full" in levels else (0,)
+    return tuple(
+        (full, selective)
+        for full in fulls
+        for selective in (range(n - full + 1) if "selective" in levels else (0,))
+        if "none" in levels or full + selective == n
+    )
+
+
+def _level(pair: Pair, place: int) -> int:
+    """Index into LEVELS of the stage's layer number `place`."""
+    return 2 if place < pair[0] else 1 if place < pair[0] + pair[1] else 0
+
+
+def starts_of(stages: Sequence[int]) -> list[int]:
+    """The first layer of each stage."""
+    starts = [0]
+    for n in stages[:-1]:
+        starts.append(starts[-1] + n)
+    return starts
+
+
+def neighbours(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Cuts with one boundary moved by a layer, the last boundary first."""
+    for k in range(len(stages) - 2, -1, -1):
+        for step in (1, -1):
+            a, b = stages[k] + step, stages[k + 1] - step
+            if a >= 1 and b >= 1:
+                yield (*stages[:k], a, b, *stages[k + 2 :])
+
+
+def evaluate(
+    problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]
+) -> tuple[int, tuple[int, ...], bool]:
+    """The objective: the step in ps, bytes at the peak per rank, and whether every rank fits.
+
+    The step is the schedule simulated plus the longest tail of a rank.
+    """
+    assert len(stages) == len(recompute) == problem.count
+    assert sum(stages) == problem.layers and min(stages) >= 1
+    memory = rank_bytes(problem, stages, recompute)
+    return (
+        step_ps(problem, stages, recompute), memory, max(memory) <= problem.capacity_bytes
+    )  # fmt: skip
+
+
+def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
+    """The schedule simulated plus the longest tail of a rank."""
+    again = problem.recompute_ps
+    forward: list[int] = []
+    backward: list[int] = []
+    weight: list[int] = []
+    for k, (i, n, pair) in enumerate(zip(starts_of(stages), stages, recompute)):
+        full, middle = i + pair[0], i + pair[0] + pair[1]
+        more = problem.extras(k)
+        forward.append(sum(problem.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
+                        + problem.rank_glue_forward_ps)  # fmt: skip
+        backward.append(sum(problem.input_grad_ps[i : i + n]) + problem.rank_glue_backward_ps
+                        + sum(again[0][i:full]) + sum(again[1][full:middle])
+                        + sum(e.input_grad_ps for e in more))  # fmt: skip
+        weight.append(sum(problem.weight_grad_ps[i : i + n])
+                        + sum(e.weight_grad_ps for e in more))  # fmt: skip
+    line = simulate(
+        problem.schedule, forward, backward, weight, [problem.p2p_ps] * (problem.count - 1),
+        problem.microbatches, problem.pp, problem.virtual_stages,
+    )  # fmt: skip
+    return line.makespan_ps + tail_ps(problem, stages)
+
+
+def tail_ps(problem: StageProblem, stages: Sequence[int]) -> int:
+    """The longest tail of a rank."""
+    starts, longest = starts_of(stages), 0
+    for rank in range(problem.pp):
+        comm = own = 0
+        for k in problem.stages_of(rank):
+            i, j = starts[k], starts[k] + stages[k]
+            comm += sum(problem.tail_comm_ps[i:j]) - sum(problem.tail_hide_ps[i:j])
+            own += sum(problem.tail_own_ps[i:j])
+            comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in problem.extras(k))
+            own += sum(e.tail_own_ps for e in problem.extras(k))
+        longest = max(longest, max(0, comm) + own)
+    return longest
+
+
+def rank_bytes(
+    problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]
+) -> tuple[int, ...]:
+    """Bytes at the peak, per rank: constant, state, stash, working space, gathered units."""
+    starts, found = starts_of(stages), []
+    for rank in range(problem.pp):
+        state, working, gathered, held = problem.constant_bytes, 0, 0, []
+        for k in problem.stages_of(rank):
+            act = 0
+            for place in range(stages[k]):
+                layer, level = starts[k] + place, _level(recompute[k], place)
+                act += problem.activation_bytes[level][layer]
+                working = max(working, problem.working_bytes[level][layer])
+                gathered = max(gathered, problem.gathered_bytes[layer])
+                state += problem.state_bytes[layer]
+            for e in problem.extras(k):
+                act += e.activation_bytes
+                working = max(working, e.working_bytes)
+                gathered = max(gathered, e.gathered_bytes)
+                state += e.state_bytes
+            held.append(act)
+        found.append(state + stash_bytes(problem, rank, held) + working + 2 * gathered)
+    return tuple(found)
+
+
+def stash_bytes(problem: StageProblem, rank: int, held: Sequence[int]) -> int:
+    """The most a rank holds, given each chunk's bytes a micro-batch; as peak_stash has it."""
+    return max(sum(c * b for c, b in zip(counts, held)) for counts in problem.in_flight(rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """Where nothing fits: the choice that overflows the least, and its fullest rank and stage."""
+
+    stages: tuple[int, ...]
+    recompute: tuple[Pair, ...]
+    peak_bytes: tuple[int, ...]
+    rank: int
+    stage: int
+    overflow_bytes: int
+
+    @classmethod
+    def of(
+        cls, problem: StageProblem, stages: tuple[int, ...], recompute: tuple[Pair, ...]
+    ) -> Nearest:
+        memory = rank_bytes(problem, stages, recompute)
+        rank = memory.index(max(memory))
+        return cls(
+            stages=stages, recompute=recompute, peak_bytes=memory, rank=rank,
+            stage=max(problem.stages_of(rank), key=lambda k: stages[k]),
+            overflow_bytes=max(memory) - problem.capacity_bytes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found: the best choice if any, a bound on all, what is nearest if none fits."""
+
+    stages: tuple[int, ...] = ()
+    recompute: tuple[Pair, ...] = ()
+    step_ps: int = 0
+    bound_ps: int = 0
+    nearest: Nearest | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches held per chunk at the moments that can be a rank's peak.
+
+    Any other moment holds no more of every chunk. With one chunk there is one such moment.
+    """
+    chunks = chunks_of(schedule, v)
+    if schedule == "gpipe":
+        return ((m,),)
+    if schedule == "1f1b":
+        return ((min(m, pp - rank),),)
+    if chunks == 1:
+        return ((peak_stash(schedule, pp, m, v, rank, (1,)).peak_bytes,),)
+    now, rising = [0] * chunks, False
+    seen: dict[tuple[int, ...], None] = {}
+    for op, _, chunk in order(schedule, pp, m, v, rank):
+        if op == "F":
+            now[chunk] += 1
+            rising = True
+        elif op != "B":
+            if rising:
+                seen[tuple(now)] = None
+            now[chunk] -= 1
+            rising = False
+    moments = list(seen)
+    return tuple(
+        a for a in moments
+        if not any(b != a and all(x >= y for x, y in zip(b, a)) for b in moments)
+    )  # fmt: skip

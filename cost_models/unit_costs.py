@@ -274,7 +274,7 @@ def _attention(
 def chains(unit: Unit) -> list[list[Node]]:
     """Fusible nodes in runs that a compiler makes one kernel of: joined by values, and between
     the same heavy ops (equal depth), so that no run waits for itself."""
-    depth: dict[str, int] = {name: 0 for name in unit.values}
+    depth: dict[str, int] = dict.fromkeys(unit.values, 0)
     leader: dict[str, str] = {}
     runs: dict[str, list[Node]] = {}
     for node in unit.nodes:

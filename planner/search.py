@@ -251,8 +251,8 @@ class Searcher:
                 tried[lower[i]] += 1
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
-                self._report(out, min(floor, *left[-1:]))
-        out.bound = min(floor, *left[-1:], out.best.score if out.best else 1 << 62)
+                self._report(out, min([floor, *left[-1:]]))
+        out.bound = min([floor, *left[-1:], out.best.score if out.best else 1 << 62])
         return out
 
     def _report(self, out: Outcome, bound: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.stage_problem import Pair, StageProblem, allowed_pairs, pinned_pair
+from cost_models.stage_problem import Pair, StageProblem, allowed_pairs, pinned_pair
 
 INF = 1 << 60
 Array = Any  # of int64, or of bool

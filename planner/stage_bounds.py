@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
+from cost_models.stage_problem import StageProblem
 from planner.stage_arcs import INF, Arcs, Array
-from planner.stage_problem import StageProblem
 
 
 def sure_extra(p: StageProblem) -> tuple[int, ...]:

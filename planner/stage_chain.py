@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.stage_arcs import INF, Arcs, Windows, make_arcs
-from planner.stage_bounds import Band, Chain, Grid, path_bound, propagate
-from planner.stage_problem import (
+from cost_models.stage_problem import (
     Found,
     Nearest,
     Pair,
@@ -20,6 +18,8 @@ from planner.stage_problem import (
     starts_of,
     step_ps,
 )
+from planner.stage_arcs import INF, Arcs, Windows, make_arcs
+from planner.stage_bounds import Band, Chain, Grid, path_bound, propagate
 
 BANDS = 12  # intervals of the longest tail, each with a search of its own
 NEAREST_ARCS = 2000  # so many arcs are weighed exactly to say what is nearest

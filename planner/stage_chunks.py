@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, global_stage, order
-from planner.stage_arcs import Windows
-from planner.stage_problem import (
+from cost_models.stage_problem import (
     Pair,
     StageProblem,
     starts_of,
     tail_ps,
 )  # fmt: skip
+from planner.stage_arcs import Windows
 
 ALL_PAIRS = 512  # so many combinations of a rank's pairs are all looked at
 Array = Any

@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD
+from cost_models.stage_problem import (
+    Found,
+    Nearest,
+    Pair,
+    StageProblem,
+    neighbours,
+    starts_of,
+    step_ps,
+)
 from planner.stage_arcs import INF, Array
 from planner.stage_bounds import mean_tail_ps, sure_extra
 from planner.stage_chunks import Chunks
-from planner.stage_problem import Found, Nearest, Pair, StageProblem, neighbours, starts_of, step_ps
 
 ALL_CUTS = 1000  # so many cuts are all looked at
 

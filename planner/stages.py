@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule import schedule_illegal
+from cost_models.stage_problem import Extra, Nearest, Pair, StageProblem, evaluate, rank_bytes
 from ir.errors import UsageError
 from planner.stage_arcs import INF, Windows, make_arcs
 from planner.stage_bounds import (
@@ -27,7 +28,6 @@ from planner.stage_bounds import (
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import bound_all, saving_rate, solve_chunks
-from planner.stage_problem import Extra, Nearest, Pair, StageProblem, evaluate, rank_bytes
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
