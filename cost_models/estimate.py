@@ -8,21 +8,21 @@ from dataclasses import replace
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.hardware import Cluster
-from cost_models.ledger import BREAKDOWN, Collective, Estimate, RankLedger
+from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
+from cost_models.rank_ledger import levels_of, rank_collectives, stage_links
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import (
+    LEVELS,
     Extra,
     Pair,
     StageProblem,
     evaluate,
     in_flight,
-    starts_of,
     stash_bytes,
     step_ps,
     tail_ps,
 )
-from cost_models.state import mode_of, ranks_of
 from cost_models.step import PARTS, Assignments, Costs, Row, Step, ps, replicated
 from cost_models.words import assignment_of
 from ir.graph import Graph
@@ -70,8 +70,15 @@ def read_assignments(
 # --- the stage problem of a step ---------------------------------------------------------------
 
 
-def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
-    """What the stage solver needs to know of a mesh. pins: fixed_stages, fixed_recompute, levels.
+def stage_problem(
+    costs: Costs,
+    step: Step,
+    *,
+    fixed_stages: tuple[int, ...] | None = None,
+    fixed_recompute: tuple[Pair, ...] | None = None,
+    levels: tuple[str, ...] = LEVELS,
+) -> StageProblem:
+    """What the stage solver needs to know of a mesh; the pins are `StageProblem`'s.
 
     What stands between two layers goes with the first of them, and is never recomputed.
     """
@@ -120,8 +127,9 @@ def stage_problem(costs: Costs, step: Step, **pins: object) -> StageProblem:
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
         rank_glue_forward_ps=step.glue.forward_ps + exposed,
         rank_glue_backward_ps=step.glue.backward_ps + exposed,
-        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes, **pins,
-    )  # type: ignore[arg-type]  # fmt: skip
+        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes, fixed_stages=fixed_stages,
+        fixed_recompute=fixed_recompute, levels=levels,
+    )  # fmt: skip
 
 
 def exposed_send_ps(costs: Costs, step: Step, d: Decisions) -> int:
@@ -173,16 +181,6 @@ def whole_step_ps(costs: Costs, objective_ps: int) -> int:
 # --- the estimate ------------------------------------------------------------------------------
 
 
-def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Positions in the chain of what each global stage runs; ends go with the end layers."""
-    layers, total = step.chain.layers, len(step.chain.links)
-    firsts = [layers[i] for i in starts_of(stages)]
-    firsts[0] = 0
-    return tuple(
-        tuple(range(a, b)) for a, b in zip(firsts, [*firsts[1:], total])
-    )
-
-
 def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     """The estimate of one mesh with its stages and recomputation decided."""
     problem = stage_problem(costs, step)
@@ -192,7 +190,7 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     ranks = tuple(
         RankLedger(
             pp_rank=rank, memory_bytes=_memory(step, problem, d, rank, memory[rank]),
-            collectives=_collectives(costs, step, problem, d, rank),
+            collectives=rank_collectives(costs, step, problem, d, rank),
         )
         for rank in range(d.pp)
     )  # fmt: skip
@@ -212,19 +210,9 @@ def _is_moe(step: Step) -> bool:
     return any(n.op == "grouped_matmul" for link in step.chain.links for n in link.unit.nodes)
 
 
-def _levels(step: Step, d: Decisions) -> dict[int, int]:
-    """Recomputation level of each link: 0 none, 1 selective, 2 full."""
-    levels = {}
-    layers = step.chain.layers
-    for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
-        for place in range(count):
-            levels[layers[start + place]] = 2 if place < full else 1 if place < full + some else 0
-    return levels
-
-
 def _executed(step: Step, d: Decisions) -> int:
     """FLOPs that all devices run in a step, recomputation included."""
-    levels, total = _levels(step, d), 0
+    levels, total = levels_of(step, d), 0
     for i in range(len(step.chain.links)):
         forward, backward = step.row(i).flop
         total += forward + backward + (forward if levels.get(i) == 2 else 0)
@@ -234,7 +222,7 @@ def _executed(step: Step, d: Decisions) -> int:
 def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> dict[str, int]:
     """Busy picoseconds of a rank over the step, by part; recomputation apart."""
     links = stage_links(step, d.stages)
-    levels = _levels(step, d)
+    levels = levels_of(step, d)
     parts = dict.fromkeys((*PARTS, "recompute"), 0)
     for stage in problem.stages_of(rank):
         for row in (*(step.row(i) for i in links[stage]), step.glue):
@@ -275,7 +263,7 @@ def _breakdown(
     free = _no_latency_ps(problem, d) if d.pp > 1 else makespan
     host, _ = step_overhead(costs)
     found = dict.fromkeys(BREAKDOWN, 0)
-    found |= {k: v for k, v in parts.items()}
+    found |= parts
     found["dp_comm"] += reduce
     found["optimizer"], found["offload"] = update, offload
     late = max(0, min(makespan - free, makespan - busy))
@@ -296,7 +284,7 @@ def _memory(
     step: Step, problem: StageProblem, d: Decisions, rank: int, peak: int
 ) -> tuple[tuple[str, int], ...]:
     """A rank's peak by name, before and after what the allocator adds; sums to the peak."""
-    links, levels = stage_links(step, d.stages), _levels(step, d)
+    links, levels = stage_links(step, d.stages), levels_of(step, d)
     mine = [links[k] for k in problem.stages_of(rank)]
     rows = [step.row(i) for group in mine for i in group]
 
@@ -333,54 +321,6 @@ def _memory(
         "context": reserved["context"],
     }
     return (*found.items(), ("fragmentation", peak - sum(found.values())))
-
-
-def _collectives(
-    costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
-) -> tuple[Collective, ...]:
-    """What a rank sends in a step, rows of the same place and size added up."""
-    links, levels = stage_links(step, d.stages), _levels(step, d)
-    at = costs.point(d)
-    rows: dict[tuple[str, str, int, str], list[float]] = {}
-
-    def add(kind: str, axis: str, size: int, where: str, count: int, s: float, x: float) -> None:
-        row = rows.setdefault((kind, axis, size, where), [0, 0.0, 0.0])
-        row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
-
-    mode = mode_of(d, costs.engine)
-    compute, grad = costs._formats(d)
-    for i in (i for k in problem.stages_of(rank) for i in links[k]):
-        row, unit = step.row(i), step.chain.links[i].unit
-        for t in row.traffic:
-            repeats = d.microbatches * (2 if levels.get(i) == 2 and not t.backward else 1)
-            seconds = float(t.seconds[at])
-            add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
-                t.count * repeats, seconds * repeats,
-                (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
-        for kind, times, item in (
-            ("all_gather", mode.gather_per_microbatch * d.microbatches + mode.gather_per_step,
-             compute),
-            ("reduce_scatter", mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step,
-             grad),
-            ("all_reduce", mode.all_reduce_per_step, grad),
-        ):  # fmt: skip
-            for elements, expert in ((row.state.dense, False), (row.state.expert, True)):
-                ranks = ranks_of(d, expert)
-                if times and elements and ranks.shard * ranks.replicas > 1:
-                    one = costs.transfers(d, row.state, kind, item)
-                    add(kind, "edp" if expert else "dp", elements * item,
-                        f"{unit.name} parameters", times, one * times, 0.0)  # fmt: skip
-    if d.pp > 1:
-        stages = len(problem.stages_of(rank))
-        add("p2p", "pp", step.p2p_bytes, "between stages",
-            2 * d.microbatches * stages, 2 * d.microbatches * stages * step.p2p_ps / 1e12, 0.0)  # fmt: skip
-    return tuple(
-        Collective(
-            kind=kind, axis=axis, size_bytes=size, count=int(count), where=where, total_s=s,
-            exposed_s=x,
-        )
-        for (kind, axis, size, where), (count, s, x) in rows.items()
-    )  # fmt: skip
 
 
 def _assumptions(costs: Costs, d: Decisions) -> tuple[str, ...]:

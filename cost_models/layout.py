@@ -95,7 +95,7 @@ def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
     the ep and etp axes, which cover tp.
     """
     routed = {n.module for n in unit.nodes if n.op in ("dispatch", "combine", "grouped_matmul")}
-    table = {}
+    table: dict[str, tuple[Option, ...]] = {}
     for node in unit.nodes:
         ins = tuple(unit.values[r] for r in node.inputs)
         if node.op in ON_EXPERTS and ways > 1:
@@ -177,7 +177,7 @@ def dual(at: int) -> int:
 
 def collective(source: int, target: int) -> str:
     """The collective that takes one placement to another; empty where a slice will do."""
-    if source == target or source == WHOLE:
+    if source in (target, WHOLE):
         return ""
     if source == PARTIAL:
         return "all_reduce" if target == WHOLE else "reduce_scatter"

@@ -20,8 +20,8 @@ from cost_models.compute import Kernels, load_kernels
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
-from cost_models.layout import WHOLE, Assignment, options
-from cost_models.ledger import Collective
+from cost_models.layout import Assignment, options
+from cost_models.point import PARTS, Point, at_point, ps
 from cost_models.state import (
     COMPUTE_BYTES,
     GRAD_BYTES,
@@ -31,25 +31,12 @@ from cost_models.state import (
     ranks_of,
     state_of,
 )
-from cost_models.unit_costs import (
-    Axes,
-    Traffic,
-    UnitCost,
-    Work,
-    context_cost,
-    expert_cost,
-    unit_cost,
-)
+from cost_models.traffic import Traffic
+from cost_models.unit_costs import UnitCost, context_cost, expert_cost, unit_cost
+from cost_models.work import Axes, Work
 from ir.graph import Graph, Unit
 
-PARTS = ("compute", "tp_comm", "ep_comm", "cp_comm", "host", "dp_comm")
-AXIS_PART = {"tp": "tp_comm", "ep": "ep_comm", "etp": "ep_comm", "cp": "cp_comm"}
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
-
-
-def ps(seconds: float) -> int:
-    """Integer picoseconds."""
-    return round(float(seconds) * 1e12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +180,7 @@ class Costs:
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, False, whole), p2p_bytes=p2p_bytes,
-            p2p_ps=ps(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp))
+            p2p_ps=ps(float(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp)))
             if d.pp > 1 else 0,
             reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
         )  # fmt: skip
@@ -345,51 +332,6 @@ class Costs:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A unit with its experts at one work point, before data parallelism: as `Row` has it."""
-
-    forward: tuple[int, ...]
-    backward: tuple[int, ...]
-    weight_ps: int
-    again_ps: tuple[int, int]
-    kept: tuple[int, int, int]
-    working: tuple[int, int, int]
-    kernels_s: tuple[float, float]
-    flop: tuple[int, int]
-    model_flop: int
-    traffic: tuple[Traffic, ...]
-
-
-def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
-    """Integers of one point, the last part (dp_comm) zero: it is not the unit's own."""
-    alone = costs[0]
-
-    def total(name: str) -> float:
-        return float(sum(getattr(c, name)[at] for c in costs))
-
-    def parts(direction: str) -> tuple[int, ...]:
-        found = dict.fromkeys(PARTS, 0.0)
-        found["compute"] = total(f"{direction}_s")
-        found["host"] = total(f"host_{direction}_s")
-        for row in (t for c in costs for t in c.traffic):
-            if row.backward == (direction == "backward"):
-                found[AXIS_PART[row.axis]] += float(row.seconds[at] - row.hidden_s[at])
-        return tuple(ps(found[p]) for p in PARTS)
-
-    forward = parts("forward")
-    comm = sum(p for name, p in zip(PARTS, forward) if name.endswith("_comm"))
-    return Point(
-        forward=forward, backward=parts("backward"), weight_ps=ps(total("weight_s")),
-        again_ps=(ps(total("light_s")), ps(total("forward_s")) + comm),
-        kept=tuple(int(k[at]) for k in alone.kept_bytes),
-        working=tuple(int(k[at]) for k in alone.working_bytes),
-        kernels_s=(total("forward_s"), total("backward_s")),
-        flop=tuple(int(sum(c.flop[k][at] for c in costs)) for k in (0, 1)),
-        model_flop=int(alone.model_flop[at]), traffic=tuple(t for c in costs for t in c.traffic),
-    )  # type: ignore[arg-type]  # fmt: skip
-
-
 def replicated(unit: Unit, tp: int) -> Assignment:
     """Every op whole on every tp rank."""
     return Assignment(
@@ -397,4 +339,4 @@ def replicated(unit: Unit, tp: int) -> Assignment:
     )
 
 
-__all__ = ["Assignments", "Collective", "Costs", "Row", "Step", "WHOLE", "ps", "replicated"]
+__all__ = ["Assignments", "Costs", "PARTS", "Row", "Step", "ps", "replicated"]

@@ -112,8 +112,8 @@ def assignment_of(unit: Unit, sharding: Sharding, tp: int, sequence_parallel: bo
     for node in unit.nodes:
         ins = []
         for i, r in enumerate(node.inputs):
-            edge = moved.get((node.name, i))
-            ins.append(made[r] if edge is None else placement(edge.forward[1]))
+            change = moved.get((node.name, i))
+            ins.append(made[r] if change is None else placement(change.forward[1]))
         option = _matching(table[node.name], tuple(ins), node, unit)
         if option is None:
             raise PlanError(

@@ -71,7 +71,8 @@ def _source(
     move_to_meta(twin)
     config = getattr(model, "config", None)
     longest = max_seq_len or getattr(config, "max_position_embeddings", None)
-    context, notes = tracing, ()
+    context: Callable[[], Any] = tracing
+    notes: tuple[str, ...] = ()
     if config is not None and hasattr(config, "model_type"):
         from ir.capture import hf
 

@@ -2,8 +2,8 @@
 
 A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S is a micro-batch
 through the whole chain and l through the quickest layer. For rank r waits for the r layers before
-it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S. And some rank has ceil(L / p)
-of the L layers.
+it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S.
+And some rank has ceil(L / p) of the L layers.
 Recomputation, bubbles beyond that and the optimizer only add, and so does the least of what the
 ZeRO stages send.
 """
@@ -192,7 +192,7 @@ class _States:
         return self.sizes[key]
 
     def _least_s(self, m: Mesh, laid: Assignments) -> float:
-        costs, engine = self.costs, self.costs.engine
+        costs = self.costs
         dense, expert = self._elements(m, laid)
         wide = costs.workload.precision == "fp32"
         compute = COMPUTE_BYTES[costs.workload.precision]

@@ -19,7 +19,7 @@ from cost_models.layout import Assignment
 from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.state import expert_parameters
 from cost_models.step import Assignments, Costs, Step, replicated
-from cost_models.unit_costs import Axes
+from cost_models.work import Axes
 from ir.errors import UsageError
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
@@ -30,6 +30,7 @@ from planner.sharding import best_assignment
 from planner.stages import lower_bound_ps, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
+DEFAULT_EFFORT = 300  # stage programs solved at most: some 5 s at 16,384 GPUs
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
@@ -82,6 +83,7 @@ class Outcome:
     misfit: Misfit | None = None
     bound: int = 0
     meshes: int = 0
+    expanded: int = 0  # meshes tried; solved: stage programs
     solved: int = 0
     interrupted: bool = False
 
@@ -110,7 +112,7 @@ class Searcher:
     costs: Costs
     pins: Pins = field(default_factory=Pins)
     progress: Callable[[str], None] | None = None
-    effort: int = 2_000  # stage programs solved at most
+    effort: int = DEFAULT_EFFORT
     _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
 
     def assign(self, tp: int, split: bool) -> Assignments:
@@ -227,7 +229,7 @@ class Searcher:
     # --- the search --------------------------------------------------------------------------
 
     def run(self, incumbent: Tried | None = None) -> Outcome:
-        """Most promising first, by guess; bounds prune. incumbent: a plan of the space that is known already."""
+        """Most promising first, by guess; bounds prune. incumbent: a plan of the space."""
         costs = self.costs
         candidates = list(meshes(costs.chain, costs.cluster, costs.workload, self.pins))
         out = Outcome(best=incumbent, meshes=len(candidates))
@@ -248,6 +250,7 @@ class Searcher:
                     out.interrupted = stopped()
                     break
                 floor = min(floor, self._expand(candidates[i], out))
+                out.expanded += 1
                 tried[lower[i]] += 1
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
@@ -268,7 +271,7 @@ class Searcher:
         """Solve a mesh's variants; return the least bound among those not settled."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         steps = _undominated([(d, self.costs.step(d, laid)) for d in self.variants(mesh)])
-        todo = []
+        todo: list[tuple[int, int, Decisions, StageProblem]] = []
         for d, step in steps:
             for made in self.schedules(d):
                 problem = self.problem(step, made)

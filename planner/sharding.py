@@ -14,12 +14,14 @@ wins.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.collectives import collective_s
+from cost_models.kernels import heavy_s
 from cost_models.layout import (
     PARTIAL,
     WHOLE,
@@ -32,7 +34,7 @@ from cost_models.layout import (
     options,
 )
 from cost_models.step import Costs, ps
-from cost_models.unit_costs import Axes, Work, heavy_s
+from cost_models.work import Axes, Work
 from ir.backward import HEAVY, differentiable
 from ir.errors import InfeasibleError, PlanError
 from ir.graph import Node, Unit
@@ -117,7 +119,7 @@ def _option_ps(node: Node, o: Option, unit: Unit, work: Work, learns: dict[str, 
     if op.view:
         return 0
     moved = sum(work.nbytes(t, at)[0] for t, at in zip(node.outputs, o.outs))
-    return ps(work.kernels.memory_bound_s(3 * moved)) if moved else 0
+    return ps(float(work.kernels.memory_bound_s(3 * moved))) if moved else 0
 
 
 def _option_bytes(node: Node, o: Option, unit: Unit, work: Work) -> float:
@@ -283,7 +285,7 @@ def _agreement(program: Program, sizes: list[int]) -> list[Factor]:
                 readers.setdefault(ref, []).append((i, k))
     found = []
     for places in readers.values():
-        for (i, k), (j, m) in zip(places, places[1:]):
+        for (i, k), (j, m) in pairwise(places):
             table = np.array([
                 [0 if a.ins[k] == b.ins[m] else FORBIDDEN for b in program.choices[j]]
                 for a in program.choices[i]
@@ -386,8 +388,10 @@ def best_assignment(
     costs: Costs, unit: Unit, is_layer: bool, axes: Axes, micro_batch: int, cp: int,
     price_ps_per_byte: float | None = None, placed: dict[str, int] | None = None,
 ) -> Assignment:  # fmt: skip
-    """The optimal way to lay a unit over tp, at one micro-batch, cp and price of memory: a byte that
-    is not held is fetched over the fastest link each micro-batch, unless the caller says."""
+    """The optimal way to lay a unit over tp, at one micro-batch, cp and price of memory.
+
+    Unless the caller says, a byte is worth fetching it over the fastest link each micro-batch.
+    """
     if price_ps_per_byte is None:
         price_ps_per_byte = 1e12 / costs.cluster.intra.useful_bytes_per_s
     program = tabulate(

@@ -19,13 +19,11 @@ from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
 from planner.legality import check_pins
-from planner.mesh import cp_reason, facts_of, meshes, splits_something
+from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.plan import Plan, Solver, make_plan, write_whole
 from planner.search import Outcome, Searcher, Tried
 from planner.workload import precision_of, resolve
-
-RECIPES = ("ddp", "fsdp", "fsdp+tp", "3d")
 
 
 def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
@@ -203,7 +201,7 @@ def _searcher(
 ) -> tuple[Costs, Searcher]:
     """Costs at every work point that the candidates of the pins, and the recipes, have."""
     chain = _chain(graph)
-    wide = [pins, *(recipe for _, recipe in _recipes(cluster, workload, pins))]
+    wide = [pins, *(recipe for _, recipe in _recipes(graph, cluster, pins))]
     points = dict.fromkeys(
         (m.micro_batch, m.cp) for p in wide for m in meshes(chain, cluster, workload, p)
     )
@@ -217,7 +215,7 @@ def _searcher(
     return costs, Searcher(costs=costs, pins=pins, progress=progress)
 
 
-def _recipes(cluster: Cluster, workload: Workload, pins: Pins) -> list[tuple[str, Pins]]:
+def _recipes(graph: Graph, cluster: Cluster, pins: Pins) -> list[tuple[str, Pins]]:
     """The classic recipes as pins: what a team would run without a planner."""
     tp = cluster.domain_ranks if cluster.domain_ranks <= 8 else 8
     plain = Pins(pp=1, tp=1, cp=1, ep=1, etp=1, offload=(), compile=pins.compile)
@@ -227,7 +225,15 @@ def _recipes(cluster: Cluster, workload: Workload, pins: Pins) -> list[tuple[str
         ("fsdp", replace(plain, zero=3, shard=full)),
         ("fsdp+tp", replace(plain, tp=tp, zero=3, sequence_parallel=None)),
         ("3d", replace(plain, pp=None, tp=tp, zero=1, schedule="1f1b")),
+        *[("fsdp+ep", replace(plain, ep=e, zero=None)) for e in _expert_degree(graph, cluster)],
     ]  # fmt: skip
+
+
+def _expert_degree(graph: Graph, cluster: Cluster) -> list[int]:
+    """The widest ep inside one domain: one expert a GPU where there are as many GPUs."""
+    experts = facts_of(_chain(graph)).experts
+    fits = [e for e in divisors(cluster.domain_ranks) if all(n % e == 0 for n in experts)]
+    return fits[-1:] if experts and fits[-1] > 1 else []
 
 
 Found = list[tuple[Baseline, Tried | None]]
@@ -237,7 +243,7 @@ def _baselines(costs: Costs, searcher: Searcher) -> Found:
     """Cost every recipe with the same model; one that cannot be laid out is left out."""
     rows: Found = []
     chain = costs.chain
-    for name, recipe in _recipes(costs.cluster, costs.workload, searcher.pins):
+    for name, recipe in _recipes(costs.graph, costs.cluster, searcher.pins):
         if recipe.tp and recipe.tp > 1 and not splits_something(chain, recipe.tp):
             continue
         if name == "3d" and facts_of(chain).pipeline_reason:
@@ -270,7 +276,7 @@ def _planned(
     bound = whole_step_ps(costs, out.bound_ps)
     solver = Solver(
         status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
-        bound_us=bound // 1_000_000, meshes=out.meshes, meshes_solved=out.solved,
+        bound_us=bound // 1_000_000, meshes=out.meshes, meshes_solved=out.expanded,
     )  # fmt: skip
     shardings = {
         unit.name: sharding_of(unit, a) for (unit, _), a in out.best.assignments.items()
@@ -327,7 +333,7 @@ def _hints(searcher: Searcher) -> list[str]:
     for name in [f for f in Pins.__dataclass_fields__ if f != "place"]:
         if getattr(searcher.pins, name) is None:
             continue
-        fewer = replace(searcher.pins, **{name: None})
+        fewer = replace(searcher.pins, **{name: None})  # type: ignore[arg-type]
         found = _again(searcher, fewer, searcher.costs.cluster)
         if found:
             hints.append(f"without {searcher.pins.said(name)} it fits: {found}")
@@ -336,7 +342,7 @@ def _hints(searcher: Searcher) -> list[str]:
             break
         count = searcher.costs.cluster.count * times
         bigger = _counted(searcher.costs.cluster, count)
-        found = bigger and _again(searcher, searcher.pins, bigger)
+        found = _again(searcher, searcher.pins, bigger) if bigger else ""
         if found and bigger:
             hints.append(f"{bigger.spec} holds it: {found}")
     return hints or ["a device with more memory, a smaller batch or a shorter --seq-len"]

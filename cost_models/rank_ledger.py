@@ -1,0 +1,77 @@
+"""What each pp rank runs of a step, and every collective it takes part in."""
+
+from __future__ import annotations
+
+from cost_models.decisions import Decisions
+from cost_models.ledger import Collective
+from cost_models.stage_problem import StageProblem, starts_of
+from cost_models.state import mode_of, ranks_of
+from cost_models.step import Costs, Step
+
+
+def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Positions in the chain of what each global stage runs; ends go with the end layers."""
+    layers, total = step.chain.layers, len(step.chain.links)
+    firsts = [layers[i] for i in starts_of(stages)]
+    firsts[0] = 0
+    return tuple(
+        tuple(range(a, b)) for a, b in zip(firsts, [*firsts[1:], total])
+    )
+
+
+def levels_of(step: Step, d: Decisions) -> dict[int, int]:
+    """Recomputation level of each link: 0 none, 1 selective, 2 full."""
+    levels = {}
+    layers = step.chain.layers
+    for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
+        for place in range(count):
+            levels[layers[start + place]] = 2 if place < full else 1 if place < full + some else 0
+    return levels
+
+
+def rank_collectives(
+    costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
+) -> tuple[Collective, ...]:
+    """What a rank sends in a step, rows of the same place and size added up."""
+    links, levels = stage_links(step, d.stages), levels_of(step, d)
+    at = costs.point(d)
+    rows: dict[tuple[str, str, int, str], list[float]] = {}
+
+    def add(kind: str, axis: str, size: int, where: str, count: int, s: float, x: float) -> None:
+        row = rows.setdefault((kind, axis, size, where), [0, 0.0, 0.0])
+        row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
+
+    mode = mode_of(d, costs.engine)
+    compute, grad = costs._formats(d)
+    for i in (i for k in problem.stages_of(rank) for i in links[k]):
+        row, unit = step.row(i), step.chain.links[i].unit
+        for t in row.traffic:
+            repeats = d.microbatches * (2 if levels.get(i) == 2 and not t.backward else 1)
+            seconds = float(t.seconds[at])
+            add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
+                t.count * repeats, seconds * repeats,
+                (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
+        for kind, times, item in (
+            ("all_gather", mode.gather_per_microbatch * d.microbatches + mode.gather_per_step,
+             compute),
+            ("reduce_scatter", mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step,
+             grad),
+            ("all_reduce", mode.all_reduce_per_step, grad),
+        ):  # fmt: skip
+            for elements, expert in ((row.state.dense, False), (row.state.expert, True)):
+                ranks = ranks_of(d, expert)
+                if times and elements and ranks.shard * ranks.replicas > 1:
+                    one = costs.transfers(d, row.state, kind, item)
+                    add(kind, "edp" if expert else "dp", elements * item,
+                        f"{unit.name} parameters", times, one * times, 0.0)  # fmt: skip
+    if d.pp > 1:
+        stages = len(problem.stages_of(rank))
+        times = 2 * d.microbatches * stages
+        add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12, 0.0)
+    return tuple(
+        Collective(
+            kind=kind, axis=axis, size_bytes=size, count=int(count), where=where, total_s=s,
+            exposed_s=x,
+        )
+        for (kind, axis, size, where), (count, s, x) in rows.items()
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Collectives inside a unit, at every work point: tensor, expert and context parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from cost_models.collectives import collective_s
+from cost_models.layout import WHOLE, Assignment, collective, moves
+from cost_models.work import Floats, Work
+from ir.graph import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Collectives of one place in a unit, per micro-batch: bytes and seconds at each point."""
+
+    kind: str
+    axis: str
+    where: str
+    backward: bool
+    count: int
+    size_bytes: Floats
+    seconds: Floats
+    hidden_s: Floats
+
+
+def _row(
+    work: Work, kind: str, axis: str, where: str, backward: bool, size: Floats, ranks: int,
+    stride: int, exposed: float, count: int = 1,
+) -> Traffic:  # fmt: skip
+    seconds = collective_s(work.cluster, kind, size, ranks, stride) * count
+    return Traffic(
+        kind=kind, axis=axis, where=where, backward=backward, count=count, size_bytes=size,
+        seconds=seconds, hidden_s=seconds * (1 - exposed),
+    )  # fmt: skip
+
+
+def tp_traffic(unit: Unit, assignment: Assignment, work: Work) -> list[Traffic]:
+    """The assignment's changes of placement; a vocabulary split over tp reduces its statistics."""
+    if work.axes.tp == 1:
+        return []
+    rows = []
+    for backward, found in enumerate(moves(unit, assignment)):
+        for move in found:
+            kind = collective(move.source, move.target)
+            if kind:
+                size = work.nbytes(unit.values[move.ref], WHOLE)
+                rows.append(_row(
+                    work, kind, "tp", move.ref, bool(backward), size, work.axes.tp, 1,
+                    work.engine.tp_exposed,
+                ))  # fmt: skip
+                regather = work.engine.sp_regather_backward and not backward
+                if regather and kind == "all_gather":
+                    rows.append(_row(
+                        work, kind, "tp", f"{move.ref} again", True, size, work.axes.tp, 1,
+                        work.engine.tp_exposed,
+                    ))  # fmt: skip
+    for node, option in zip(unit.nodes, assignment.chosen):
+        logits = unit.values[node.inputs[0]] if node.op == "cross_entropy" else None
+        if logits is not None and option.ins[0] == len(logits.shape) - 1:
+            size = work.zeros + prod(work.sizes(unit.values[node.inputs[1]], WHOLE)) * 4.0
+            rows.append(_row(
+                work, "all_reduce", "tp", node.name, False, size, work.axes.tp, 1, 1.0, count=3
+            ))  # fmt: skip
+    return rows
+
+
+def ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
+    """Rows to their experts and back, each way twice; gathered and reduced over etp."""
+    axes, rows = work.axes, []
+    for node in unit.nodes:
+        if node.op not in ("dispatch", "combine"):
+            continue
+        candidates = node.outputs[:1] if node.op == "dispatch" else tuple(
+            unit.values[r] for r in node.inputs
+        )  # fmt: skip
+        size = np.maximum.reduce([work.nbytes(t, WHOLE) for t in candidates]) / axes.tp
+        for backward in (False, True):
+            if axes.ep and axes.ep > 1:
+                rows.append(_row(
+                    work, "all_to_all", "ep", node.name, backward, size, axes.ep, axes.etp,
+                    work.engine.ep_exposed,
+                ))  # fmt: skip
+            if axes.etp > 1:
+                kind = "all_gather" if (node.op == "dispatch") != backward else "reduce_scatter"
+                rows.append(_row(
+                    work, kind, "etp", node.name, backward, size * axes.etp, axes.etp, 1,
+                    work.engine.ep_exposed,
+                ))  # fmt: skip
+    return rows
+
+
+def _cp_row(
+    work: Work, kind: str, where: str, backward: bool, size: Floats, steps: bool
+) -> Traffic:
+    """One cp collective at every point, each in its own group; steps: one send a ring step."""
+    seconds, count = work.zeros, 1
+    for cp in sorted({int(c) for c in work.cp}):
+        here = work.cp == cp
+        times = cp - 1 if steps else 1
+        if cp == 1:
+            continue
+        if cp * work.axes.tp > work.cluster.count:  # a point of other meshes
+            seconds = np.where(here, np.inf, seconds)
+            continue
+        one = collective_s(work.cluster, kind, size, cp, work.axes.tp)
+        seconds = np.where(here, one * times, seconds)
+        count = times if here.all() else count
+    return Traffic(
+        kind=kind, axis="cp", where=where, backward=backward, count=count, size_bytes=size,
+        seconds=seconds, hidden_s=work.zeros,
+    )  # fmt: skip
+
+
+def cp_traffic(
+    unit: Unit, assignment: Assignment, work: Work, attention_s: tuple[Floats, Floats]
+) -> list[Traffic]:
+    """Keys and values around the cp ranks: ring hides behind attention, the others do not."""
+    if (work.cp == 1).all():
+        return []
+    rows = []
+    for node, option in zip(unit.nodes, assignment.chosen):
+        if node.op != "attention":
+            continue
+        shard = [work.nbytes(unit.values[r], at) for r, at in zip(node.inputs, option.ins)]
+        q, kv, out = shard[0], shard[1] + shard[2], work.nbytes(node.outputs[0], option.outs[0])
+        for backward in (False, True):
+            times = 2 if backward else 1
+            if work.axes.cp_kind == "ring":
+                row = _cp_row(work, "p2p", node.name, backward, kv * times, True)
+                hidden = np.minimum(
+                    row.seconds * (1 - work.engine.cp_exposed), attention_s[int(backward)]
+                )
+                rows.append(replace(row, hidden_s=hidden))
+            elif work.axes.cp_kind == "allgather":
+                kinds = ("all_gather", "reduce_scatter") if backward else ("all_gather",)
+                rows += [
+                    _cp_row(work, kind, node.name, backward, kv * work.cp, False)
+                    for kind in kinds
+                ]
+            else:
+                rows += [
+                    _cp_row(work, "all_to_all", f"{node.name} {what}", backward, size, False)
+                    for what, size in (("q", q), ("kv", kv), ("out", out))
+                ]
+    return rows

@@ -1,0 +1,60 @@
+"""Work points: what a unit is costed for, many at once; a point is a column of every array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.compute import Kernels
+from cost_models.engines import Engine
+from cost_models.hardware import Cluster
+from ir.graph import ITEM_BYTES, Tensor
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """Degrees that a unit's own cost depends on, beside what a work point says.
+
+    ep, etp: where experts lie; None leaves grouped matmuls and expert traffic out, and an empty
+    cp_kind the traffic of attention: they are costed on their own and added.
+    """
+
+    tp: int = 1
+    sequence_parallel: bool = False
+    cp_kind: str = ""
+    ep: int | None = None
+    etp: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Work points: micro-batch, cp and local sequence (after cp), and the context around them."""
+
+    micro_batch: Floats
+    cp: Floats
+    local_seq: Floats
+    axes: Axes
+    cluster: Cluster
+    kernels: Kernels
+    engine: Engine
+    precision: str
+    is_layer: bool
+
+    @property
+    def zeros(self) -> Floats:
+        return np.zeros_like(self.micro_batch)
+
+    def sizes(self, tensor: Tensor, at: int, seq_scale: Any = 1) -> tuple[Any, ...]:
+        found = list(tensor.sizes(self.micro_batch, self.local_seq * seq_scale))
+        if at >= 0:
+            found[at] = found[at] / self.axes.tp
+        return tuple(found)
+
+    def nbytes(self, tensor: Tensor, at: int) -> Floats:
+        return self.zeros + prod(self.sizes(tensor, at)) * ITEM_BYTES[tensor.dtype]
