@@ -127,8 +127,8 @@ def stage_problem(
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
         rank_glue_forward_ps=step.glue.forward_ps + exposed,
         rank_glue_backward_ps=step.glue.backward_ps + exposed,
-        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes, fixed_stages=fixed_stages,
-        fixed_recompute=fixed_recompute, levels=levels,
+        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes,
+        fixed_stages=fixed_stages, fixed_recompute=fixed_recompute, levels=levels,
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ is whole, and its gradient a partial sum; a result without it is a partial sum.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ir.backward import differentiable
+from ir.backward import differentiable, storage_roots
 from ir.graph import Dim, Node, Tensor, Unit
 from ir.ops import rule
 from ir.ops.base import Letters
@@ -88,6 +88,15 @@ def _token_local(node: Node, ins: tuple[Tensor, ...]) -> Option:
 
 
 @functools.cache
+def expert_parameters(unit: Unit) -> frozenset[str]:
+    """Parameters that lie over the expert axes: those that grouped matmuls read, or views of."""
+    ops = ("grouped_matmul", "expert_bias")
+    roots = storage_roots(unit)
+    read = {roots[r] for n in unit.nodes if n.op in ops for r in n.inputs}
+    return frozenset(read & unit.parameter_names)
+
+
+@functools.cache
 def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
     """Every node's options on a tp axis of that many ranks; the whole one first.
 
@@ -95,6 +104,7 @@ def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
     the ep and etp axes, which cover tp.
     """
     routed = {n.module for n in unit.nodes if n.op in ("dispatch", "combine", "grouped_matmul")}
+    experts, roots = expert_parameters(unit), storage_roots(unit)
     table: dict[str, tuple[Option, ...]] = {}
     for node in unit.nodes:
         ins = tuple(unit.values[r] for r in node.inputs)
@@ -103,7 +113,9 @@ def options(unit: Unit, ways: int) -> dict[str, tuple[Option, ...]]:
             continue
         whole = Option((WHOLE,) * len(ins), (WHOLE,) * len(node.outputs), (WHOLE,) * len(ins))
         found = [whole]
-        if ways > 1 and ins:  # what is made from nothing is made whole: a slice of it is free
+        on_experts = any(roots[r] in experts for r in node.inputs)
+        # what is made from nothing is made whole: a slice of it is free
+        if ways > 1 and ins and not on_experts:
             spec = rule(node).spec(node, ins)
             letters = dict.fromkeys(x for word in (*spec.inputs, *spec.outputs) for x in word)
             for factor in letters:
@@ -127,6 +139,15 @@ class Assignment:
     ways: int
     sequence_parallel: bool
     chosen: tuple[Option, ...]  # in the order of the unit's nodes
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # assignments are keys of every cost cache: hash their options once
+        value = hash((self.ways, self.sequence_parallel, self.chosen))
+        object.__setattr__(self, "_hash", value)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def of(self, unit: Unit) -> dict[str, Option]:
         return {n.name: o for n, o in zip(unit.nodes, self.chosen)}

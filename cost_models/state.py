@@ -13,8 +13,7 @@ from math import prod
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, ZeroMode
-from cost_models.layout import Assignment, produced
-from ir.backward import storage_roots
+from cost_models.layout import Assignment, expert_parameters, produced
 from ir.errors import UsageError
 from ir.graph import Unit
 
@@ -39,15 +38,6 @@ class Held:
     @property
     def elements(self) -> int:
         return self.rows * self.row_elements
-
-
-@functools.cache
-def expert_parameters(unit: Unit) -> frozenset[str]:
-    """Parameters that lie over the expert axes: those that grouped matmuls read, or views of."""
-    ops = ("grouped_matmul", "expert_bias")
-    roots = storage_roots(unit)
-    read = {roots[r] for n in unit.nodes if n.op in ops for r in n.inputs}
-    return frozenset(read & unit.parameter_names)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ so a plan's step is the same number wherever it is asked for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -332,6 +333,7 @@ class Costs:
         )
 
 
+@functools.cache
 def replicated(unit: Unit, tp: int) -> Assignment:
     """Every op whole on every tp rank."""
     return Assignment(

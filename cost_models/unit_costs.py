@@ -109,10 +109,12 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
         (work.nbytes(t, at[n]) for n, t in unit.inputs if n in unit.diff_inputs), work.zeros
     )
     full = np.minimum(entry, none)
-    largest = np.maximum.reduce(
-        [work.zeros, *(work.nbytes(unit.values[r], at[r]) for r in at if learns[r]
-                       and r not in unit.parameter_names)]
-    )  # fmt: skip
+    roots = storage_roots(unit)
+    largest = np.maximum.reduce([
+        work.zeros,
+        *(work.nbytes(unit.values[r], at[r]) for r in at
+          if learns[r] and roots[r] not in unit.parameter_names),
+    ])  # fmt: skip
     host_f, host_b = _host(unit, kernels, forward, backward, work)
     return UnitCost(
         forward_s=forward, backward_s=backward, weight_s=weight, light_s=light,

@@ -4,8 +4,10 @@ A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S 
 through the whole chain and l through the quickest layer. For rank r waits for the r layers before
 it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S.
 And some rank has ceil(L / p) of the L layers.
-Recomputation, bubbles beyond that and the optimizer only add, and so does the least of what the
-ZeRO stages send.
+When the last stage
+has run the first micro-batch forward every rank holds it, so all ranks together must hold one
+micro-batch's activations: what does not fit is recomputed, at the best layer's seconds a byte.
+Bubbles beyond that and the optimizer only add, and so does the least of what the ZeRO stages send.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
     step_s: all of it; quickest_s: the quickest layer. kept: bytes by level (none, selective,
-    full); again_s: what recomputing every layer adds, selective and full.
+    full); again_s: what recomputing every layer adds, selective and full. relief_s_per_byte: the
+    least time that recomputation takes for a byte it frees, of any layer and level.
     """
 
     step_s: Floats
     quickest_s: Floats
     kept: tuple[Floats, Floats, Floats]
     again_s: tuple[Floats, Floats]
+    relief_s_per_byte: Floats
 
 
 def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Through:
@@ -49,6 +53,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
     zero = np.zeros(len(costs.points))
     step, quickest = zero, np.full(len(costs.points), np.inf)
     kept, again = [zero, zero, zero], [zero, zero]
+    relief = np.full(len(costs.points), np.inf)
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
         alone = found[0]
@@ -64,12 +69,16 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
                 c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
                 for c in found
             )
+            none = alone.kept_bytes[0]
+            for spent, less in ((alone.light_s, 1), (whole, 2)):
+                freed = np.maximum(none - alone.kept_bytes[less], 1e-9)
+                relief = np.minimum(relief, spent / freed)
             again = [again[0] + counts[k] * alone.light_s, again[1] + counts[k] * whole]
         level = (0, 1, 2) if k in layers else (0, 0, 0)
         kept = [a + counts[k] * alone.kept_bytes[n] for a, n in zip(kept, level)]
     return Through(
         step_s=step, quickest_s=quickest, kept=(kept[0], kept[1], kept[2]),
-        again_s=(again[0], again[1]),
+        again_s=(again[0], again[1]), relief_s_per_byte=relief,
     )  # fmt: skip
 
 
@@ -109,8 +118,11 @@ def mesh_bounds_ps(
         step, quickest = through.step_s[at], through.quickest_s[at]
         fullest = -(-layers // pp)  # layers of the rank that has the most
         tail = np.array([tails.least_s(row, laid) for row in rows])
+        over = np.array([tails.surely(r, laid) for r in rows]) + through.kept[0][at]
+        over -= pp * costs.cluster.device.memory_bytes
+        forced = np.maximum(over, 0.0) * through.relief_s_per_byte[at]
         bounds[members] = tail + np.maximum(
-            m * step / pp + quickest * (pp - 1) / 2, m * fullest * quickest
+            m * (step + forced) / pp + quickest * (pp - 1) / 2, m * fullest * quickest
         )
         again = _again_s(costs, through, at, pp, m, np.array([tails.state(r, laid) for r in rows]))
         guess = np.full(len(rows), np.inf)
@@ -176,6 +188,16 @@ class _States:
         whole = (compute + grad) * (dense + expert) if m.pp > 1 else (4 + grad) * shared
         unit = (compute + grad) * 2 * (dense + expert) / len(self.costs.kind_of)
         return (whole + 12 * shared) / m.pp + (unit if m.pp == 1 else 0.0) + 3e9
+
+    def surely(self, m: Mesh, laid: Assignments) -> float:
+        """Bytes that all pp ranks together hold beside activations, at least: gradients and the
+        parameters' copies in the leanest ZeRO stage, the optimizer's state elsewhere."""
+        dense, expert = self._elements(m, laid)
+        item = COMPUTE_BYTES[self.costs.workload.precision] + min(GRAD_BYTES.values())
+        if m.pp > 1:
+            return item * (dense + expert)
+        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
+        return item * (dense / (m.dp * m.cp) + expert / edp)
 
     def _elements(self, m: Mesh, laid: Assignments) -> tuple[int, int]:
         """(dense, expert) local elements of the whole chain, a tied alias left out."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from cost_models.chain import Chain
 from cost_models.decisions import Workload
 from cost_models.hardware import Cluster
-from cost_models.layout import options
-from cost_models.state import expert_parameters
+from cost_models.layout import expert_parameters, options
 from planner.decisions import Pins
 
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
-from cost_models.layout import Assignment
+from cost_models.layout import Assignment, expert_parameters
 from cost_models.stage_problem import Nearest, StageProblem
-from cost_models.state import expert_parameters
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
 from ir.errors import UsageError
@@ -30,7 +29,7 @@ from planner.sharding import best_assignment
 from planner.stages import lower_bound_ps, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
-DEFAULT_EFFORT = 300  # stage programs solved at most: some 5 s at 16,384 GPUs
+DEFAULT_EFFORT = 2_000  # a stage program counts one, and one for every 8 stages: some 6 s
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
@@ -85,6 +84,7 @@ class Outcome:
     meshes: int = 0
     expanded: int = 0  # meshes tried; solved: stage programs
     solved: int = 0
+    spent: int = 0
     interrupted: bool = False
 
     @property
@@ -246,7 +246,7 @@ class Searcher:
             for i in order:
                 if out.best and lower[i] >= out.best.score:
                     continue
-                if stopped() or out.solved >= self.effort:
+                if stopped() or out.spent >= self.effort:
                     out.interrupted = stopped()
                     break
                 floor = min(floor, self._expand(candidates[i], out))
@@ -285,6 +285,7 @@ class Searcher:
                 break
             found = solve(problem, incumbent_ps=best)
             out.solved += 1
+            out.spent += 1 + d.pp * d.virtual_stages // 8
             if found.status == "INFEASIBLE":
                 assert found.nearest is not None
                 out.misfit = _nearer(out.misfit, Misfit(

@@ -129,6 +129,8 @@ def _option_bytes(node: Node, o: Option, unit: Unit, work: Work) -> float:
         if ref in unit.parameter_names:
             size = float(unit.values[ref].numel()) * STATE_BYTES
             held += size / (work.axes.tp if at >= 0 else 1)
+    if rule(node).view:
+        return held
     return held + float(sum(work.nbytes(t, at)[0] for t, at in zip(node.outputs, o.outs)))
 
 

@@ -361,7 +361,7 @@ def _again(searcher: Searcher, pins: Pins, cluster: Cluster) -> str:
     if old.workload.global_batch % 1 or cluster.count % (pins.tp or 1):
         return ""
     costs, again = _searcher(old.graph, cluster, old.workload, pins, None)
-    again.effort = 200
+    again.effort = 400
     out = again.run()
     if out.best is None:
         return ""

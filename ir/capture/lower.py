@@ -258,6 +258,8 @@ class Lowering:
             raise no_row(base, self.module_of(a), self.source_of(a))
         op, maker = TABLE[base]
         refs = tuple(r for t in tensors for r in flat(self.value(t)))
+        if op == "create":
+            refs = ()  # what new_zeros, ones_like borrow a shape from is not read
         self._emit(a, b, op, refs, maker(args))
         if op in OPS and OPS[op].view and tensors:
             self.views[a] = tensors[0]
@@ -294,7 +296,7 @@ class Lowering:
             if isinstance(old, str) and isinstance(new, str):
                 diff, tensor = self.body.diff, self.body.values[old]
                 name = self.body.unique("write")
-                write = Node(name=name, op="index_put", inputs=(old, new), outputs=(tensor,))
+                write = Node(name=name, op="write", inputs=(old, new), outputs=(tensor,))
                 self.body.add(write, (diff.get(old, False) or diff[new],))
                 self.env[base] = (self.body, name)
             target, base = base, self.views.get(base)

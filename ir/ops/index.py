@@ -49,7 +49,20 @@ def _between(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
     return node.inputs[1:-1] if any(needs) else ()
 
 
+def _write_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
+    """base: [...], part: a slice of its shape -> base with the part written; a dimension that is
+    written in part must be whole."""
+    base, part = ins[0].shape, ins[1].shape
+    if len(base) != len(part):
+        return _whole_spec(node, ins)
+    letters = tuple(
+        f"d{i}" if str(x) == str(y) else f"!d{i}" for i, (x, y) in enumerate(zip(base, part))
+    )
+    return Spec(inputs=(letters, letters), outputs=(letters,))
+
+
 OPS = (
+    Op(name="write", kind="memory", spec=_write_spec, fusible=True),
     Op(name="embedding", kind="memory", spec=_embedding_spec, saved=_second),
     Op(name="index", kind="memory", spec=_whole_spec, saved=_indices),
     Op(name="gather", kind="memory", spec=_gather_spec, saved=_second),

@@ -1,0 +1,251 @@
+"""The search equals exhaustive enumeration of every decision; its bounds hold; its bytes repeat."""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from tiny_models import EXAMPLES, costs_of, graph_of, with_memory
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import stage_problem
+from cost_models.hardware import load_hardware
+from cost_models.schedule import schedule_illegal
+from cost_models.stage_problem import evaluate
+from planner.bounds import mesh_bounds_ps
+from planner.decisions import Pins
+from planner.mesh import Mesh, meshes
+from planner.search import MOST_VIRTUAL_STAGES, Searcher, score_of
+
+SMALL = """
+name = "small"
+[device]
+title = "a small device"
+family = "ampere"
+constants = "a100"
+memory_bytes = {memory}
+memory_bandwidth_bytes_per_s = 2.0e11
+power_w = 100
+sm_count = 40
+host_link_bytes_per_s = 1.2e10
+[device.peak_flop_per_s]
+fp32 = 1e13
+bf16 = 4e13
+fp16 = 4e13
+[cluster]
+node_size = 2
+domain_size = 2
+host_ram_bytes = "64GiB"
+[cluster.intra]
+name = "PCIe"
+kind = "pcie"
+bytes_per_s = 1.6e10
+latency_s = 1e-6
+efficiency = 0.6
+[cluster.inter]
+name = "Ethernet"
+kind = "network"
+bytes_per_s = 3e9
+latency_s = 5e-6
+efficiency = 0.8
+[[cluster.tiers]]
+name = "cpu"
+bytes = "64GiB"
+read_bytes_per_s = 1e11
+write_bytes_per_s = 1e11
+[sources]
+"device" = "made up"
+"cluster" = "made up"
+"""
+
+
+# --- the space, enumerated from its definition -------------------------------------------------
+
+
+def divisors(n):
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def all_meshes(costs, layers, heads, experts=0, features=(), cp=True, splits=lambda tp: True):
+    """Every (pp, tp, cp, ep, etp, dp, micro-batch, sequence parallel, cp kind) that is legal."""
+    w, cluster = costs.workload, costs.cluster
+    gpus, domain = cluster.count, min(cluster.domain_size, cluster.count)
+    degrees = itertools.product(divisors(gpus), repeat=4)
+    for pp, tp, c, dp in degrees:
+        if pp * tp * c * dp != gpus or pp > layers or tp > domain or w.global_batch % dp:
+            continue
+        if (tp > 1 and not splits(tp)) or w.seq_len % c:
+            continue
+        if c > 1 and not (cp and w.seq_len // c >= 4096):
+            continue
+        ranks = dp * c * tp
+        layouts = [
+            (ep, etp) for ep in divisors(ranks) for etp in divisors(ranks)
+            if (experts % ep == 0 and etp <= 8 and all(f % etp == 0 for f in features)
+                and ranks % (ep * etp) == 0 if experts else ep == etp == 1)
+        ]  # fmt: skip
+        kinds = ["ring"]
+        if c > 1:
+            kinds = ["ring"] * (w.seq_len % (2 * c) == 0) + ["allgather"]
+            kinds += ["ulysses"] * all(h % (tp * c) == 0 for h in heads)
+        splits_sequence = [False] + [True] * (tp > 1 and w.seq_len // c % tp == 0)
+        samples = w.global_batch // dp
+        for (ep, etp), kind, sp, b in itertools.product(
+            layouts, kinds, splits_sequence, divisors(samples)
+        ):
+            if b <= 64:
+                yield Mesh(pp, tp, c, ep, etp, dp, b, samples // b, sp, kind)
+
+
+def held_ways(mesh, cluster):
+    """ZeRO stage, shard group, gathering again, optimizer offload."""
+    ranks, domain = mesh.dp * mesh.cp, min(cluster.domain_size, cluster.count)
+    spreads = [max(1, domain // mesh.tp) * k for k in (1, 2, 4, 8)]
+    groups = [s for s in divisors(ranks) if s == ranks or s in spreads]
+    for zero in (0, 1, 2, 3):
+        for shard in groups if zero else [1]:
+            if zero and shard == 1 < ranks:
+                continue  # shards nothing: it is zero 0
+            for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
+                for offload in ((), (("optimizer", "cpu"),)):
+                    yield zero, shard, reshard, offload
+
+
+def schedules(mesh, layers):
+    yield "1f1b", 1
+    if mesh.pp > 1:
+        yield "gpipe", 1
+        for v in range(2, 9):
+            yield "interleaved", v
+
+
+def cuts(layers, stages):
+    for places in itertools.combinations(range(1, layers), stages - 1):
+        yield tuple(b - a for a, b in itertools.pairwise((0, *places, layers)))
+
+
+def pairs(n):
+    return [(full, some) for full in range(n + 1) for some in range(n + 1 - full)]
+
+
+@functools.cache
+def best_of_problem(problem):
+    """The least step of every partition and recomputation that fits, by trying them all."""
+    found = []
+    for stages in cuts(problem.layers, problem.count):
+        for recompute in itertools.product(*map(pairs, stages)):
+            step, _, fits = evaluate(problem, stages, recompute)
+            if fits:
+                found.append(step)
+    return min(found, default=None)
+
+
+def every_mesh(costs, searcher, space, layers):
+    """The least objective of every mesh; None where nothing fits."""
+    found = {}
+    for mesh in space:
+        laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
+        objectives = []
+        for zero, shard, reshard, offload in held_ways(mesh, costs.cluster):
+            d = Decisions(
+                pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
+                zero=zero, shard=shard, reshard=reshard, micro_batch=mesh.micro_batch,
+                microbatches=mesh.microbatches, sequence_parallel=mesh.sequence_parallel,
+                cp_kind=mesh.cp_kind, offload=offload,
+            )  # fmt: skip
+            step = costs.step(d, laid)
+            for name, v in schedules(mesh, layers):
+                if mesh.pp * v > layers:
+                    continue
+                if schedule_illegal(name, mesh.pp, mesh.microbatches, v) is not None:
+                    continue
+                made = replace(step, decisions=replace(d, schedule=name, virtual_stages=v))
+                objectives.append(best_of_problem(stage_problem(costs, made)))
+        found[mesh] = min((x for x in objectives if x is not None), default=None)
+    return found
+
+
+# --- cases -------------------------------------------------------------------------------------
+
+LLAMA = {"heads": (4, 2), "splits": lambda tp: tp in (2, 4, 8, 16)}
+MOE = {**LLAMA, "experts": 8, "features": (64, 128)}
+MB = 1_000_000
+# name: example, arguments, hardware, memory of a device, what it is compared with
+CASES = {
+    "dense, two": ("llama", {"n_layers": 4}, "h100x2", None, LLAMA, {"global_batch": 4}),
+    "dense, four": ("llama", {"n_layers": 3}, "h100x4", None, LLAMA, {"global_batch": 8}),
+    "dense, fp16": (
+        "llama", {"n_layers": 4}, "t4x4", None, LLAMA, {"global_batch": 4, "precision": "fp16"},
+    ),
+    "dense, tight": ("llama", {"n_layers": 4}, "small", 1250 * MB, LLAMA, {"global_batch": 4}),
+    "dense, tighter": ("llama", {"n_layers": 4}, "small", 1130 * MB, LLAMA, {"global_batch": 4}),
+    "dense, none": ("llama", {"n_layers": 3}, "small", 1000 * MB, LLAMA, {"global_batch": 4}),
+    "wide, tight": ("wide", {"n_layers": 3}, "small", 9_000 * MB, None, {"global_batch": 4}),
+    "wide, tighter": ("wide", {"n_layers": 3}, "small", 5_000 * MB, None, {"global_batch": 4}),
+    "wide, least": ("wide", {"n_layers": 3}, "small", 4_000 * MB, None, {"global_batch": 4}),
+    "moe, two": ("moe", {}, "h100x2", None, MOE, {"global_batch": 4}),
+    "moe, four": ("moe", {}, "h100x4", None, MOE, {"global_batch": 4}),
+    "moe, tight": ("moe", {}, "small", 1400 * MB, MOE, {"global_batch": 4}),
+}  # fmt: skip
+
+
+def cluster_of(name, memory, folder, count=4):
+    if name != "small":
+        found = load_hardware(name)
+        return found if memory is None else with_memory(found, memory)
+    path = folder / "small.toml"
+    path.write_text(f"count = {count}\n" + SMALL.format(memory=memory))
+    return load_hardware(str(path))
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request, tmp_path_factory):
+    """(costs, searcher, the space, every mesh's least objective) of a case."""
+    example, args, hardware, memory, limits, workload = CASES[request.param]
+    if example == "wide":  # the 8B's width, whose state outweighs its activations
+        example, args = "llama", {**args, "size": "8b"}
+        limits = {"heads": (32, 8), "splits": lambda tp: True}
+    graph = graph_of(example, workload.get("precision", "bf16"), **args)
+    cluster = cluster_of(hardware, memory, tmp_path_factory.mktemp("hardware"))
+    costs = costs_of(graph, cluster, seq_len=8192, **workload)
+    layers = len(costs.chain.layers)
+    space = list(all_meshes(costs, layers, **limits))
+    costs.points = tuple(dict.fromkeys((m.micro_batch, m.cp) for m in space))
+    searcher = Searcher(costs=costs, effort=10**9)
+    return costs, searcher, space, every_mesh(costs, searcher, space, layers)
+
+
+def test_meshes_are_every_divisor_combination(case):
+    costs, _, space, _ = case
+    found = list(meshes(costs.chain, costs.cluster, costs.workload, Pins()))
+    assert len(found) == len(set(found))
+    assert set(found) == set(space)
+
+
+def test_search_equals_enumeration(case):
+    costs, searcher, _, least = case
+    out = searcher.run()
+    scores = [score_of(x, mesh) for mesh, x in least.items() if x is not None]
+    if not scores:
+        assert out.best is None and out.misfit is not None
+        return
+    assert out.best.score == min(scores)
+    d, laid = out.best.decisions, out.best.assignments
+    problem = stage_problem(costs, costs.step(d, laid))
+    assert evaluate(problem, d.stages, d.recompute)[::2] == (out.best.objective_ps, True)
+    assert out.bound <= out.best.score
+    assert out.proved and out.gap == 0
+
+
+def test_bounds_hold_for_every_mesh(case):
+    costs, searcher, space, least = case
+    bounds = mesh_bounds_ps(costs, space, searcher.assign, MOST_VIRTUAL_STAGES).lower_ps
+    broken = [
+        (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)
+        if least[mesh] is not None and low > least[mesh]
+    ]  # fmt: skip
+    assert not broken
