@@ -4,9 +4,9 @@ A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S 
 through the whole chain and l through the quickest layer. For rank r waits for the r layers before
 it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S.
 And some rank has ceil(L / p) of the L layers.
-When the last stage
-has run the first micro-batch forward every rank holds it, so all ranks together must hold one
-micro-batch's activations: what does not fit is recomputed, at the best layer's seconds a byte.
+Rank r holds the
+activations of p - r micro-batches at once, so the ranks' memory bounds what a micro-batch keeps:
+what does not fit is recomputed, at the best layer's seconds a byte.
 Bubbles beyond that and the optimizer only add, and so does the least of what the ZeRO stages send.
 """
 
@@ -22,7 +22,7 @@ from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, held
 from cost_models.step import Assignments, Costs
-from planner.mesh import Mesh
+from planner.mesh import Mesh, divisors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -95,9 +95,17 @@ class Bounds:
 
 
 def mesh_bounds_ps(
-    costs: Costs, candidates: Sequence[Mesh], assign: Assign, most_virtual: int
+    costs: Costs,
+    candidates: Sequence[Mesh],
+    assign: Assign,
+    *,
+    most_virtual: int = 8,
+    folded: bool = False,
 ) -> Bounds:
-    """Bound every mesh: its units through the pipeline, and the least data-parallel tail."""
+    """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
+
+    folded: a schedule is pinned whose stages lie in a V.
+    """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
     for i, m in enumerate(candidates):
@@ -117,9 +125,13 @@ def mesh_bounds_ps(
         pp, m = np.array([(row.pp, row.microbatches) for row in rows]).T
         step, quickest = through.step_s[at], through.quickest_s[at]
         fullest = -(-layers // pp)  # layers of the rank that has the most
-        tail = np.array([tails.least_s(row, laid) for row in rows])
-        over = np.array([tails.surely(r, laid) for r in rows]) + through.kept[0][at]
-        over -= pp * costs.cluster.device.memory_bytes
+        tail = np.array([tails.least_s(row, laid, s) for row, s in zip(rows, step)])
+        room, most = _room(pp, m, folded)
+        state = np.array([tails.surely(r, laid) for r in rows])
+        gpu_bytes = costs.cluster.device.memory_bytes
+        over = through.kept[0][at] + np.maximum(
+            state - pp * gpu_bytes, state / most - room * gpu_bytes
+        )
         forced = np.maximum(over, 0.0) * through.relief_s_per_byte[at]
         bounds[members] = tail + np.maximum(
             m * (step + forced) / pp + quickest * (pp - 1) / 2, m * fullest * quickest
@@ -136,6 +148,19 @@ def mesh_bounds_ps(
         lower_ps=np.floor(bounds * 1e12 * (1 - 1e-6)).astype(np.int64),
         guess_ps=np.floor(np.minimum(guesses, LATE_S) * 1e12).astype(np.int64),
     )
+
+
+def _room(pp: Ints, m: Ints, folded: bool) -> tuple[Floats, Floats]:
+    """(GPUs' worth of memory for one micro-batch's activations, the most in flight on a rank).
+
+    When it first goes backward, rank r holds min(m, p - r) micro-batches of every chunk or more,
+    under GPipe, 1F1B, interleaved and ZB-H1, whatever the sizes of its chunks; a schedule folded
+    in a V is taken to hold one.
+    """
+    if folded:
+        return pp.astype(float), np.ones(len(pp))
+    room = [sum(1 / min(int(n), k) for k in range(1, int(p) + 1)) for p, n in zip(pp, m)]
+    return np.array(room), np.minimum(m, pp).astype(float)
 
 
 def _again_s(
@@ -165,17 +190,34 @@ class _States:
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
-        self.known: dict[tuple[int, ...], float] = {}
+        self.known: dict[tuple[int, ...], tuple[float, float, float]] = {}
         self.sizes: dict[tuple[int, int, int], tuple[int, int]] = {}
 
-    def least_s(self, m: Mesh, laid: Assignments) -> float:
-        ranks = m.dp * m.cp
-        if ranks == 1:
+    def least_s(self, m: Mesh, laid: Assignments, step_s: float) -> float:
+        """Seconds a step, at least; step_s: a micro-batch through the chain.
+
+        The cheapest mode: everything once a step, or each micro-batch's traffic, of which a layer
+        pays a share though hidden, and all that is longer than its compute. Parameters that no
+        GPU holds whole are gathered twice each micro-batch.
+        """
+        if m.dp * m.cp == 1:
             return 0.0
-        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, m.microbatches if m.pp == 1 else 0)
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp)
         if key not in self.known:
-            self.known[key] = self._least_s(m, laid)
-        return self.known[key]
+            self.known[key] = self._traffic_s(m, laid)
+        once, gather, reduce = self.known[key]
+        if m.pp > 1:
+            return once
+        share = self.costs.engine.fsdp_interference
+
+        def each(traffic_s: float) -> float:
+            return m.microbatches * max(share * traffic_s, traffic_s - step_s)
+
+        dense, expert = self._elements(m, laid)
+        compute = COMPUTE_BYTES[self.costs.workload.precision]
+        if compute * (dense + expert) > self.costs.cluster.device.memory_bytes:
+            return each(2 * gather + reduce)
+        return min(once, each(reduce), each(gather + reduce))
 
     def state(self, m: Mesh, laid: Assignments) -> float:
         """A guess at a rank's state and reserves, in bytes: parameters and gradients whole under
@@ -213,39 +255,36 @@ class _States:
             self.sizes[key] = (dense, expert)
         return self.sizes[key]
 
-    def _least_s(self, m: Mesh, laid: Assignments) -> float:
-        costs = self.costs
+    def _traffic_s(self, m: Mesh, laid: Assignments) -> tuple[float, float, float]:
+        """(everything once a step and exposed, one gather, one reduction) seconds of the mean
+        rank, at least: bytes over the group's bandwidth; no grouping of the ranks moves fewer."""
+        costs, engine = self.costs, self.costs.engine
         dense, expert = self._elements(m, laid)
-        wide = costs.workload.precision == "fp32"
-        compute = COMPUTE_BYTES[costs.workload.precision]
-        grad = 4 if wide else min(GRAD_BYTES.values())
+        grad = 4 if costs.workload.precision == "fp32" else min(GRAD_BYTES.values())
         edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
 
-        def once(kind: str, item: int) -> float:
-            """Bytes over the group's bandwidth: no grouping of the ranks moves fewer."""
+        dense_group = (dense, m.dp * m.cp, m.tp)
+        expert_group = (expert, edp, m.ep * m.etp)
+
+        def once(kind: str, item: int, groups: tuple[tuple[int, int, int], ...]) -> float:
             return sum(
                 n * item / m.pp * min(
                     f.s_per_byte for f in explain(costs.cluster, kind, size, stride).forms
                 )
-                for n, size, stride in ((dense, m.dp * m.cp, m.tp), (expert, edp, m.ep * m.etp))
-                if n and size > 1
+                for n, size, stride in groups if n and size > 1
             )  # fmt: skip
 
-        return self._spread_s(m, once, grad, compute)
-
-    def _spread_s(
-        self, m: Mesh, once: Callable[[str, int], float], grad: int, compute: int
-    ) -> float:
-        """The cheapest mode: everything once a step, or the share of each micro-batch's traffic
-        that a layer pays though hidden."""
-        engine = self.costs.engine
-        reduce, gather = once("reduce_scatter", grad), once("all_gather", compute)
+        compute = COMPUTE_BYTES[costs.workload.precision]
+        whole = (dense_group, expert_group)
+        domain = costs.cluster.domain_ranks
+        # HSDP gathers inside a domain; where experts leave none of it, from nobody
+        inside = tuple(
+            (n, next(k for k in divisors(size)[::-1] if k == 1 or k * stride <= domain), stride)
+            for n, size, stride in whole
+        )
+        reduce = once("reduce_scatter", grad, whole)
+        gather = min(once("all_gather", compute, whole), once("all_gather", compute, inside))
+        all_reduce = once("all_reduce", grad, whole)
         hidden = engine.dp_reduce_hidden or engine.dp_gather_hidden
         share = engine.dp_exposed_least if hidden else 1.0
-        per_step = share * min(once("all_reduce", grad), reduce + gather)
-        if m.pp > 1:
-            return per_step
-        each = engine.fsdp_interference * m.microbatches
-        return min(
-            per_step, each * reduce + share * gather, each * (gather + reduce),
-        )  # fmt: skip
+        return share * min(all_reduce, reduce + gather), gather, reduce

@@ -235,7 +235,10 @@ class Searcher:
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        bounds = mesh_bounds_ps(costs, candidates, self.assign, MOST_VIRTUAL_STAGES)
+        bounds = mesh_bounds_ps(
+            costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
+            folded=self.pins.schedule in ("zbv", "dualpipev"),
+        )  # fmt: skip
         lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
         guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
