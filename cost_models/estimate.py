@@ -189,7 +189,9 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     breakdown = _breakdown(costs, step, problem, d, objective, total)
     ranks = tuple(
         RankLedger(
-            pp_rank=rank, memory_bytes=_memory(step, problem, d, rank, memory[rank]),
+            pp_rank=rank, parameters=_elements(step, problem, d, rank),
+            in_flight=_in_flight(step, problem, d, rank)[0],
+            memory_bytes=_memory(step, problem, d, rank, memory[rank]),
             collectives=rank_collectives(costs, step, problem, d, rank),
         )
         for rank in range(d.pp)
@@ -280,6 +282,31 @@ def _no_latency_ps(problem: StageProblem, d: Decisions) -> int:
     return step_ps(at_once, d.stages, d.recompute) - tail_ps(at_once, d.stages)
 
 
+def _elements(step: Step, problem: StageProblem, d: Decisions, rank: int) -> int:
+    """Parameters of a rank before the data ranks share them."""
+    links = stage_links(step, d.stages)
+    states = [step.row(i).state for k in problem.stages_of(rank) for i in links[k]]
+    return sum(s.dense + s.expert for s in states)
+
+
+def _in_flight(
+    step: Step, problem: StageProblem, d: Decisions, rank: int
+) -> tuple[tuple[int, ...], int]:
+    """(micro-batches held by chunk, bytes of them) at a rank's activation peak."""
+    links, levels = stage_links(step, d.stages), levels_of(step, d)
+    grown = [
+        sum(step.wide(step.row(i).kept[levels.get(i, 0)]) for i in links[k])
+        for k in problem.stages_of(rank)
+    ]
+    counts = max(
+        in_flight(d.schedule, d.pp, d.microbatches, d.virtual_stages, rank),
+        key=lambda c: (sum(x * y for x, y in zip(c, grown)), c),
+    )
+    most = stash_bytes(problem, rank, grown)
+    assert sum(x * y for x, y in zip(counts, grown)) == most
+    return counts, most
+
+
 def _memory(
     step: Step, problem: StageProblem, d: Decisions, rank: int, peak: int
 ) -> tuple[tuple[str, int], ...]:
@@ -295,15 +322,7 @@ def _memory(
         [sum(step.row(i).kept[level(i)] for i in g if not step.row(i).is_loss) for g in mine],
         [sum(step.row(i).kept[level(i)] for i in g if step.row(i).is_loss) for g in mine],
     ]
-    grown = [
-        sum(step.wide(step.row(i).kept[level(i)]) for i in g) for g in mine
-    ]
-    most = stash_bytes(problem, rank, grown)
-    counts = max(
-        in_flight(d.schedule, d.pp, d.microbatches, d.virtual_stages, rank),
-        key=lambda c: (sum(x * y for x, y in zip(c, grown)), c),
-    )
-    assert sum(x * y for x, y in zip(counts, grown)) == most
+    counts, _ = _in_flight(step, problem, d, rank)
     working = max(
         ((step.row(i).working[level(i)], step.row(i).is_loss) for g in mine for i in g),
         default=(0, False),

@@ -14,6 +14,7 @@ from ir.backward import storage_roots
 from ir.graph import Node, Unit
 from ir.ops import rule
 from ir.ops.attention import pairs
+from ir.ops.leaf import declared_bytes
 
 DTYPE_NAMES = {"f32": "fp32", "f64": "fp32", "f16": "fp16", "bf16": "bf16"}
 CAST_BYTES = {"fp8": (3.0, 4.0), "nvfp4": (2.5, 3.5)}  # read and written per input, per gradient
@@ -80,6 +81,8 @@ def heavy_s(
     moved = _moved(node, unit, option, work)
     if op.kind == "attention":
         return _attention(node, unit, option, dtype, moved, work)
+    if op.kind == "leaf":
+        return _leaf(node, option, dtype, moved, work, any(needs))
     flop = work.zeros + op.flop(node, tuple(ins), tuple(outs))
     back = 2.0 * flop
     if op.kind == "conv":
@@ -93,6 +96,21 @@ def heavy_s(
     table = work.nbytes(unit.values[node.inputs[0]], option.ins[0])  # its gradient is dense
     back = moved + (table if node.op in LOOKUPS else 0)
     return Heavy(k.memory_bound_s(moved), k.memory_bound_s(back), work.zeros, flop, 0 * flop)
+
+
+def _leaf(
+    node: Node, option: Option, dtype: str, moved: Floats, work: Work, learns: bool
+) -> Heavy:
+    """What was declared, shared by the tp ranks where a factor of it is split."""
+    outs = tuple(work.sizes(t, WHOLE) for t in node.outputs)
+    share = work.axes.tp if any(at >= 0 for at in (*option.ins, *option.outs)) else 1
+    flop = work.zeros + rule(node).flop(node, (), outs) / share
+    traffic = moved + declared_bytes(node, outs) / share
+    forward = work.kernels.generic_s(dtype, flop, traffic)
+    if not learns:
+        return Heavy(forward, work.zeros, work.zeros, flop, work.zeros)
+    backward = work.kernels.generic_s(dtype, 2 * flop, 2 * traffic)
+    return Heavy(forward, backward, work.zeros, flop, 2 * flop)
 
 
 LOOKUPS = ("embedding", "index", "gather")  # read the rows they are asked for, not the table

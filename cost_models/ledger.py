@@ -34,9 +34,15 @@ class Collective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLedger:
-    """One pp rank's account of a step: `memory_bytes` has the keys of `MEMORY`, in order."""
+    """One pp rank's account of a step: `memory_bytes` has the keys of `MEMORY`, in order.
+
+    parameters: elements of the units it runs, split over tp and experts, before the data ranks
+    share them; in_flight: micro-batches whose activations it holds at the peak, by chunk.
+    """
 
     pp_rank: int
+    parameters: int
+    in_flight: tuple[int, ...]
     memory_bytes: tuple[tuple[str, int], ...]
     collectives: tuple[Collective, ...]
 

@@ -17,7 +17,7 @@ from ir.graph import FLOATS, Graph, Node, Unit
 from ir.ops import rule
 
 NOMINAL = (1, 2048)  # batch, sequence at which a cut weighs values: ratios hardly depend on it
-HEAVY = ("gemm", "grouped_gemm", "attention", "conv", "scan", "dispatch", "combine")
+HEAVY = ("gemm", "grouped_gemm", "attention", "conv", "scan", "leaf", "dispatch", "combine")
 
 
 def differentiable(

@@ -72,6 +72,10 @@ def trace(
         typer.Option(help="native, native-compiled, torchtitan, megatron, deepspeed"),
     ] = "native-compiled",
     task: Annotated[str, typer.Option(help="train")] = "train",
+    effort: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="stage programs solved at most (default: 2000)"),
+    ] = 0,
     arg: Args = [],  # noqa: B006
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="PATH", help="the plan; '-' is stdout")
@@ -118,6 +122,7 @@ def trace(
         ),
         cache=cache,
         fold=fold,
+        effort=effort,
     )
     from planner.tracing import run as search
 

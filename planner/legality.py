@@ -9,7 +9,7 @@ backward).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from cost_models.decisions import Decisions, Workload
@@ -169,12 +169,20 @@ RULES = (
 )  # fmt: skip
 
 
-def illegal(decisions: Decisions, workload: Workload) -> str | None:
-    """Why the table refuses these decisions, or None; cheap enough for the search."""
-    case = _case_of(decisions, workload)
+def illegal(
+    decisions: Decisions, workload: Workload, *, scheduled: bool = True
+) -> str | None:
+    """Why the table refuses these decisions, or None; cheap enough for the search.
+
+    scheduled: False where the schedule is still to be decided.
+    """
+    case, d = _case_of(decisions, workload), decisions
+    if not scheduled:
+        case = replace(case, schedule=None, virtual_stages=None)
     reason = next((rule.reason for rule in RULES if rule.refused(case)), None)
-    d = decisions
-    return reason or schedule_illegal(d.schedule, d.pp, d.microbatches, d.virtual_stages)
+    if reason or not scheduled:
+        return reason
+    return schedule_illegal(d.schedule, d.pp, d.microbatches, d.virtual_stages)
 
 
 def inconsistent(

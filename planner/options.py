@@ -28,6 +28,7 @@ class TraceOptions:
     asked: Asked = field(default_factory=Asked)
     cache: bool = True
     fold: bool = True
+    effort: int = 0  # how much is searched at most; 0 is the search's own default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

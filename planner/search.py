@@ -172,7 +172,9 @@ class Searcher:
                             base, zero=zero, shard=shard, reshard=reshard, offload=offload
                         )
                         alone = zero > 0 and shard == 1 < ranks and pins.zero is None
-                        if not alone and illegal(d, self.costs.workload) is None:
+                        if not alone and not illegal(
+                            d, self.costs.workload, scheduled=False
+                        ):
                             yield d
 
     def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:

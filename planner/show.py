@@ -149,8 +149,22 @@ def _memory(e: Estimate) -> list[str]:
     lines = [head + f"{format_bytes(e.capacity_bytes)} ({share:.0%})"]
     if not e.fits:
         lines[0] += "  DOES NOT FIT"
+    lines.append(_arithmetic(rank))
     most = _most(rank.memory_bytes)
     return lines + [_bar(name, format_bytes(n), n / e.capacity_bytes) for name, n in most]
+
+
+def _arithmetic(rank: RankLedger) -> str:
+    """Where the bytes of the state come from: the rank's parameters, and the bytes of each."""
+    sizes = dict(rank.memory_bytes)
+    each = [
+        f"{sizes[name] / max(1, rank.parameters):.3g}"
+        for name in ("parameters", "gradients", "optimizer")
+    ]
+    return (
+        f"  {format_count(rank.parameters)} parameters x ({' + '.join(each)}) bytes of weights,"
+        " gradients, optimizer"
+    )
 
 
 def fullest(e: Estimate) -> RankLedger:

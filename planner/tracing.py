@@ -52,6 +52,7 @@ def plan_graph(
     )
     _check_model(graph, cluster, workload, options.pins)
     costs, searcher = _searcher(graph, cluster, workload, options.pins, progress)
+    searcher.effort = options.effort or searcher.effort
     clock.mark("cost_s")
     baselines = _baselines(costs, searcher)
     outcome = searcher.run(_best_of(baselines, options.pins))
@@ -112,7 +113,7 @@ def capture(
         return graph
     if progress:
         progress("tracing")
-    import torch  # noqa: F401  (timed apart from what we do with it)
+    import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
 
     clock.mark("import_s")
     from ir.capture import capture_graph

@@ -167,3 +167,21 @@ def test_experts_without_a_top_k_ask_for_a_declaration(tmp_path: Path) -> None:
 def test_importing_ir_imports_no_torch() -> None:
     program = "import sys, ir; assert 'torch' not in sys.modules; assert callable(ir.leaf)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_declared_bytes_take_time(tmp_path: Path) -> None:
+    """Seconds by hand from the roofline's rates: counts alone, nothing overlaps."""
+    from cost_models.decisions import Decisions, Workload
+    from cost_models.estimate import estimate
+    from cost_models.hardware import load_hardware
+
+    workload = Workload(global_batch=8, seq_len=512)
+    steps = []
+    for extra in ("0", "lambda x: x[0] * x[1] * 100_000_000"):
+        declared = f"ir.leaf(Odd, flop=512, bytes={extra}, factors='b s !h;b s !h')"
+        graph = graph_of(tmp_path, BUILD.format(leaf=declared))
+        d = Decisions(micro_batch=8, stages=(3,), recompute=((0, 0),))
+        steps.append(estimate(graph, load_hardware("h100x1"), workload, d, {}))
+    moved = 3 * (1 + 2) * 8 * 512 * 100_000_000  # three layers, forward and twice in backward
+    rate = 3.35e12 * 0.888  # of the datasheet, as fitted
+    assert steps[1].step_time_s - steps[0].step_time_s == pytest.approx(moved / rate, rel=0.01)

@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -83,7 +86,9 @@ def all_meshes(costs, layers, heads, experts=0, features=()):
                 and ranks % (ep * etp) == 0 if experts else ep == etp == 1)
         ]  # fmt: skip
         kinds = ["ring"]
-        if c > 1:
+        if c > 1 and w.engine == "deepspeed":
+            kinds = ["ulysses"] * all(h % (tp * c) == 0 for h in heads)
+        elif c > 1:
             kinds = ["ring"] * (w.seq_len % (2 * c) == 0) + ["allgather"]
             kinds += ["ulysses"] * all(h % (tp * c) == 0 for h in heads)
         splits_sequence = [False] + [True] * (tp > 1 and w.seq_len // c % tp == 0)
@@ -138,10 +143,12 @@ def best_of_problem(problem):
     return min(found, default=None)
 
 
-def every_mesh(costs, searcher, space, layers):
-    """The least objective of every mesh; None where nothing fits."""
+def every_mesh(costs, searcher, space, layers, **pins):
+    """The least objective of every mesh among what has the pinned values; None: nothing fits."""
     found = {}
     for mesh in space:
+        if any(getattr(mesh, key, value) != value for key, value in pins.items()):
+            continue
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
         objectives = []
         for zero, shard, reshard, offload in held_ways(mesh, costs.cluster):
@@ -153,8 +160,13 @@ def every_mesh(costs, searcher, space, layers):
                 microbatches=mesh.microbatches, sequence_parallel=mesh.sequence_parallel,
                 cp_kind=mesh.cp_kind, offload=offload,
             )  # fmt: skip
+            mine = ("zero", "shard", "reshard", "offload")
+            if any(getattr(d, key) != pins.get(key, getattr(d, key)) for key in mine):
+                continue
             step = costs.step(d, laid)
             for name, v in schedules(mesh, layers):
+                if name != pins.get("schedule", name) or v != pins.get("virtual_stages", v):
+                    continue
                 if mesh.pp * v > layers:
                     continue
                 if name not in costs.engine.compiled_schedules:
@@ -267,6 +279,91 @@ def test_bounds_hold_for_every_mesh(case):
         if least[mesh] is not None and low > least[mesh]
     ]  # fmt: skip
     assert not broken
+
+
+PINNED = [
+    ("four", {"pp": 2}), ("four", {"pp": 3}), ("four", {"tp": 4}), ("four", {"cp": 2}),
+    ("four", {"cp": 2, "cp_kind": "ulysses"}), ("four", {"dp": 1}), ("four", {"zero": 1}),
+    ("four", {"zero": 3, "reshard": True}), ("four", {"micro_batch": 1}),
+    ("two", {"pp": 2, "schedule": "gpipe"}), ("two", {"pp": 2, "schedule": "interleaved"}),
+    ("two", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}), ("two", {"zero": 0}),
+    ("two", {"tp": 2, "sequence_parallel": False}), ("two", {"offload": (("optimizer", "cpu"),)}),
+    ("offload", {"pp": 2}), ("offload", {"zero": 0}), ("both", {"cp": 1}), ("tp", {"tp": 1}),
+    ("groups", {"shard": 2}), ("groups", {"pp": 2, "dp": 4}), ("moe, four", {"ep": 4}),
+    ("moe, four", {"ep": 2, "etp": 2}), ("moe, four", {"pp": 2, "ep": 2}),
+    ("moe, tight", {"ep": 1}), ("moe, least", {"cp": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "pins"), PINNED)
+def test_search_under_pins_equals_enumeration(name, pins, tmp_path):
+    costs, searcher, space = searched(name, tmp_path)
+    layers = len(costs.chain.layers)
+    least = every_mesh(costs, searcher, space, layers, **pins)
+    scores = [score_of(x, mesh) for mesh, x in least.items() if x is not None]
+    out = searcher.under(Pins(**pins)).run()
+    if not scores:
+        assert out.best is None
+        return
+    assert out.best.score == min(scores) == out.bound
+    for key, value in pins.items():
+        assert getattr(out.best.decisions, key) == value
+
+
+def test_a_known_plan_changes_nothing(tmp_path):
+    """Starting from any plan of the space ends at the same best."""
+    _, searcher, _ = searched("tp", tmp_path)
+    alone = searcher.run().best
+    start = searcher.under(Pins(zero=1)).run().best
+    assert start.score > alone.score
+    found = searcher.run(start)
+    assert (found.best.decisions, found.proved) == (alone.decisions, True)
+
+
+def test_little_effort_says_so(tmp_path):
+    """Cut short, the search still has a bound below every plan."""
+    _, searcher, _ = searched("offload", tmp_path)
+    whole = searcher.run()
+    for effort in (1, 5, 20, 60, 120):
+        searcher.effort = effort
+        out = searcher.run()
+        assert out.bound <= whole.best.score
+        if out.best is not None:
+            assert out.best.score >= whole.best.score
+            assert out.proved == (out.bound == out.best.score)
+            assert 0 <= out.gap < 1
+
+
+PLAN_BYTES = """
+import hashlib, sys
+from pathlib import Path
+from planner.options import TraceOptions
+from planner.tracing import run
+from planner.workload import Asked
+model, *args = sys.argv[1:]
+options = TraceOptions(
+    model=model, hardware="h100x16", args=(("size", "tiny"),), cache=False,
+    asked=Asked(global_batch=16),
+)
+run(options).plan.save("plan.json")
+for name in ("plan.json", "plan.graph"):
+    print(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("example", ["llama", "moe"])
+def test_same_bytes_under_another_hash_seed(example, tmp_path):
+    found = set()
+    for seed in ("1", "77"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", PLAN_BYTES, str(EXAMPLES / f"{example}.py")], cwd=folder,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(EXAMPLES.parent)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zbh1"])

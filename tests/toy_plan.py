@@ -106,7 +106,7 @@ def toy_estimate(graph, cluster, workload, decisions, shardings) -> Estimate:
     }  # fmt: skip
     ranks = tuple(
         RankLedger(
-            pp_rank=rank,
+            pp_rank=rank, parameters=2000 // decisions.tp, in_flight=(1,),
             memory_bytes=tuple((k, v - 100 * rank if v else 0) for k, v in memory.items()),
             collectives=(Collective(kind="all_gather", axis="tp", size_bytes=100, count=4,
                                     where="Layer self_attn:in", total_s=1e-4, exposed_s=1e-5),),

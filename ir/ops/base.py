@@ -60,7 +60,8 @@ class Op:
 
 
 KINDS = (
-    "gemm", "grouped_gemm", "attention", "conv", "scan", "memory", "free", "dispatch", "combine",
+    "gemm", "grouped_gemm", "attention", "conv", "scan", "leaf", "memory", "free", "dispatch",
+    "combine",
 )  # fmt: skip
 
 

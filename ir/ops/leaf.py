@@ -47,6 +47,13 @@ def _flop(node: Node, ins: tuple[Sizes, ...], outs: tuple[Sizes, ...]) -> Any:
     return parse_dim(str(node.attr("flop") or 0)).at(*work_point(node.outputs, outs))
 
 
+def declared_bytes(node: Node, outs: tuple[Sizes, ...]) -> Any:
+    """Memory traffic beyond operands and results, as declared; none where it is not."""
+    from ir.text import parse_dim
+
+    return parse_dim(str(node.attr("bytes") or 0)).at(*work_point(node.outputs, outs))
+
+
 def _saved(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
     """The declared bytes, an output of their own; else the inputs and parameters."""
     if not any(needs):
@@ -54,5 +61,5 @@ def _saved(node: Node, needs: tuple[bool, ...]) -> tuple[str, ...]:
     return node.refs()[-1:] if node.attr("kept") else node.inputs
 
 
-# Costed as a convolution is: by its FLOPs and bytes, twice the forward in backward.
-OPS = (Op(name="leaf", kind="conv", spec=_spec, flop=_flop, saved=_saved),)
+# Costed by its counts alone, twice the forward in backward.
+OPS = (Op(name="leaf", kind="leaf", spec=_spec, flop=_flop, saved=_saved),)
