@@ -26,12 +26,13 @@ from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes
 from planner.names import matches
 from planner.sharding import best_assignment
-from planner.stages import lower_bound_ps, solve, surely_infeasible
+from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
 DEFAULT_EFFORT = 2_000  # a stage program counts one, and one for every 8 stages: some 6 s
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
+CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe")
 
@@ -72,6 +73,17 @@ class Misfit:
     decisions: Decisions
     assignments: Assignments
     nearest: Nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsettled:
+    """A stage program that was not proved: its bound as a score and as an objective."""
+
+    bound: int
+    bound_ps: int
+    order: int
+    decisions: Decisions
+    problem: StageProblem
 
 
 @dataclass(kw_only=True)
@@ -246,7 +258,7 @@ class Searcher:
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
-        floor = 1 << 62  # the least bound of what was tried and not settled
+        unsettled: list[Unsettled] = []  # tried, with a bound below what was found
         with _interruptible() as stopped:
             for i in order:
                 if out.best and lower[i] >= out.best.score:
@@ -254,14 +266,35 @@ class Searcher:
                 if stopped() or out.spent >= self.effort:
                     out.interrupted = stopped()
                     break
-                floor = min(floor, self._expand(candidates[i], out))
+                self._expand(candidates[i], out, unsettled)
                 out.expanded += 1
                 tried[lower[i]] += 1
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
-                self._report(out, min([floor, *left[-1:]]))
-        out.bound = min([floor, *left[-1:], out.best.score if out.best else 1 << 62])
+                self._report(out, min([*left[-1:], *(u.bound for u in unsettled)], default=0))
+        if not out.interrupted:
+            self._certify(out, unsettled, left[-1] if left else 1 << 62)
+        rest = [*left[-1:], *(u.bound for u in unsettled)]
+        out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
+
+    def _certify(self, out: Outcome, unsettled: list[Unsettled], untried: int) -> None:
+        """Raise the bounds of finalists by CP-SAT, least first, while that raises the whole."""
+        for _ in range(CERTIFIED):
+            weakest = min(unsettled, key=lambda u: (u.bound, u.order), default=None)
+            if not out.best or not weakest or weakest.bound >= min(untried, out.best.score):
+                return
+            unsettled.remove(weakest)
+            known = solve(weakest.problem)
+            if known.status not in ("OPTIMAL", "FEASIBLE"):
+                continue
+            proved = max(known.bound_ps, certify(weakest.problem, incumbent_ps=known.step_ps))
+            if proved > weakest.bound_ps:
+                score = score_of(proved, weakest.decisions)
+                unsettled.append(replace(weakest, bound=score, bound_ps=proved))
+            else:
+                unsettled.append(weakest)
+                return
 
     def _report(self, out: Outcome, bound: int) -> None:
         if self.progress and out.best:
@@ -272,8 +305,8 @@ class Searcher:
                 f"solving: best {step:.3f} s, bound {step * (1 - gap):.3f} s, gap {gap:.1%}"
             )
 
-    def _expand(self, mesh: Mesh, out: Outcome) -> int:
-        """Solve a mesh's variants; return the least bound among those not settled."""
+    def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
+        """Solve a mesh's variants; note those whose bound is below what was found."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         steps = _undominated([(d, self.costs.step(d, laid)) for d in self.variants(mesh)])
         todo: list[tuple[int, int, Decisions, StageProblem]] = []
@@ -283,7 +316,6 @@ class Searcher:
                 if surely_infeasible(problem) and out.best:
                     continue
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
-        floor = 1 << 62
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
             best = objective_below(out.best.score, mesh) if out.best else None
             if best is not None and bound >= best:
@@ -303,10 +335,15 @@ class Searcher:
                     decisions=replace(d, stages=found.stages, recompute=found.recompute),
                     assignments=laid, objective_ps=found.step_ps,
                 )  # fmt: skip
-                floor = min(floor, score_of(found.bound_ps, mesh))
-            else:
-                floor = min(floor, score_of(found.bound_ps, mesh))
-        return floor
+            settled = found.status == "OPTIMAL" or (
+                found.status == "INFEASIBLE" and refutes(problem)
+            )
+            proved = bound if found.status == "INFEASIBLE" else found.bound_ps
+            if not settled and (best is None or proved < best):
+                unsettled.append(Unsettled(
+                    bound=score_of(proved, mesh), bound_ps=proved,
+                    order=out.solved, decisions=d, problem=problem,
+                ))  # fmt: skip
 
 
 def _nearer(old: Misfit | None, new: Misfit) -> Misfit:

@@ -88,7 +88,8 @@ def summary(
     notes: lines to print first, such as the defaults used or that the estimate is stale.
     """
     parts = (
-        _stages(plan), _memory(estimate), _time(estimate), _verdict(plan, estimate, baselines)
+        _stages(plan), _memory(estimate), _time(estimate, plan.graph.seq_in_input),
+        _verdict(plan, estimate, baselines),
     )  # fmt: skip
     lines = [*notes, *_head(plan), *(line for part in parts for line in ("", *part))]
     return "\n".join(map(_cut, lines))
@@ -172,10 +173,11 @@ def fullest(e: Estimate) -> RankLedger:
     return max(e.ranks, key=lambda rank: sum(size for _, size in rank.memory_bytes))
 
 
-def _time(e: Estimate) -> list[str]:
+def _time(e: Estimate, has_tokens: bool) -> list[str]:
     head = f"step {format_seconds(e.step_time_s)} +-{e.error:.0%}"
     rate = e.tokens / e.step_time_s / e.gpus
-    head += f"   {rate:,.0f} tokens/s/GPU   {e.model_flop_per_s_per_gpu / 1e12:.0f} TFLOP/s/GPU"
+    what = "tokens" if has_tokens else "samples"
+    head += f"   {rate:,.0f} {what}/s/GPU   {e.model_flop_per_s_per_gpu / 1e12:.0f} TFLOP/s/GPU"
     return [
         f"{head}   MFU {e.mfu:.1%}",
         *(
@@ -197,12 +199,15 @@ def _most(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str]:
     s = plan.solver
     proof = {
-        "OPTIMAL": f"proven: no plan of {s.meshes} meshes is better ({s.meshes_solved} solved)",
-        "FEASIBLE": f"best found; at most {s.gap_ppm / 1e4:.2f}% can be gained"
-        f" ({s.meshes_solved} of {s.meshes} meshes solved)",
-        "ESTIMATE": "every decision is given: an estimate, not a search",
+        "OPTIMAL": (f"no plan of {s.meshes} meshes is better", f"{s.meshes_solved} solved"),
+        "FEASIBLE": (
+            f"at most {s.gap_ppm / 1e4:.2f}% can be gained",
+            f"{s.meshes} meshes, {s.meshes_solved} programs solved",
+        ),
+        "ESTIMATE": ("every decision is given", "an estimate, not a search"),
     }
-    lines = [_row("search", f"{s.status}, {proof.get(s.status, '')}")]
+    words = _pack([s.status, *proof.get(s.status, ())], ", ")
+    lines = [_row("" if i else "search", row) for i, row in enumerate(words)]
     if baselines:
         rows = [
             f"{b.name} {format_seconds(b.step_time_s)}"

@@ -9,6 +9,7 @@ Effort is counted in nodes and operations simulated, never in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,11 @@ from planner.stage_bounds import (
 )
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
-from planner.stage_cuts import bound_all, saving_rate, solve_chunks
+from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, solve_chunks
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
-    "lower_bound_ps", "solve", "surely_infeasible",
+    "lower_bound_ps", "refutes", "solve", "surely_infeasible",
 ]  # fmt: skip
 
 
@@ -93,6 +94,12 @@ def solve(
         recompute=found.recompute, step_ps=found.step_ps, bound_ps=min(bound, found.step_ps),
         peak_bytes=rank_bytes(p, found.stages, found.recompute),
     )  # fmt: skip
+
+
+def refutes(problem: StageProblem) -> bool:
+    """Whether `solve` proves a problem infeasible, and does not only fail to find a choice."""
+    few = comb(problem.layers - 1, problem.count - 1) <= ALL_CUTS
+    return problem.chunks == 1 or few or surely_infeasible(problem)
 
 
 def certify(problem: StageProblem, *, incumbent_ps: int, effort: Effort | None = None) -> int:

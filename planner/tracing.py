@@ -54,9 +54,14 @@ def plan_graph(
     costs, searcher = _searcher(graph, cluster, workload, options.pins, progress)
     searcher.effort = options.effort or searcher.effort
     clock.mark("cost_s")
-    baselines = _baselines(costs, searcher)
-    outcome = searcher.run(_best_of(baselines, options.pins))
+    baselines, stopped = _baselines(costs, searcher)
+    known = _best_of(baselines, options.pins)
+    if stopped and known is None:
+        raise KeyboardInterrupt
+    outcome = Outcome(best=known, interrupted=True) if stopped else searcher.run(known)
     clock.mark("solve_s")
+    if outcome.interrupted and outcome.best is None:
+        raise KeyboardInterrupt
     if outcome.best is None:
         raise infeasible(searcher, outcome)
     plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome)
@@ -240,8 +245,9 @@ def _expert_degree(graph: Graph, cluster: Cluster) -> list[int]:
 Found = list[tuple[Baseline, Tried | None]]
 
 
-def _baselines(costs: Costs, searcher: Searcher) -> Found:
-    """Cost every recipe with the same model; one that cannot be laid out is left out."""
+def _baselines(costs: Costs, searcher: Searcher) -> tuple[Found, bool]:
+    """Cost every recipe with the same model; one that cannot be laid out is left out. True where
+    Ctrl-C ended it."""
     rows: Found = []
     chain = costs.chain
     for name, recipe in _recipes(costs.graph, costs.cluster, searcher.pins):
@@ -257,7 +263,9 @@ def _baselines(costs: Costs, searcher: Searcher) -> Found:
             m = found.misfit
             made = estimate_step(costs, costs.step(m.decisions, m.assignments), m.decisions)
             rows.append((Baseline(name=name, step_time_s=made.step_time_s, fits=False), None))
-    return rows
+        if found.interrupted:
+            return rows, True
+    return rows, False
 
 
 def _best_of(rows: Found, pins: Pins) -> Tried | None:
