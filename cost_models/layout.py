@@ -89,10 +89,13 @@ def _token_local(node: Node, ins: tuple[Tensor, ...]) -> Option:
 
 @functools.cache
 def expert_parameters(unit: Unit) -> frozenset[str]:
-    """Parameters that lie over the expert axes: those that grouped matmuls read, or views of."""
+    """Parameters that lie over the expert axes: those that grouped matmuls read, views of them,
+    and every one of a stack of experts."""
     ops = ("grouped_matmul", "expert_bias")
     roots = storage_roots(unit)
-    read = {roots[r] for n in unit.nodes if n.op in ops for r in n.inputs}
+    stacks = {n.name: n.inputs for n in unit.nodes if n.op == "stack_view"}
+    asked = [r for n in unit.nodes if n.op in ops for r in n.inputs]
+    read = {roots[x] for r in asked for x in stacks.get(r, (r,))}
     return frozenset(read & unit.parameter_names)
 
 

@@ -26,7 +26,8 @@ from planner.mesh import Mesh, divisors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-LATE_S = 1e5  # a guess that puts a mesh behind all others
+LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
+MOST_BEYOND = 50.0
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
 
 
@@ -136,17 +137,19 @@ def mesh_bounds_ps(
         bounds[members] = tail + np.maximum(
             m * (step + forced) / pp + quickest * (pp - 1) / 2, m * fullest * quickest
         )
-        again = _again_s(costs, through, at, pp, m, np.array([tails.state(r, laid) for r in rows]))
+        state = np.array([tails.state(r, laid) for r in rows])
+        again, beyond = _again_s(costs, through, at, pp, m, state)
         guess = np.full(len(rows), np.inf)
         for v in range(1, most_virtual + 1):
             load = -(-layers // (pp * v)) * v * (step + again) / layers
             legal = (pp * v <= layers) & ((v == 1) | (m % pp == 0))
             guess = np.where(legal, np.minimum(guess, (m + (pp - 1) / v) * load), guess)
-        guesses[members] = guess + tail
+        late = LATE_S * (1 + np.minimum(beyond, MOST_BEYOND))
+        guesses[members] = np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
     return Bounds(
         lower_ps=np.floor(bounds * 1e12 * (1 - 1e-6)).astype(np.int64),
-        guess_ps=np.floor(np.minimum(guesses, LATE_S) * 1e12).astype(np.int64),
+        guess_ps=np.floor(guesses * 1e12).astype(np.int64),
     )
 
 
@@ -165,19 +168,19 @@ def _room(pp: Ints, m: Ints, folded: bool) -> tuple[Floats, Floats]:
 
 def _again_s(
     costs: Costs, through: Through, at: Ints, pp: Ints, m: Ints, state_bytes: Floats
-) -> Floats:
+) -> tuple[Floats, Floats]:
     """A guess at the recomputation that memory forces on the first rank under 1F1B, as seconds of
-    a micro-batch through the chain; LATE_S where even full recomputation seems not to fit."""
-    room = costs.cluster.device.memory_bytes - state_bytes
+    a micro-batch through the chain; and by how many GPUs' memory even all of it does not do."""
+    gpu_bytes = costs.cluster.device.memory_bytes
+    room = gpu_bytes - state_bytes
     held = np.minimum(m, pp) / pp
     none, some, full = (held * k[at] for k in through.kept)
     light, heavy = (t[at] for t in through.again_s)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
-        in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
-    by_part = np.where(some <= room, in_part * light, LATE_S)
-    by_full = np.where(full <= room, in_full * heavy, LATE_S)
-    return np.where(none <= room, 0.0, np.minimum(by_part, by_full))
+    in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
+    in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
+    by_part = np.where(some <= room, in_part * light, np.inf)
+    again = np.where(none <= room, 0.0, np.minimum(by_part, in_full * heavy))
+    return again, np.maximum(0.0, np.minimum(none, full) - room) / gpu_bytes
 
 
 class _States:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cost_models.chain import Chain
 from cost_models.decisions import Workload
 from cost_models.hardware import Cluster
-from cost_models.layout import expert_parameters, options
+from cost_models.layout import options
 from planner.decisions import Pins
 
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
@@ -63,7 +63,8 @@ def facts_of(chain: Chain) -> Facts:
     """Read the limits off the units."""
     units = list(dict.fromkeys(link.unit for link in chain.links))
     nodes = [(u, n) for u in units for n in u.nodes]
-    weights = [u.values[p] for u in units for p in sorted(expert_parameters(u))]
+    # [experts, k, n] as they are multiplied: a parameter may hold them in other shapes
+    weights = [u.values[n.inputs[1]] for u, n in nodes if n.op == "grouped_matmul"]
     heads = [
         u.values[r].shape[1].at(1, 1)
         for u, n in nodes if n.op == "attention" for r in n.inputs[:2]

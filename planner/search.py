@@ -32,6 +32,7 @@ MOST_VIRTUAL_STAGES = 8
 DEFAULT_EFFORT = 2_000  # a stage program counts one, and one for every 8 stages: some 6 s
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
+MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe")
@@ -97,6 +98,7 @@ class Outcome:
     expanded: int = 0  # meshes tried; solved: stage programs
     solved: int = 0
     spent: int = 0
+    misfits: int = 0
     interrupted: bool = False
 
     @property
@@ -313,7 +315,7 @@ class Searcher:
         for d, step in steps:
             for made in self.schedules(d):
                 problem = self.problem(step, made)
-                if surely_infeasible(problem) and out.best:
+                if (out.best or out.misfits >= MISFITS) and surely_infeasible(problem):
                     continue
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
@@ -325,6 +327,7 @@ class Searcher:
             out.spent += 1 + d.pp * d.virtual_stages // 8
             if found.status == "INFEASIBLE":
                 assert found.nearest is not None
+                out.misfits += 1
                 out.misfit = _nearer(out.misfit, Misfit(
                     decisions=replace(d, stages=found.nearest.stages,
                                       recompute=found.nearest.recompute),

@@ -319,8 +319,9 @@ def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
     binding = ["memory", *(f"{p} (--fix)" for p in _said(searcher.pins))]
     if searcher.pins.tp is None and m.decisions.tp == costs.cluster.domain_ranks > 1:
         binding.append(f"tp<={costs.cluster.domain_ranks} (one NVLink domain)")
+    verdict = "fits" if out.expanded == out.meshes else "was found that fits"
     return InfeasibleError(
-        f"no plan fits {spec} ({gpu_bytes / 1e9:.1f} GB a GPU)",
+        f"no plan {verdict} {spec} ({gpu_bytes / 1e9:.1f} GB a GPU)",
         why=f"nearest needs {total / 1e9:.1f} GB on pp rank {worst.pp_rank}: {', '.join(parts)}\n"
         f"binding: {'; '.join(binding)}",
         hints=tuple(_hints(searcher)),
@@ -370,7 +371,7 @@ def _again(searcher: Searcher, pins: Pins, cluster: Cluster) -> str:
     if old.workload.global_batch % 1 or cluster.count % (pins.tp or 1):
         return ""
     costs, again = _searcher(old.graph, cluster, old.workload, pins, None)
-    again.effort = 400
+    again.effort = 100  # a hint is a plan that fits, not the best one
     out = again.run()
     if out.best is None:
         return ""

@@ -68,8 +68,9 @@ def no_row(name: str, layer: str, source: str) -> PlanError:
         f"torch operator {name!r} has no rule", where=f"{layer or 'top level'} at {source}",
         why="an operator without a rule has no cost, and is never taken to be free",
         hints=(
-            f"add a row for {name!r} to ir/capture/table.py and its op to ir/ops (docs/add-an-op.md)",
-            f"or declare the module it is in{f' ({layer})' if layer else ''} one operation with costs"
-            " that you give: ir.leaf(Class, flop=...)",
+            f"add a row for {name!r} to ir/capture/table.py and its op to ir/ops"
+            " (docs/add-an-op.md)",
+            f"or declare the module it is in{f' ({layer})' if layer else ''} one operation with"
+            " costs that you give: ir.leaf(Class, flop=...)",
         ),
     )  # fmt: skip

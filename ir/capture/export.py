@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
           "fp8": torch.bfloat16, "nvfp4": torch.bfloat16}  # fmt: skip
 _READS_VALUES = (  # what torch says where a forward reads values, or makes shapes of them
     "DataDependent", "data-dependent", "GuardOnData", "meta tensor", "Meta tensors",
-    "DynamicOutputShape", "unbacked",
+    "DynamicOutputShape", "unbacked", "nonzero",
 )  # fmt: skip
 PREFIX = "model."  # the user's model inside the traced step
 
@@ -238,7 +239,9 @@ def _step(
 
 def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:
     try:
-        return torch.export.export(step, given, strict=False)
+        with warnings.catch_warnings():  # advice to who exports: nothing that is run here
+            warnings.simplefilter("ignore")
+            return torch.export.export(step, given, strict=False)
     except PlanError:
         raise
     except Exception as fault:

@@ -1,7 +1,7 @@
 """A Hugging Face configuration -> its module on the meta device, adapted so that it traces whole.
 
 No weights and no remote code: the class is the one that the configuration's `architectures` names
-in the installed transformers, or its `model_type`'s causal language model.
+in the installed transformers, or its `model_type`'s language model.
 """
 
 from __future__ import annotations
@@ -157,18 +157,22 @@ def _changed(config: Mapping[str, Any], args: Mapping[str, str], where: str) -> 
 
 
 def _model_class(raw: Mapping[str, Any], where: str) -> type[Any]:
-    """The class in `architectures`, else the causal language model of `model_type`."""
+    """The class in `architectures`, else the language model of `model_type`."""
     names = [name for name in raw.get("architectures") or () if isinstance(name, str)]
     for name in names:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto import modeling_auto as auto
 
     kind = str(raw.get("model_type", ""))
-    found = known.get(kind)
-    if found is None:
-        near = difflib.get_close_matches(kind, known, n=3)
+    text, images = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )  # fmt: skip
+    named = (found for found in (text.get(kind), images.get(kind)) if found)
+    classes = [getattr(transformers, x if isinstance(x, str) else x[0]) for x in named]
+    if not classes:
+        near = difflib.get_close_matches(kind, {**text, **images}, n=3)
         raise PlanError(
             f"transformers {transformers.__version__} knows neither model_type '{kind}' "
             f"nor {' or '.join(names) or 'an architecture'}",
@@ -176,7 +180,9 @@ def _model_class(raw: Mapping[str, Any], where: str) -> type[Any]:
             why=f"nearest model types: {', '.join(near)}" if near else "",
             hints=("a model.py whose build() returns the module works for any architecture",),
         )
-    return getattr(transformers, found if isinstance(found, str) else found[0])
+    # A text class may go by a model_type whose configuration has towers beside the text.
+    whole = [cls for cls in classes if cls.config_class.model_type == kind]
+    return (whole or classes)[0]
 
 
 def _configuration(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
