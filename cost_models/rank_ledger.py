@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cost_models.decisions import Decisions
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, starts_of
@@ -32,7 +34,10 @@ def levels_of(step: Step, d: Decisions) -> dict[int, int]:
 def rank_collectives(
     costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
 ) -> tuple[Collective, ...]:
-    """What a rank sends in a step, rows of the same place and size added up."""
+    """What a rank sends in a step, rows of the same place and size added up.
+
+    Groups that replicate a shard (HSDP) all-reduce theirs as often as it is reduced.
+    """
     links, levels = stage_links(step, d.stages), levels_of(step, d)
     at = costs.point(d)
     rows: dict[tuple[str, str, int, str], list[float]] = {}
@@ -47,26 +52,35 @@ def rank_collectives(
         row, unit = step.row(i), step.chain.links[i].unit
         for t in row.traffic:
             repeats = d.microbatches * (2 if levels.get(i) == 2 and not t.backward else 1)
+            if not t.count[at]:
+                continue
             seconds = float(t.seconds[at])
             add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
-                t.count * repeats, seconds * repeats,
+                int(t.count[at]) * repeats, seconds * repeats,
                 (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
-        for kind, times, item in (
-            ("all_gather", mode.gather_per_microbatch * d.microbatches + mode.gather_per_step,
-             compute),
-            ("reduce_scatter", mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step,
-             grad),
-            ("all_reduce", mode.all_reduce_per_step, grad),
-        ):  # fmt: skip
-            for elements, expert in ((row.state.dense, False), (row.state.expert, True)):
-                ranks = ranks_of(d, expert)
-                if times and elements and ranks.shard * ranks.replicas > 1:
-                    one = costs.transfers(d, row.state, kind, item)
-                    add(kind, "edp" if expert else "dp", elements * item,
+        gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
+        reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
+        for part, expert in ((replace(row.state, expert=0), False),
+                             (replace(row.state, dense=0), True)):  # fmt: skip
+            ranks, elements = ranks_of(d, expert), part.dense + part.expert
+            shared, whole = ranks.shard > 1, ranks.shard * ranks.replicas > 1
+            for kind, done, times, size in (
+                ("all_gather", shared, gathers, elements * compute),
+                ("reduce_scatter", shared, reduces, elements * grad),
+                ("all_reduce_replicas", ranks.replicas > 1, reduces,
+                 -(-elements // ranks.shard) * grad),
+                ("all_reduce", whole, mode.all_reduce_per_step, elements * grad),
+            ):  # fmt: skip
+                if done and times and elements:
+                    one = costs.transfers(d, part, kind, compute if kind == "all_gather" else grad)
+                    add(kind.removesuffix("_replicas"), "edp" if expert else "dp", size,
                         f"{unit.name} parameters", times, one * times, 0.0)  # fmt: skip
     if d.pp > 1:
-        stages = len(problem.stages_of(rank))
-        times = 2 * d.microbatches * stages
+        times = d.microbatches * sum(
+            problem.rank_of(other) != rank
+            for k in problem.stages_of(rank) for other in (k - 1, k + 1)
+            if 0 <= other < problem.count
+        )  # fmt: skip
         add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12, 0.0)
     return tuple(
         Collective(

@@ -13,7 +13,7 @@ from math import prod
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, ZeroMode
-from cost_models.layout import Assignment, expert_parameters, produced
+from cost_models.layout import PARTIAL, Assignment, expert_parameters, produced
 from ir.errors import UsageError
 from ir.graph import Unit
 
@@ -28,12 +28,17 @@ OPTIMIZERS = (*MOMENT_BYTES, "adafactor")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """One parameter on one rank before data-parallel sharding: rows, and elements a row."""
+    """One parameter on one rank before data-parallel sharding: rows, and elements a row.
+
+    summed: it is whole on every tp rank and its gradient a partial sum there, as a norm's weight
+    under sequence parallelism is.
+    """
 
     name: str
     rows: int
     row_elements: int
     expert: bool
+    summed: bool = False
 
     @property
     def elements(self) -> int:
@@ -44,6 +49,10 @@ class Held:
 def held(unit: Unit, assignment: Assignment, ep: int, etp: int) -> tuple[Held, ...]:
     """What one rank holds of a unit's parameters: split on tp, or over ep and etp."""
     at, experts = produced(unit, assignment), expert_parameters(unit)
+    partial = {
+        r for n, o in zip(unit.nodes, assignment.chosen) for r, g in zip(n.inputs, o.grads)
+        if g == PARTIAL
+    }  # fmt: skip
     found = []
     for p in unit.parameters:
         if p.kind == "buffer":
@@ -56,8 +65,11 @@ def held(unit: Unit, assignment: Assignment, ep: int, etp: int) -> tuple[Held, .
             sizes[at[p.name]] //= assignment.ways
         rows = sizes[0] if sizes else 1
         found.append(
-            Held(name=p.name, rows=rows, row_elements=prod(sizes[1:]), expert=p.name in experts)
-        )
+            Held(
+                name=p.name, rows=rows, row_elements=prod(sizes[1:]), expert=p.name in experts,
+                summed=p.name in partial and p.name not in experts and at[p.name] < 0,
+            )
+        )  # fmt: skip
     return tuple(found)
 
 
@@ -102,7 +114,8 @@ def _shard(h: Held, shard: int, by_rows: bool) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Bytes of a unit's state on a rank at the peak; gathered_bytes: one unit's transient whole
-    copies; element counts for traffic and the optimizer, dense and expert apart."""
+    copies; element counts for traffic and the optimizer, dense and expert apart, and of dense
+    those whose gradients are summed over tp."""
 
     parameter_bytes: int
     gradient_bytes: int
@@ -110,6 +123,7 @@ class State:
     gathered_bytes: int
     dense: int
     expert: int
+    summed: int
     updated: int
 
 
@@ -148,7 +162,8 @@ def state_of(
         parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
         optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
         dense=sum(h.elements for h in parameters if not h.expert),
-        expert=sum(h.elements for h in parameters if h.expert), updated=sums["updated"],
+        expert=sum(h.elements for h in parameters if h.expert),
+        summed=sum(h.elements for h in parameters if h.summed), updated=sums["updated"],
     )  # fmt: skip
 
 

@@ -262,6 +262,11 @@ class Costs:
             self._fsdp[key] = total
         return self._fsdp[key]
 
+    def summed_s(self, d: Decisions, state: State) -> float:
+        """Seconds to add up, once a step, the gradients of parameters that are whole on tp."""
+        _, grad = self._formats(d)
+        return float(collective_s(self.cluster, "all_reduce", state.summed * grad, d.tp, 1))
+
     def _formats(self, d: Decisions) -> tuple[int, int]:
         wide = self.workload.precision == "fp32"
         return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
@@ -299,6 +304,7 @@ class Costs:
             )
             + mode.all_reduce_per_step * self.transfers(d, state, "all_reduce", grad)
         )  # fmt: skip
+        summed = self.summed_s(d, state)
         gather = mode.gather_per_step * self.transfers(d, state, "all_gather", compute)
         busy = sum(cost.kernels_s)
         hide = (engine.dp_reduce_hidden if reduce else 0.0) * busy
@@ -307,7 +313,7 @@ class Costs:
         own, offload = self._update_s(d, state, mode.optimizer_at_rest)
         return {
             "tail_comm_ps": ps((1 - least) * (reduce + gather)), "tail_hide_ps": ps(hide),
-            "floor_ps": ps(least * (reduce + gather)), "optimizer_ps": ps(own),
+            "floor_ps": ps(least * (reduce + gather) + summed), "optimizer_ps": ps(own),
             "offload_ps": ps(offload),
         }  # fmt: skip
 

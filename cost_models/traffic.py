@@ -15,13 +15,14 @@ from ir.graph import Unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Collectives of one place in a unit, per micro-batch: bytes and seconds at each point."""
+    """Collectives of one place in a unit, per micro-batch: how many, and bytes of each and
+    seconds of all, at each point."""
 
     kind: str
     axis: str
     where: str
     backward: bool
-    count: int
+    count: Floats
     size_bytes: Floats
     seconds: Floats
     hidden_s: Floats
@@ -33,8 +34,8 @@ def _row(
 ) -> Traffic:  # fmt: skip
     seconds = collective_s(work.cluster, kind, size, ranks, stride) * count
     return Traffic(
-        kind=kind, axis=axis, where=where, backward=backward, count=count, size_bytes=size,
-        seconds=seconds, hidden_s=seconds * (1 - exposed),
+        kind=kind, axis=axis, where=where, backward=backward, count=work.zeros + count,
+        size_bytes=size, seconds=seconds, hidden_s=seconds * (1 - exposed),
     )  # fmt: skip
 
 
@@ -97,7 +98,8 @@ def _cp_row(
     work: Work, kind: str, where: str, backward: bool, size: Floats, steps: bool
 ) -> Traffic:
     """One cp collective at every point, each in its own group; steps: one send a ring step."""
-    seconds, count = work.zeros, 1
+    seconds = work.zeros
+    count = work.cp - 1 if steps else np.minimum(work.cp - 1, 1.0)
     for cp in sorted({int(c) for c in work.cp}):
         here = work.cp == cp
         times = cp - 1 if steps else 1
@@ -108,7 +110,6 @@ def _cp_row(
             continue
         one = collective_s(work.cluster, kind, size, cp, work.axes.tp)
         seconds = np.where(here, one * times, seconds)
-        count = times if here.all() else count
     return Traffic(
         kind=kind, axis="cp", where=where, backward=backward, count=count, size_bytes=size,
         seconds=seconds, hidden_s=work.zeros,
