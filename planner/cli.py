@@ -226,14 +226,20 @@ def check(
     """
     from planner import check as checks
     from planner.options import TraceOptions
-    from planner.plan import read
+    from planner.plan import load_cluster, read
     from planner.plan_text import parse_header
+    from planner.workload import Asked
 
     checked = _examine(plan)
     if model is not None:
         from planner.tracing import capture
 
-        traced = capture(TraceOptions(model=model, args=parse_args(arg), cache=cache))
+        found = checked.plan
+        options = TraceOptions(
+            model=model, hardware=found.hardware, args=parse_args(arg), cache=cache,
+            asked=Asked(precision=found.workload.precision),
+        )  # fmt: skip
+        traced = capture(options, load_cluster(found, _folder_of(plan)))
         checks.require_model(checked.plan, traced, model)
     checks.require_fit(checked)
     if update and checked.moved:
@@ -358,9 +364,13 @@ def _examine(source: str) -> Checked:
     from planner.check import examine
     from planner.plan import load
 
+    return examine(load(source), _folder_of(source))
+
+
+def _folder_of(source: str) -> Path:
+    """Where a plan's own hardware file may lie beside it."""
     inside = Path(source).exists() or source == "-" or ":" not in source
-    folder = Path(source).parent if inside and source != "-" else Path()
-    return examine(load(source), folder)
+    return Path(source).parent if inside and source != "-" else Path()
 
 
 def _print_json(value: Any) -> None:

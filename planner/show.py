@@ -163,7 +163,7 @@ def _arithmetic(rank: RankLedger) -> str:
         for name in ("parameters", "gradients", "optimizer")
     ]
     return (
-        f"  {format_count(rank.parameters)} parameters x ({' + '.join(each)}) bytes of weights,"
+        f"  {format_count(rank.parameters)} params x ({' + '.join(each)}) bytes of weights,"
         " gradients, optimizer"
     )
 

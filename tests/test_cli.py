@@ -58,7 +58,7 @@ def search(monkeypatch):
             baselines=(Baseline(name="fsdp", step_time_s=0.002, fits=True),),
         )  # fmt: skip
 
-    fake = SimpleNamespace(run=run, capture=lambda options: seen.graph)
+    fake = SimpleNamespace(run=run, capture=lambda *given: seen.graph)
     monkeypatch.setitem(sys.modules, "planner.tracing", fake)
     return seen
 

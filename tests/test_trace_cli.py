@@ -250,7 +250,7 @@ def test_bad_models_are_errors(plan, tmp_path, model, words):
         (["--hardware", "h100x8", "--optimizer", "adamv"], 64, ["adamw"]),
         (["--hardware", "h100x8", "--engine", "megatrom"], 64, ["megatron"]),
         (["--hardware", "h100x8", "--task", "serve"], 64, ["serve"]),
-        (["--hardware", "h100x8", "--arg", "sise=tiny"], 1, ["sise"]),
+        (["--hardware", "h100x8", "--arg", "sise=tiny"], 64, ["sise", "size"]),
     ],
 )
 def test_bad_flags(plan, tmp_path, arguments, code, words):
