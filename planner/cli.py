@@ -74,7 +74,7 @@ def trace(
     task: Annotated[str, typer.Option(help="train")] = "train",
     effort: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="stage programs solved at most (default: 2000)"),
+        typer.Option(metavar="N", min=0, help="how much is searched, in stage programs (default: 2500)"),
     ] = 0,
     arg: Args = [],  # noqa: B006
     output: Annotated[

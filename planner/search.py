@@ -29,7 +29,8 @@ from planner.sharding import best_assignment
 from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
-DEFAULT_EFFORT = 2_000  # a stage program counts one, and one for every 8 stages: some 6 s
+DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages; a mesh one, and
+# one for every 4 programs it has: some 6 s
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
@@ -318,6 +319,7 @@ class Searcher:
                 if (out.best or out.misfits >= MISFITS) and surely_infeasible(problem):
                     continue
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
+        out.spent += 1 + len(todo) // 4
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
             best = objective_below(out.best.score, mesh) if out.best else None
             if best is not None and bound >= best:

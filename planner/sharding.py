@@ -307,7 +307,7 @@ def _joined(parts: list[Factor], sizes: list[int]) -> Factor:
     return Factor(nodes=nodes, table=table)
 
 
-def solve(program: Program, *, cells: int = 20_000, node_limit: int = 10_000) -> tuple[int, ...]:
+def solve(program: Program, *, cells: int = 200_000, node_limit: int = 10_000) -> tuple[int, ...]:
     """The optimal option of each node.
 
     Nodes are eliminated exactly while the table over their neighbours has at most `cells` cells
