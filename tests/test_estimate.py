@@ -56,13 +56,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[(m, c) for m in ("llama", "moe") for c in CASES],
-                ids=lambda p: f"{p[0]}, {p[1]}")  # fmt: skip
+@pytest.fixture(scope="module", params=list(CASES))
 def case(request):
-    name, key = request.param
-    pins = CASES[key]
-    if name == "llama" and "ep" in pins:
-        pytest.skip("no experts")
+    """(costs, best, estimate): a dense model, a mixture where experts are laid out."""
+    pins = CASES[request.param]
+    name = "moe" if {"ep", "zero", "cp"} & set(pins) else "llama"
     return planned(name, args={"n_layers": 4}, **pins)
 
 
@@ -207,9 +205,9 @@ def test_context_traffic(cp):
             "micro_batch": 1, "recompute": Recompute()}  # fmt: skip
     local = SEQ // cp
     q, kv = 2 * local * 64, 2 * local * 64  # two key heads of 16, K and V
-    costs, best, e = planned("llama", cp_kind="ring", **more)
+    _, best, e = planned("llama", cp_kind="ring", **more)
     m = best.decisions.microbatches
-    assert {k: v for k, v in sent(e.ranks[0], "cp").items()} == {
+    assert sent(e.ranks[0], "cp") == {
         ("p2p", kv): (cp - 1) * 2 * m, ("p2p", 2 * kv): (cp - 1) * 2 * m,
     }  # fmt: skip
     _, _, e = planned("llama", cp_kind="allgather", **more)

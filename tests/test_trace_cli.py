@@ -380,7 +380,7 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path, cache):
         [sys.executable, "-m", "planner.cli", *arguments], cwd=tmp_path, env=environment(cache),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(14)
+    time.sleep(10)
     if process.poll() is not None:
         pytest.skip("solved before it could be interrupted")
     process.send_signal(signal.SIGINT)

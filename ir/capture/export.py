@@ -133,9 +133,18 @@ def trace(
     cast_floats(model, DTYPES[precision])
     _tie_again(model, tied)
     model.train()
-    once = partial(
+    traced = partial(
         _trace, model, inputs, targets, loss, sizes, dtype=DTYPES[precision], fold=fold, where=where
     )
+
+    def once() -> Trace:
+        try:
+            return traced(hollow=fold)
+        except PlanError:  # a forward may look into a layer that it does not call: keep them whole
+            if not fold:
+                raise
+            return traced(hollow=False)
+
     try:
         return once()
     except DataDependent:
@@ -155,13 +164,16 @@ def _trace(
     *,
     dtype: torch.dtype,
     fold: bool,
+    hollow: bool,
     where: str,
 ) -> Trace:
     split: set[str] = set()
     while True:
         programs = []
         for size in sizes:
-            with leaves_as_one(model), folded(model, fold=fold, split=split) as folding:
+            with leaves_as_one(model), folded(
+                model, fold=fold, split=split, hollow=hollow
+            ) as folding:
                 args, kwargs = _arguments(inputs, size, dtype)
                 given = [targets(*size)] if targets else []
                 step, wanted = _step(model, loss, args, kwargs, given, where)

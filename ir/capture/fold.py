@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def _call_key(key: str, spec: Any, flat: list[Any]) -> str:
 
 
 def _patched(
-    state: Folding, path: str, key: str, original: Callable[..., Any], fold: bool
+    state: Folding, path: str, key: str, original: Callable[..., Any], fold: bool, hollow: bool
 ) -> Callable[..., Any]:
     """A unit's forward while it is traced: between markers, or one call of a class traced before.
 
@@ -214,6 +215,8 @@ def _patched(
             like, template, tree = state.outputs[name]
             at = iter(torch.ops.meshwright_fold.call(tensors, like, path, name))
             return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
+        if hollow:
+            raise RuntimeError(f"{path} is called as no instance of its class was before it")
         fresh = dict(zip(map(id, tensors), torch.ops.meshwright_fold.enter(tensors, path, name)))
         inside, inside_kwargs = pytree.tree_unflatten([fresh.get(id(x), x) for x in flat], spec)
         leaves, tree = pytree.tree_flatten(original(*inside, **inside_kwargs))
@@ -228,18 +231,29 @@ def _patched(
 
 
 @contextmanager
-def folded(model: nn.Module, *, fold: bool, split: set[str]) -> Iterator[Folding]:
-    """Patch unit forwards for one trace; `split` holds class keys not to be merged by index."""
+def folded(
+    model: nn.Module, *, fold: bool, split: set[str], hollow: bool = False
+) -> Iterator[Folding]:
+    """Patch unit forwards for one trace; `split` holds class keys not to be merged by index.
+
+    hollow: instances behind the second of a class lose their parameters and children meanwhile,
+    so that the exporter does not carry thousands of tensors that no traced operation reads.
+    """
     units, layers = find_units(model)
     keys, skips = _class_keys(units, layers, split)
     state = Folding(layers=layers)
     undo: list[Callable[[], None]] = []
     probed: set[str] = set()
+    seen: Counter[str] = Counter()
     try:
         for path, module in units.items():
             key, own = keys[path], vars(module).get("forward")
             undo.append(partial(_restore, module, own))
-            module.forward = _patched(state, path, key, module.forward, fold)
+            seen[key] += 1
+            empty = fold and hollow and seen[key] > 2
+            module.forward = _patched(state, path, key, module.forward, fold, empty)
+            if empty:
+                undo.append(partial(vars(module).update, _emptied(module)))
             if fold and key not in probed:
                 probed.add(key)
                 probe(module, key, skips.get(path, set()), state.touched, undo)
@@ -247,6 +261,13 @@ def folded(model: nn.Module, *, fold: bool, split: set[str]) -> Iterator[Folding
     finally:
         for step in reversed(undo):
             step()
+
+
+def _emptied(module: nn.Module) -> dict[str, Any]:
+    """Take a module's parameters, buffers and children away; what `vars` was, to put back."""
+    held = {name: vars(module)[name] for name in ("_parameters", "_buffers", "_modules")}
+    vars(module).update({name: {} for name in held})
+    return held
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:
