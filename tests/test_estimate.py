@@ -14,6 +14,7 @@ from cost_models.ledger import BREAKDOWN, MEMORY
 from cost_models.schedule import rank_of
 from cost_models.words import sharding_of
 from planner.decisions import Pins, Recompute
+from planner.mesh import meshes
 from planner.search import Searcher
 
 SEQ = 8192
@@ -24,9 +25,9 @@ def planned(name, hardware="h100x8", batch=8, *, memory=None, compiled=True, arg
     graph = graph_of(name, **(args or {}))
     cluster = load_hardware(hardware)
     cluster = cluster if memory is None else with_memory(cluster, memory)
-    degrees = [1 << k for k in range(6)]
-    points = tuple((b, c) for b in degrees for c in degrees[:4])
-    costs = costs_of(graph, cluster, points, seq_len=SEQ, global_batch=batch)
+    costs = costs_of(graph, cluster, seq_len=SEQ, global_batch=batch)
+    found = meshes(costs.chain, cluster, costs.workload, Pins(**pins))
+    costs.points = (*dict.fromkeys((m.micro_batch, m.cp) for m in found), (3, 1), (1, 4))
     costs.compiled = compiled
     best = Searcher(costs=costs, pins=Pins(**pins)).run().best
     assert best is not None

@@ -314,7 +314,7 @@ def test_a_known_plan_changes_nothing(tmp_path):
     """Starting from any plan of the space ends at the same best."""
     _, searcher, _ = searched("tp", tmp_path)
     alone = searcher.run().best
-    start = searcher.under(Pins(zero=1)).run().best
+    start = searcher.under(Pins(cp=2)).run().best
     assert start.score > alone.score
     found = searcher.run(start)
     assert (found.best.decisions, found.proved) == (alone.decisions, True)
@@ -340,7 +340,7 @@ from pathlib import Path
 from planner.options import TraceOptions
 from planner.tracing import run
 from planner.workload import Asked
-for name in ("llama", "moe", "dit"):
+for name in ("llama", "moe"):
     options = TraceOptions(
         model=f"{sys.argv[1]}/{name}.py", hardware="h100x16", args=(("size", "tiny"),),
         cache=False, asked=Asked(global_batch=16),
@@ -361,7 +361,7 @@ def test_same_bytes_under_another_hash_seed(tmp_path):
         )  # fmt: skip
         found.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert found[0] == found[1]
-    assert len(found[0]) == 6
+    assert len(found[0]) == 4
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zbh1"])
