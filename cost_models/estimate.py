@@ -9,7 +9,13 @@ from dataclasses import replace
 from cost_models.decisions import Decisions, Workload
 from cost_models.hardware import Cluster
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
-from cost_models.rank_ledger import levels_of, rank_collectives, stage_links
+from cost_models.rank_ledger import (
+    exposed_send_ps,
+    levels_of,
+    rank_collectives,
+    stage_links,
+    tail_parts,
+)
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import (
@@ -132,13 +138,6 @@ def stage_problem(
     )  # fmt: skip
 
 
-def exposed_send_ps(costs: Costs, step: Step, d: Decisions) -> int:
-    """What a send takes from a stage's own time, each way; the rest is latency."""
-    engine = costs.engine
-    share = engine.p2p_exposed if d.virtual_stages == 1 else engine.p2p_exposed_interleaved
-    return round(step.p2p_ps * share)
-
-
 def _state_bytes(row: Row) -> int:
     s = row.state
     return s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes
@@ -236,18 +235,6 @@ def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> d
     return {name: value * d.microbatches for name, value in parts.items()}
 
 
-def _tail_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> tuple[int, int, int]:
-    """(exposed reduction, optimizer, offload) of a rank after its last backward."""
-    links = stage_links(step, d.stages)
-    rows = [step.row(i) for k in problem.stages_of(rank) for i in links[k]]
-    comm = sum(r.tail_comm_ps - r.tail_hide_ps for r in rows)
-    return (
-        max(0, comm) + sum(r.floor_ps for r in rows),
-        sum(r.optimizer_ps for r in rows),
-        sum(r.offload_ps for r in rows),
-    )
-
-
 def _breakdown(
     costs: Costs, step: Step, problem: StageProblem, d: Decisions, objective: int, total: int
 ) -> dict[str, int]:
@@ -257,7 +244,7 @@ def _breakdown(
     sent = 2 * d.microbatches * d.virtual_stages * exposed_send_ps(costs, step, d)
     busiest = max(range(d.pp), key=lambda r: (sum(by_rank[r].values()), -r))
     parts = by_rank[busiest]
-    tails = [_tail_parts(step, d, problem, r) for r in range(d.pp)]
+    tails = [tail_parts(step, d, problem, r) for r in range(d.pp)]
     slowest = max(range(d.pp), key=lambda r: (sum(tails[r]), -r))
     reduce, update, offload = tails[slowest]
     busy = sum(parts.values()) + sent

@@ -31,6 +31,27 @@ def levels_of(step: Step, d: Decisions) -> dict[int, int]:
     return levels
 
 
+def exposed_send_ps(costs: Costs, step: Step, d: Decisions) -> int:
+    """What a send takes from a stage's own time, each way; the rest is latency."""
+    engine = costs.engine
+    share = engine.p2p_exposed if d.virtual_stages == 1 else engine.p2p_exposed_interleaved
+    return round(step.p2p_ps * share)
+
+
+def tail_parts(
+    step: Step, d: Decisions, problem: StageProblem, rank: int
+) -> tuple[int, int, int]:
+    """(exposed reduction, optimizer, offload) of a rank after its last backward."""
+    links = stage_links(step, d.stages)
+    rows = [step.row(i) for k in problem.stages_of(rank) for i in links[k]]
+    comm = sum(r.tail_comm_ps - r.tail_hide_ps for r in rows)
+    return (
+        max(0, comm) + sum(r.floor_ps for r in rows),
+        sum(r.optimizer_ps for r in rows),
+        sum(r.offload_ps for r in rows),
+    )
+
+
 def rank_collectives(
     costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
 ) -> tuple[Collective, ...]:
@@ -47,7 +68,8 @@ def rank_collectives(
         row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
 
     mode = mode_of(d, costs.engine)
-    compute, grad = costs._formats(d)
+    compute, grad = costs.formats(d)
+    share = _exposed_share(costs, step, problem, d, rank)
     for i in (i for k in problem.stages_of(rank) for i in links[k]):
         row, unit = step.row(i), step.chain.links[i].unit
         for t in row.traffic:
@@ -74,14 +96,16 @@ def rank_collectives(
                 if done and times and elements:
                     one = costs.transfers(d, part, kind, compute if kind == "all_gather" else grad)
                     add(kind.removesuffix("_replicas"), "edp" if expert else "dp", size,
-                        f"{unit.name} parameters", times, one * times, 0.0)  # fmt: skip
+                        f"{unit.name} parameters", times, one * times,
+                        share * one * times)  # fmt: skip
     if d.pp > 1:
         times = d.microbatches * sum(
             problem.rank_of(other) != rank
             for k in problem.stages_of(rank) for other in (k - 1, k + 1)
             if 0 <= other < problem.count
         )  # fmt: skip
-        add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12, 0.0)
+        add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12,
+            times * exposed_send_ps(costs, step, d) / 1e12)  # fmt: skip
     return tuple(
         Collective(
             kind=kind, axis=axis, size_bytes=size, count=int(count), where=where, total_s=s,
@@ -89,3 +113,23 @@ def rank_collectives(
         )
         for (kind, axis, size, where), (count, s, x) in rows.items()
     )  # fmt: skip
+
+
+def _exposed_share(
+    costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
+) -> float:
+    """The share of a rank's data-parallel traffic that the step waits for: known for the rank as
+    a whole, and said of each of its collectives alike."""
+    links = stage_links(step, d.stages)
+    mode, (compute, grad) = mode_of(d, costs.engine), costs.formats(d)
+    gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
+    reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
+    total = waited = 0.0
+    for row in (step.row(i) for k in problem.stages_of(rank) for i in links[k]):
+        waited += d.microbatches * (row.forward[-1] + row.backward[-1]) / 1e12
+        total += gathers * costs.transfers(d, row.state, "all_gather", compute)
+        total += reduces * costs.transfers(d, row.state, "reduce_scatter", grad)
+        total += reduces * costs.transfers(d, row.state, "all_reduce_replicas", grad)
+        total += mode.all_reduce_per_step * costs.transfers(d, row.state, "all_reduce", grad)
+    waited += tail_parts(step, d, problem, rank)[0] / 1e12
+    return min(1.0, waited / total) if total else 0.0

@@ -264,10 +264,11 @@ class Costs:
 
     def summed_s(self, d: Decisions, state: State) -> float:
         """Seconds to add up, once a step, the gradients of parameters that are whole on tp."""
-        _, grad = self._formats(d)
+        _, grad = self.formats(d)
         return float(collective_s(self.cluster, "all_reduce", state.summed * grad, d.tp, 1))
 
-    def _formats(self, d: Decisions) -> tuple[int, int]:
+    def formats(self, d: Decisions) -> tuple[int, int]:
+        """Bytes of a gathered parameter and of a reduced gradient."""
         wide = self.workload.precision == "fp32"
         return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
 
@@ -279,7 +280,7 @@ class Costs:
         mode = mode_of(d, self.engine)
         if not (mode.gather_per_microbatch or mode.reduce_per_microbatch):
             return 0.0, 0.0
-        compute, grad = self._formats(d)
+        compute, grad = self.formats(d)
         gather = self.transfers(d, state, "all_gather", compute)
         reduce = self.transfers(d, state, "reduce_scatter", grad)
         reduce += self.transfers(d, state, "all_reduce_replicas", grad)
@@ -296,7 +297,7 @@ class Costs:
     ) -> dict[str, int]:
         """Per step: gradients reduced and parameters gathered once, the optimizer, offload."""
         mode, engine = mode_of(d, self.engine), self.engine
-        compute, grad = self._formats(d)
+        compute, grad = self.formats(d)
         reduce = (
             mode.reduce_per_step * (
                 self.transfers(d, state, "reduce_scatter", grad)
@@ -325,7 +326,7 @@ class Costs:
         tier = dict(d.offload).get("optimizer")
         if tier is None:
             return float(self.kernels.memory_bound_s(traffic)), 0.0
-        compute, grad = self._formats(d)
+        compute, grad = self.formats(d)
         sharers = min(self.cluster.node_size, self.cluster.count)
         host = self.cluster.tier("cpu")
         link = state.updated * (compute + grad) / self.cluster.device.host_link_bytes_per_s

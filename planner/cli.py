@@ -74,7 +74,7 @@ def trace(
     task: Annotated[str, typer.Option(help="train")] = "train",
     effort: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="how much is searched, in stage programs (default: 2500)"),
+        typer.Option(metavar="N", min=0, help="how much is searched, in programs (default: 2500)"),
     ] = 0,
     arg: Args = [],  # noqa: B006
     output: Annotated[
