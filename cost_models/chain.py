@@ -6,9 +6,6 @@ import functools
 from dataclasses import dataclass, replace
 
 from ir.graph import Graph, Unit
-from ir.join import AFTER
-
-__all__ = ["AFTER", "Chain", "Link", "chain_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +76,10 @@ def chain_of(graph: Graph) -> Chain:
     layers = set(graph.layers)
     links = tuple(
         Link(
-            path=path, unit=graph.unit_by_name[str(call.attr("unit"))], is_layer=path in layers,
+            path=path, unit=graph.unit_by_name[str(call.attr("unit"))], is_layer=path in layers and path not in paths[:i],
             cut_reason=f"{path} runs more than once" if path in repeated else reason,
         )
-        for call, path, reason in zip(calls, paths, crossing)
+        for i, (call, path, reason) in enumerate(zip(calls, paths, crossing))
     )  # fmt: skip
     glue = tuple(n for n in graph.root.nodes if n.op != "call")
     read = {r for n in glue for r in n.inputs}
@@ -96,3 +93,14 @@ def chain_of(graph: Graph) -> Chain:
             outputs=results, saved=results, saved_fused=results, saved_selective=results,
         ),
     )  # fmt: skip
+
+
+def divide(chain: Chain, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Positions of the links that each global stage runs, `stages` being its layers; what stands
+    before the first layer and behind the last goes with the ends."""
+    layers, total = chain.layers, len(chain.links)
+    firsts, at = [0], 0
+    for count in stages[:-1]:
+        at += count
+        firsts.append(layers[at])
+    return tuple(tuple(range(a, b)) for a, b in zip(firsts, [*firsts[1:], total]))

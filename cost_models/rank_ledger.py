@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cost_models.chain import divide
 from cost_models.decisions import Decisions
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, starts_of
@@ -12,13 +13,8 @@ from cost_models.step import Costs, Step
 
 
 def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Positions in the chain of what each global stage runs; ends go with the end layers."""
-    layers, total = step.chain.layers, len(step.chain.links)
-    firsts = [layers[i] for i in starts_of(stages)]
-    firsts[0] = 0
-    return tuple(
-        tuple(range(a, b)) for a, b in zip(firsts, [*firsts[1:], total])
-    )
+    """Positions in the chain of what each global stage runs."""
+    return divide(step.chain, stages)
 
 
 def levels_of(step: Step, d: Decisions) -> dict[int, int]:

@@ -39,6 +39,7 @@ class Held:
     row_elements: int
     expert: bool
     summed: bool = False
+    frozen: bool = False
 
     @property
     def elements(self) -> int:
@@ -68,6 +69,7 @@ def held(unit: Unit, assignment: Assignment, ep: int, etp: int) -> tuple[Held, .
             Held(
                 name=p.name, rows=rows, row_elements=prod(sizes[1:]), expert=p.name in experts,
                 summed=p.name in partial and p.name not in experts and at[p.name] < 0,
+                frozen=p.kind == "frozen",
             )
         )  # fmt: skip
     return tuple(found)
@@ -148,6 +150,8 @@ def state_of(
         else:
             sums["parameter"] += (compute if wide or offloaded else MASTER_BYTES) * piece
             sums["gathered"] += compute * h.elements
+        if h.frozen:
+            continue  # no gradient, no optimizer
         sums["gradient"] += grad * (h.elements if mode.gradients_peak == "whole" else piece)
         if mode.gradients_peak == "units":
             sums["gathered"] += grad * h.elements

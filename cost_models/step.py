@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.chain import Chain, Link, chain_of
+from cost_models.chain import Chain, chain_of
 from cost_models.collectives import collective_s
 from cost_models.compute import Kernels, load_kernels
 from cost_models.decisions import Decisions, Workload
@@ -35,7 +35,7 @@ from cost_models.state import (
 from cost_models.traffic import Traffic
 from cost_models.unit_costs import UnitCost, context_cost, expert_cost, unit_cost
 from cost_models.work import Axes, Work
-from ir.graph import Graph, Unit
+from ir.graph import Graph, Unit, full_name
 
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
 
@@ -129,19 +129,26 @@ class Costs:
         return load_kernels(self.cluster.device, attention=self.engine.attention)
 
     @cached_property
-    def kinds(self) -> tuple[tuple[Unit, bool, bool], ...]:
-        """Distinct (unit, is a layer, holds only a tied alias) in chain order."""
-        return tuple(dict.fromkeys(self._kind(link) for link in self.chain.links))
+    def _kind_of_link(self) -> tuple[tuple[Unit, bool, frozenset[str]], ...]:
+        """(unit, is a layer, its parameters that an earlier link holds) of every link."""
+        owners, seen, found = dict(self.graph.tied), set(), []  # type: ignore[var-annotated]
+        for link in self.chain.links:
+            names = {p.name: full_name(link.path, p.name) for p in link.unit.parameters}
+            tensors = {name: owners.get(full, full) for name, full in names.items()}
+            earlier = frozenset(name for name, full in tensors.items() if full in seen)
+            seen.update(tensors.values())
+            found.append((link.unit, link.is_layer, earlier))
+        return tuple(found)
 
-    def _kind(self, link: Link) -> tuple[Unit, bool, bool]:
-        aliases = {alias for alias, _ in self.graph.tied}
-        tied = any(f"{link.path}.{p.name}" in aliases for p in link.unit.parameters)
-        return link.unit, link.is_layer, tied
+    @cached_property
+    def kinds(self) -> tuple[tuple[Unit, bool, frozenset[str]], ...]:
+        """Distinct (unit, is a layer, parameters held by an earlier link) in chain order."""
+        return tuple(dict.fromkeys(self._kind_of_link))
 
     @cached_property
     def kind_of(self) -> tuple[int, ...]:
         where = {kind: i for i, kind in enumerate(self.kinds)}
-        return tuple(where[self._kind(link)] for link in self.chain.links)
+        return tuple(where[kind] for kind in self._kind_of_link)
 
     def work(self, axes: Axes, is_layer: bool) -> Work:
         batch, cp = np.asarray(self.points, dtype=np.float64).T
@@ -172,15 +179,15 @@ class Costs:
     def step(self, d: Decisions, assignments: Assignments) -> Step:
         """Every row of a mesh, its (micro-batch, cp) one of `points`."""
         rows = tuple(
-            self._row(d, unit, is_layer, tied, assignments[unit, is_layer])
-            for unit, is_layer, tied in self.kinds
+            self._row(d, unit, is_layer, earlier, assignments[unit, is_layer])
+            for unit, is_layer, earlier in self.kinds
         )
         glue = self.chain.glue
         whole = replicated(glue, d.tp)
         p2p_bytes = self._boundary_bytes(d)
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
-            glue=self._row(d, glue, False, False, whole), p2p_bytes=p2p_bytes,
+            glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=p2p_bytes,
             p2p_ps=ps(float(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp)))
             if d.pp > 1 else 0,
             reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
@@ -223,12 +230,12 @@ class Costs:
         return self.points.index((d.micro_batch, d.cp))
 
     def _row(
-        self, d: Decisions, unit: Unit, is_layer: bool, tied: bool, a: Assignment
+        self, d: Decisions, unit: Unit, is_layer: bool, earlier: frozenset[str], a: Assignment
     ) -> Row:
         cost = self.at(d, unit, is_layer, a)
         parameters = held(unit, a, d.ep, d.etp)
-        if tied and d.pp == 1:
-            parameters = ()  # the owner is on this rank too
+        if d.pp == 1:  # what an earlier link holds is on this rank already
+            parameters = tuple(h for h in parameters if h.name not in earlier)
         state = state_of(parameters, d, self.workload, self.engine)
         dp_f, dp_b = self._fsdp_exposed(d, state, cost)
         tail = self._tail(d, state, cost)

@@ -171,6 +171,16 @@ class Unit:
         return sum(p.tensor.numel() for p in self.parameters if p.kind != "buffer")
 
 
+AFTER = "after"  # the module path, inside a unit, of top-level operations that joined it
+
+
+def full_name(path: str, name: str) -> str:
+    """A parameter's name in the model, from its unit's path and its name there; one that came
+    with a joined operation has the name it has at the top."""
+    joined = name.removeprefix(f"{AFTER}.")
+    return f"{path}.{name}" if joined == name else joined
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
     """A folded model.
@@ -208,7 +218,7 @@ class Graph:
         table = {p.name: p for p in self.root.parameters}
         for _, path, unit in self.calls():
             for p in unit.parameters:
-                table.setdefault(f"{path}.{p.name}", p)
+                table.setdefault(full_name(path, p.name), p)
         return {name: p for name, p in table.items() if p.kind != "buffer" and name not in aliases}
 
     @cached_property

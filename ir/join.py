@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ir.graph import Graph, Node, Parameter, Tensor, Unit
+from ir.graph import AFTER, Graph, Node, Parameter, Tensor, Unit
 from ir.text import format_unit
-
-AFTER = "after"  # the module path of joined operations inside a unit
 
 
 @dataclass(kw_only=True)

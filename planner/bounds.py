@@ -250,8 +250,10 @@ class _States:
         if key not in self.sizes:
             dense = expert = 0
             for k in self.costs.kind_of:
-                unit, is_layer, tied = self.costs.kinds[k]
-                for h in () if tied else held(unit, laid[unit, is_layer], m.ep, m.etp):
+                unit, is_layer, earlier = self.costs.kinds[k]
+                for h in held(unit, laid[unit, is_layer], m.ep, m.etp):
+                    if h.name in earlier:
+                        continue
                     dense, expert = dense + h.elements * (not h.expert), expert + (
                         h.elements * h.expert
                     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cost_models.chain import chain_of
+from cost_models.chain import chain_of, divide
 from ir.graph import Graph
 
 
@@ -20,12 +20,8 @@ def stage_units(graph: Graph, stages: Sequence[int]) -> tuple[tuple[str, ...], .
     Units before the first layer are on the first stage; any other unit follows the layer before
     it, so that what comes after the last layer is on the last stage.
     """
-    owner = [stage for stage, count in enumerate(stages) for _ in range(count)]
-    units: list[dict[str, None]] = [{} for _ in stages]
-    layers = 0
-    for link in chain_of(graph).links:
-        layers += link.is_layer
-        last = len(stages) - 1 if layers == len(owner) else owner[max(layers - 1, 0)]
-        stage = owner[layers - 1] if link.is_layer else (last if layers else 0)
-        units[stage].setdefault(link.path)
-    return tuple(tuple(paths) for paths in units)
+    chain = chain_of(graph)
+    found = []
+    for links in divide(chain, tuple(stages)):
+        found.append(tuple(dict.fromkeys(chain.links[i].path for i in links)))
+    return tuple(found)

@@ -74,7 +74,9 @@ def trace(
     task: Annotated[str, typer.Option(help="train")] = "train",
     effort: Annotated[
         int,
-        typer.Option(metavar="N", min=0, help="how much is searched, in programs (default: 2500)"),
+        typer.Option(
+            metavar="N", min=0, show_default=False, help="programs searched (default: 2500)"
+        ),
     ] = 0,
     arg: Args = [],  # noqa: B006
     output: Annotated[
@@ -104,6 +106,8 @@ def trace(
 
     if as_json and output == "-":
         raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
+    if output != "-" and Path(output).is_dir():
+        raise UsageError(f"-o {output} is a folder", hints=(f"-o {output}/plan.json",))
     if not Path(output).parent.is_dir():
         raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
     load_hardware(hardware)

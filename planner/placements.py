@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from cost_models.chain import AFTER, chain_of
+from cost_models.chain import chain_of
 from cost_models.sharding import Edge, Sharding
 from ir.errors import PlanError
-from ir.graph import Graph, Parameter, Unit
+from ir.graph import Graph, Parameter, Unit, full_name
 from planner.names import expand, fold, fold_text
 
 _WORD = re.compile(r"R|P(\(\w+\))?|S\((0|[1-9][0-9]*)\)")
@@ -24,7 +24,7 @@ def placements(shardings: Mapping[str, Sharding], graph: Graph) -> dict[str, str
     said: dict[str, str] = {}
     for path, unit in instances(graph):
         for name, placement in shardings.get(unit.name, Sharding()).parameters:
-            said.setdefault(_full(path, name), placement)
+            said.setdefault(full_name(path, name), placement)
     return {name: said.get(name, "R") for name in graph.parameters}
 
 
@@ -76,7 +76,7 @@ def parse_placements(
     owner = dict(graph.tied)
     found: dict[str, tuple[str, Sharding]] = {}
     for path, unit in instances(graph):
-        names = [(p.name, _full(path, p.name)) for p in unit.parameters if p.kind != "buffer"]
+        names = [(p.name, full_name(path, p.name)) for p in unit.parameters if p.kind != "buffer"]
         sharding = Sharding(
             parameters=tuple((short, said[owner.get(full, full)]) for short, full in names),
             edges=_ordered(changes.get(path, ()), unit),
@@ -95,7 +95,7 @@ def parse_placements(
 
 
 def _names(path: str, unit: Unit) -> list[str]:
-    return [_full(path, p.name) for p in unit.parameters if p.kind != "buffer"]
+    return [full_name(path, p.name) for p in unit.parameters if p.kind != "buffer"]
 
 
 def _matched(rules: list[dict[str, str]], graph: Graph) -> dict[str, str]:
@@ -179,12 +179,6 @@ def _ordered(edges: Iterable[Edge], unit: Unit) -> tuple[Edge, ...]:
         return order.get(place, len(order)), place.count("."), edge.at
 
     return tuple(sorted(edges, key=key))
-
-
-def _full(path: str, name: str) -> str:
-    """A parameter's name in the model from the one in its unit; a joined one is the root's."""
-    joined = name.removeprefix(f"{AFTER}.")
-    return f"{path}.{name}" if joined == name else joined
 
 
 def _full_edge(path: str, at: str) -> str:

@@ -20,6 +20,7 @@ from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
 from ir.errors import UsageError
+from ir.graph import full_name
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
 from planner.legality import illegal
@@ -140,7 +141,8 @@ class Searcher:
         costs, found = self.costs, {}
         axes = Axes(tp=tp, sequence_parallel=split)
         owners = dict(costs.graph.tied)
-        tied: dict[str, int] = {}  # full name of a tied owner -> its placement
+        tied: dict[str, int] = {}  # full name of a shared parameter -> its placement
+        shared = {*owners.values(), *self._read_twice()}
         for unit, is_layer, _ in costs.kinds:
             if tp == 1:
                 found[unit, is_layer] = replicated(unit, 1)
@@ -148,16 +150,25 @@ class Searcher:
             paths = [k.path for k in costs.chain.links if k.unit is unit]
             placed = _pinned_places(self.pins, unit, paths)
             for p in unit.parameters:
-                full = f"{paths[0]}.{p.name}"
-                if owners.get(full) in tied:
-                    placed[p.name] = tied[owners[full]]
+                full = full_name(paths[0], p.name)
+                if owners.get(full, full) in tied:
+                    placed[p.name] = tied[owners.get(full, full)]
             laid = best_assignment(costs, unit, is_layer, axes, 1, 1, placed=placed)
             found[unit, is_layer] = laid
             for node, option in zip(unit.nodes, laid.chosen):
                 for ref, at in zip(node.inputs, option.ins):
-                    if f"{paths[0]}.{ref}" in owners.values():
-                        tied[f"{paths[0]}.{ref}"] = at
+                    if full_name(paths[0], ref) in shared:
+                        tied.setdefault(full_name(paths[0], ref), at)
         return found
+
+    def _read_twice(self) -> set[str]:
+        """Full names of parameters that several units hold: their placements must agree."""
+        counts = Counter(
+            full_name(link.path, p.name)
+            for link in {k.path: k for k in self.costs.chain.links}.values()
+            for p in link.unit.parameters
+        )
+        return {name for name, count in counts.items() if count > 1}
 
     def under(self, pins: Pins) -> Searcher:
         """The same model and costs under other pins."""
@@ -195,7 +206,7 @@ class Searcher:
     def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:
         ranks = mesh.dp * mesh.cp
         if self.pins.shard is not None:
-            return (self.pins.shard,)
+            return (self.pins.shard,) if ranks % self.pins.shard == 0 else ()
         if zero == 0:
             return (1,)
         inside = max(1, self.costs.cluster.domain_ranks // mesh.tp)
@@ -224,6 +235,9 @@ class Searcher:
                 counts = (self.pins.virtual_stages,)
             for v in counts:
                 made = replace(d, schedule=name, virtual_stages=v)
+                pinned = self.pins.stages
+                if pinned is not None and len(pinned) != d.pp * v:
+                    continue
                 if d.pp * v <= layers and illegal(made, self.costs.workload) is None:
                     yield made
 
@@ -364,7 +378,14 @@ def _pinned_places(pins: Pins, unit, paths: list[str]) -> dict[str, int]:  # typ
     placed: dict[str, int] = {}
     for p in unit.parameters:
         for pattern, words in pins.place:
-            if any(matches(pattern, f"{path}.{p.name}") for path in paths):
+            hits = [matches(pattern, full_name(path, p.name)) for path in paths]
+            if any(hits) and not all(hits):
+                raise UsageError(
+                    f"--fix place:{pattern}={words}: layers of one class lie alike",
+                    why=f"it names {sum(hits)} of {len(hits)} alike",
+                    hints=(f"place:{full_name(paths[0], p.name)} and all like it",),
+                )
+            if any(hits):
                 if p.name in expert_parameters(unit):
                     raise UsageError(
                         f"--fix place:{pattern}={words}: expert weights lie over ep and etp",

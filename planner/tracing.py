@@ -15,7 +15,7 @@ from cost_models.hardware import Cluster, load_hardware
 from cost_models.ledger import Estimate
 from cost_models.step import Costs
 from cost_models.words import sharding_of
-from ir.errors import InfeasibleError, UsageError
+from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
 from planner.legality import check_pins
@@ -47,9 +47,8 @@ def plan_graph(
 ) -> TraceResult:
     """Plan a graph that is captured already; raises as `run` does."""
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
-    check_pins(
-        options.pins, workload, gpus=cluster.count, layers=facts_of(_chain(graph)).layers
-    )
+    layers = facts_of(_chain(graph)).layers
+    check_pins(options.pins, workload, gpus=cluster.count, layers=layers)
     _check_model(graph, cluster, workload, options.pins)
     costs, searcher = _searcher(graph, cluster, workload, options.pins, progress)
     searcher.effort = options.effort or searcher.effort
@@ -159,7 +158,22 @@ def _own_digest() -> str:
 def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) -> None:
     """Pins that this model cannot hold: a pipeline it has no cuts for, tp that splits nothing."""
     chain = _chain(graph)
+    if not chain.links:
+        raise PlanError(
+            f"{graph.name} has no submodule with parameters to plan",
+            why="units are submodules: a layer, the embedding, the head",
+            hints=("put the parameters of the top module into submodules that it calls",),
+        )
     facts = facts_of(chain)
+    stages = (pins.pp or 1) * (pins.virtual_stages or 1)
+    if pins.pp and pins.virtual_stages and stages > facts.layers:
+        raise UsageError(
+            f"--fix pp={pins.pp} and --fix virtual_stages={pins.virtual_stages}: {stages} stages",
+            why=f"every stage has a layer at least, and the model has {facts.layers}",
+            hints=(f"--fix virtual_stages={max(1, facts.layers // pins.pp)} at most",),
+        )
+    if pins.stages and min(pins.stages) < 1:
+        raise UsageError("--fix stages: every stage has a layer at least")
     if (pins.pp or 1) > 1 and facts.pipeline_reason:
         raise UsageError(
             f"--fix pp={pins.pp}: this model has no pipeline", why=facts.pipeline_reason,
@@ -194,6 +208,13 @@ def _check_places(graph: Graph, pins: Pins) -> None:
     from planner.names import matches
 
     for pattern, words in pins.place:
+        for name, p in graph.parameters.items():
+            rank = len(p.tensor.shape)
+            if words != "R" and matches(pattern, name) and int(words[2:-1]) >= rank:
+                raise UsageError(
+                    f"--fix place:{pattern}={words}: {name} has {rank} dimensions",
+                    hints=(f"S(0) to S({rank - 1}), or R",),
+                )
         if not any(matches(pattern, name) for name in graph.parameters):
             names = list(graph.parameters)
             raise UsageError(

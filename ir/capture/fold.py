@@ -23,6 +23,7 @@ from torch import nn
 from ir.capture.index_probe import probe
 
 _TENSOR = object()  # where a unit's outputs have a tensor
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -82,9 +83,11 @@ def find_units(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]
             path = f"{prefix}{name}"
             container = isinstance(child, _CONTAINERS)
             composite = next(child.children(), None) is not None
-            if container and has_layers(child):
+            bare = isinstance(child, _LISTS)  # it has no forward: its children are called
+            listed = in_container and isinstance(module, _LISTS)
+            if container and (bare or has_layers(child)):
                 walk(child, path + ".", True)
-            elif in_container and composite and not container:
+            elif in_container and (composite or listed) and not container:
                 units[path] = child
                 layers.append(path)
             elif not in_container and not container and _descends(child):
