@@ -76,7 +76,8 @@ def chain_of(graph: Graph) -> Chain:
     layers = set(graph.layers)
     links = tuple(
         Link(
-            path=path, unit=graph.unit_by_name[str(call.attr("unit"))], is_layer=path in layers and path not in paths[:i],
+            path=path, unit=graph.unit_by_name[str(call.attr("unit"))],
+            is_layer=path in layers and path not in paths[:i],
             cut_reason=f"{path} runs more than once" if path in repeated else reason,
         )
         for i, (call, path, reason) in enumerate(zip(calls, paths, crossing))
