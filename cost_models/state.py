@@ -24,6 +24,18 @@ MASTER_BYTES = 4
 # 8-bit Adam's two bytes and a 4-byte scale for each block of 256, twice (Dettmers et al. 2022)
 MOMENT_BYTES = {"adamw": 8.0, "sgd": 4.0, "muon": 4.0, "adamw8bit": 2.0 + 8.0 / 256}
 OPTIMIZERS = (*MOMENT_BYTES, "adafactor")
+# bytes an update reads and writes besides AdamW's: its moments are read and written (2 * 8), so
+# an optimizer with fewer bytes of moments moves twice as many fewer
+ADAMW_MOMENT_BYTES = 8.0
+
+
+def update_bytes(optimizer: str, adamw_bytes: float) -> float:
+    """Bytes moved a parameter by one update; adamw_bytes: the engine's measured figure of AdamW.
+
+    Adafactor's factored moments are small beside the parameters. Muon's orthogonalisation
+    (matmuls) is not in it.
+    """
+    return adamw_bytes - 2 * (ADAMW_MOMENT_BYTES - MOMENT_BYTES.get(optimizer, 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

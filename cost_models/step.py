@@ -31,6 +31,7 @@ from cost_models.state import (
     mode_of,
     ranks_of,
     state_of,
+    update_bytes,
 )
 from cost_models.traffic import Traffic
 from cost_models.unit_costs import UnitCost, context_cost, expert_cost, unit_cost
@@ -329,7 +330,10 @@ class Costs:
         """(optimizer on the GPU, offloaded update) seconds: bytes over bandwidth; off the GPU,
         gradients go down and parameters up the host link, and the host's memory, shared by the
         node's GPUs, does the update; NVMe reads and writes the state too."""
-        traffic = self.engine.optimizer_bytes_per_parameter * state.updated
+        each = update_bytes(
+            self.workload.optimizer, self.engine.optimizer_bytes_per_parameter
+        )
+        traffic = each * state.updated
         tier = dict(d.offload).get("optimizer")
         if tier is None:
             return float(self.kernels.memory_bound_s(traffic)), 0.0

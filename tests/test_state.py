@@ -9,7 +9,7 @@ from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
-from cost_models.state import Held, held, ranks_of, state_of
+from cost_models.state import Held, held, ranks_of, state_of, update_bytes
 from cost_models.step import replicated
 from cost_models.words import sharding_of
 from planner.search import Searcher
@@ -210,3 +210,9 @@ def test_expert_state_never_rises_with_shard(zero, ep, shard, experts):
     d = Decisions(dp=16, tp=2, ep=ep, zero=zero, shard=1 << shard, reshard=zero == 3)
     sizes = [state(h, replace(d, shard=s)) for s in (1 << shard, min(16, 2 << shard))]
     assert all(b <= a for a, b in zip(*sizes))
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 8), ("sgd", 4), ("muon", 4)])
+def test_an_update_reads_and_writes_its_moments(optimizer, moments):
+    """30 bytes of AdamW: 16 of them are its two fp32 moments, read and written."""
+    assert update_bytes(optimizer, 30.0) == 14 + 2 * moments
