@@ -63,8 +63,7 @@ def rank_collectives(
         row = rows.setdefault((kind, axis, size, where), [0, 0.0, 0.0])
         row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
 
-    mode = mode_of(d, costs.engine)
-    compute, grad = costs.formats(d)
+    _, grad = costs.formats(d)
     share = _exposed_share(costs, step, problem, d, rank)
     for i in (i for k in problem.stages_of(rank) for i in links[k]):
         row, unit = step.row(i), step.chain.links[i].unit
@@ -76,21 +75,21 @@ def rank_collectives(
             add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
                 int(t.count[at]) * repeats, seconds * repeats,
                 (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
-        gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
-        reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
+        if row.state.summed and d.tp > 1:
+            one = costs.summed_s(d, row.state)
+            add("all_reduce", "tp", row.state.summed * grad, f"{unit.name} gradients", 1, one, one)
         for part, expert in ((replace(row.state, expert=0), False),
                              (replace(row.state, dense=0), True)):  # fmt: skip
             ranks, elements = ranks_of(d, expert), part.dense + part.expert
-            shared, whole = ranks.shard > 1, ranks.shard * ranks.replicas > 1
-            for kind, done, times, size in (
-                ("all_gather", shared, gathers, elements * compute),
-                ("reduce_scatter", shared, reduces, elements * grad),
-                ("all_reduce_replicas", ranks.replicas > 1, reduces,
-                 -(-elements // ranks.shard) * grad),
-                ("all_reduce", whole, mode.all_reduce_per_step, elements * grad),
-            ):  # fmt: skip
-                if done and times and elements:
-                    one = costs.transfers(d, part, kind, compute if kind == "all_gather" else grad)
+            over = {
+                "all_gather": ranks.shard, "reduce_scatter": ranks.shard,
+                "all_reduce_replicas": ranks.replicas, "all_reduce": ranks.shard * ranks.replicas,
+            }  # fmt: skip
+            for kind, times, item in _repeats(costs, d):
+                if over[kind] > 1 and times and elements:
+                    one = costs.transfers(d, part, kind, item)
+                    held = ranks.shard if kind == "all_reduce_replicas" else 1
+                    size = -(-elements // held) * item
                     add(kind.removesuffix("_replicas"), "edp" if expert else "dp", size,
                         f"{unit.name} parameters", times, one * times,
                         share * one * times)  # fmt: skip
@@ -111,21 +110,29 @@ def rank_collectives(
     )  # fmt: skip
 
 
+def _repeats(costs: Costs, d: Decisions) -> tuple[tuple[str, int, int], ...]:
+    """(kind, times a step, bytes an element) of what moves for a unit's parameters."""
+    mode, (compute, grad) = mode_of(d, costs.engine), costs.formats(d)
+    gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
+    reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
+    return (
+        ("all_gather", gathers, compute), ("reduce_scatter", reduces, grad),
+        ("all_reduce_replicas", reduces, grad), ("all_reduce", mode.all_reduce_per_step, grad),
+    )  # fmt: skip
+
+
 def _exposed_share(
     costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
 ) -> float:
     """The share of a rank's data-parallel traffic that the step waits for: known for the rank as
     a whole, and said of each of its collectives alike."""
     links = stage_links(step, d.stages)
-    mode, (compute, grad) = mode_of(d, costs.engine), costs.formats(d)
-    gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
-    reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
-    total = waited = 0.0
+    total, waited = 0.0, tail_parts(step, d, problem, rank)[0] / 1e12
     for row in (step.row(i) for k in problem.stages_of(rank) for i in links[k]):
         waited += d.microbatches * (row.forward[-1] + row.backward[-1]) / 1e12
-        total += gathers * costs.transfers(d, row.state, "all_gather", compute)
-        total += reduces * costs.transfers(d, row.state, "reduce_scatter", grad)
-        total += reduces * costs.transfers(d, row.state, "all_reduce_replicas", grad)
-        total += mode.all_reduce_per_step * costs.transfers(d, row.state, "all_reduce", grad)
-    waited += tail_parts(step, d, problem, rank)[0] / 1e12
-    return min(1.0, waited / total) if total else 0.0
+        waited -= costs.summed_s(d, row.state)  # a row of its own
+        total += sum(
+            times * costs.transfers(d, row.state, kind, item)
+            for kind, times, item in _repeats(costs, d) if times
+        )
+    return max(0.0, min(1.0, waited / total)) if total else 0.0

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.layout import Assignment, expert_parameters
+from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
@@ -251,7 +252,7 @@ class Searcher:
                 (r.full[k % len(r.full)], r.selective[k % len(r.selective)])
                 for k in range(count)
             )
-        split = d.schedule in ("zbh1", "zbv", "dualpipev")
+        split = d.schedule in SPLIT_BACKWARD
         return stage_problem(
             self.costs, replace(step, decisions=d), fixed_stages=pins.stages,
             fixed_recompute=fixed, levels=("none",) if split else ("none", "selective", "full"),

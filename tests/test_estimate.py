@@ -164,6 +164,19 @@ def test_data_parallel_traffic(pins, gathers, reduces):
     }
 
 
+def test_norm_gradients_are_summed_over_tp_once_a_step():
+    """Under sequence parallelism a norm's weight is whole and sees a share of the tokens: its
+    fp32 gradient, hidden + hidden of a layer's two norms, is all-reduced once, not per batch."""
+    args = {"size": "8b", "n_layers": 2}  # wide enough that its matrices are split
+    costs, _, estimate = planned("llama", args=args, pp=1, tp=8, sequence_parallel=True)
+    unit = costs.chain.links[costs.chain.layers[0]].unit
+    norms = sum(p.tensor.numel() for p in unit.parameters if len(p.tensor.shape) == 1)
+    rows = [c for c in estimate.ranks[0].collectives if c.where == f"{unit.name} gradients"]
+    assert [(c.kind, c.axis, c.size_bytes, c.count) for c in rows] == [
+        ("all_reduce", "tp", 4 * norms, len(costs.chain.layers))
+    ]
+
+
 def test_replicated_gradients_are_all_reduced_once():
     costs, _, e = planned("llama", batch=32, args={"n_layers": 2}, pp=1, tp=1, cp=1, zero=0)
     assert sent(e.ranks[0], "dp", layer_name(costs)) == {("all_reduce", 4 * PSI): 2}
