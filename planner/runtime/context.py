@@ -1,0 +1,31 @@
+"""What every part of the runtime is told: the plan, this rank's meshes, and where to report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from planner.plan import Plan
+from planner.runtime.meshes import Meshes
+
+
+@dataclass(slots=True)
+class Report:
+    """What running showed that the plan did not say; grows as the model runs.
+
+    replicated: how often an operation that cannot run split ran whole, by (unit, operation).
+    loose_edges: planned changes of placement inside a unit's own forward that no module boundary
+    carries, so that DTensor makes them where it needs them.
+    """
+
+    replicated: Counter[tuple[str, str]] = field(default_factory=Counter)
+    loose_edges: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """One application of a plan on this rank."""
+
+    plan: Plan
+    meshes: Meshes
+    report: Report

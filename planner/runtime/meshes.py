@@ -1,0 +1,97 @@
+"""The plan's axes as device meshes over the ranks of this job.
+
+Ranks are laid inside out: tp innermost, then cp, then dp, then pp. A data rank is a (dp, cp) pair;
+`shard` consecutive data ranks share state, groups of them replicate it. Expert layers lay a
+stage's ranks out anew: etp innermost, then ep, then edp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cost_models.decisions import Decisions
+from cost_models.state import ranks_of
+from ir.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meshes:
+    """Submeshes that this rank is part of, all one-dimensional but `data` and `expert_data`.
+
+    data: ("replicate", "shard") over the data ranks, what `fully_shard` takes; expert_data: the
+    same for parameters of experts. Sizes of one are meshes as well, so nothing is optional.
+    """
+
+    device_type: str
+    decisions: Decisions
+    root: DeviceMesh  # (pp, replicate, shard, tp)
+    expert_root: DeviceMesh  # (pp, expert_replicate, expert_shard, ep, etp)
+    axes: DeviceMesh  # (pp, dp, cp, tp): for groups of one axis
+
+    @property
+    def tp(self) -> DeviceMesh:
+        return self.root["tp"]
+
+    @property
+    def data(self) -> DeviceMesh:
+        return self.root["replicate", "shard"]
+
+    @property
+    def pp(self) -> DeviceMesh:
+        return self.axes["pp"]
+
+    @property
+    def dp(self) -> DeviceMesh:
+        return self.axes["dp"]
+
+    @property
+    def cp(self) -> DeviceMesh:
+        return self.axes["cp"]
+
+    @property
+    def ep(self) -> DeviceMesh:
+        return self.expert_root["ep"]
+
+    @property
+    def etp(self) -> DeviceMesh:
+        return self.expert_root["etp"]
+
+    @property
+    def expert_data(self) -> DeviceMesh:
+        return self.expert_root["expert_replicate", "expert_shard"]
+
+    def rank(self, axis: str) -> int:
+        """This process's place on an axis: pp, dp, cp, tp, ep or etp."""
+        mesh = self.expert_root if axis in ("ep", "etp") else self.axes
+        return int(mesh.get_local_rank(axis))
+
+
+def make_meshes(d: Decisions, device_type: str) -> Meshes:
+    """Build the meshes of these decisions. Raises PlanError where the world has another size."""
+    world = dist.get_world_size()
+    if world != d.gpus:
+        raise PlanError(
+            f"this job has {world} processes, the plan {d.gpus}",
+            why=f"pp {d.pp} x dp {d.dp} x cp {d.cp} x tp {d.tp}",
+            hints=(f"torchrun with {d.gpus} processes",
+                   f"plan trace MODEL --hardware NAMEx{world} --base plan.json"),
+        )  # fmt: skip
+    dense, expert = ranks_of(d, False), ranks_of(d, True)
+    return Meshes(
+        device_type=device_type,
+        decisions=d,
+        root=init_device_mesh(
+            device_type, (d.pp, dense.replicas, dense.shard, d.tp),
+            mesh_dim_names=("pp", "replicate", "shard", "tp"),
+        ),
+        expert_root=init_device_mesh(
+            device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
+            mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep", "etp"),
+        ),
+        axes=init_device_mesh(
+            device_type, (d.pp, d.dp, d.cp, d.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
+        ),
+    )  # fmt: skip

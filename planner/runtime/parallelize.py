@@ -1,0 +1,71 @@
+"""Apply a plan to a user's module: the order of the parts, and nothing else.
+
+Pipeline stages, then inside each unit expert, tensor and context parallelism, then recomputation
+and offload of activations around it, then compilation, then `fully_shard`. The forward of the
+user's modules runs as it is; what a part adds is around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ir.errors import PlanError
+from planner.plan import Plan
+from planner.runtime.context import Context, Report
+from planner.runtime.data import precision_policy, shard_over_data
+from planner.runtime.meshes import make_meshes
+from planner.runtime.parallel import Parallel
+from planner.runtime.pipeline import split
+from planner.runtime.site import Site, find_sites
+
+
+def parallelize(
+    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor"
+) -> Parallel:
+    """Turn a model into what this rank runs under the plan; the process group is there already.
+
+    model: best built under `planner.meta()`; its modules are changed in place. device: "cuda" or
+    "cpu", by default the process group's. compile_backend: for plans with compile on.
+    Raises PlanError (another world size), GateError (another model).
+    """
+    if not dist.is_initialized():
+        raise PlanError(
+            "there is no process group",
+            hints=("torch.distributed.init_process_group() first", "start with torchrun"),
+        )
+    device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
+    context = Context(plan=plan, meshes=make_meshes(plan.decisions, device), report=Report())
+    sites = find_sites(model, plan)
+    in_fp32(model, plan)
+    stages = split(model, sites, context)
+    for stage in stages:
+        prepare(stage.sites, stage.module, context, compile_backend)
+        shard_over_data(stage.module, stage.sites, context.meshes,
+                        precision_policy(plan.workload, plan.decisions))  # fmt: skip
+    return Parallel(context, stages)
+
+
+def in_fp32(model: nn.Module, plan: Plan) -> None:
+    """Hold 16-bit parameters in fp32: the optimizer's master. Ties stay tied."""
+    if plan.workload.precision == "fp32":
+        return
+    held: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and p.dtype != torch.float32:
+                wide = held.get(p)
+                if wide is None:
+                    wide = held[p] = nn.Parameter(p.detach().float(), requires_grad=p.requires_grad)
+                module._parameters[name] = wide
+
+
+def prepare(
+    sites: Sequence[Site], stage: nn.Module, context: Context, compile_backend: str
+) -> None:
+    """Everything but data parallelism, for the units of one stage: inner parts first."""
+    for part in ():
+        part(sites, stage, context)
