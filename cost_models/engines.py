@@ -49,7 +49,7 @@ class Engine:
     attention: which kernels, as `compute.load_kernels` names them.
     sp_regather_backward: sequence parallelism gathers a saved input again in backward.
     schedules, compiled_schedules: legal with eager and with compiled stages.
-    pp_zero: ZeRO stages that go with a pipeline.
+    pp_zero: ZeRO stages that go with a pipeline. precisions: formats it computes in.
     kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
     tp_exposed, ep_exposed, cp_exposed, p2p_exposed (one stage a rank, or more): share of that
@@ -71,6 +71,7 @@ class Engine:
     schedules: tuple[str, ...]
     compiled_schedules: tuple[str, ...]
     pp_zero: tuple[int, ...]
+    precisions: tuple[str, ...]
     grad_dtype: str
     kernel_host_s: float
     layer_host_s: float

@@ -1,13 +1,13 @@
-"""Meshwright in Python: `planner.trace`, `planner.load`, `planner.diff`; plans save themselves."""
+"""Meshwright in Python: make plans (`trace`, `load`, `diff`), run them (`meta`, `parallelize`)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import diff, load, trace
+    from planner.api import diff, load, meta, parallelize, trace
 
-__all__ = ["diff", "load", "trace"]
+__all__ = ["diff", "load", "meta", "parallelize", "trace"]
 
 
 def __getattr__(name: str) -> Any:

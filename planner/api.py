@@ -10,9 +10,12 @@ from planner.plan import Plan
 from planner.plan import load as _load
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from planner.differ import Diff
+    from planner.runtime.parallel import Parallel
 
 
 def trace(
@@ -60,3 +63,24 @@ def diff(old: Plan, new: Plan) -> Diff:
     from planner.differ import diff as compare
 
     return compare(examine(old, Path()), examine(new, Path()))
+
+
+def meta() -> AbstractContextManager[None]:
+    """Build a model without its weights: parameters on the meta device, buffers real."""
+    from planner.runtime.meta import meta as without_weights
+
+    return without_weights()
+
+
+def parallelize(
+    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor"
+) -> Parallel:
+    """Turn a model into what this rank runs under the plan, inside a job that torchrun started.
+
+    model: best built under `planner.meta()`; changed in place. device: "cuda" or "cpu", by default
+    the process group's. compile_backend: for plans with compile on.
+    Raises PlanError (a world of another size), GateError (another model than the plan's).
+    """
+    from planner.runtime.parallelize import parallelize as apply
+
+    return apply(model, plan, device=device, compile_backend=compile_backend)

@@ -6,11 +6,33 @@ plan is made that `parallelize` refuses. Rules hold for the engines that are our
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Workload
+from ir.errors import UsageError
 from ir.graph import Graph
+from planner.decisions import Pins
+
+
+class Axes(Protocol):
+    """What rules look at: a candidate mesh of the search, or whole decisions."""
+
+    @property
+    def pp(self) -> int: ...
+    @property
+    def cp(self) -> int: ...
+    @property
+    def tp(self) -> int: ...
+    @property
+    def ep(self) -> int: ...
+    @property
+    def etp(self) -> int: ...
+    @property
+    def cp_kind(self) -> str: ...
+    @property
+    def sequence_parallel(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +40,31 @@ class GraphRule:
     """Decisions that a model may not allow: the pins it is about, when, and why (None: fine)."""
 
     keys: tuple[str, ...]
-    applies: Callable[[Decisions], bool]
+    applies: Callable[[Axes], bool]
     reason: Callable[[Graph], str | None]
     fix: str
 
 
 RULES: tuple[GraphRule, ...] = ()
+
+NATIVE = ("native", "native-compiled")  # engines that are `planner.parallelize`
+
+
+def refusals(graph: Graph, workload: Workload) -> tuple[tuple[GraphRule, str], ...]:
+    """The rules that this model meets, each with its reason; none for other engines."""
+    if workload.engine not in NATIVE:
+        return ()
+    found = ((rule, rule.reason(graph)) for rule in RULES)
+    return tuple((rule, reason) for rule, reason in found if reason)
+
+
+def check_runnable(refused: Sequence[tuple[GraphRule, str]], pins: Pins) -> None:
+    """Raise UsageError where pins ask for what the runtime cannot run of this model."""
+    names = {f.name for f in fields(Decisions)} - {"recompute", "stages"}
+    asked = Decisions(**{key: value for key, value in pins.items() if key in names})
+    for rule, reason in refused:
+        said = [f"--fix {pins.said(key)}" for key in rule.keys if getattr(pins, key) is not None]
+        if said and rule.applies(asked):
+            raise UsageError(
+                f"{' and '.join(said)} cannot be run of this model", why=reason, hints=(rule.fix,)
+            )

@@ -7,6 +7,7 @@ beat the incumbent is not tried; the least bound of what is left is the proof, o
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes
 from planner.names import matches
+from planner.runnable import GraphRule, refusals
 from planner.sharding import best_assignment
 from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
@@ -204,6 +206,14 @@ class Searcher:
                         ):
                             yield d
 
+    def runs(self, mesh: Mesh | Decisions) -> bool:
+        """Whether the engine can run the model so, where the engine is our own runtime."""
+        return not any(rule.applies(mesh) for rule, _ in self._refused)
+
+    @functools.cached_property
+    def _refused(self) -> tuple[tuple[GraphRule, str], ...]:
+        return refusals(self.costs.graph, self.costs.workload)
+
     def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:
         ranks = mesh.dp * mesh.cp
         if self.pins.shard is not None:
@@ -263,7 +273,8 @@ class Searcher:
     def run(self, incumbent: Tried | None = None) -> Outcome:
         """Most promising first, by guess; bounds prune. incumbent: a plan of the space."""
         costs = self.costs
-        candidates = list(meshes(costs.chain, costs.cluster, costs.workload, self.pins))
+        found = meshes(costs.chain, costs.cluster, costs.workload, self.pins)
+        candidates = [m for m in found if self.runs(m)]
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out

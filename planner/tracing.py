@@ -22,6 +22,7 @@ from planner.legality import check_pins
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.plan import Plan, Solver, make_plan, write_whole
+from planner.runnable import check_runnable, refusals
 from planner.search import Outcome, Searcher, Tried
 from planner.workload import precision_of, resolve
 
@@ -202,6 +203,7 @@ def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins)
                 f"--fix {key}={degree}: it does not divide the {what} ({sizes or 'none'})"
             )
     _check_places(graph, pins)
+    check_runnable(refusals(graph, workload), pins)
 
 
 def _check_places(graph: Graph, pins: Pins) -> None:

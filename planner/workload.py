@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd, prod
 
 from cost_models.decisions import Workload
-from cost_models.engines import load_engine
+from cost_models.engines import engine_names, load_engine
 from cost_models.hardware import Cluster
 from ir.errors import UsageError
 from ir.graph import Graph
@@ -42,9 +42,14 @@ def resolve(
     if asked.task != "train":
         raise UsageError(f"--task {asked.task} is not planned by this version",
                          why="it plans --task train")  # fmt: skip
-    load_engine(asked.engine)
+    engine = load_engine(asked.engine)
     _one_of("--optimizer", asked.optimizer, OPTIMIZERS)
     precision, precision_note = precision_of(asked, cluster)
+    if precision not in engine.precisions:
+        others = [e for e in engine_names() if precision in load_engine(e).precisions]
+        raise UsageError(f"--engine {asked.engine} does not compute in {precision}",
+                         why=f"it has {', '.join(engine.precisions)}",
+                         hints=(f"--engine {' or '.join(others)}",))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
     batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
     workload = Workload(

@@ -15,7 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from ir.errors import PlanError
 
@@ -67,7 +67,7 @@ class World:
     def _collect(self, ranks: int, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
         failures: list[RankFailure] = []
-        pending = {self._workers[r][1]: r for r in range(ranks)}
+        pending: dict[Any, int] = {self._workers[r][1]: r for r in range(ranks)}
         while pending:
             # after a failure the others are left a moment to say why, then stopped
             ready = wait(list(pending), timeout=3.0 if failures else timeout_s + 30)
@@ -75,10 +75,10 @@ class World:
                 if not failures:
                     failures.append(RankFailure(min(pending.values()), "no answer in time", None))
                 break
-            for pipe in ready:
-                rank = pending.pop(pipe)  # type: ignore[index]
+            for pipe in cast(list[Connection], ready):
+                rank = pending.pop(pipe)
                 try:
-                    good, value, text = pipe.recv()  # type: ignore[union-attr]
+                    good, value, text = pipe.recv()
                 except (EOFError, OSError):
                     failures.append(RankFailure(rank, "the process died", None))
                     continue
