@@ -1,8 +1,9 @@
-# make demo: from nothing to a plan. make test: the test suite. Both set up .venv once.
+# make demo: from nothing to a plan. make test: the test suite. make matrix: every kind of plan of
+# every model, run and compared. Each sets up .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test matrix lint setup clean
 
 setup: .venv/ready
 
@@ -18,6 +19,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+matrix: setup
+	$(BIN)/python tests/matrix.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is to be run. `global_batch` in samples a step, `seq_len` in tokens."""
+    """What is to be run. `global_batch` in samples a step, `seq_len` in tokens.
+
+    expert_imbalance: load of the busiest ep rank over the mean, as training measured it.
+    """
 
     task: str = "train"
     engine: str = "native-compiled"
@@ -18,6 +21,7 @@ class Workload:
     seq_len: int = 1
     precision: str = "bf16"
     optimizer: str = "adamw"
+    expert_imbalance: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

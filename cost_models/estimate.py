@@ -12,6 +12,8 @@ from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
 from cost_models.rank_ledger import (
     exposed_send_ps,
     levels_of,
+    moved_again_ps,
+    moved_level,
     rank_collectives,
     stage_links,
     tail_parts,
@@ -91,6 +93,7 @@ def stage_problem(
     d, chain = step.decisions, step.chain
     wide, split = step.wide, d.schedule in SPLIT_BACKWARD
     exposed = exposed_send_ps(costs, step, d)
+    base = moved_level(d, fixed_recompute)
     kinds = [tuple(step.kinds[i] for i in group) for group in chain.groups]
     distinct = {kind: [step.rows[k] for k in kind] for kind in kinds}
 
@@ -116,11 +119,15 @@ def stage_problem(
 
     return StageProblem(
         schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
-        microbatches=d.microbatches, forward_ps=total(lambda r: r.forward_ps),
-        input_grad_ps=total(lambda r: r.backward_ps - (r.weight_ps if split else 0)),
+        microbatches=d.microbatches, 
+        forward_ps=total(lambda r: r.forward_ps + r.moved[base][0]),
+        input_grad_ps=total(
+            lambda r: r.backward_ps - (r.weight_ps if split else 0) + r.moved[base][1]
+        ),
         weight_grad_ps=total(lambda r: r.weight_ps if split else 0),
         recompute_ps=(
-            each(lambda rows: rows[0].again_ps[1]), each(lambda rows: rows[0].again_ps[0]),
+            each(lambda rows: rows[0].again_ps[1] + moved_again_ps(rows[0], base)),
+            each(lambda rows: rows[0].again_ps[0]),
         ),
         activation_bytes=(held(0), held(1), held(2)),
         working_bytes=(transient(0), transient(1), transient(2)),
@@ -223,15 +230,19 @@ def _executed(step: Step, d: Decisions) -> int:
 def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> dict[str, int]:
     """Busy picoseconds of a rank over the step, by part; recomputation apart."""
     links = stage_links(step, d.stages)
-    levels = levels_of(step, d)
+    levels, base = levels_of(step, d), moved_level(d)
     parts = dict.fromkeys((*PARTS, "recompute"), 0)
     for stage in problem.stages_of(rank):
         for row in (*(step.row(i) for i in links[stage]), step.glue):
             for name, f, b in zip(PARTS, row.forward, row.backward):
                 parts[name] += f + b
-        parts["recompute"] += sum(
-            step.row(i).again_ps[levels[i] - 1] for i in links[stage] if levels.get(i)
-        )
+        for i in links[stage]:
+            row, level = step.row(i), levels.get(i, 0)
+            parts["offload"] += sum(row.moved[base])
+            if level:
+                parts["recompute"] += row.again_ps[level - 1]
+            if level == 2:
+                parts["offload"] += moved_again_ps(row, base)
     return {name: value * d.microbatches for name, value in parts.items()}
 
 
@@ -254,7 +265,8 @@ def _breakdown(
     found = dict.fromkeys(BREAKDOWN, 0)
     found |= parts
     found["dp_comm"] += reduce
-    found["optimizer"], found["offload"] = update, offload
+    found["optimizer"] = update
+    found["offload"] += offload
     late = max(0, min(makespan - free, makespan - busy))
     found["pp_comm"] = sent + late
     found["bubble"] = makespan - busy - late
@@ -273,7 +285,7 @@ def _elements(step: Step, problem: StageProblem, d: Decisions, rank: int) -> int
     """Parameters of a rank before the data ranks share them."""
     links = stage_links(step, d.stages)
     states = [step.row(i).state for k in problem.stages_of(rank) for i in links[k]]
-    return sum(s.dense + s.expert for s in states)
+    return sum(s.elements for s in states)
 
 
 def _in_flight(

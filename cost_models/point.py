@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from cost_models.traffic import Traffic
 from cost_models.unit_costs import UnitCost
-from cost_models.work import Floats
 
-PARTS = ("compute", "tp_comm", "ep_comm", "cp_comm", "host", "dp_comm")
+PARTS = ("compute", "tp_comm", "ep_comm", "cp_comm", "host", "offload", "dp_comm")
 AXIS_PART = {"tp": "tp_comm", "ep": "ep_comm", "etp": "ep_comm", "cp": "cp_comm"}
 
 
@@ -34,7 +33,8 @@ class Point:
 
 
 def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
-    """Integers of one point, the last part (dp_comm) zero: it is not the unit's own."""
+    """Integers of one point, the last parts (offload, dp_comm) zero: they are not the unit's
+    own."""
     alone = costs[0]
 
     def total(name: str) -> float:
@@ -49,8 +49,8 @@ def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
                 found[AXIS_PART[row.axis]] += float(row.seconds[at] - row.hidden_s[at])
         return tuple(ps(found[p]) for p in PARTS)
 
-    def three(by_level: tuple[Floats, Floats, Floats]) -> tuple[int, int, int]:
-        none, some, full = (int(k[at]) for k in by_level)
+    def three(name: str) -> tuple[int, int, int]:
+        none, some, full = (int(sum(getattr(c, name)[k][at] for c in costs)) for k in range(3))
         return none, some, full
 
     def flop(direction: int) -> int:
@@ -61,7 +61,7 @@ def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
     return Point(
         forward=forward, backward=parts("backward"), weight_ps=ps(total("weight_s")),
         again_ps=(ps(total("light_s")), ps(total("forward_s")) + comm),
-        kept=three(alone.kept_bytes), working=three(alone.working_bytes),
+        kept=three("kept_bytes"), working=three("working_bytes"),
         kernels_s=(total("forward_s"), total("backward_s")),
         flop=(flop(0), flop(1)),
         model_flop=int(alone.model_flop[at]), traffic=tuple(t for c in costs for t in c.traffic),

@@ -9,7 +9,8 @@ from cost_models.decisions import Decisions
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, starts_of
 from cost_models.state import mode_of, ranks_of
-from cost_models.step import Costs, Step
+from cost_models.step import Costs, Row, Step
+from ir.graph import full_name
 
 
 def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -25,6 +26,20 @@ def levels_of(step: Step, d: Decisions) -> dict[int, int]:
         for place in range(count):
             levels[layers[start + place]] = 2 if place < full else 1 if place < full + some else 0
     return levels
+
+
+def moved_level(d: Decisions, fixed: tuple[tuple[int, int], ...] | None = None) -> int:
+    """The level whose copies every layer's time has in it: full where all layers are computed
+    again, else none. fixed: a pin of (full, selective), negative for all, of stages to be cut."""
+    if d.recompute:
+        return 2 * all(full >= count for (full, _), count in zip(d.recompute, d.stages))
+    return 2 * bool(fixed and all(full < 0 for full, _ in fixed))
+
+
+def moved_again_ps(row: Row, base: int) -> int:
+    """What copies add to a layer that is computed again, where others' are not; they keep less,
+    which is not taken off: no time is negative."""
+    return max(0, sum(row.moved[2]) - sum(row.moved[base]))
 
 
 def exposed_send_ps(costs: Costs, step: Step, d: Decisions) -> int:
@@ -78,8 +93,10 @@ def rank_collectives(
         if row.state.summed and d.tp > 1:
             one = costs.summed_s(d, row.state)
             add("all_reduce", "tp", row.state.summed * grad, f"{unit.name} gradients", 1, one, one)
-        for part, expert in ((replace(row.state, expert=0), False),
-                             (replace(row.state, dense=0), True)):  # fmt: skip
+        parts = ((row.state, False),)
+        if d.ep * d.etp * d.tp > 1:  # else the same ranks share both, in one collective
+            parts = (replace(row.state, expert=0), False), (replace(row.state, dense=0), True)
+        for part, expert in parts:
             ranks, elements = ranks_of(d, expert), part.dense + part.expert
             over = {
                 "all_gather": ranks.shard, "reduce_scatter": ranks.shard,
@@ -101,6 +118,9 @@ def rank_collectives(
         )  # fmt: skip
         add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12,
             times * exposed_send_ps(costs, step, d) / 1e12)  # fmt: skip
+        for size, others in _shared(costs, step, problem, d, rank):
+            one = costs.send_s(d, size)
+            add("p2p", "pp", size, "tied gradients", others, others * one, others * one)
     return tuple(
         Collective(
             kind=kind, axis=axis, size_bytes=size, count=int(count), where=where, total_s=s,
@@ -108,6 +128,26 @@ def rank_collectives(
         )
         for (kind, axis, size, where), (count, s, x) in rows.items()
     )  # fmt: skip
+
+
+def _shared(
+    costs: Costs, step: Step, problem: StageProblem, d: Decisions, rank: int
+) -> list[tuple[int, int]]:
+    """(gradient bytes, other ranks) of each tied parameter of which this rank has a copy."""
+    owners, found = dict(costs.graph.tied), {}
+    holders: dict[str, list[int]] = {}
+    for stage, positions in enumerate(stage_links(step, d.stages)):
+        for i in positions:
+            link, sizes = step.chain.links[i], dict(step.row(i).copied)
+            for p in link.unit.parameters:
+                full = full_name(link.path, p.name)
+                full = owners.get(full, full)
+                holders.setdefault(full, []).append(problem.rank_of(stage))
+                if p.name in sizes:
+                    found[full] = sizes[p.name]
+    ranks = {full: set(holders[full]) for full in found}
+    return [(size, len(ranks[full]) - 1) for full, size in found.items()
+            if rank in ranks[full] and len(ranks[full]) > 1]  # fmt: skip
 
 
 def _repeats(costs: Costs, d: Decisions) -> tuple[tuple[str, int, int], ...]:

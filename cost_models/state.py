@@ -118,6 +118,11 @@ def mode_of(d: Decisions, engine: Engine) -> ZeroMode:
     return engine.zero_mode(d.zero, reshard=d.reshard, pp=d.pp)
 
 
+def in_torch(mode: ZeroMode) -> bool:
+    """Whether FSDP2 holds the state, as it does under every ZeRO stage of torch's engines."""
+    return mode.call.startswith(("fully_shard", "replicate"))
+
+
 def _shard(h: Held, shard: int, by_rows: bool) -> int:
     """Elements of the fullest rank: whole rows where FSDP2 splits rows, else a flat share."""
     if by_rows:
@@ -128,45 +133,66 @@ def _shard(h: Held, shard: int, by_rows: bool) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Bytes of a unit's state on a rank at the peak; gathered_bytes: one unit's transient whole
-    copies; element counts for traffic and the optimizer, dense and expert apart, and of dense
-    those whose gradients are summed over tp."""
+    copies; elements: of its parameters before the data ranks share them; the same as they move
+    between those, padded, dense and expert apart; of dense those whose gradients are summed over
+    tp; those that the optimizer updates; shard: this rank's share of all."""
 
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     gathered_bytes: int
+    elements: int
     dense: int
     expert: int
     summed: int
     updated: int
+    shard: int
 
 
 def state_of(
     parameters: tuple[Held, ...], d: Decisions, workload: Workload, engine: Engine
 ) -> State:
-    """Bytes by the mode's words: whole, shard, or units (sharded, two units whole beside)."""
+    """Bytes by the mode's words: whole, shard, or units (sharded, two units whole beside).
+
+    FSDP2 pads what it gathers to whole rows a rank, holds the gathered copy beside the fp32
+    shard even in fp32, gives a reduced gradient its parameter's dtype, and keeps whole gradients
+    only where micro-batches are accumulated. Where the optimizer is off the GPU, FSDP2's shards of
+    parameters and gradients are there with it; what is to be gathered comes up in fp32.
+    """
     mode = mode_of(d, engine)
-    by_rows = mode.call.startswith("fully_shard")
+    fsdp = in_torch(mode)
     wide = workload.precision == "fp32"
     compute = COMPUTE_BYTES[workload.precision]
     grad = 4 if wide else GRAD_BYTES[d.grad_dtype]
-    master = 0 if wide else MASTER_BYTES
-    offloaded = dict(d.offload).get("optimizer")
-    sums = dict.fromkeys(("parameter", "gradient", "optimizer", "gathered", "updated"), 0)
+    master = 0 if wide and not fsdp else MASTER_BYTES
+    offloaded, below = "optimizer" in dict(d.offload), "params" in dict(d.offload)
+    accumulates = mode.gradients_peak == "whole" and (not fsdp or d.microbatches > 1 or d.pp > 1)
+    sums = dict.fromkeys(
+        ("parameter", "gradient", "optimizer", "gathered", "updated", "dense", "expert", "shard"), 0
+    )
     for h in parameters:
         ranks = ranks_of(d, h.expert)
-        piece = _shard(h, ranks.shard, by_rows)
+        piece = _shard(h, ranks.shard, fsdp)
+        moved = piece * ranks.shard if fsdp else h.elements
         moments = _moment_bytes(h, piece, workload.optimizer)
+        sums["expert" if h.expert else "dense"] += moved
+        sums["shard"] += piece
         if mode.parameters_peak == "whole":
-            sums["parameter"] += compute * h.elements
+            sums["parameter"] += compute * moved
         else:
-            sums["parameter"] += (compute if wide or offloaded else MASTER_BYTES) * piece
-            sums["gathered"] += compute * h.elements
+            own = 0 if below else compute if wide or offloaded else MASTER_BYTES
+            sums["parameter"] += own * piece
+            sums["gathered"] += compute * moved
+        if offloaded and fsdp:
+            sums["gathered"] += MASTER_BYTES * piece
         if h.frozen:
             continue  # no gradient, no optimizer
-        sums["gradient"] += grad * (h.elements if mode.gradients_peak == "whole" else piece)
-        if mode.gradients_peak == "units":
-            sums["gathered"] += grad * h.elements
+        reduced = (MASTER_BYTES if fsdp else grad) * piece
+        if below or (offloaded and fsdp):
+            reduced = 0
+        sums["gradient"] += max(grad * h.elements, reduced) if accumulates else reduced
+        if mode.gradients_peak == "units" or (not accumulates and (d.zero or not reduced)):
+            sums["gathered"] += grad * moved
         kept = piece if mode.optimizer_at_rest == "shard" else h.elements
         own_master = master if mode.parameters_peak == "whole" else 0
         if not offloaded:
@@ -177,9 +203,9 @@ def state_of(
     return State(
         parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
         optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
-        dense=sum(h.elements for h in parameters if not h.expert),
-        expert=sum(h.elements for h in parameters if h.expert),
+        elements=sum(h.elements for h in parameters), dense=sums["dense"], expert=sums["expert"],
         summed=sum(h.elements for h in parameters if h.summed), updated=sums["updated"],
+        shard=sums["shard"],
     )  # fmt: skip
 
 

@@ -22,10 +22,19 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
 from cost_models.layout import Assignment, options
+from cost_models.offload import (
+    Exposed,
+    activation_copies_s,
+    exposed_s,
+    parameter_copies_s,
+    update_s,
+)
 from cost_models.point import PARTS, Point, at_point, ps
+from cost_models.schedule import rank_of
 from cost_models.state import (
     COMPUTE_BYTES,
     GRAD_BYTES,
+    MASTER_BYTES,
     State,
     held,
     mode_of,
@@ -46,15 +55,18 @@ class Row:
     """One link, per micro-batch unless said otherwise.
 
     forward, backward: picoseconds by PARTS. weight_ps: of backward, weight gradients alone.
-    again_ps: added by recomputation, selective and full. kept, working: bytes by level (none,
-    selective, full). tail_*: per step, of gradient reduction and optimizer: communication, what
-    may hide it, and what nothing hides by name.
+    again_ps: added by recomputation, selective and full. moved: added by activations that lie on
+    the host, (forward, backward) by level. kept, working: bytes by level (none, selective, full).
+    tail_*: per step, of gradient reduction and optimizer: communication, what may hide it, and
+    what nothing hides by name. copied: fp32 gradient bytes of each parameter that an earlier stage
+    holds as well, summed with that one's once a step.
     """
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
     weight_ps: int
     again_ps: tuple[int, int]
+    moved: tuple[tuple[int, int], ...]
     kept: tuple[int, int, int]
     working: tuple[int, int, int]
     state: State
@@ -67,6 +79,7 @@ class Row:
     flop: tuple[int, int]  # forward, backward
     model_flop: int
     traffic: tuple[Traffic, ...] = ()
+    copied: tuple[tuple[str, int], ...] = ()
 
     @property
     def forward_ps(self) -> int:
@@ -147,6 +160,12 @@ class Costs:
         return tuple(dict.fromkeys(self._kind_of_link))
 
     @cached_property
+    def _layers(self) -> frozenset[tuple[Unit, bool]]:
+        """(unit, is a layer) of what recomputes and what offloads: what a pipeline divides."""
+        links = self.chain.links
+        return frozenset((links[i].unit, links[i].is_layer) for i in self.chain.layers)
+
+    @cached_property
     def kind_of(self) -> tuple[int, ...]:
         where = {kind: i for i, kind in enumerate(self.kinds)}
         return tuple(where[kind] for kind in self._kind_of_link)
@@ -157,6 +176,7 @@ class Costs:
             micro_batch=batch, cp=cp, local_seq=self.workload.seq_len / cp,
             axes=axes, cluster=self.cluster, kernels=self.kernels, engine=self.engine,
             precision=self.workload.precision, is_layer=is_layer,
+            expert_imbalance=self.workload.expert_imbalance,
         )  # fmt: skip
 
     def unit(
@@ -189,8 +209,7 @@ class Costs:
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=p2p_bytes,
-            p2p_ps=ps(float(collective_s(self.cluster, "p2p", p2p_bytes, 2, d.tp * d.cp * d.dp)))
-            if d.pp > 1 else 0,
+            p2p_ps=ps(self.send_s(d, p2p_bytes)) if d.pp > 1 else 0,
             reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
         )  # fmt: skip
 
@@ -238,14 +257,32 @@ class Costs:
         if d.pp == 1:  # what an earlier link holds is on this rank already
             parameters = tuple(h for h in parameters if h.name not in earlier)
         state = state_of(parameters, d, self.workload, self.engine)
-        dp_f, dp_b = self._fsdp_exposed(d, state, cost)
+        layer = (unit, is_layer) in self._layers
+        beside = self._exposed(d, state, cost, layer)
         tail = self._tail(d, state, cost)
+        copied = tuple(
+            (h.name, MASTER_BYTES * state_of((h,), d, self.workload, self.engine).shard)
+            for h in parameters if h.name in earlier
+        )  # fmt: skip
+        if rank_of(d.schedule, d.pp, 0) != rank_of(d.schedule, d.pp, d.pp * d.virtual_stages - 1):
+            tail["floor_ps"] += ps(sum(self.send_s(d, size) for _, size in copied))
+        kept, working = cost.kept, cost.working
+        if layer and "activations" in dict(d.offload):  # two layers' are on the device at once
+            kept = (0, 0, 0)
+            working = (
+                working[0] + 2 * cost.kept[0], working[1] + 2 * cost.kept[1],
+                working[2] + 2 * cost.kept[2],
+            )  # fmt: skip
+        forward, backward = (
+            (*parts[:-2], ps(beside.parameters[way]), ps(beside.data[way]))
+            for way, parts in enumerate((cost.forward, cost.backward))
+        )
         return Row(
-            forward=(*cost.forward[:-1], ps(dp_f)), backward=(*cost.backward[:-1], ps(dp_b)),
-            weight_ps=cost.weight_ps, again_ps=cost.again_ps, kept=cost.kept,
-            working=cost.working, state=state,
+            forward=forward, backward=backward, weight_ps=cost.weight_ps, again_ps=cost.again_ps,
+            moved=tuple((ps(f), ps(b)) for f, b in beside.activations),
+            kept=kept, working=working, state=state,
             is_loss=any(n.op == "cross_entropy" for n in unit.nodes), flop=cost.flop,
-            model_flop=cost.model_flop, traffic=cost.traffic, **tail,
+            model_flop=cost.model_flop, traffic=cost.traffic, copied=copied, **tail,
         )  # fmt: skip
 
     # --- data parallelism --------------------------------------------------------------------
@@ -270,6 +307,10 @@ class Costs:
             self._fsdp[key] = total
         return self._fsdp[key]
 
+    def send_s(self, d: Decisions, size_bytes: int) -> float:
+        """Seconds to send that from a pipeline rank to the next."""
+        return float(collective_s(self.cluster, "p2p", size_bytes, 2, d.tp * d.cp * d.dp))
+
     def summed_s(self, d: Decisions, state: State) -> float:
         """Seconds to add up, once a step, the gradients of parameters that are whole on tp."""
         _, grad = self.formats(d)
@@ -280,25 +321,28 @@ class Costs:
         wide = self.workload.precision == "fp32"
         return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
 
-    def _fsdp_exposed(
-        self, d: Decisions, state: State, cost: Point
-    ) -> tuple[float, float]:
-        """What prefetched gathers and reductions add to a direction of one micro-batch: a layer
-        takes max(compute + interference * traffic, traffic)."""
+    def _exposed(
+        self, d: Decisions, state: State, cost: Point, is_layer: bool
+    ) -> Exposed:
+        """What prefetched gathers and reductions, and copies over the host link, add to a
+        micro-batch."""
         mode = mode_of(d, self.engine)
-        if not (mode.gather_per_microbatch or mode.reduce_per_microbatch):
-            return 0.0, 0.0
         compute, grad = self.formats(d)
-        gather = self.transfers(d, state, "all_gather", compute)
-        reduce = self.transfers(d, state, "reduce_scatter", grad)
-        reduce += self.transfers(d, state, "all_reduce_replicas", grad)
-        forward = gather * (mode.gather_per_microbatch >= 1)
-        backward = gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch
-        share = self.engine.fsdp_interference
-        return (
-            max(share * forward, forward - cost.kernels_s[0]),
-            max(share * backward, backward - cost.kernels_s[1]),
-        )
+        data, cluster = (0.0, 0.0), self.cluster
+        if mode.gather_per_microbatch or mode.reduce_per_microbatch:
+            gather = self.transfers(d, state, "all_gather", compute)
+            reduce = self.transfers(d, state, "reduce_scatter", grad)
+            reduce += self.transfers(d, state, "all_reduce_replicas", grad)
+            data = (
+                gather * (mode.gather_per_microbatch >= 1),
+                gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch,
+            )
+        moves = is_layer and "activations" in dict(d.offload)
+        return exposed_s(
+            data, parameter_copies_s(cluster, self.engine, d, state),
+            tuple(activation_copies_s(cluster, k) if moves else (0.0, 0.0) for k in cost.kept),
+            cost.kernels_s, self.engine.fsdp_interference,
+        )  # fmt: skip
 
     def _tail(
         self, d: Decisions, state: State, cost: Point
@@ -319,36 +363,17 @@ class Costs:
         hide = (engine.dp_reduce_hidden if reduce else 0.0) * busy
         hide += (engine.dp_gather_hidden if gather else 0.0) * busy
         least = engine.dp_exposed_least
-        own, offload = self._update_s(d, state, mode.optimizer_at_rest)
+        own, offload = 0.0, 0.0
+        if "optimizer" in dict(d.offload):
+            offload = update_s(self.cluster, engine, self.workload, d, state)
+        else:
+            each = update_bytes(self.workload.optimizer, engine.optimizer_bytes_per_parameter)
+            own = float(self.kernels.memory_bound_s(each * state.updated))
         return {
             "tail_comm_ps": ps((1 - least) * (reduce + gather)), "tail_hide_ps": ps(hide),
             "floor_ps": ps(least * (reduce + gather) + summed), "optimizer_ps": ps(own),
             "offload_ps": ps(offload),
         }  # fmt: skip
-
-    def _update_s(self, d: Decisions, state: State, where: str) -> tuple[float, float]:
-        """(optimizer on the GPU, offloaded update) seconds: bytes over bandwidth; off the GPU,
-        gradients go down and parameters up the host link, and the host's memory, shared by the
-        node's GPUs, does the update; NVMe reads and writes the state too."""
-        each = update_bytes(
-            self.workload.optimizer, self.engine.optimizer_bytes_per_parameter
-        )
-        traffic = each * state.updated
-        tier = dict(d.offload).get("optimizer")
-        if tier is None:
-            return float(self.kernels.memory_bound_s(traffic)), 0.0
-        compute, grad = self.formats(d)
-        sharers = min(self.cluster.node_size, self.cluster.count)
-        host = self.cluster.tier("cpu")
-        link = state.updated * (compute + grad) / self.cluster.device.host_link_bytes_per_s
-        update = traffic * sharers / host.read_bytes_per_s
-        if tier == "cpu":
-            return 0.0, link + update
-        disk = self.cluster.tier(tier)
-        bytes_each = 12.0 * state.updated * sharers
-        return 0.0, link + update + bytes_each * (
-            1 / disk.read_bytes_per_s + 1 / disk.write_bytes_per_s
-        )
 
 
 @functools.cache

@@ -70,7 +70,8 @@ def tp_traffic(unit: Unit, assignment: Assignment, work: Work) -> list[Traffic]:
 
 
 def ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
-    """Rows to their experts and back, each way twice; gathered and reduced over etp."""
+    """Rows to their experts and back, each way twice; gathered and reduced over etp: those of the
+    busiest rank."""
     axes, rows = work.axes, []
     for node in unit.nodes:
         if node.op not in ("dispatch", "combine"):
@@ -78,7 +79,7 @@ def ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
         candidates = node.outputs[:1] if node.op == "dispatch" else tuple(
             unit.values[r] for r in node.inputs
         )  # fmt: skip
-        size = np.maximum.reduce([work.nbytes(t, WHOLE) for t in candidates]) / axes.tp
+        size = np.maximum.reduce([work.nbytes(t, WHOLE) for t in candidates]) / axes.tp * work.skew
         for backward in (False, True):
             if axes.ep and axes.ep > 1:
                 rows.append(_row(

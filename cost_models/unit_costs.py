@@ -132,7 +132,8 @@ def _whole_sizes(node: Node, unit: Unit, work: Work) -> tuple[Any, ...]:
 
 def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | None:
     """What a unit's grouped matmuls and expert traffic add, at `work.axes` ep and etp; None where
-    there are none. Memory is counted with the unit."""
+    there are none. Memory is counted with the unit, as if every rank had the mean number of rows:
+    here is what the busiest rank has beyond that."""
     learns = differentiable(unit)
     sums = [work.zeros] * 5
     kernels = 0
@@ -143,10 +144,32 @@ def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | No
     traffic = tuple(ep_traffic(unit, work))
     if not kernels and not traffic:
         return None
+    none, some = (
+        _kept(unit, names, assignment, produced(unit, assignment), work) * (work.skew - 1)
+        for names in _dispatched(unit, work)
+    )
     return replace(
-        _nothing(work), forward_s=sums[0], backward_s=sums[1], weight_s=sums[2], traffic=traffic,
-        flop=(sums[3], sums[4]), kernels=kernels,
+        _nothing(work), forward_s=sums[0] * work.skew, backward_s=sums[1] * work.skew,
+        weight_s=sums[2] * work.skew, traffic=traffic, flop=(sums[3], sums[4]), kernels=kernels,
+        kept_bytes=(none, some, work.zeros), working_bytes=(work.zeros, none - some, none),
     )  # fmt: skip
+
+
+def _dispatched(unit: Unit, work: Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Values kept for backward that lie with their experts, without recomputation and selective:
+    what follows from a dispatch and leads to a grouped matmul."""
+    there, leads = set[str](), set[str]()
+    for node in unit.nodes:
+        if node.op == "dispatch":
+            there.add(node.name)
+        elif node.op != "combine" and any(r in there for r in node.inputs):
+            there.update(node.refs())
+    for node in reversed(unit.nodes):
+        if node.op == "grouped_matmul" or any(r in leads for r in node.refs()):
+            leads.update(node.inputs)
+    keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
+    found = tuple(r for r in keep if r in there & leads)
+    return found, tuple(r for r in unit.saved_selective if r in found)
 
 
 def context_cost(

@@ -45,6 +45,13 @@ class Work:
     engine: Engine
     precision: str
     is_layer: bool
+    expert_imbalance: float = 1.0
+
+    @property
+    def skew(self) -> float:
+        """Load of the rank that waits for nobody, over the mean: 1 where experts do not lie over
+        ranks."""
+        return self.expert_imbalance if (self.axes.ep or 1) > 1 else 1.0
 
     @property
     def zeros(self) -> Floats:

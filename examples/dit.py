@@ -118,3 +118,7 @@ def targets(batch: int, seq_len: int) -> Tensor:
 
 def loss(outputs: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(outputs[:, :CHANNELS].float(), noise)
+
+
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure
+TWIN = {"size": "tiny", "n_layers": 4}

@@ -100,3 +100,7 @@ def inputs(batch: int, seq_len: int) -> dict[str, Tensor]:
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure
+TWIN = {"size": "tiny", "n_layers": 5}

@@ -147,3 +147,7 @@ def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
     logits, (balance, z) = outputs
     prediction = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     return prediction + BALANCE * balance + Z * z
+
+
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure
+TWIN = {"size": "tiny", "n_layers": 5}

@@ -88,3 +88,7 @@ def targets(batch: int, seq_len: int) -> Tensor:
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
+
+
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure
+TWIN = {"size": "tiny"}

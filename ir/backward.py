@@ -60,6 +60,18 @@ def _read_by_backward(unit: Unit, learns: dict[str, bool]) -> dict[str, None]:
     return wanted
 
 
+def feeds_backward(unit: Unit) -> dict[str, bool]:
+    """Which values backward reads, or light operations make what it reads from them: those that
+    selective recomputation has a use for."""
+    found = dict.fromkeys(unit.values, False) | dict.fromkeys(
+        _read_by_backward(unit, differentiable(unit)), True
+    )
+    for node in reversed(unit.nodes):
+        if rule(node).kind not in HEAVY and any(found[r] for r in node.refs()):
+            found.update(dict.fromkeys(node.inputs, True))
+    return found
+
+
 def saved_by_autograd(
     unit: Unit, classes: Mapping[str, Unit] = MappingProxyType({})
 ) -> tuple[str, ...]:

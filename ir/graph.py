@@ -186,10 +186,12 @@ class Graph:
     """A folded model.
 
     `units`: the classes, in order of first use. `root`: the top-level body; its nodes with op
-    "call" have `attr("unit")`, the class, and `attr("path")`, the instance's module path; its own
-    parameters are named in full. `tied`: pairs (alias, owner) of full parameter names. `layers`:
-    module paths of the repeated units, the ones a pipeline divides; `chain_reason` says why the
-    pipeline cannot cut between units, if it cannot. `notes`: what the user must know.
+    "call" have `attr("unit")`, the class, and `attr("path")`, the instance's module path, and
+    `attr("returns")` where the module returns neither a tensor nor a tuple of them: "(*, None)",
+    or "?Name" of an object; its own parameters are named in full. `tied`: pairs (alias, owner) of
+    full parameter names. `layers`: module paths of the repeated units, the ones a pipeline
+    divides; `chain_reason` says why the pipeline cannot cut between units, if it cannot. `notes`:
+    what the user must know.
     """
 
     name: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ir.graph import AFTER, Graph, Node, Parameter, Tensor, Unit
+from ir.graph import AFTER, Attr, Graph, Node, Parameter, Tensor, Unit
 from ir.text import format_unit
 
 
@@ -65,7 +65,7 @@ def _rebuilt(
         new = replace(
             call, inputs=tuple(renamed.get(r, r) for r in given),
             outputs=tuple(unit.values[o] for o in unit.outputs),
-            attrs=(("path", call.attr("path")), ("unit", units[text].name)),
+            attrs=(*_attrs(call, bool(tail)), ("unit", units[text].name)),
         )  # fmt: skip
         renamed.update(zip(results, new.refs()))
         nodes.append(new)
@@ -74,6 +74,15 @@ def _rebuilt(
         outputs=tuple(renamed.get(r, r) for r in graph.root.outputs),
     )  # fmt: skip
     return replace(graph, units=tuple(units.values()), root=root)
+
+
+def _attrs(call: Node, joined: bool) -> tuple[tuple[str, Attr], ...]:
+    """Its path, and what its module returns where the unit's outputs do not say that, or not any
+    more."""
+    returns = call.attr("returns")
+    if returns is None and joined and len(call.outputs) > 1:
+        returns = f"({', '.join('*' for _ in call.outputs)})"
+    return (("path", call.attr("path")), *((("returns", returns),) if returns else ()))
 
 
 def _join(

@@ -31,7 +31,8 @@ def trace(
     """Plan a module on hardware that may be elsewhere; the module is not changed.
 
     inputs(batch, seq_len) gives keyword arguments (a dict) or positional ones (a tuple) of
-    tensors. fix: pins, "tp=8". workload: seq_len, global_batch, precision, optimizer, engine.
+    tensors. fix: pins, "tp=8". workload: seq_len, global_batch, precision, optimizer, engine,
+    expert_imbalance.
     Raises as `plan trace` fails: PlanError, UsageError, InfeasibleError.
     """
     from cost_models.hardware import load_hardware

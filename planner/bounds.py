@@ -102,10 +102,12 @@ def mesh_bounds_ps(
     *,
     most_virtual: int = 8,
     folded: bool = False,
+    elsewhere: bool = False,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
-    folded: a schedule is pinned whose stages lie in a V.
+    folded: a schedule is pinned whose stages lie in a V. elsewhere: what needs memory here is not
+    on the GPU, so memory forces nothing.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
@@ -133,7 +135,7 @@ def mesh_bounds_ps(
         over = through.kept[0][at] + np.maximum(
             state - pp * gpu_bytes, state / most - room * gpu_bytes
         )
-        forced = np.maximum(over, 0.0) * through.relief_s_per_byte[at]
+        forced = np.maximum(over, 0.0) * through.relief_s_per_byte[at] * (not elsewhere)
         bounds[members] = tail + np.maximum(
             m * (step + forced) / pp + quickest * (pp - 1) / 2, m * fullest * quickest
         )
@@ -241,6 +243,8 @@ class _States:
         item = COMPUTE_BYTES[self.costs.workload.precision] + min(GRAD_BYTES.values())
         if m.pp > 1:
             return item * (dense + expert)
+        if m.dp * m.cp == m.microbatches == 1:  # gradients may leave as they are made
+            item -= min(GRAD_BYTES.values())
         edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
         return item * (dense / (m.dp * m.cp) + expert / edp)
 

@@ -9,7 +9,7 @@ from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import GateError, InfeasibleError, PlanError
-from ir.graph import Graph
+from ir.graph import Graph, Unit
 from planner.legality import inconsistent
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
 
@@ -122,6 +122,7 @@ def updated(checked: Checked) -> Plan:
 def _differences(old: Graph, new: Graph) -> list[str]:
     """What is not alike in two models, in a few lines."""
     lines = [] if old.name == new.name else [f"{old.name} became {new.name}"]
+    lines += [f"the first unit that differs is {where}" for where in _first_unit(old, new)]
     if old.parameter_count != new.parameter_count:
         lines.append(f"parameters: {old.parameter_count:,} -> {new.parameter_count:,}")
     for word, here, there in (("gone", old, new), ("new", new, old)):
@@ -134,6 +135,22 @@ def _differences(old: Graph, new: Graph) -> list[str]:
         if name in new.parameters and p.tensor != new.parameters[name].tensor
     ]
     return [*lines, *changed[:2]] or ["parameters are alike; operations are not"]
+
+
+def _first_unit(old: Graph, new: Graph) -> list[str]:
+    """Where, in execution order, the first unit is that is not alike, and one line of it."""
+    from ir.text import format_unit
+
+    def body(unit: Unit) -> list[str]:
+        return [line.partition(" @")[0] for line in format_unit(replace(unit, name="_"))]
+
+    for (_, path, then), (_, place, now) in zip(old.calls(), new.calls()):
+        if path != place:
+            return [f"{path}, where the model has {place}"]
+        if body(then) != body(now):
+            lines = [x for x in body(now) if x not in body(then)]
+            return [f"{path}" + (f": {lines[0].strip()}" if lines else "")]
+    return []
 
 
 def _short(digest: str) -> str:

@@ -71,6 +71,13 @@ def trace(
         str,
         typer.Option(help="native, native-compiled, torchtitan, megatron, deepspeed"),
     ] = "native-compiled",
+    expert_imbalance: Annotated[
+        float,
+        typer.Option(
+            metavar="X", show_default=False,
+            help="load of the busiest expert rank over the mean, as training measured it",
+        ),
+    ] = 1.0,
     task: Annotated[str, typer.Option(help="train")] = "train",
     effort: Annotated[
         int,
@@ -123,6 +130,7 @@ def trace(
             global_batch=global_batch,
             precision=precision,
             optimizer=optimizer,
+            expert_imbalance=expert_imbalance,
         ),
         cache=cache,
         fold=fold,
@@ -264,6 +272,53 @@ def check(
     return 0
 
 
+def verify(
+    plan: Plan_ = "plan.json",
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="as plan trace took it; runs its file")
+    ] = "",
+    arg: Args = [],  # noqa: B006
+    twin: Annotated[
+        list[str],
+        typer.Option(metavar="K=V", help="cut the model: argument of its factory, or config key"),
+    ] = [],  # noqa: B006
+    processes: Annotated[
+        int, typer.Option(metavar="N", min=2, help="most local processes; else one pair of axes"
+                          " at a time")
+    ] = 32,
+    ledger: Annotated[
+        bool, typer.Option("--ledger/--no-ledger", help="also compare bytes and collectives")
+    ] = True,
+    as_json: Json = False,
+    cache: Cache = True,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan verify --model examples/llama.py
+    plan verify plan.json --model model.py --twin n_layers=4 --twin dim=64
+    plan verify plan.json --model config.json
+
+    Run a small twin of the plan on local processes: does it compute what the model does?
+    """
+    from planner import verifying
+    from planner.plan import load
+
+    if not model:
+        raise UsageError("plan verify needs the model", hints=("--model model.py",))
+    found = verifying.run_command(
+        load(plan), verifying.VerifyOptions(
+            model=model, args=dict(parse_args(arg)), changes=dict(parse_args(twin, "--twin")),
+            folder=_folder_of(plan), processes=processes, ledger=ledger, cache=cache,
+        ),
+    )  # fmt: skip
+    if as_json:
+        _print_json(verifying.document(found, plan, model))
+    else:
+        print(verifying.text(found))
+    verifying.require_holds(found, plan)
+    return 0
+
+
 def hardware_list(as_json: Json = False, verbose: Verbose = 0) -> int:
     """\b
     plan hardware list
@@ -306,6 +361,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ("show", show, "what a plan says, in a screenful"),
     ("diff", diff, "what changed between two plans"),
     ("check", check, "is a plan valid, fresh, and does it fit; for CI"),
+    ("verify", verify, "does a small twin compute what the model does"),
 )
 
 
@@ -335,14 +391,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
-def parse_args(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def parse_args(texts: Sequence[str], flag: str = "--arg") -> tuple[tuple[str, str], ...]:
     """Read `--arg k=v`. Raises UsageError for one without a name or given twice."""
     pairs = tuple(text.partition("=")[::2] for text in texts)
     for text, (name, _) in zip(texts, pairs):
         if not name.isidentifier() or "=" not in text:
-            raise UsageError(f"--arg {text} is no argument", why="expected NAME=VALUE")
+            raise UsageError(f"{flag} {text} is no argument", why="expected NAME=VALUE")
         if [n for n, _ in pairs].count(name) > 1:
-            raise UsageError(f"--arg {name} is given twice")
+            raise UsageError(f"{flag} {name} is given twice")
     return pairs
 
 

@@ -16,6 +16,7 @@ from cost_models.schedule import SCHEDULES
 from ir.errors import PlanError, UsageError
 
 CP_KINDS = ("ring", "allgather", "ulysses")
+OFFLOADED = ("optimizer", "params", "activations")
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
@@ -181,14 +182,20 @@ def _recompute(text: str, value: str) -> Recompute:
 
 
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
-    pairs = tuple(item.partition(":")[::2] for item in value.split(",") if item != "none")
-    for what, tier in pairs:
-        if what in ("activations", "params"):
-            raise UsageError(f"--fix {text}: this version does not plan offloading of {what}",
-                             why="it plans optimizer:cpu and optimizer:nvme")  # fmt: skip
-        if what != "optimizer" or not tier:
-            _refuse(text, "optimizer:TIER, as in optimizer:cpu")
-    return pairs
+    """Pairs (what, tier) in the vocabulary's order. Parameters are updated where they lie, so the
+    optimizer goes with them."""
+    found: dict[str, str] = {}
+    for what, tier in (item.partition(":")[::2] for item in value.split(",") if item != "none"):
+        if what not in OFFLOADED or not tier or found.get(what, tier) != tier:
+            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, or none")
+        if what != "optimizer" and tier != "cpu":
+            raise UsageError(f"--fix {text}: {what} are offloaded to the cpu alone",
+                             why="each micro-batch moves them, which a disk is too slow for",
+                             hints=(f"offload={what}:cpu",))  # fmt: skip
+        found[what] = tier
+    if "params" in found:
+        found.setdefault("optimizer", "cpu")
+    return tuple((what, found[what]) for what in OFFLOADED if what in found)
 
 
 def _serving(text: str, value: str) -> NoReturn:
@@ -223,8 +230,9 @@ VOCABULARY = (
     Key(name="stages", words="16,16,15,..", parse=_stages, meaning="layers per stage"),
     Key(name="recompute", words="none selective full full:12", parse=_recompute,
         meaning="layers per stage computed again in backward"),
-    Key(name="offload", words="optimizer:cpu optimizer:nvme none", parse=_offload,
-        meaning="which state lies on which of the hardware's tiers"),
+    Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
+        parse=_offload,
+        meaning="what lies on which of the hardware's tiers; params needs zero=3"),
     Key(name="sequence_parallel", words="on off", parse=_switch,
         meaning="the residual stream split by sequence over tp"),
     Key(name="compile", words="on off", parse=_switch, meaning="units run compiled",
@@ -274,10 +282,17 @@ def decisions_from_json(
         if words and value not in words:
             raise PlanError(f"{where} is {value!r}", why=f"expected one of {_word(words)}")
     for what, tier in raw["offload"].items():
-        if what != "optimizer" or not isinstance(tier, str):
+        fits = isinstance(tier, str) if what == "optimizer" else tier == "cpu"
+        if what not in OFFLOADED or not fits:
             raise PlanError(f"decisions.offload.{what} is {tier!r}",
-                            why='this version reads {"optimizer": TIER}')  # fmt: skip
-    values = {**raw, "offload": tuple(raw["offload"].items())}
+                            why='expected {"optimizer": TIER, "params": "cpu", '
+                                '"activations": "cpu"}, or some of them')  # fmt: skip
+    if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
+        raise PlanError("decisions.offload has params and no optimizer",
+                        why="parameters are updated where they lie")  # fmt: skip
+    values = {**raw, "offload": tuple(
+        (what, raw["offload"][what]) for what in OFFLOADED if what in raw["offload"]
+    )}
     return Decisions(**values, stages=stages, recompute=recompute)
 
 

@@ -15,6 +15,7 @@ from math import prod
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
+from cost_models.state import in_torch
 from ir.errors import UsageError
 from planner.decisions import Pins
 
@@ -40,6 +41,8 @@ class Case:
     schedule: str | None
     virtual_stages: int | None
     recomputes: bool | None
+    selective: bool | None
+    offload: tuple[tuple[str, str], ...] | None
     compile: bool | None
     sequence_parallel: bool | None
     cp_kind: str | None
@@ -64,7 +67,35 @@ def _virtual(c: Case) -> bool:
     return not least <= c.virtual_stages <= most
 
 
+def _below(c: Case, what: str) -> bool:
+    return what in dict(c.offload or ())
+
+
+def _ours(c: Case) -> bool:
+    """Whether FSDP2 holds the state, as in our runtime."""
+    return in_torch(load_engine(c.engine).zero_mode(3))
+
+
 RULES = (
+    Rule(
+        keys=("zero", "offload"),
+        refused=lambda c: _below(c, "params") and c.zero not in (None, 3),
+        reason="parameters lie elsewhere where they are gathered for each use: under zero=3",
+        fix="zero=3, or offload=optimizer:cpu",
+    ),
+    Rule(
+        keys=("pp", "zero", "offload"),
+        refused=lambda c: _ours(c) and c.pp == 1 and c.zero in (2, 3)
+        and _below(c, "optimizer") and not _below(c, "params"),
+        reason="FSDP2 keeps shards with their optimizer: each micro-batch's gradients go there",
+        fix="zero=1, or zero=3 and offload=optimizer:cpu,params:cpu",
+    ),
+    Rule(
+        keys=("recompute", "offload"),
+        refused=lambda c: bool(c.selective) and _below(c, "activations"),
+        reason="what selective recomputation keeps is torch's own cache, which stays on the GPU",
+        fix="recompute=full or none",
+    ),
     Rule(
         keys=("schedule", "recompute"),
         refused=lambda c: c.schedule in SPLIT_BACKWARD and bool(c.recomputes),
@@ -337,6 +368,7 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
         pp=d.pp, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard, reshard=d.reshard,
         schedule=d.schedule, virtual_stages=d.virtual_stages,
         recomputes=any(full or selective for full, selective in d.recompute),
+        selective=any(selective for _, selective in d.recompute), offload=d.offload,
         compile=d.compile, sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind,
         weights=None, place=False,
     )  # fmt: skip
@@ -349,6 +381,7 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
         pp=p.pp, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard, reshard=p.reshard,
         schedule=p.schedule, virtual_stages=p.virtual_stages,
         recomputes=None if r is None else any((*r.full, *r.selective)),
+        selective=None if r is None else any(r.selective), offload=p.offload,
         compile=p.compile, sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind,
         weights=p.weights, place=bool(p.place),
     )  # fmt: skip

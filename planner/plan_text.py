@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from cost_models.decisions import Decisions, Workload
@@ -46,7 +46,7 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
             "hardware": f"{plan.hardware} {plan.hardware_hash}",
             "constants": plan.constants_hash,
         },
-        "workload": asdict(plan.workload),
+        "workload": workload_json(plan.workload),
         "decisions": decisions_json(plan.decisions),
         "stages": stage_records(plan.decisions, graph),
         "units": recompute_records(plan.decisions, graph),
@@ -65,6 +65,14 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
     lines = [f'"schema": "{SCHEMA}", "planner": "{PLANNER_VERSION}"']
     lines += [f'"{key}": {_section(value)}' for key, value in sections.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def workload_json(workload: Workload) -> dict[str, Any]:
+    """The workload, without the expert imbalance where there is none."""
+    found = asdict(workload)
+    if workload.expert_imbalance == 1:
+        del found["expert_imbalance"]
+    return found
 
 
 def _section(value: Any) -> str:
@@ -128,8 +136,7 @@ def parse_text(text: str, graph: Graph, source: str = "plan") -> Plan:
 def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
     hardware, _, digest = _typed(inputs, "hardware", str, "inputs.").rpartition(" ")
-    workload = _record(raw, "workload", Workload)
-    _check_workload(workload)
+    workload = _workload(raw)
     stages = _stages(raw, graph)
     decisions = decisions_from_json(
         _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
@@ -214,9 +221,22 @@ def _typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
     return value
 
 
-def _record(raw: dict[str, Any], key: str, kind: Any) -> Any:
-    """A flat dataclass of words and numbers."""
-    names = [field.name for field in fields(kind)]
+def _workload(raw: dict[str, Any]) -> Workload:
+    """The workload, its expert imbalance 1 where it is not said."""
+    given = {"expert_imbalance": 1.0} | _object(raw, "workload")
+    skew = given.pop("expert_imbalance")
+    if not isinstance(skew, (int, float)) or isinstance(skew, bool) or not skew >= 1:
+        raise PlanError(f"workload.expert_imbalance is {json.dumps(skew)}",
+                        why="expected a number, 1 or more")  # fmt: skip
+    workload: Workload = _record({"workload": given}, "workload", Workload, ("expert_imbalance",))
+    workload = replace(workload, expert_imbalance=float(skew))
+    _check_workload(workload)
+    return workload
+
+
+def _record(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = ()) -> Any:
+    """A flat dataclass of words and numbers, without some of its fields."""
+    names = [field.name for field in fields(kind) if field.name not in but]
     table = _object(raw, key, names)
     kinds = {f.name: int if "int" in str(f.type) else str for f in fields(kind)}
     return kind(**{name: _typed(table, name, kinds[name], f"{key}.") for name in names})

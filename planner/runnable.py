@@ -13,7 +13,10 @@ from typing import Protocol
 from cost_models.decisions import Decisions, Workload
 from ir.errors import UsageError
 from ir.graph import Graph
+from planner.cuts import stub_fault
 from planner.decisions import Pins
+from planner.routed import no_expert_axis, no_expert_tensor_axis, no_shared_tokens
+from planner.token_flow import flow_of
 
 
 class Axes(Protocol):
@@ -45,7 +48,42 @@ class GraphRule:
     fix: str
 
 
-RULES: tuple[GraphRule, ...] = ()
+def _without_dropout(graph: Graph) -> str | None:
+    return "attention drops probabilities, for all of a query's keys" if (
+        flow_of(graph).dropout
+    ) else None  # fmt: skip
+
+
+RULES: tuple[GraphRule, ...] = (
+    GraphRule(keys=("pp",), applies=lambda a: a.pp > 1, reason=stub_fault, fix="pp=1"),
+    GraphRule(
+        keys=("ep", "etp"),
+        applies=lambda a: a.ep * a.etp > 1,
+        reason=no_expert_axis,
+        fix="ep=1 and etp=1",
+    ),
+    GraphRule(
+        keys=("etp",), applies=lambda a: a.etp > 1, reason=no_expert_tensor_axis, fix="etp=1"
+    ),
+    GraphRule(
+        keys=("tp", "cp"),
+        applies=lambda a: a.tp * a.cp > 1,
+        reason=no_shared_tokens,
+        fix="tp=1 and cp=1",
+    ),
+    GraphRule(
+        keys=("cp",),
+        applies=lambda a: a.cp > 1,
+        reason=lambda graph: flow_of(graph).reason or None,
+        fix="cp=1",
+    ),
+    GraphRule(
+        keys=("cp", "cp_kind"),
+        applies=lambda a: a.cp > 1 and a.cp_kind in ("ring", "allgather"),
+        reason=_without_dropout,
+        fix="cp_kind=ulysses, cp=1, or a model without dropout in attention",
+    ),
+)
 
 NATIVE = ("native", "native-compiled")  # engines that are `planner.parallelize`
 

@@ -262,10 +262,10 @@ class Searcher:
                 (r.full[k % len(r.full)], r.selective[k % len(r.selective)])
                 for k in range(count)
             )
-        split = d.schedule in SPLIT_BACKWARD
+        whole = d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload)
         return stage_problem(
             self.costs, replace(step, decisions=d), fixed_stages=pins.stages,
-            fixed_recompute=fixed, levels=("none",) if split else ("none", "selective", "full"),
+            fixed_recompute=fixed, levels=("none",) if whole else ("none", "selective", "full"),
         )  # fmt: skip
 
     # --- the search --------------------------------------------------------------------------
@@ -281,6 +281,7 @@ class Searcher:
         bounds = mesh_bounds_ps(
             costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
             folded=self.pins.schedule in ("zbv", "dualpipev"),
+            elsewhere=bool({"params", "activations"} & dict(self.pins.offload or ()).keys()),
         )  # fmt: skip
         lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
         guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]

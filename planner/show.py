@@ -15,7 +15,7 @@ from planner.names import fold, fold_text
 from planner.options import Baseline, Timing
 from planner.placements import placements
 from planner.plan import Plan
-from planner.plan_text import SCHEMA, recompute_records, stage_records
+from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
 
 WIDTH = 80
 BAR = 32
@@ -41,7 +41,7 @@ def document(
         "schema": SCHEMA,
         "model": {"name": plan.graph.name, "parameters": plan.graph.parameter_count},
         "hardware": plan.hardware,
-        "workload": asdict(plan.workload),
+        "workload": workload_json(plan.workload),
         "decisions": decisions,
         "estimate": estimate_json(estimate),
         "solver": {
@@ -105,6 +105,7 @@ def _head(plan: Plan) -> list[str]:
         full, selective = (sum(counts) for counts in zip(*d.recompute))
         recompute = f"{full} layers in full, {selective} in part"
     offload = ", ".join(f"{what} on {tier}" for what, tier in d.offload)
+    skew = f", expert imbalance {w.expert_imbalance:g}" if w.expert_imbalance != 1 else ""
     virtual = f" x {d.virtual_stages} virtual stages" if d.virtual_stages > 1 else ""
     words = [
         f"ZeRO-{d.zero}{shard}" + (", resharding" if d.reshard else ""),
@@ -116,7 +117,7 @@ def _head(plan: Plan) -> list[str]:
     ]
     return [
         f"{graph.name}, {format_count(graph.parameter_count)} parameters, on {plan.hardware}",
-        _row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}"),
+        _row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}{skew}"),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
         _row("steps", f"micro-batches {d.microbatches} x {d.micro_batch}, {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),

@@ -29,6 +29,7 @@ class Asked:
     global_batch: int | None = None
     precision: str | None = None
     optimizer: str = "adamw"
+    expert_imbalance: float = 1.0
 
 
 def resolve(
@@ -52,9 +53,14 @@ def resolve(
                          hints=(f"--engine {' or '.join(others)}",))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
     batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
+    if not asked.expert_imbalance >= 1:
+        raise UsageError(
+            f"--expert-imbalance {asked.expert_imbalance:g} is no imbalance",
+            why="it is the load of the busiest expert rank over the mean: 1 or more",
+        )
     workload = Workload(
         task=asked.task, engine=asked.engine, global_batch=batch, seq_len=seq_len,
-        precision=precision, optimizer=asked.optimizer,
+        precision=precision, optimizer=asked.optimizer, expert_imbalance=asked.expert_imbalance,
     )  # fmt: skip
     return workload, (*seq_notes, *batch_notes, *precision_note)
 

@@ -1,8 +1,11 @@
-"""Golden files: compared, and rewritten only by `pytest --update-golden`."""
+"""What tests share: golden files, rewritten only by `pytest --update-golden`, and local ranks."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a rank forked from threads hangs
 
 
 def pytest_addoption(parser):
@@ -20,3 +23,12 @@ def update_golden(request):
         assert text == path.read_text(), f"differs from {path.name}; see --update-golden"
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def world():
+    """Local gloo processes, kept warm for the session: `world.run(ranks, function, *args)`."""
+    from planner.runtime.world import local_world
+
+    with local_world(["ir.capture.hf"]) as found:
+        yield found

@@ -43,6 +43,18 @@ def test_pins_are_read():
     )  # fmt: skip
 
 
+def test_what_is_offloaded():
+    """Whatever the order; parameters take the optimizer with them, as they are updated there."""
+    cpu = (("optimizer", "cpu"), ("params", "cpu"), ("activations", "cpu"))
+    assert parse_pins(["offload=activations:cpu,params:cpu,optimizer:cpu"]).offload == cpu
+    assert parse_pins(["offload=params:cpu"]).offload == cpu[:2]
+    assert parse_pins(["offload=activations:cpu"]).offload == cpu[2:]
+    assert parse_pins(["offload=params:cpu,optimizer:nvme"]).offload == (
+        ("optimizer", "nvme"), ("params", "cpu"),
+    )  # fmt: skip
+    assert parse_pins(["offload=none"]).offload == ()
+
+
 @pytest.mark.parametrize(
     ("pin", "words"),
     [
@@ -50,8 +62,10 @@ def test_pins_are_read():
         ("tp=", "a whole number"), ("tpp=8", "did you mean tp?"), ("zero=4", "one of 0 1 2 3"),
         ("reshard=yes", "one of on off"), ("schedule=2f2b", "gpipe 1f1b interleaved"),
         ("recompute=some", "none, selective, full"), ("stages=1,,2", "layers per stage"),
-        ("offload=activations:cpu", "does not plan offloading of activations"),
-        ("offload=params:nvme", "does not plan offloading of params"),
+        ("offload=activations:nvme", "activations are offloaded to the cpu alone"),
+        ("offload=params:nvme", "params are offloaded to the cpu alone"),
+        ("offload=gradients:cpu", "optimizer:TIER, params:cpu, activations:cpu"),
+        ("offload=optimizer", "optimizer:TIER"), ("offload=optimizer:cpu,optimizer:nvme", "TIER"),
         ("kv=fp8", "serving pin"), ("place:a.b=S(x)", "place:PATTERN=S(0)"),
         ("weights=int3", "one of bf16 fp8"),
     ],
@@ -93,6 +107,10 @@ CONTRADICTIONS = [
     (["stages=4,4", "pp=4"], "stages=4,4 and --fix pp=4"),
     (["stages=4,3"], "holds 7 layers, the model has 8"),
     (["stages=4,4", "pp=2", "virtual_stages=2"], "pp*virtual_stages stages = 4"),
+    (["offload=params:cpu", "zero=1"], "under zero=3"),
+    (["offload=optimizer:cpu", "zero=3", "pp=1"], "offload=optimizer:cpu,params:cpu"),
+    (["offload=optimizer:cpu", "zero=2", "pp=1"], "FSDP2 keeps shards with their optimizer"),
+    (["offload=activations:cpu", "recompute=selective"], "stays on the GPU"),
     (["weights=fp8"], "weights in the workload's precision"),
     (["schedule=1f1b", "pp=64", "microbatches=8"], "microbatches >= pp"),
 ]

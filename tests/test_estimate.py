@@ -36,6 +36,7 @@ def planned(name, hardware="h100x8", batch=8, *, memory=None, compiled=True, arg
 
 
 FULL = Recompute(full=(-1,))
+BELOW = (("optimizer", "cpu"), ("params", "cpu"))
 CASES = {
     **{f"zero {z}": {"zero": z, "tp": 1, "cp": 1, "pp": 1} for z in range(4)},
     "zero 3, gathered again": {"zero": 3, "reshard": True, "pp": 1, "tp": 1, "cp": 1},
@@ -48,6 +49,11 @@ CASES = {
     "recomputed": {"recompute": FULL, "pp": 2},
     "in part": {"recompute": Recompute(selective=(-1,)), "tp": 2},
     "host": {"offload": (("optimizer", "cpu"),)},
+    "activations": {"offload": (("activations", "cpu"),), "pp": 2},
+    "activations recomputed": {"offload": (("activations", "cpu"),), "recompute": FULL},
+    "some recomputed": {"offload": (("activations", "cpu"),), "recompute": Recompute(full=(1,))},
+    "all below": {"offload": (*BELOW, ("activations", "cpu")), "zero": 3, "pp": 1, "tp": 1},
+    "params under a pipeline": {"offload": BELOW, "zero": 3, "pp": 2},
     "disk": {"offload": (("optimizer", "nvme"),)},
     "tp": {"tp": 4, "sequence_parallel": True},
     "tp whole": {"tp": 4, "sequence_parallel": False},

@@ -100,6 +100,12 @@ def test_counts(config: dict[str, Any], published: int) -> None:
     assert built.model.training and not built.model.config.use_cache
 
 
+def test_tied_weights_are_one_parameter() -> None:
+    tied = source({**LLAMA, "tie_word_embeddings": True}).model
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert parameters(tied) == 8_030_261_248 - 128256 * 4096
+
+
 def test_a_type_unknown_to_transformers_is_its_architecture() -> None:
     kimi = source(DEEPSEEK)
     assert type(kimi.model).__name__ == "DeepseekV3ForCausalLM"

@@ -1,7 +1,7 @@
 """A plan on a screen and as JSON."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from toy_plan import DECISIONS, WORKLOAD, toy_estimate, toy_graph, toy_plan
 from cost_models.hardware import load_hardware
 from ir.errors import UsageError
 from planner.options import Baseline, Timing
+from planner.plan_text import workload_json
 from planner.show import document, layers_text, stage_text, summary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,7 +69,7 @@ def test_document_has_the_contract_keys():
     found = document(plan, e, timing=Timing(), baselines=BASELINES)
     assert list(found) == ["schema", "model", "hardware", "workload", "decisions", "estimate",
                            "solver", "timing", "baselines"]  # fmt: skip
-    assert found["workload"] == asdict(WORKLOAD)
+    assert found["workload"] == workload_json(WORKLOAD)
     assert list(found["decisions"])[:18] == [
         "pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
         "microbatches", "schedule", "virtual_stages", "recompute", "offload",

@@ -48,11 +48,12 @@ class DataDependent(PlanError):
 
 def default_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the last [.., vocab] output in fp32."""
-    logits = _logits(outputs)
+    logits = logits_of(outputs)
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
 
-def _logits(outputs: Any) -> torch.Tensor:
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The output that a loss is taken of: the one called logits, else the first real matrix."""
     named = getattr(outputs, "logits", None)
     if isinstance(named, torch.Tensor):
         return named
@@ -206,9 +207,9 @@ def _meta(tree: Any, dtype: torch.dtype | None = None) -> Any:
     return pytree.tree_map(move, tree)
 
 
-def _targets_like(outputs: Any) -> list[torch.Tensor]:
+def targets_like(outputs: Any) -> list[torch.Tensor]:
     """Candidate targets: class indices of the logits' leading shape, else a tensor like them."""
-    logits = _logits(outputs)
+    logits = logits_of(outputs)
     return [
         torch.empty(logits.shape[:-1], dtype=torch.int64, device="meta"),
         torch.empty_like(logits),
@@ -232,9 +233,9 @@ def _step(
     except Exception as fault:
         raise _untraceable(fault, where) from fault
     if loss is None:
-        return _Step(model, default_loss), _targets_like(outputs)[0]
+        return _Step(model, default_loss), targets_like(outputs)[0]
     failures: list[Exception] = []
-    for targets in [_meta(g) for g in given] or _targets_like(outputs):
+    for targets in [_meta(g) for g in given] or targets_like(outputs):
         try:
             with torch.no_grad():
                 loss(outputs, targets)

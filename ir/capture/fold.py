@@ -58,10 +58,12 @@ def _(xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str) -> 
 @dataclass(kw_only=True)
 class Folding:
     """What the patched forwards found: paths of the layers in tree order, the classes that branch
-    on their index, and each traced class's outputs: tensors, where they go, and the structure."""
+    on their index, each traced class's outputs (tensors, where they go, and the structure), and
+    by path what a unit returns where that is neither a tensor nor a tuple of them."""
 
     layers: tuple[str, ...]
     touched: set[str] = field(default_factory=set)
+    returns: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, tuple[list[torch.Tensor], list[Any], Any]] = field(default_factory=dict)
 
 
@@ -216,6 +218,7 @@ def _patched(
         name = _call_key(key, spec, flat) if fold else f"{len(state.outputs)}@{path}"
         if name in state.outputs:
             like, template, tree = state.outputs[name]
+            _note_structure(state, path, template, tree)
             at = iter(torch.ops.meshwright_fold.call(tensors, like, path, name))
             return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
         if hollow:
@@ -227,10 +230,24 @@ def _patched(
         results = torch.ops.meshwright_fold.leave([leaves[i] for i in places], path, name)
         template = [_TENSOR if i in places else x for i, x in enumerate(leaves)]
         state.outputs[name] = (list(results), template, tree)
+        _note_structure(state, path, template, tree)
         at = iter(results)
         return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
 
     return forward
+
+
+def _note_structure(state: Folding, path: str, template: list[Any], tree: Any) -> None:
+    """Say "(*, None)" of a unit that returns that, "?Name" of one that returns such an object."""
+    marked = ["*" if x is _TENSOR else x for x in template]
+    value = pytree.tree_unflatten(marked, tree)
+    tensors = all(isinstance(x, str) for x in marked)
+    if tensors and (value == "*" or (type(value) is tuple and value == (*marked,) != ("*",))):
+        return
+    flat = type(value) in (tuple, list) and all(x is None or x == "*" for x in value)
+    words = ", ".join(map(str, value)) if flat else ""
+    ends = "[]" if isinstance(value, list) else "()"
+    state.returns[path] = f"{ends[0]}{words}{ends[1]}" if flat else f"?{type(value).__name__}"
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def build(cls: type[Any], config: Any) -> Any:
     hf_patches.register()
     with torch.device("meta"), _without_init():
         model = cls._from_config(config, dtype=dtype)
+    model.tie_weights()  # what is not initialised is not tied either
     meta.move_to_meta(model)
     model.train()
     return model

@@ -44,6 +44,7 @@ class Lowering:
 
     def __init__(self, trace: Trace, model: nn.Module) -> None:
         self.sizes = trace.sizes
+        self.returns = trace.folding.returns
         self.model = model
         self.env: dict[fx.Node, tuple[Body | None, Value]] = {}
         self.views: dict[fx.Node, fx.Node] = {}
@@ -386,7 +387,7 @@ def _merge(
             units.append(replace(unit, name=by_text[text], nodes=nodes))
         renamed[key] = by_text[text]
     nodes = tuple(
-        replace(n, attrs=(("path", n.attr("path")), ("unit", renamed[str(n.attr("unit"))])))
+        replace(n, attrs=(*n.attrs[:-1], ("unit", renamed[str(n.attr("unit"))])))
         if n.op == "call"
         else n
         for n in root.nodes

@@ -68,10 +68,12 @@ def again(low: Lowering, a: fx.Node) -> None:
 def _instance(low: Lowering, a: fx.Node, path: str, key: str, refs: tuple[str, ...]) -> None:
     unit = low.classes[key].unit
     learns = differentiable(unit)
+    returns = low.returns.get(path)
     node = Node(
         name=low.body.unique(path), op="call", inputs=refs,
         outputs=tuple(unit.values[o] for o in unit.outputs),
-        attrs=(("path", path), ("unit", key)), source=low.source_of(a),
+        attrs=(("path", path), *((("returns", returns),) if returns else ()), ("unit", key)),
+        source=low.source_of(a),
     )  # fmt: skip
     low.body.add(node, tuple(learns[o] and not low.no_grad for o in unit.outputs))
     low.env[a] = (low.body, list(node.refs()))

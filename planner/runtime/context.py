@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from planner.plan import Plan
+from planner.runtime.health import Health
 from planner.runtime.meshes import Meshes
 
 
@@ -16,10 +17,14 @@ class Report:
     replicated: how often an operation that cannot run split ran whole, by (unit, operation).
     loose_edges: planned changes of placement inside a unit's own forward that no module boundary
     carries, so that DTensor makes them where it needs them.
+    uncompiled: classes of units that could not be compiled, each with the compiler's reason.
+    running: whether the forward of a unit runs now, under tensor parallelism.
     """
 
     replicated: Counter[tuple[str, str]] = field(default_factory=Counter)
     loose_edges: list[str] = field(default_factory=list)
+    uncompiled: dict[str, str] = field(default_factory=dict)
+    running: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,3 +34,4 @@ class Context:
     plan: Plan
     meshes: Meshes
     report: Report
+    health: Health = field(default_factory=Health)

@@ -8,6 +8,7 @@ zero = 0 the shard dimension has one rank and gradients are all-reduced over "re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.layout import expert_parameters
 from ir.errors import PlanError
 from planner.runtime.meshes import Meshes
 from planner.runtime.site import Site
@@ -45,22 +47,81 @@ def precision_policy(workload: Workload, d: Decisions) -> MixedPrecisionPolicy:
 def shard_over_data(
     root: nn.Module, sites: Sequence[Site], meshes: Meshes, policy: MixedPrecisionPolicy
 ) -> None:
-    """Apply `fully_shard` to each unit of a stage, then to the stage itself."""
+    """Apply `fully_shard` to each unit of a stage, then to the stage itself.
+
+    Parameters of experts are shared by other ranks than the rest, a unit's two groups by one call.
+    """
     d = meshes.decisions
+    experts = {p for site in sites for p in _experts(site)} if d.ep * d.etp * d.tp > 1 else set()
+    over_experts, place = _over_experts(experts, meshes) if experts else (None, None)
     offload = (
         CPUOffloadPolicy(pin_memory=meshes.device_type != "cpu")
-        if dict(d.offload).get("params") == "cpu"
+        if {"optimizer", "params"} & dict(d.offload).keys()
         else OffloadPolicy()
     )
     reshard = d.zero == 3 and d.reshard
-    for module in [*(site.module for site in sites if site.module is not root), root]:
+    units = _together([site.module for site in sites if site.module is not root])
+    for modules in [*units, [root]]:
+        module = modules[0]
         fully_shard(
-            module,
+            modules if len(modules) > 1 else module,
             mesh=meshes.data,
             reshard_after_forward=reshard,
             mp_policy=policy,
             offload_policy=offload,
+            shard_placement_fn=place,
         )
+        groups = fully_shard.state(module)._fsdp_param_groups if experts else ()  # type: ignore[attr-defined]
+        for group in groups:
+            if group.mesh_info is over_experts:
+                _average_over_data(group, meshes)
+    for site in sites:
+        if any(n.op == "stack_view" for n in site.unit.nodes):  # an expert may have no token
+            cast(FSDPModule, site.module).set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def _over_experts(experts: set[nn.Parameter], meshes: Meshes) -> tuple[Any, Any]:
+    """FSDP2's description of the experts' data ranks, and what places their parameters there."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import (
+            HSDPMeshInfo,
+            ShardPlacementResult,
+        )
+    except ImportError as fault:
+        raise PlanError(
+            f"torch {torch.__version__} shards a unit's parameters over one mesh only",
+            why="experts lie over other ranks than the rest of their layer",
+            hints=("torch 2.12 or later", "--fix ep=1 --fix tp=1"),
+        ) from fault
+    from torch.distributed.tensor import Shard
+
+    mesh = HSDPMeshInfo(meshes.expert_data, shard_mesh_dim=1, replicate_mesh_dim=0)
+    placed = ShardPlacementResult(Shard(0), mesh)
+    return mesh, lambda parameter: placed if parameter in experts else None
+
+
+def _together(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The modules one by one, but those that share parameters in one group, as FSDP2 asks."""
+    groups: list[list[nn.Module]] = []
+    for module in modules:
+        own = set(module.parameters())
+        tied = [g for g in groups if any(own & set(m.parameters()) for m in g)]
+        rest = [g for g in groups if g not in tied]
+        groups = [*rest, [*(m for g in tied for m in g), module]]
+    return groups
+
+
+def _experts(site: Site) -> list[nn.Parameter]:
+    return [site.module.get_parameter(name) for name in sorted(expert_parameters(site.unit))]
+
+
+def _average_over_data(group: Any, meshes: Meshes) -> None:
+    """Divide the gradients of experts by the data ranks: an expert has tokens of ep * etp / tp of
+    them, so their sum over edp ranks is over all. Gloo scales no sums, so there it is done after."""
+    ranks = meshes.decisions.dp * meshes.decisions.cp
+    group.gradient_divide_factor = float(ranks)
+    shard = group.mesh_info.shard_mesh_size
+    group.force_sum_reduction_for_comms = meshes.device_type == "cpu" and shard not in (1, ranks)
 
 
 def sharded(root: nn.Module) -> list[FSDPModule]:
@@ -69,8 +130,11 @@ def sharded(root: nn.Module) -> list[FSDPModule]:
 
 
 def before_microbatch(root: FSDPModule, d: Decisions, last: bool) -> None:
-    """Set what a micro-batch gathers, keeps and reduces, by the ZeRO stage (engines.toml)."""
+    """Set what a micro-batch gathers, keeps and reduces, by the ZeRO stage (engines.toml).
+
+    To FSDP2 every backward is the last one: else it still has the micro-batch before in mind, and
+    prefetches a unit of that, which nothing asks for.
+    """
     each = d.zero >= 2 and d.pp == 1
-    root.set_is_last_backward(last)
     root.set_requires_gradient_sync(each or last)
     root.set_reshard_after_backward(last or (d.zero == 3 and d.pp == 1))

@@ -52,6 +52,11 @@ class Meshes:
         return self.axes["cp"]
 
     @property
+    def cp_tp(self) -> DeviceMesh:
+        """cp and tp as one axis, tp innermost; every rank asks for it first at the same place."""
+        return self.axes["cp", "tp"]._flatten()
+
+    @property
     def ep(self) -> DeviceMesh:
         return self.expert_root["ep"]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ir.errors import PlanError
 from planner.plan import Plan
+from planner.runtime import compiled, context_parallel, experts, offload, recompute, tensor
 from planner.runtime.context import Context, Report
 from planner.runtime.data import precision_policy, shard_over_data
 from planner.runtime.meshes import make_meshes
@@ -67,5 +68,8 @@ def prepare(
     sites: Sequence[Site], stage: nn.Module, context: Context, compile_backend: str
 ) -> None:
     """Everything but data parallelism, for the units of one stage: inner parts first."""
-    for part in ():
+    for part in (experts.apply, tensor.apply, context_parallel.apply, recompute.apply):
         part(sites, stage, context)
+    compiled.apply(sites, stage, context, backend=compile_backend)
+    offload.apply_activations(sites, stage, context)  # what a compiled graph saves moves as well
+    context_parallel.apply_shares(sites, stage, context)

@@ -10,10 +10,11 @@ import contextlib
 import datetime
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -38,10 +39,11 @@ class RankFailure(PlanError):
 class World:
     """Worker processes; `run` gives each its rank in a process group of the asked size."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        """preload: modules that the workers' calls import, loaded once for all of them."""
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked worker of a threaded parent hangs
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOAD))
+        self._context.set_forkserver_preload([*PRELOAD, *preload])
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
@@ -102,9 +104,9 @@ class World:
 
 
 @contextlib.contextmanager
-def local_world() -> Iterator[World]:
-    """A world that is closed at the end."""
-    world = World()
+def local_world(preload: Sequence[str] = ()) -> Iterator[World]:
+    """A world that is closed at the end; preload as `World` takes it."""
+    world = World(preload)
     try:
         yield world
     finally:
@@ -115,6 +117,7 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it stops the workers
     while True:
         try:
             rank, ranks, store, timeout_s, function, args = pipe.recv()
@@ -137,6 +140,7 @@ def _call(
 ) -> Any:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.manual_seed(0)
     dist.init_process_group(
@@ -148,3 +152,5 @@ def _call(
     finally:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+        # DTensor's cached placements name meshes by shape: those of this world, which is gone
+        _clear_sharding_prop_cache()

@@ -1,0 +1,176 @@
+"""Where a unit routes tokens to experts, read off its graph: modules, weights, statistics.
+
+What the runtime does to a routed module, and what it cannot do, are both decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cost_models.layout import expert_parameters
+from ir.graph import Graph, Node, Tensor, Unit
+from ir.ops import rule
+
+ON_EXPERTS = ("grouped_matmul", "expert_bias")
+# an op that may reduce over tokens, and the torch functions that run it
+REDUCTIONS = {
+    "mean": ("mean",), "sum": ("sum", "count_nonzero"), "histogram": ("bincount", "histc"),
+}  # fmt: skip
+PATTERN = "the experts are no stacked parameters that grouped matmuls read as they are"
+FUSED = "the experts' biases cannot be split over etp"
+STATISTICS = "{} reduces over tokens that the ranks share, and is no mean, sum or count"
+COMPARED = ("topk", "cumsum", "softmax")  # ops that compare what lies along their `dim`
+CHOICE = "{} compares tokens that the ranks share"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A stacked parameter of experts. inner: its intermediate dimension, None where it has none
+    (a bias); parts: matrices joined along it, as gate and up are."""
+
+    name: str
+    inner: int | None
+    parts: int
+
+
+def weights_of(unit: Unit) -> tuple[Weight, ...]:
+    """The stacked parameters that grouped matmuls read as they are, or transposed."""
+    found: dict[str, Weight] = {}
+    after: set[str] = set()  # values made from a grouped matmul's result
+    for node in unit.nodes:
+        down = bool(node.inputs) and node.inputs[0] in after
+        here = node.op in ON_EXPERTS or any(r in after for r in node.inputs)
+        if here and node.op != "dispatch":
+            after.update(node.refs())
+        if node.op in ON_EXPERTS:
+            name, dims = _stacked(unit, node.inputs[1])
+            if name and node.op == "expert_bias":
+                found[name] = Weight(name=name, inner=None, parts=1)
+            elif name and len(dims) == 3:
+                parts = 1 if down else _parts(unit, node)
+                found[name] = Weight(name=name, inner=dims[1 if down else 2], parts=parts)
+    return tuple(found.values())
+
+
+def _stacked(unit: Unit, ref: str) -> tuple[str, list[int]]:
+    """The parameter that an op on experts reads, and which of its dimensions are the op's; an
+    empty name where it is cut or reshaped on the way."""
+    dims = list(range(len(unit.values[ref].shape)))
+    while ref not in unit.parameter_names:
+        node = unit.producers.get(ref)
+        if node is None or node.op not in ("permute", "cast"):
+            return "", dims
+        if node.op == "permute":
+            order = node.attr("dims")
+            assert isinstance(order, tuple)
+            dims = [order[d] for d in dims]
+        ref = node.inputs[0]
+    return ref, dims
+
+
+def _parts(unit: Unit, node: Node) -> int:
+    """How many matrices' results a grouped matmul gives side by side."""
+    readers = list(unit.consumers.get(node.name, ()))
+    readers += [m for n in readers if n.op == "expert_bias" for m in unit.consumers.get(n.name, ())]
+    return next((len(n.outputs) for n in readers if n.op == "split"), 1)
+
+
+def routed_modules(unit: Unit) -> tuple[str, ...]:
+    """Module paths, in the unit, of its routed modules: the smallest that hold the router's top-k
+    with the grouped matmuls; "" where only the whole unit does."""
+    grouped = dict.fromkeys(n.module for n in unit.nodes if n.op == "grouped_matmul")
+    found = []
+    for module in grouped:
+        parts = module.split(".") if module else []
+        above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        held = (p for p in above if {"topk", "combine"} <= {n.op for n in nodes_in(unit, p)})
+        found.append(next(held, ""))
+    return tuple(dict.fromkeys(found))
+
+
+def nodes_in(unit: Unit, path: str) -> tuple[Node, ...]:
+    """The nodes of a module and those inside it."""
+    return tuple(n for n in unit.nodes if inside(n.module, path))
+
+
+def inside(module: str, path: str) -> bool:
+    """Whether a module is another or in it; all are in the unit, ""."""
+    return not path or module == path or module.startswith(f"{path}.")
+
+
+def expert_count(unit: Unit, path: str) -> int:
+    """Experts of a routed module."""
+    weights = (n.inputs[1] for n in nodes_in(unit, path) if n.op == "grouped_matmul")
+    return int(unit.values[next(weights)].shape[0].at(1, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """A reduction over tokens in a routed module: the functions that may run it, its operand and
+    its result."""
+
+    node: str
+    functions: tuple[str, ...]
+    given: Tensor
+    made: Tensor
+
+
+def reductions(unit: Unit, ours: Callable[[str], bool]) -> tuple[Reduction, ...]:
+    """The reductions over tokens in the modules that are `ours`, in the order of the forward."""
+    return tuple(
+        Reduction(
+            node=n.name, functions=REDUCTIONS[n.op], given=unit.values[n.inputs[0]],
+            made=n.outputs[0],
+        )
+        for n in unit.nodes
+        if n.op in REDUCTIONS and ours(n.module) and _loses_tokens(unit, n)
+    )  # fmt: skip
+
+
+def _loses_tokens(unit: Unit, node: Node) -> bool:
+    """Whether a node's operands have a token dimension and its results none."""
+    given = any(d.seq for r in node.inputs for d in unit.values[r].shape)
+    return given and not any(d.seq for t in node.outputs for d in t.shape)
+
+
+# --- what cannot be run ---------------------------------------------------------------------------
+
+
+def no_expert_axis(graph: Graph) -> str | None:
+    """Why experts cannot lie over ep or etp: their weights are no stacks."""
+    for unit in graph.units:
+        ours = {w.name for w in weights_of(unit)}
+        stray = sorted(expert_parameters(unit) - ours)
+        if stray:
+            return f"{PATTERN}: {stray[0]} of {unit.name}"
+    return None
+
+
+def no_expert_tensor_axis(graph: Graph) -> str | None:
+    """Why experts cannot lie over etp: they have biases."""
+    for unit in graph.units:
+        biases = [w.name for w in weights_of(unit) if w.inner is None]
+        if biases:
+            return f"{FUSED}: {biases[0]} of {unit.name}"
+    return None
+
+
+def no_shared_tokens(graph: Graph) -> str | None:
+    """Why the ranks that share a sequence cannot route a share of it each."""
+    for unit in graph.units:
+        for path in routed_modules(unit):
+            for node in nodes_in(unit, path):
+                odd = node.op not in REDUCTIONS and rule(node).kind not in ("grouped_gemm",)
+                said = f"{node.name} ({node.op}) of {unit.name}"
+                if odd and _loses_tokens(unit, node):
+                    return STATISTICS.format(said)
+                if node.op in COMPARED and _along_tokens(unit, node):
+                    return CHOICE.format(said)
+    return None
+
+
+def _along_tokens(unit: Unit, node: Node) -> bool:
+    shape = unit.values[node.inputs[0]].shape
+    at = node.number("dim", -1)
+    return bool(shape) and bool(shape[at].seq)

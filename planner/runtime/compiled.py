@@ -1,0 +1,67 @@
+"""Compilation, a unit at a time: layers of a class share one graph.
+
+What cannot be compiled runs as it is, and says so: in the report, and as a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from planner.runtime.context import Context
+from planner.runtime.site import Site
+
+Forward = Callable[..., Any]
+GRAPHS_A_CLASS = 64  # torch stops at 8, counting layers that guards tell apart
+
+
+def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend: str) -> None:
+    """Patch every unit's forward to run compiled, where the plan says so."""
+    if not context.plan.decisions.compile:
+        return
+    for site in sites:
+        site.module.forward = compiled(site.module.forward, site, context, backend)
+
+
+def compiled(forward: Forward, site: Site, context: Context, backend: str) -> Forward:
+    """`forward` as one graph; as it is, and reported, from the first time that it fails to be."""
+    fast = torch.compile(forward, backend=backend, fullgraph=True)
+    refused = context.report.uncompiled
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # who watches operations (a counter, fake tensors) is to see them, and torch compiles none
+        if site.unit.name in refused or is_in_torch_dispatch_mode():
+            return forward(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(Tensor, arrived, (args, kwargs))
+        try:
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS_A_CLASS):
+                return fast(*args, **kwargs)
+        except TorchDynamoException as fault:
+            reason = str(fault).strip().splitlines()[0]
+            refused[site.unit.name] = reason
+            warnings.warn(
+                f"{site.path or 'the model'} runs uncompiled, against the plan: {reason}",
+                stacklevel=2,
+            )
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def arrived(value: Tensor) -> Tensor:
+    """The value itself, its collective finished: a graph that is given an unfinished one sends
+    gradients the wrong way (torch 2.13)."""
+    if isinstance(value, DTensor) and isinstance(value._local_tensor, AsyncCollectiveTensor):
+        value._local_tensor = value._local_tensor.trigger_wait()
+    return value.wait() if isinstance(value, AsyncCollectiveTensor) else value

@@ -1,0 +1,193 @@
+"""Where a unit's changes of placement happen in its module: found from the plan's assignment.
+
+A value whose readers all want it in one other place is moved once, where the unit or one of its
+modules gets or gives it. Else it is moved where the module that reads it gets it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cost_models.layout import (
+    WHOLE,
+    Assignment,
+    boundary,
+    collective,
+    dual,
+    produced,
+    word,
+)
+from ir.backward import differentiable
+from ir.graph import AFTER, Node, Tensor, Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """A value at the border of a module: where it lies beyond it. learns: carries a gradient."""
+
+    ref: str
+    spec: Tensor
+    to: int
+    learns: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edges:
+    """entry: placement of the unit's inputs where not the boundary's. into, out_of: what modules
+    of the unit, by path, are given and give elsewhere than it lies. results: what the unit's
+    module returns. loose: places of collectives at no border, which DTensor finds itself."""
+
+    entry: dict[str, int]
+    into: dict[str, tuple[Crossing, ...]]
+    out_of: dict[str, tuple[Crossing, ...]]
+    results: tuple[Crossing, ...]
+    loose: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    place: str  # "name[i]", for people
+    module: str  # path in the unit; None is not used: AFTER for the unit's results
+    target: int
+    grad: int
+
+
+@functools.lru_cache(maxsize=256)
+def edges_of(unit: Unit, assignment: Assignment) -> Edges:
+    """Find the border that each planned change of placement can be made at."""
+    made, learns = produced(unit, assignment), differentiable(unit)
+    readers = _readers(unit, assignment, learns)
+    entry: dict[str, int] = {}
+    into: dict[str, list[Crossing]] = {}
+    out_of: dict[str, list[Crossing]] = {}
+    leaving: dict[str, int] = {}
+    loose: list[str] = []
+    inputs = {name for name, _ in unit.inputs}
+    for ref, found in readers.items():
+        back = dual(made[ref])
+        moved = [r for r in found if r.target != made[ref] or (learns[ref] and r.grad != back)]
+        if not moved or (ref in unit.producers and _after(unit.producers[ref])):
+            continue
+        alike = len(moved) == len(found) and len({(r.target, r.grad) for r in found}) == 1
+        target = moved[0].target
+        home = _gives(unit, ref, found)
+        spec = unit.values[ref]
+        if alike and ref in inputs:
+            entry[ref] = target
+        elif alike and home:
+            out_of.setdefault(home, []).append(
+                Crossing(ref=ref, spec=spec, to=target, learns=learns[ref])
+            )
+            leaving[ref] = target
+        else:
+            _each_reader(unit, ref, made[ref], found, moved, into, leaving, loose, learns[ref])
+    return Edges(
+        entry=entry,
+        into={path: tuple(found) for path, found in into.items()},
+        out_of={path: tuple(found) for path, found in out_of.items()},
+        results=_results(unit, made, leaving, learns, assignment),
+        loose=tuple(loose),
+    )
+
+
+def _readers(
+    unit: Unit, assignment: Assignment, learns: dict[str, bool]
+) -> dict[str, list[_Reader]]:
+    """Who reads each value that is no parameter, in order; the unit's results come last."""
+    table: dict[str, list[_Reader]] = {}
+    for node, option in zip(unit.nodes, assignment.chosen):
+        for i, (ref, target, grad) in enumerate(zip(node.inputs, option.ins, option.grads)):
+            if ref not in unit.parameter_names:
+                table.setdefault(ref, []).append(
+                    _Reader(f"{node.name}[{i}]", node.module, target, grad)
+                )
+    for i, ref in enumerate(unit.outputs):
+        if ref not in unit.parameter_names:
+            at = boundary(unit.values[ref], assignment.sequence_parallel and learns[ref])
+            table.setdefault(ref, []).append(_Reader(f"return[{i}]", AFTER, at, at))
+    return table
+
+
+def _after(node: Node) -> bool:
+    return node.module == AFTER
+
+
+def _within(module: str, path: str) -> bool:
+    return module == path or module.startswith(f"{path}.")
+
+
+def _gives(unit: Unit, ref: str, readers: list[_Reader]) -> str:
+    """The innermost module that returns this value, and reads it no more; else nothing."""
+    node = unit.producers.get(ref)
+    if node is None or not node.module or ref != node.name:
+        return ""
+    last = [n for n in unit.nodes if _within(n.module, node.module)][-1]
+    inside = any(_within(r.module, node.module) for r in readers)
+    return node.module if last is node and not inside else ""
+
+
+def _each_reader(
+    unit: Unit, ref: str, at: int, readers: list[_Reader], moved: list[_Reader],
+    into: dict[str, list[Crossing]], leaving: dict[str, int], loose: list[str], learns: bool,
+) -> None:  # fmt: skip
+    """Move a value where it is read: at the outermost module whose readers agree."""
+    node = unit.producers.get(ref)
+    source = node.module if node is not None else ""
+    done: set[str] = set()
+    for reader in moved:
+        if reader.module == AFTER:
+            leaving.setdefault(ref, reader.target)
+            continue
+        path = next(
+            (
+                p for p in _prefixes(reader.module)
+                if not _within(source, p)
+                and len({(r.target, r.grad) for r in readers if _within(r.module, p)}) == 1
+            ),
+            None,
+        )  # fmt: skip
+        if path is None or not learns:
+            if collective(at, reader.target) or (learns and collective(reader.grad, dual(at))):
+                loose.append(reader.place)
+        elif path not in done:
+            done.add(path)
+            into.setdefault(path, []).append(
+                Crossing(ref=ref, spec=unit.values[ref], to=reader.target, learns=learns)
+            )
+
+
+def _prefixes(module: str) -> list[str]:
+    parts = module.split(".") if module else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _results(
+    unit: Unit, made: dict[str, int], leaving: dict[str, int], learns: dict[str, bool],
+    assignment: Assignment,
+) -> tuple[Crossing, ...]:  # fmt: skip
+    """What the module returns: the unit's results, or what joined operations read of it."""
+    tail = [n for n in unit.nodes if _after(n)]
+    names = unit.outputs
+    if tail:
+        read = {ref for n in tail for ref in n.inputs} | set(unit.outputs)
+        own = [ref for n in unit.nodes if not _after(n) for ref in n.refs()]
+        names = tuple(ref for ref in own if ref in read)
+    found = []
+    for ref in names:
+        limit = boundary(unit.values[ref], assignment.sequence_parallel and learns[ref])
+        to = leaving.get(ref, made.get(ref, WHOLE))
+        to = limit if ref in unit.outputs else to
+        found.append(Crossing(ref=ref, spec=unit.values[ref], to=to, learns=learns[ref]))
+    return tuple(found)
+
+
+def describe(edges: Edges) -> str:
+    """One line a border, for people."""
+    rows = [f"entry {name} -> {word(to)}" for name, to in edges.entry.items()]
+    for title, table in (("into", edges.into), ("out of", edges.out_of)):
+        rows += [
+            f"{title} {path}: {c.ref} -> {word(c.to)}" for path, cs in table.items() for c in cs
+        ]
+    rows += [f"result {c.ref} -> {word(c.to)}" for c in edges.results]
+    return "\n".join([*rows, *(f"loose {place}" for place in edges.loose)])

@@ -1,0 +1,170 @@
+"""Pipeline schedules: the plan's order of operations, run by torch's pipeline runtime.
+
+Every schedule goes the same way: `cost_models.schedule.order`, which the plan was costed with, as
+torch's list of actions. So what runs is what was simulated, ZB-H1 included, which torch lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _add_reduce_grad,
+    _add_send_recv,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
+
+from cost_models.decisions import Decisions
+from cost_models.schedule import global_stage, order, rank_of
+from ir.errors import PlanError
+from planner.runtime.context import Context
+from planner.runtime.pipeline import Asked, Stage, example, write_received
+from planner.runtime.tied import sum_gradients
+
+WORDS = {
+    "F": _ComputationType.FORWARD,
+    "B": _ComputationType.BACKWARD_INPUT,
+    "W": _ComputationType.BACKWARD_WEIGHT,
+    "BW": _ComputationType.FULL_BACKWARD,
+}
+FAKE = "fake"  # the backend that talks to nobody
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out")
+
+
+class _Stage(PipelineStage):
+    """Torch's stage; weight gradients made apart are added up in the gradients' own format."""
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        if isinstance(self.submod, FSDPModule):
+            # as FSDP does after a whole backward, which did not run here
+            for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
+                for group in _groups(state):
+                    for parameter in group.fsdp_params:
+                        if hasattr(parameter, "_unsharded_param"):
+                            parameter.accumulate_unsharded_grad_if_needed()
+                            parameter.to_accumulated_grad_if_needed()
+
+
+def _groups(state: Any) -> list[Any]:
+    """A state's parameter groups: several since torch 2.12."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+class Schedule(_PipelineScheduleRuntime):
+    """A plan's schedule on this rank. FSDP gathers a unit where a step first runs it, and keeps
+    it: there are no actions for that. Losses come divided by the micro-batches."""
+
+    def __init__(self, stages: Sequence[Stage], context: Context) -> None:
+        d = context.plan.decisions
+        mesh = context.meshes.pp
+        super().__init__(  # type: ignore[no-untyped-call]
+            [_torch_stage(stage, context) for stage in stages],
+            n_microbatches=d.microbatches, loss_fn=lambda loss, _: loss, scale_grads=False,
+        )  # fmt: skip
+        self._talks_to_nobody = dist.get_backend(mesh.get_group()) == FAKE
+        whole: dict[int, Any] = _add_send_recv(
+            {rank: _actions(d, rank) for rank in range(d.pp)},
+            stage_to_rank=lambda stage: rank_of(d.schedule, d.pp, stage),
+            num_stages=len(d.stages),
+        )
+        self._prepare_schedule_with_comms(whole, format="compute_comms")
+
+    def run(self, given: Sequence[tuple[Any, Any]], loss: Callable[[Any, Any], Any]) -> Any:
+        """Forward and backward of every (batch, target); the mean loss, 0 but on the last stage."""
+        for stage in self._stages:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        losses: list[torch.Tensor] = []
+        self._step_microbatches(
+            kwarg_mbs=[{"batch": one, "asked": Asked(target, loss)} for one, target in given],
+            target_mbs=[None] * len(given), losses=losses, return_outputs=False,
+        )  # fmt: skip
+        zero = torch.zeros((), device=self._stages[0].device)
+        return sum((x.detach().float() for x in losses), zero)
+
+    def _assert_unsharded(self, stage: Any) -> None:
+        """Nothing to do: units gather themselves."""
+
+    def _warmup_p2p(self, stages: Any, has_backward: bool, p2p_done: bool) -> None:
+        """Shapes are known, so nobody votes where there is nobody to answer."""
+        if not self._talks_to_nobody:
+            super()._warmup_p2p(stages, has_backward, p2p_done)
+            return
+        from torch.distributed.pipelining._utils import InferenceMode
+
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+
+def _torch_stage(stage: Stage, context: Context) -> PipelineStage:
+    device = torch.device(context.meshes.device_type)
+    leaving: tuple[torch.Tensor, ...] = tuple(example(v, context) for v in stage.leaving)
+    if not leaving:
+        leaving = (torch.empty((), device="meta", requires_grad=True),)  # the loss
+    return _Stage(
+        stage.module, stage.index, len(context.plan.decisions.stages), device,
+        input_args=tuple(example(v, context) for v in stage.arriving),
+        output_args=leaving, group=context.meshes.pp.get_group(),
+    )  # fmt: skip
+
+
+def _actions(d: Decisions, rank: int) -> list[Any]:
+    """A rank's compute operations as torch writes them, each stage's reduction behind its last."""
+    line: list[_Action | None] = [
+        _Action(global_stage(d.schedule, d.pp, rank, chunk), WORDS[op], microbatch)
+        for op, microbatch, chunk in order(d.schedule, d.pp, d.microbatches, d.virtual_stages, rank)
+    ]
+    return list(_add_reduce_grad(line, d.microbatches))
+
+
+class Pipeline:
+    """The stages of this rank under their schedule: what a step runs where pp is more than one."""
+
+    def __init__(self, stages: Sequence[Stage], context: Context) -> None:
+        self._stages, self._context = tuple(stages), context
+        for stage in stages:
+            if stage.written:
+                write_received(stage)
+        self._schedule = Schedule(stages, context)
+
+    def step(self, given: Sequence[tuple[Any, Any]], loss: Callable[[Any, Any], Any]) -> Any:
+        """Run every (batch, target); the mean loss of this data rank's share, on all its stages.
+
+        loss: of (outputs, target), divided by the number of micro-batches.
+        Raises PlanError where a rank of the pipeline is lost.
+        """
+        try:
+            total = self._schedule.run(given, loss)
+            sum_gradients(self._stages, self._context)
+            dist.all_reduce(total, group=self._context.meshes.pp.get_group())
+        except RuntimeError as fault:
+            known = self._known(fault)
+            if known is None:
+                raise
+            raise known from fault
+        return total
+
+    def _known(self, fault: BaseException) -> PlanError | None:
+        """What a fault that torch wrapped was: one of ours, or the loss of a rank."""
+        cause: BaseException | None = fault
+        while cause is not None and not isinstance(cause, PlanError):
+            cause = cause.__cause__
+        text = str(fault).strip()
+        if cause is None and (isinstance(fault, dist.DistError) or any(x in text for x in _LOST)):
+            stages = ", ".join(str(stage.index) for stage in self._stages)
+            return PlanError(
+                f"pipeline stage {stages} cannot go on: a rank that it talks to is lost",
+                why=text.splitlines()[0] if text else type(fault).__name__,
+                hints=("see the first line of the rank that failed first",),
+            )
+        return cause

@@ -1,0 +1,1 @@
+"""What ranks do in the tests of weights: initialise, load, save, restore."""

@@ -1,0 +1,15 @@
+"""A subset of the matrix: every layout with one model, every model with every kind of axis.
+
+`make matrix` runs all of it.
+"""
+
+from __future__ import annotations
+
+import matrix
+import pytest
+
+
+@pytest.mark.parametrize("cell", matrix.subset(), ids=lambda cell: cell.name)
+def test_what_is_planned_runs_and_computes_the_same(world, cell):
+    found = matrix.run(world, cell)
+    assert found.status != "FAILED", f"{found.words}\n{found.trace}"

@@ -1,0 +1,248 @@
+"""Recomputation, offload, compilation, optimizers and clipping on two real ranks."""
+
+import math
+
+import pytest
+import runtime_cases_memory as cases
+import torch
+from tiny_models import graph_of
+
+from cost_models.decisions import Decisions, Workload
+from ir.errors import PlanError
+from planner.plan import Plan
+from planner.runtime.world import RankFailure
+
+ACTIVATIONS, OPTIMIZER = ("activations", "cpu"), ("optimizer", "cpu")
+EXACT = 1e-5
+
+
+def plan(name="llama", precision="fp32", optimizer="adamw", **decisions):
+    """Two data ranks, two micro-batches of two samples each, ZeRO-3."""
+    base = {
+        "dp": 2, "zero": 3, "shard": 2, "micro_batch": 2, "microbatches": 2, "compile": False,
+        "stages": (2,), "recompute": ((0, 0),),
+    }  # fmt: skip
+    workload = Workload(
+        engine="native", global_batch=8, seq_len=32, precision=precision, optimizer=optimizer
+    )
+    return Plan(
+        graph=graph_of(name, precision), graph_hash="", hardware="h100x2", hardware_hash="",
+        constants_hash="", workload=workload, decisions=Decisions(**(base | decisions)),
+    )  # fmt: skip
+
+
+RECOMPUTE = {"none": ((0, 0),), "full": ((2, 0),), "selective": ((0, 2),)}
+
+
+def exact(results):
+    assert max(r["loss"] for r in results) < 1e-6
+    assert max(r["grad"] for r in results) < EXACT
+
+
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_recomputation_repeats_what_the_plan_says(world, kind):
+    """A layer has 7 matmuls and one attention, the head one. Backward is twice the matmuls; full
+    repeats all but the last, which only adds to its input; selective repeats none."""
+    results = world.run(2, cases.step, plan(recompute=RECOMPUTE[kind]))
+    exact(results)
+    again = 2 * 6 if kind == "full" else 0
+    for r in results:
+        assert r["calls"]["mm"] == 2 * (3 * (2 * 7 + 1) + again)  # two micro-batches
+        flash = "_scaled_dot_product_flash_attention_for_cpu"
+        assert r["calls"][flash] == 2 * 2 * (2 if kind == "full" else 1)
+        assert r["calls"][f"{flash}_backward"] == 2 * 2
+
+
+def layer_class(made):
+    path = made.graph.layers[0]
+    return next(unit for _, at, unit in made.graph.calls() if at == path)
+
+
+def bytes_of(made, names):
+    d, w = made.decisions, made.workload
+    values = layer_class(made).values
+    return sum(values[r].nbytes(d.micro_batch, w.seq_len) for r in names)
+
+
+def test_what_is_kept_is_what_the_graph_keeps(world):
+    """To the byte: the unit's input under full recomputation, the graph's set in part."""
+    full, some = (plan(recompute=RECOMPUTE[k]) for k in ("full", "selective"))
+    unit = layer_class(full)
+    assert set(world.run(2, cases.kept, full)) == {bytes_of(full, unit.diff_inputs)}
+    assert set(world.run(2, cases.kept, some)) == {bytes_of(some, unit.saved_selective)}
+
+
+@pytest.mark.parametrize("kind", ["none", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_activations(world, kind, compiled):
+    """The same numbers; nothing that a layer keeps is left above but what is below a kilobyte."""
+    made = plan(recompute=RECOMPUTE[kind], offload=(ACTIVATIONS,), compile=compiled)
+    options = {"compile_backend": "aot_eager"} if compiled else {}
+    exact(world.run(2, cases.step, made, options))
+    for above, below in world.run(2, cases.moved, made, options):
+        assert above < 1024
+        kept = bytes_of(made, layer_class(made).diff_inputs)
+        # two layers, two micro-batches; without recomputation there is more than their inputs
+        assert below == 4 * kept if kind == "full" else below > 8 * kept
+
+
+@pytest.mark.parametrize(
+    "decisions",
+    [
+        {"zero": 1, "offload": (OPTIMIZER,)},
+        {"zero": 0, "shard": 1, "offload": (OPTIMIZER,)},
+        {"reshard": True, "offload": (OPTIMIZER, ("params", "cpu"))},
+        {"offload": (OPTIMIZER, ("params", "cpu"), ACTIVATIONS), "recompute": ((1, 0),)},
+    ],
+)
+def test_offloaded_state(world, decisions):
+    exact(world.run(2, cases.step, plan(**decisions)))
+
+
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_compiled_layers_share_a_graph(world, kind):
+    """One graph for the embedding, one for both layers, one for the norm, one for the head."""
+    made = plan(recompute=RECOMPUTE[kind], compile=True)
+    results = world.run(2, cases.compiled, made, "aot_eager")
+    exact([r for r, _ in results])
+    assert all(r["uncompiled"] == {} for r, _ in results)
+    assert {graphs for _, graphs in results} == {4}
+
+
+def test_what_does_not_compile_says_so(world):
+    """It runs as it is, once, with a warning and in the report."""
+    results = world.run(2, cases.compiled, plan(compile=True), "a backend that there is not")
+    exact([r for r, _ in results])
+    for r, _ in results:
+        assert len(r["uncompiled"]) == 4
+        assert len([text for text in r["said"] if "runs uncompiled, against the plan" in text]) == 4
+
+
+def close(found, expected, limit=2e-6):
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= limit * value.norm(), name
+
+
+ADAM = {"lr": 1e-2, "eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "decisions",
+    [{}, {"zero": 1, "offload": (OPTIMIZER,)}, {"offload": (OPTIMIZER, ("params", "cpu"))}],
+)
+def test_adamw_is_the_model_s_alone(world, decisions):
+    made = plan(**decisions)
+    expected = cases.alone_trained(made, lambda p: [torch.optim.AdamW(p.values(), **ADAM)])
+    results = world.run(2, cases.trained, made, None, None, 3, ADAM)
+    for found, _, _ in results:
+        close(found, expected)
+
+
+def test_state_on_disk_is_bit_for_bit_and_leaves_no_file(world, tmp_path):
+    """AdamW's moments in files: three steps give the same bits as in memory."""
+    memory = plan(zero=1, offload=(OPTIMIZER,))
+    disk = plan(zero=1, offload=(("optimizer", "nvme"),))
+    kept = world.run(2, cases.trained, memory, None, None, 3)
+    filed = world.run(2, cases.trained, disk, None, str(tmp_path), 3)
+    for (expected, _, _), (found, left, (mapped, states)) in zip(kept, filed):
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+        assert left == []
+        # of the two moments, those of a page or more: the matrices' (the smallest has 32 x 64 / 2)
+        assert 0 < mapped < states
+
+
+def test_state_on_disk_is_loaded_to_disk(world, tmp_path):
+    disk = plan(zero=1, offload=(("optimizer", "nvme"),))
+    expected = cases.alone_trained(disk, lambda p: [torch.optim.AdamW(p.values(), **ADAM)])
+    for found, mapped in world.run(2, cases.resumed, disk, str(tmp_path)):
+        close(found, expected)
+        assert mapped
+
+
+def test_a_disk_needs_a_folder(world, tmp_path):
+    disk = plan(zero=1, offload=(("optimizer", "nvme"),))
+    for folder, words in ((None, "no folder is given"), (str(tmp_path / "gone"), "is no folder")):
+        with pytest.raises(RankFailure, match=words) as fault:
+            world.run(2, cases.trained, disk, None, folder)
+        assert isinstance(fault.value.fault, PlanError)
+
+
+def test_a_full_disk_is_an_error_before_it_is_written(tmp_path):
+    """The room is taken before the file is mapped; what has none would end the process."""
+    from planner.runtime.nvme import map_file
+
+    with pytest.raises(PlanError, match="does not fit"):
+        map_file(tmp_path, 1 << 60, torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adafactor_sees_whole_matrices(world):
+    made = plan(optimizer="adafactor")
+    expected = cases.alone_trained(made, lambda p: [torch.optim.Adafactor(p.values(), lr=1e-2)])
+    for found, _, _ in world.run(2, cases.trained, made, None, None, 3, {"lr": 1e-2}):
+        close(found, expected, 1e-5)
+
+
+def test_muon_sees_whole_matrices_of_layers(world):
+    """torch's Muon on layers' matrices, AdamW on the rest; bf16 iterations agree to bf16."""
+    made = plan(optimizer="muon")
+
+    def build(named):
+        matrices = [p for n, p in named.items() if n.startswith("layers.") and p.dim() == 2]
+        others = [p for n, p in named.items() if not n.startswith("layers.") or p.dim() < 2]
+        return [
+            torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1),
+            torch.optim.AdamW(others, lr=1e-2, weight_decay=0.1, eps=1e-3),
+        ]
+
+    expected = cases.alone_trained(made, build)
+    for found, _, _ in world.run(2, cases.trained, made, None, None, 3, ADAM):
+        close(found, expected, 2e-3)
+
+
+def test_sgd_and_optimizers_of_the_user(world):
+    made = plan(optimizer="sgd")
+    expected = cases.alone_trained(
+        made, lambda p: [torch.optim.SGD(p.values(), lr=1e-2, momentum=0.9)]
+    )
+    for kind, more in ((None, {}), (torch.optim.SGD, {"momentum": 0.9})):
+        for found, _, _ in world.run(2, cases.trained, made, kind, None, 3, {"lr": 1e-2, **more}):
+            close(found, expected)
+
+
+def test_unknown_optimizers_are_named(world):
+    with pytest.raises(RankFailure, match="unknown optimizer 'adam8'"):
+        world.run(2, cases.trained, plan(), "adam8")
+
+
+LAYOUTS = {
+    "dp": ("llama", {}),
+    "replicas": ("llama", {"zero": 0, "shard": 1}),
+    "tied": ("gpt", {}),
+    "experts": ("moe", {"ep": 2}),
+    "pipeline": ("llama", {"pp": 2, "dp": 1, "zero": 0, "shard": 1, "microbatches": 4,
+                           "stages": (1, 1), "recompute": ((0, 0),) * 2}),
+    "tied across stages": ("gpt", {"pp": 2, "dp": 1, "zero": 0, "shard": 1, "microbatches": 4,
+                                   "stages": (1, 1), "recompute": ((0, 0),) * 2}),
+    "on the host": ("llama", {"zero": 1, "offload": (OPTIMIZER,)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipping_is_by_the_whole_model_s_norm(world, layout, norm_type):
+    """Each tensor once, however it lies, and the same number on every rank."""
+    name, decisions = LAYOUTS[layout]
+    results = world.run(2, cases.clipped, plan(name, **decisions), name, 1e-2, norm_type)
+    assert len({mine for mine, _, _ in results}) == 1
+    for mine, theirs, error in results:
+        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert error < EXACT
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_norm_that_is_no_number_is_told(world, poison, norm_type):
+    for text, norm in world.run(2, cases.clipped, plan(), "llama", 1.0, norm_type, poison):
+        assert text == f"the norm of the gradients is {poison}"
+        assert math.isnan(norm) if math.isnan(poison) else math.isinf(norm)
