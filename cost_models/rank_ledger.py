@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cost_models.chain import divide
+from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, starts_of
@@ -78,7 +79,6 @@ def rank_collectives(
         row = rows.setdefault((kind, axis, size, where), [0, 0.0, 0.0])
         row[0], row[1], row[2] = row[0] + count, row[1] + s, row[2] + x
 
-    _, grad = costs.formats(d)
     share = _exposed_share(costs, step, problem, d, rank)
     for i in (i for k in problem.stages_of(rank) for i in links[k]):
         row, unit = step.row(i), step.chain.links[i].unit
@@ -90,9 +90,9 @@ def rank_collectives(
             add(t.kind, t.axis, int(t.size_bytes[at]), f"{unit.name}:{t.where}",
                 int(t.count[at]) * repeats, seconds * repeats,
                 (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
-        if row.state.summed and d.tp > 1:
-            one = costs.summed_s(d, row.state)
-            add("all_reduce", "tp", row.state.summed * grad, f"{unit.name} gradients", 1, one, one)
+        for size, times in costs.summed(d, row.state):
+            took = times * float(collective_s(costs.cluster, "all_reduce", size, d.tp, 1))
+            add("all_reduce", "tp", size, f"{unit.name} gradients", times, took, took)
         parts = ((row.state, False),)
         if d.ep * d.etp * d.tp > 1:  # else the same ranks share both, in one collective
             parts = (replace(row.state, expert=0), False), (replace(row.state, dense=0), True)

@@ -134,7 +134,7 @@ def _shard(h: Held, shard: int, by_rows: bool) -> int:
 class State:
     """Bytes of a unit's state on a rank at the peak; gathered_bytes: one unit's transient whole
     copies; elements: of its parameters before the data ranks share them; the same as they move
-    between those, padded, dense and expert apart; of dense those whose gradients are summed over
+    between those, padded, dense and expert apart; of each dense one whose gradient is summed over
     tp; those that the optimizer updates; shard: this rank's share of all."""
 
     parameter_bytes: int
@@ -144,7 +144,7 @@ class State:
     elements: int
     dense: int
     expert: int
-    summed: int
+    summed: tuple[int, ...]
     updated: int
     shard: int
 
@@ -204,7 +204,7 @@ def state_of(
         parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
         optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
         elements=sum(h.elements for h in parameters), dense=sums["dense"], expert=sums["expert"],
-        summed=sum(h.elements for h in parameters if h.summed), updated=sums["updated"],
+        summed=tuple(h.elements for h in parameters if h.summed), updated=sums["updated"],
         shard=sums["shard"],
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from cost_models.state import (
     MASTER_BYTES,
     State,
     held,
+    in_torch,
     mode_of,
     ranks_of,
     state_of,
@@ -311,10 +312,25 @@ class Costs:
         """Seconds to send that from a pipeline rank to the next."""
         return float(collective_s(self.cluster, "p2p", size_bytes, 2, d.tp * d.cp * d.dp))
 
+    def summed(self, d: Decisions, state: State) -> tuple[tuple[int, int], ...]:
+        """(bytes, times a step) of the sums over tp of gradients of parameters that are whole
+        there: FSDP2 sums each one's before it reduces it, as it was computed or accumulated;
+        others sum all at once, once a step."""
+        mode, (compute, grad) = mode_of(d, self.engine), self.formats(d)
+        if d.tp == 1 or not state.summed:
+            return ()
+        if not in_torch(mode):
+            return ((sum(state.summed) * grad, 1),)
+        each = bool(mode.reduce_per_microbatch)
+        item = compute if each or d.microbatches == 1 else grad
+        return tuple((n * item, d.microbatches if each else 1) for n in state.summed)
+
     def summed_s(self, d: Decisions, state: State) -> float:
-        """Seconds to add up, once a step, the gradients of parameters that are whole on tp."""
-        _, grad = self.formats(d)
-        return float(collective_s(self.cluster, "all_reduce", state.summed * grad, d.tp, 1))
+        """Seconds a step of these sums."""
+        return sum(
+            times * float(collective_s(self.cluster, "all_reduce", size, d.tp, 1))
+            for size, times in self.summed(d, state)
+        )
 
     def formats(self, d: Decisions) -> tuple[int, int]:
         """Bytes of a gathered parameter and of a reduced gradient."""

@@ -136,7 +136,10 @@ def cp_traffic(
                 hidden = np.minimum(
                     row.seconds * (1 - work.engine.cp_exposed), attention_s[int(backward)]
                 )
-                rows.append(replace(row, hidden_s=hidden))
+                # backward: keys and values again, their gradients beside them, two sends a step
+                rows.append(
+                    replace(row, hidden_s=hidden, count=row.count * times, size_bytes=kv)
+                )
             elif work.axes.cp_kind == "allgather":
                 kinds = ("all_gather", "reduce_scatter") if backward else ("all_gather",)
                 rows += [

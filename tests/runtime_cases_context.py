@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ HF = {
 }  # fmt: skip
 
 
+def by_hand(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
 class Layer(nn.Module):
     """Attention of a kind that is asked for, then what `how` does to the tokens."""
 
@@ -52,7 +57,8 @@ class Layer(nn.Module):
             for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
         )
         causal = mask is None and self.how != "both ways"
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        attend = by_hand if self.how == "by hand" else F.scaled_dot_product_attention
+        out = attend(q, k, v, attn_mask=mask, is_causal=causal)
         x = x + self.out(out.transpose(1, 2).flatten(2))
         if self.how == "cumsum":
             x = x + x.cumsum(1)
@@ -139,7 +145,9 @@ def compare(rank: int, cases: list[tuple[str, Any]]) -> list[dict[str, Any]]:
         draw = torch.Generator().manual_seed(1)
         ids, targets = torch.randint(0, VOCABULARY, (2, w.global_batch, w.seq_len), generator=draw)
         reference, expected = model_of(name), 0.0
-        for one, target in zip(ids.chunk(d.dp * d.microbatches), targets.chunk(d.dp * d.microbatches)):
+        for one, target in zip(
+            ids.chunk(d.dp * d.microbatches), targets.chunk(d.dp * d.microbatches)
+        ):
             loss = loss_of(reference(input_ids=one), target) / (d.dp * d.microbatches)
             loss.backward()
             expected += loss.item()
@@ -178,21 +186,23 @@ def attention(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
         mine = [shares.take(x.detach(), 2, rank).clone().requires_grad_() for x in whole]
         with counted() as sent:
             if kind == "ulysses":
-                result = ulysses(*mine, mask, group, lambda q, k, v, m: (
-                    F.scaled_dot_product_attention(q, k, v, m, is_causal=causal, enable_gqa=True)))
+                result = ulysses(
+                    *mine,
+                    mask,
+                    group,
+                    lambda q, k, v, m: F.scaled_dot_product_attention(
+                        q, k, v, m, is_causal=causal, enable_gqa=True
+                    ),
+                )
             else:
                 bias = None if mask is None else shares.take(additive(mask, out), -2, rank)
                 if bias is not None and kind == "ring":
                     bias = torch.cat([shares.take(bias, -1, r) for r in range(ways)], -1)
                 operator = ring.ring if kind == "ring" else gathered.gathered
-                result = operator(
-                    *mine, bias, group.group_name, causal, zigzag, size**-0.5
-                )[0]
+                result = operator(*mine, bias, group.group_name, causal, zigzag, size**-0.5)[0]
             result.backward(shares.take(seed, 2, rank))
         pairs = [(result, out), *((a.grad, b.grad) for a, b in zip(mine, whole))]
-        worst = max(
-            float((a - shares.take(b, 2, rank)).norm() / b.norm()) for a, b in pairs
-        )
+        worst = max(float((a - shares.take(b, 2, rank)).norm() / b.norm()) for a, b in pairs)
         found.append({"error": worst, **sent})
     return found
 

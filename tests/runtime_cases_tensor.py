@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.plan import Plan
 from planner.runtime.parallelize import parallelize
+from planner.runtime.parts import boxes_of, local_of
 
 
 def example(name: str) -> Any:
@@ -41,12 +42,13 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+def own_part(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a sharded tensor, and the same part of the whole one."""
+    boxes = boxes_of(x)
+    if not boxes:
+        return torch.zeros(()), torch.zeros(())
+    mine = [box.of_local(local_of(x)).flatten() for box in boxes]
+    return torch.cat(mine), torch.cat([box.of_whole(reference).flatten() for box in boxes])
 
 
 def run_beside(model: nn.Module, plan: Plan, batch: Any, targets: Any, loss_fn: Any) -> dict:
@@ -78,7 +80,8 @@ def run_beside(model: nn.Module, plan: Plan, batch: Any, targets: Any, loss_fn: 
             continue
         assert p.grad is not None, name
         assert p.grad.placements == p.placements, (name, p.grad.placements, p.placements)
-        far = apart(whole(p.grad), gradients[name])
+        mine, theirs = own_part(p.grad, gradients[name])
+        far = float((mine - theirs).norm() / gradients[name].norm())
         # a bias of keys has no gradient but noise
         if gradients[name].norm() > 1e-6 and far > worst:
             worst, where = far, name

@@ -160,12 +160,39 @@ def test_models_on_four_ranks(world):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_and_compiled(world, kind):
+def test_recomputed(world, kind):
     run(world, 2, [
         ("llama", planned("llama", kind, 2, recompute=((2, 0),))),
         ("llama", planned("llama", kind, 2, recompute=((0, 2),))),
-        ("llama", planned("llama", kind, 2, compile=True)),
     ])  # fmt: skip
+
+
+def test_compiled(world):
+    run(
+        world,
+        2,
+        [("llama", planned("llama", kind, 2, compile=True)) for kind in ("ring", "ulysses")],
+    )
+
+
+MEGATRON = tuple(f"place:layers.*.{name}={word}" for name, word in (
+    ("attention.wq.weight", "S(0)"), ("attention.wk.weight", "S(0)"),
+    ("attention.wv.weight", "S(0)"), ("attention.wo.weight", "S(1)"),
+    ("feed_forward.w2.weight", "S(1)"),
+))  # fmt: skip
+
+
+def test_with_tensor_parallelism(world):
+    """Heads split on tp, tokens on cp and, under sequence parallelism, on both."""
+    named = []
+    for kind, split in (("ring", "on"), ("ring", "off"), ("allgather", "on")):
+        fix = ("tp=2", "cp=2", "pp=1", f"cp_kind={kind}", f"sequence_parallel={split}", *MEGATRON)
+        plan = trace(
+            cases.model_of("llama"), inputs, loss=cases.loss_of, hardware="h100x4", seq_len=32,
+            global_batch=4, precision="fp32", engine="native", fix=fix,
+        )  # fmt: skip
+        named.append(("llama", plan))
+    run(world, 4, named)
 
 
 def test_in_a_pipeline(world):
@@ -176,11 +203,13 @@ def test_in_a_pipeline(world):
 
 
 def test_attention_that_is_not_called_by_name_is_refused(world):
-    with pytest.raises(RankFailure, match="calls F.scaled_dot_product_attention 0 times"):
+    with pytest.raises(RankFailure, match="attends by 'eager'"):
         world.run(2, cases.compare, [("hf llama eager", planned("hf llama", "ring", 2))])
+    with pytest.raises(RankFailure, match="0 times, and has 1 attentions in the plan"):
+        world.run(2, cases.compare, [("tiny by hand", planned("tiny", "ring", 2))])
 
 
-# --- what is refused when the plan is made ---------------------------------------------------------
+# --- what is refused when the plan is made ---------------------------------------------
 
 
 @pytest.mark.parametrize("how, reason", [
@@ -235,5 +264,6 @@ def test_order_is_kept_where_the_forward_mixes_whole_and_shared():
 def test_pins_name_the_operation():
     with pytest.raises(UsageError, match="--fix cp=2 cannot be run of this model") as fault:
         trace(cases.model_of("tiny cumsum"), inputs, loss=cases.loss_of, hardware="h100x2",
-              seq_len=32, global_batch=4, precision="fp32", engine="native", fix=("cp=2",))  # fmt: skip
+              seq_len=32, global_batch=4, precision="fp32", engine="native",
+              fix=("cp=2",))  # fmt: skip
     assert "cumsum" in fault.value.why

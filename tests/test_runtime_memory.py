@@ -83,7 +83,10 @@ def test_offloaded_activations(world, kind, compiled):
         assert above < 1024
         kept = bytes_of(made, layer_class(made).diff_inputs)
         # two layers, two micro-batches; without recomputation there is more than their inputs
-        assert below == 4 * kept if kind == "full" else below > 8 * kept
+        if kind == "none":
+            assert below > 8 * kept
+        else:  # a compiler keeps some small things beside them
+            assert 4 * kept <= below < (6 if compiled else 4) * kept + 1
 
 
 @pytest.mark.parametrize(
@@ -111,11 +114,16 @@ def test_compiled_layers_share_a_graph(world, kind):
 
 def test_what_does_not_compile_says_so(world):
     """It runs as it is, once, with a warning and in the report."""
-    results = world.run(2, cases.compiled, plan(compile=True), "a backend that there is not")
+    results = world.run(2, cases.compiled, plan(compile=True), cases.no_backend)
     exact([r for r, _ in results])
     for r, _ in results:
         assert len(r["uncompiled"]) == 4
         assert len([text for text in r["said"] if "runs uncompiled, against the plan" in text]) == 4
+
+
+def test_unknown_compilers_are_named(world):
+    with pytest.raises(RankFailure, match="unknown compile_backend 'inducktor'"):
+        world.run(2, cases.compiled, plan(compile=True), "inducktor")
 
 
 def close(found, expected, limit=2e-6):

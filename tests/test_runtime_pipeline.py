@@ -21,19 +21,20 @@ def inputs(batch, seq_len):
 
 
 @cache
-def base(name, precision="fp32"):
+def base(name, *axes):
     """A plan of the model on two stages of its own making."""
     model, loss = cases.example(name)
     return trace(
-        model, inputs, loss=loss, hardware="h100x2", seq_len=16, global_batch=8,
-        precision=precision, engine="native",
-        fix=("pp=2", "tp=1", "cp=1", "micro_batch=2", "recompute=none", "schedule=1f1b"),
+        model, inputs, loss=loss, hardware="h100x4" if axes else "h100x2", seq_len=16,
+        global_batch=8, precision="fp32", engine="native",
+        fix=("pp=2", *(axes or ("tp=1", "cp=1")), "micro_batch=2", "recompute=none",
+             "schedule=1f1b"),
     )  # fmt: skip
 
 
-def planned(name, stages, **decided):
+def planned(name, stages, axes=(), **decided):
     """The plan with other decisions; `stages` are layers per global stage."""
-    plan = base(name)
+    plan = base(name, *axes)
     d = replace(plan.decisions, stages=stages, recompute=((0, 0),) * len(stages), offload=(),
                 **decided)  # fmt: skip
     samples = d.dp * d.micro_batch * d.microbatches
@@ -127,6 +128,16 @@ def test_units_that_return_several_values_and_glue_between_units(world):
         ("outside", planned("outside", (1, 2, 2, 1), schedule="zbv", **V)),
         ("hf", planned("hf", (1, 3))),
         ("hf", planned("hf", FOUR, schedule="interleaved", **V)),
+    ])  # fmt: skip
+
+
+def test_what_crosses_is_split_over_tensor_and_context_ranks(world):
+    split = ("tp=2", "cp=1", "sequence_parallel=on")
+    run(world, 4, [
+        ("llama", planned("llama", (2, 2), split)),
+        ("gpt", planned("gpt", FOUR, split, schedule="zbv", **V)),
+        ("outside", planned("outside", (3, 3), ("tp=2", "cp=1", "sequence_parallel=off"))),
+        ("llama", planned("llama", (3, 1), cp=2, cp_kind="ring")),
     ])  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as fc
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ir.errors import GateError
@@ -47,6 +48,8 @@ class Averages:
             return made
         del self._left[0]
         if name in REDUCTIONS["histogram"] or not made.is_floating_point():
+            if isinstance(made, FakeTensor):
+                return made  # it can be no subclass, and has no values to be wrong
             counts = made.as_subclass(Counts)
             counts._meshes = self._meshes
             return counts

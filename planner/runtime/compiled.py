@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import InvalidBackend, TorchDynamoException
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ir.errors import PlanError
 from planner.runtime.context import Context
 from planner.runtime.site import Site
 
 Forward = Callable[..., Any]
+Backend = str | Callable[..., Any]
 GRAPHS_A_CLASS = 64  # torch stops at 8, counting layers that guards tell apart
 
 
-def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend: str) -> None:
+def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend: Backend) -> None:
     """Patch every unit's forward to run compiled, where the plan says so."""
     if not context.plan.decisions.compile:
         return
@@ -33,9 +35,13 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend:
         site.module.forward = compiled(site.module.forward, site, context, backend)
 
 
-def compiled(forward: Forward, site: Site, context: Context, backend: str) -> Forward:
+def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -> Forward:
     """`forward` as one graph; as it is, and reported, from the first time that it fails to be."""
-    fast = torch.compile(forward, backend=backend, fullgraph=True)
+    try:
+        fast = torch.compile(forward, backend=backend, fullgraph=True)
+    except InvalidBackend as fault:
+        known = ", ".join(torch._dynamo.list_backends())
+        raise PlanError(f"unknown compile_backend {backend!r}", why=f"known: {known}") from fault
     refused = context.report.uncompiled
 
     @functools.wraps(forward)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from planner.plan import Plan
 from planner.runtime.health import Health
 from planner.runtime.meshes import Meshes
+from planner.runtime.weights import Weights
 
 
 @dataclass(slots=True)
@@ -35,3 +36,4 @@ class Context:
     meshes: Meshes
     report: Report
     health: Health = field(default_factory=Health)
+    weights: Weights = field(default_factory=Weights)

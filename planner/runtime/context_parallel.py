@@ -53,9 +53,22 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     for site in sites:
         attention = [n for n in site.unit.nodes if n.op == "attention" and n.module != AFTER]
         if attention:
+            _check_attention(site)
             keys = [site.unit.values[n.inputs[1]] for n in attention]
             over_tokens = tuple(any(d.seq for d in key.shape) for key in keys)
             site.module.forward = sharing(site.path, over_tokens, context, site.module.forward)
+
+
+def _check_attention(site: Site) -> None:
+    """Refuse a Hugging Face model that was told to attend by another function."""
+    for module in site.module.modules():
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if kind not in (None, "sdpa"):
+            raise PlanError(
+                f"{site.path} attends by {kind!r}, and cp > 1 shares what calls"
+                " F.scaled_dot_product_attention",
+                hints=('attn_implementation="sdpa"', "--fix cp=1"),
+            )
 
 
 def apply_shares(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:

@@ -44,6 +44,11 @@ def precision_policy(workload: Workload, d: Decisions) -> MixedPrecisionPolicy:
     )
 
 
+def params_on_host(d: Decisions) -> bool:
+    """Whether fp32 parameters live in host memory: where they or their optimizer are offloaded."""
+    return bool({"optimizer", "params"} & dict(d.offload).keys())
+
+
 def shard_over_data(
     root: nn.Module, sites: Sequence[Site], meshes: Meshes, policy: MixedPrecisionPolicy
 ) -> None:
@@ -56,7 +61,7 @@ def shard_over_data(
     over_experts, place = _over_experts(experts, meshes) if experts else (None, None)
     offload = (
         CPUOffloadPolicy(pin_memory=meshes.device_type != "cpu")
-        if {"optimizer", "params"} & dict(d.offload).keys()
+        if params_on_host(d)
         else OffloadPolicy()
     )
     reshard = d.zero == 3 and d.reshard

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from planner.runtime import random
 from planner.runtime.attention_rule import attend
 from planner.runtime.context import Context
+from planner.runtime.fused import is_fused, run_fused
 from planner.runtime.loss import cross_entropy
 from planner.runtime.reshard import gradient_as, reshard
 
@@ -71,6 +72,11 @@ class Whole(TorchFunctionMode):
             return self._whole(func, name, mesh, args, kwargs)
         here = _Here(mesh)
         args, kwargs = _tree(here, args), _tree(here, kwargs)
+        if any(map(is_fused, args)) or any(map(is_fused, kwargs.values())):
+            out = run_fused(func, name, args, kwargs)
+            if out is not NotImplemented:
+                return out
+            return self._whole(func, name, mesh, args, kwargs)
         try:
             out = func(*args, **kwargs)
         except (NotImplementedError, RuntimeError, ValueError, AssertionError) as fault:

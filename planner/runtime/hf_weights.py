@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def conversions_of(model: nn.Module) -> Convert | None:
     except ImportError:  # before transformers 5.0
         return None
     transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings: Any = [t for t in transforms if not isinstance(t, WeightConverter)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     prefix, config = model.base_model_prefix, model.config
@@ -50,7 +51,8 @@ def conversions_of(model: nn.Module) -> Convert | None:
                     found.setdefault(target, stored[key])
                 continue
             converter = next(c for c in converters if pattern in c.source_patterns)
-            groups.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(stored[key])
+            parts = groups.setdefault(target, (converter, {}))[1]
+            parts.setdefault(pattern, []).append(stored[key])
         for target, (converter, parts) in groups.items():
             found.update(_converted(target, converter, parts, model, config))
         return found
@@ -84,7 +86,7 @@ def _converted(
         own = copy.deepcopy(converter)
         for pattern, group in parts.items():
             for one in group:
-                own.add_tensor(target, target, pattern, lambda one=one: read(one))
+                own.add_tensor(target, target, pattern, partial(read, one))
         made: dict[str, Tensor] = own.convert(target, model=model, config=config)
         return {n: x[0] if isinstance(x, list) else x for n, x in made.items()}
 

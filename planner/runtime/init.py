@@ -17,7 +17,7 @@ from ir.errors import PlanError
 from planner.runtime.parts import boxes_of, local_of
 from planner.runtime.tape import Made, Replay
 from planner.runtime.together import together
-from planner.runtime.weights import Weights, materialize, named_weights
+from planner.runtime.weights import Place, Weights, materialize, named_weights
 
 WAYS = (
     "parallel.load(path) reads weights",
@@ -26,18 +26,18 @@ WAYS = (
 
 
 def init(
-    modules: Sequence[nn.Module], weights: Weights, seed: int, device: torch.device | str
+    modules: Sequence[nn.Module], weights: Weights, seed: int, place: Place
 ) -> None:
     """Fill what was built without values. Raises PlanError on every rank for a weight of which
     nothing says how, before any is changed."""
-    found = [(name, tensor) for name, _, _, tensor in named_weights(modules, weights)]
+    found = list(named_weights(modules, weights))
     together("the weights cannot be initialised", lambda: _check(found, weights))
     names = {made.memory: name for name, made in weights.origins.items()}
     replay = Replay(
         seed_of=lambda memory: seed_of(seed, names.get(memory, f"#{memory}")),
         device=torch.device("cpu"),
     )
-    together("the weights cannot be initialised", lambda: _fill(found, weights, replay, device))
+    together("the weights cannot be initialised", lambda: _fill(found, weights, replay, place))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -65,7 +65,7 @@ def _unknown(name: str, why: str) -> PlanError:
 
 def _fill(
     found: Sequence[tuple[str, Tensor]], weights: Weights, replay: Replay,
-    device: torch.device | str,
+    place: Place,
 ) -> None:  # fmt: skip
     for name, tensor in found:
         made = weights.origins.get(name)
@@ -74,7 +74,7 @@ def _fill(
         whole = replay.make(made)
         if whole.is_floating_point() and bool(whole.isnan().any()):
             raise _unknown(name, "the model fills a part of it")
-        materialize(tensor, device)
+        materialize(tensor, place(tensor))
         put(whole, tensor)
 
 

@@ -13,13 +13,13 @@ from ir.errors import PlanError
 from planner.runtime.parts import boxes_of, local_of
 from planner.runtime.sources import Files, Source
 from planner.runtime.together import together
-from planner.runtime.weights import Weights, materialize, named_weights
+from planner.runtime.weights import Place, Weights, materialize, named_weights
 
 SHOWN = 5  # names listed in a message
 
 
 def load(
-    modules: Sequence[nn.Module], weights: Weights, path: str | Path, device: torch.device | str,
+    modules: Sequence[nn.Module], weights: Weights, path: str | Path, place: Place,
     *, strict: bool = True,
 ) -> None:  # fmt: skip
     """Fill this rank's parameters and buffers from files of weights.
@@ -30,25 +30,25 @@ def load(
     Raises PlanError on every rank, before anything is changed, for missing, extra or wrongly
     shaped weights.
     """
-    held = {name: tensor for name, _, _, tensor in named_weights(modules, weights)}
+    held = list(named_weights(modules, weights))
     files = together("the weights cannot be opened", lambda: Files(Path(path)))
     with files:
         sources = together(
             "the weights cannot be matched",
             lambda: _matched(files.stored(), weights, held, str(path), strict),
         )
-        together("the weights cannot be read", lambda: _fill(held, sources, device))
+        together("the weights cannot be read", lambda: _fill(held, sources, place))
 
 
 def _matched(
-    stored: Mapping[str, Source], weights: Weights, held: Mapping[str, Tensor], path: str,
+    stored: Mapping[str, Source], weights: Weights, held: Sequence[tuple[str, Tensor]], path: str,
     strict: bool,
 ) -> dict[str, Source]:  # fmt: skip
     """What to read for each of this rank's tensors."""
     found = named(stored, weights)
     extra = sorted(set(found) - set(weights.shapes) - set(weights.aliases) - weights.transient)
     missing = [n for n in weights.shapes if n not in found]
-    if missing and (strict or any(held[n].is_meta for n in missing if n in held)):
+    if missing and (strict or any(x.is_meta for n, x in held if n in missing)):
         raise PlanError(
             f"{path} lacks {len(missing)} of the model's {len(weights.shapes)} weights:"
             f" {shown(missing)}",
@@ -62,7 +62,7 @@ def _matched(
         )
     wrong = [
         f"{n} is {list(found[n].shape)} in the file, {list(weights.shapes[n])} in the model"
-        for n in held
+        for n in dict(held)
         if n in found and n in weights.shapes and found[n].shape != weights.shapes[n]
     ]
     if wrong:
@@ -70,14 +70,14 @@ def _matched(
             f"{len(wrong)} of the weights in {path} have other shapes: {wrong[0]}",
             why="\n".join(wrong[1:SHOWN]),
         )
-    lost = [n for n in held if held[n].is_meta and n not in found]
+    lost = [n for n, x in held if x.is_meta and n not in found]
     if lost:
         raise PlanError(
             f"{lost[0]} has no values, and {path} none for it",
             why="the model computes it from parameters while it is built",
             hints=("build the model without planner.meta(): parallelize keeps real weights",),
         )
-    return {n: found[n] for n in held if n in found}
+    return {n: found[n] for n in dict(held) if n in found}
 
 
 def named(stored: Mapping[str, Source], weights: Weights) -> dict[str, Source]:
@@ -130,14 +130,13 @@ def shown(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def _fill(
-    held: Mapping[str, Tensor], sources: Mapping[str, Source], device: torch.device | str
+    held: Sequence[tuple[str, Tensor]], sources: Mapping[str, Source], place: Place
 ) -> None:
-    for name, source in sources.items():
-        tensor = held[name]
-        if isinstance(tensor, nn.Parameter):
-            materialize(tensor, device)
-        else:
-            materialize(tensor, "cpu")
+    for name, tensor in held:
+        if name not in sources:
+            continue
+        materialize(tensor, place(tensor))
         local = local_of(tensor)
         for box in boxes_of(tensor):
-            box.of_local(local).copy_(source.read(list(zip(box.offsets, box.sizes))))
+            part = sources[name].read(list(zip(box.offsets, box.sizes)))
+            box.of_local(local).copy_(part)

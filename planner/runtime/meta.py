@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from planner.runtime.tape import Made, Replay, Tape, large, made
+from planner.runtime.tape import Replay, Tape, large, made
 
 
 @contextmanager
@@ -31,10 +31,10 @@ def meta() -> Iterator[None]:
 
     def parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> nn.Parameter:
         if cls is not nn.Parameter or type(data) not in (Tensor, nn.Parameter):
-            return create(cls, data, requires_grad)
+            return cast(nn.Parameter, create(cls, data, requires_grad))
         found = tape.given(data) if not data.is_meta else made(data)
         empty = data if data.is_meta else torch.empty_like(data, device="meta")
-        fresh = create(cls, empty, requires_grad)
+        fresh: Any = create(cls, empty, requires_grad)
         if found is not None:
             fresh._recorded = found  # the same memory, as a parameter and its data are
             tape.parameters.add(found.memory)
@@ -44,7 +44,9 @@ def meta() -> Iterator[None]:
         """A parameter that was made before, or is of a class of its own; a tie stays a tie."""
         if real.is_meta or type(real) is not nn.Parameter:
             return real
-        return moved.setdefault(id(real), (real, parameter(nn.Parameter, real, real.requires_grad)))[1]
+        if id(real) not in moved:
+            moved[id(real)] = (real, parameter(nn.Parameter, real, real.requires_grad))
+        return moved[id(real)][1]
 
     def on_meta(module: nn.Module, name: str, given: nn.Parameter | None) -> None:
         register(module, name, hollow(given) if given is not None else None)
@@ -53,7 +55,7 @@ def meta() -> Iterator[None]:
         buffer(module, name, filled(given) if isinstance(given, Tensor) else given, persistent)
 
     nn.Parameter.__new__ = parameter  # type: ignore[method-assign, assignment]
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     nn.Module.register_buffer = with_values  # type: ignore[method-assign, assignment]
     try:
         with _Recording(tape):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,16 +15,27 @@ from torch.utils import _pytree as pytree
 
 from ir.errors import PlanError
 from planner.runtime import context_parallel, tied
+from planner.runtime.checkpoint import Checkpoints, Parts, Saving
 from planner.runtime.clip import clip_grad_norm_
 from planner.runtime.context import Context, Report
-from planner.runtime.data import before_microbatch
+from planner.runtime.data import before_microbatch, params_on_host
 from planner.runtime.health import ExpertLoad, OnLoad
+from planner.runtime.init import init
+from planner.runtime.load import load
 from planner.runtime.loss import parallel_loss, plain_loss
 from planner.runtime.optimizer import Factory, make_optimizer
 from planner.runtime.pipeline import Stage
 from planner.runtime.schedules import Pipeline
+from planner.runtime.tied import duplicates
 
 LossFn = Callable[[Any, Any], Tensor]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+def _several(given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    return () if given is None else (given,) if isinstance(given, torch.optim.Optimizer) else (
+        tuple(given)
+    )  # fmt: skip
 
 
 class Parallel:
@@ -35,6 +47,11 @@ class Parallel:
         self.plan, self.meshes = context.plan, context.meshes
         self.modules: tuple[nn.Module, ...] = tuple(stage.module for stage in stages)
         self._pipeline = Pipeline(stages, context) if context.plan.decisions.pp > 1 else None
+        self._checkpoints = Checkpoints(Parts(
+            plan=context.plan, meshes=context.meshes, modules=self.modules,
+            weights=context.weights, place=self._place,
+            duplicates=frozenset(duplicates(stages, context)),
+        ))  # fmt: skip
 
     @property
     def report(self) -> Report:
@@ -52,6 +69,55 @@ class Parallel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer takes."""
         return (parameter for _, parameter in self.named_parameters())
+
+    def init(self, seed: int = 0) -> None:
+        """Draw the weights as the model's own code does, from the seed: the same on any mesh.
+
+        Weights that were real when the model was built keep their values. All ranks call it.
+        """
+        init(self.modules, self._context.weights, seed, self._place)
+
+    def load(self, path: str | Path, *, strict: bool = True) -> None:
+        """Read weights from a .safetensors file or a folder of them; each rank its own parts.
+
+        Names are the model's, with or without the first part, or transformers'. strict: false
+        skips what the model does not have. All ranks call it; where weights are missing, extra or
+        of another shape, all raise PlanError and nothing has changed.
+        """
+        load(self.modules, self._context.weights, path, self._place, strict=strict)
+
+    def save(
+        self, folder: str | Path, optimizer: Optimizers = None, *,
+        state: Mapping[str, Any] | None = None, asynchronous: bool = False,
+    ) -> Saving:  # fmt: skip
+        """Write a checkpoint that any plan of this model can restore; all ranks call it.
+
+        optimizer: one, or several in an order to be kept. state: the first rank's own, as JSON.
+        folder: on a file system that all ranks share. It is replaced at the end, when all ranks
+        have written: where one fails all raise PlanError, and the checkpoint that was there stays.
+        asynchronous: return when tensors are copied; then `wait()` on what is returned.
+        """
+        return self._checkpoints.save(folder, _several(optimizer), state or {}, asynchronous)
+
+    def restore(
+        self, folder: str | Path, optimizer: Optimizers = None, *, strict: bool = True
+    ) -> dict[str, Any]:
+        """Read what `save` wrote under any plan of this model; the state that was saved with it.
+
+        strict: refuse a model whose weights are alike but whose operations are not. Random numbers
+        go on from a seed in the checkpoint, others on each data rank. All ranks call it.
+        """
+        return self._checkpoints.restore(folder, _several(optimizer), strict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's weights by their names in the model, as torch.distributed.checkpoint takes
+        them: parameters as DTensors, and the buffers that a checkpoint holds."""
+        return dict(self._checkpoints.parts.tensors())
+
+    def _place(self, tensor: Tensor) -> str:
+        """The device that holds a parameter or buffer."""
+        held = isinstance(tensor, nn.Parameter) and params_on_host(self.plan.decisions)
+        return "cpu" if held else self.meshes.device_type
 
     def optimizer(
         self, kind: str | Factory | None = None, *, folder: str | None = None, **options: Any

@@ -18,10 +18,12 @@ from planner.plan import Plan
 from planner.runtime import compiled, context_parallel, experts, offload, recompute, tensor
 from planner.runtime.context import Context, Report
 from planner.runtime.data import precision_policy, shard_over_data
+from planner.runtime.init import refuse_without_values
 from planner.runtime.meshes import make_meshes
 from planner.runtime.parallel import Parallel
 from planner.runtime.pipeline import split
 from planner.runtime.site import Site, find_sites
+from planner.runtime.weights import weights_of
 
 
 def parallelize(
@@ -39,14 +41,17 @@ def parallelize(
             hints=("torch.distributed.init_process_group() first", "start with torchrun"),
         )
     device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
-    context = Context(plan=plan, meshes=make_meshes(plan.decisions, device), report=Report())
+    meshes = make_meshes(plan.decisions, device)
     sites = find_sites(model, plan)
+    weights = weights_of(model, plan.graph.tied)
+    context = Context(plan=plan, meshes=meshes, report=Report(), weights=weights)
     in_fp32(model, plan)
     stages = split(model, sites, context)
     for stage in stages:
         prepare(stage.sites, stage.module, context, compile_backend)
         shard_over_data(stage.module, stage.sites, context.meshes,
                         precision_policy(plan.workload, plan.decisions))  # fmt: skip
+        refuse_without_values(stage.module)
     return Parallel(context, stages)
 
 

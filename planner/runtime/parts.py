@@ -54,7 +54,7 @@ def boxes_of(tensor: Tensor) -> tuple[Box, ...]:
             kept[dim] = _cut(kept[dim], place, mesh.size(i), mesh.get_local_rank(i), joined)
     local = tuple(tensor._local_tensor.shape)
     held = tuple(len(rows) for rows in kept)
-    assert held == local or 0 in held and 0 in local, f"{tensor._spec}: {held} is not {local}"
+    assert held == local or (0 in held and 0 in local), f"{tensor._spec}: {held} is not {local}"
     return _boxes([_runs(rows) for rows in kept])
 
 

@@ -6,7 +6,9 @@ torch's list of actions. So what runs is what was simulated, ZB-H1 included, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,10 +87,11 @@ class Schedule(_PipelineScheduleRuntime):
             stage.has_backward = True
             stage.clear_runtime_states()
         losses: list[torch.Tensor] = []
-        self._step_microbatches(
-            kwarg_mbs=[{"batch": one, "asked": Asked(target, loss)} for one, target in given],
-            target_mbs=[None] * len(given), losses=losses, return_outputs=False,
-        )  # fmt: skip
+        with _quiet():
+            self._step_microbatches(
+                kwarg_mbs=[{"batch": one, "asked": Asked(target, loss)} for one, target in given],
+                target_mbs=[None] * len(given), losses=losses, return_outputs=False,
+            )  # fmt: skip
         zero = torch.zeros((), device=self._stages[0].device)
         return sum((x.detach().float() for x in losses), zero)
 
@@ -104,6 +107,18 @@ class Schedule(_PipelineScheduleRuntime):
 
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from writing the whole schedule before the error that ends a step."""
+    logger = logging.getLogger("torch.distributed.pipelining.schedules")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _torch_stage(stage: Stage, context: Context) -> PipelineStage:

@@ -75,7 +75,7 @@ class Call:
         """Whether it gives nothing a value: torch.empty, or a view."""
         name = self.function.__name__
         within = {x.memory for x in self.results} == self.read
-        return name in _UNFILLED or self.written is None and within
+        return name in _UNFILLED or (self.written is None and within)
 
     @property
     def read(self) -> set[int]:

@@ -26,6 +26,7 @@ from planner.runtime.attention_rule import register_rule
 from planner.runtime.context import Context
 from planner.runtime.edges import Crossing, Edges, edges_of
 from planner.runtime.fallback import Whole
+from planner.runtime.fused import fused_parameters, strided
 from planner.runtime.reshard import gradient_as, placement_of, reshard
 from planner.runtime.site import Site
 
@@ -64,7 +65,9 @@ def split_parameters(sites: Sequence[Site], stage: nn.Module, mesh: DeviceMesh) 
     left: set[nn.Parameter] = set()
     names = dict(stage.named_parameters(remove_duplicate=False))
     for site in sites:
+        assert site.assignment is not None
         experts = expert_parameters(site.unit)
+        parts = fused_parameters(site.unit, site.assignment)
         for name, word in site.sharding.parameters:
             parameter = names.get(full_name(site.path, name) if site.path else name)
             if parameter is None:
@@ -72,7 +75,8 @@ def split_parameters(sites: Sequence[Site], stage: nn.Module, mesh: DeviceMesh) 
             if name in experts:
                 left.add(parameter)
             elif wanted.get(parameter, Replicate()) == Replicate():
-                wanted[parameter] = placement_of(placement(word))
+                at = placement_of(placement(word))
+                wanted[parameter] = strided(at, parts[name]) if name in parts else at
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in stage.modules():
         for name, p in module._parameters.items():

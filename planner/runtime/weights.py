@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from planner.runtime.hf_weights import Convert, conversions_of
 from planner.runtime.meta import filled
 from planner.runtime.tape import Made, made
+
+Place = Callable[[Tensor], torch.device | str]  # where a parameter or buffer is to be held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +22,14 @@ class Weights:
 
     shapes: of parameters and of the buffers that a checkpoint holds, a tied one under its first
     name, its owner; aliases: name -> owner. transient: buffers that no checkpoint holds. origins:
-    how those without values would have been filled. model: as it was, for names of other formats.
+    how those without values would have been filled. conversions: of names of another format.
     """
 
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     transient: frozenset[str] = frozenset()
     origins: Mapping[str, Made] = field(default_factory=dict)
-    conversions: Callable[[], Any] | None = None
+    conversions: Convert | None = None
 
     def owner(self, name: str) -> str:
         return self.aliases.get(name, name)
@@ -35,8 +37,6 @@ class Weights:
 
 def weights_of(model: nn.Module, tied: Sequence[tuple[str, str]] = ()) -> Weights:
     """Note the weights of a model as the user built it. tied: (alias, owner) of the plan."""
-    from planner.runtime.hf_weights import conversions_of
-
     _fill_attributes(model)
     owners: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -80,18 +80,15 @@ def _fill_attributes(model: nn.Module) -> None:
 
 def named_weights(
     modules: Sequence[nn.Module], weights: Weights
-) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(owner's name, module, name in it, tensor) of every parameter and buffer of this rank, once
-    for each tensor."""
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of this rank with its owner's name, each tensor once."""
     seen: set[int] = set()
     for root in modules:
         for path, module in root.named_modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None or id(tensor) in seen:
-                        continue
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield weights.owner(f"{path}.{name}" if path else name), module, name, tensor
+                    yield weights.owner(f"{path}.{name}" if path else name), tensor
 
 
 def materialize(tensor: Tensor, device: torch.device | str) -> None:
@@ -102,7 +99,7 @@ def materialize(tensor: Tensor, device: torch.device | str) -> None:
         return
     empty: Tensor = torch.empty_like(local, device=device, requires_grad=False)
     if isinstance(tensor, DTensor):
-        empty = DTensor(empty, tensor._spec, requires_grad=False)
+        empty = DTensor(empty, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
     if isinstance(tensor, nn.Parameter):
         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, empty)
+    torch.utils.swap_tensors(tensor, empty)  # type: ignore[no-untyped-call]
