@@ -18,6 +18,7 @@ import typer
 
 from ir.errors import UsageError
 from planner.console import INTERRUPTED, progress, run, say
+from planner.exporting import export
 
 if TYPE_CHECKING:
     from planner.check import Checked
@@ -362,6 +363,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ("diff", diff, "what changed between two plans"),
     ("check", check, "is a plan valid, fresh, and does it fit; for CI"),
     ("verify", verify, "does a small twin compute what the model does"),
+    ("export", export, "another engine's own configuration"),
 )
 
 

@@ -21,7 +21,7 @@ from planner.runtime.data import precision_policy, shard_over_data
 from planner.runtime.init import refuse_without_values
 from planner.runtime.meshes import make_meshes
 from planner.runtime.parallel import Parallel
-from planner.runtime.pipeline import split
+from planner.runtime.pipeline import Stage, split
 from planner.runtime.site import Site, find_sites
 from planner.runtime.weights import weights_of
 
@@ -35,6 +35,19 @@ def parallelize(
     "cpu", by default the process group's. compile_backend: for plans with compile on.
     Raises PlanError (another world size), GateError (another model).
     """
+    context, stages = begin(model, plan, device)
+    for stage in stages:
+        prepare(stage.sites, stage.module, context, compile_backend)
+        shard_over_data(stage.module, stage.sites, context.meshes,
+                        precision_policy(plan.workload, plan.decisions))  # fmt: skip
+        refuse_without_values(stage.module)
+    return Parallel(context, stages)
+
+
+def begin(
+    model: nn.Module, plan: Plan, device: str | None = None
+) -> tuple[Context, tuple[Stage, ...]]:
+    """The meshes, and the stages of the model that this rank runs, before any part is applied."""
     if not dist.is_initialized():
         raise PlanError(
             "there is no process group",
@@ -46,13 +59,7 @@ def parallelize(
     weights = weights_of(model, plan.graph.tied)
     context = Context(plan=plan, meshes=meshes, report=Report(), weights=weights)
     in_fp32(model, plan)
-    stages = split(model, sites, context)
-    for stage in stages:
-        prepare(stage.sites, stage.module, context, compile_backend)
-        shard_over_data(stage.module, stage.sites, context.meshes,
-                        precision_policy(plan.workload, plan.decisions))  # fmt: skip
-        refuse_without_values(stage.module)
-    return Parallel(context, stages)
+    return context, split(model, sites, context)
 
 
 def in_fp32(model: nn.Module, plan: Plan) -> None:
