@@ -9,7 +9,7 @@ from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, starts_of
-from cost_models.state import mode_of, ranks_of
+from cost_models.state import State, mode_of, ranks_of
 from cost_models.step import Costs, Row, Step
 from ir.graph import full_name
 
@@ -93,7 +93,7 @@ def rank_collectives(
         for size, times in costs.summed(d, row.state):
             took = times * float(collective_s(costs.cluster, "all_reduce", size, d.tp, 1))
             add("all_reduce", "tp", size, f"{unit.name} gradients", times, took, took)
-        parts = ((row.state, False),)
+        parts: tuple[tuple[State, bool], ...] = ((row.state, False),)
         if d.ep * d.etp * d.tp > 1:  # else the same ranks share both, in one collective
             parts = (replace(row.state, expert=0), False), (replace(row.state, dense=0), True)
         for part, expert in parts:
@@ -116,8 +116,10 @@ def rank_collectives(
             for k in problem.stages_of(rank) for other in (k - 1, k + 1)
             if 0 <= other < problem.count
         )  # fmt: skip
-        add("p2p", "pp", step.p2p_bytes, "between stages", times, times * step.p2p_ps / 1e12,
-            times * exposed_send_ps(costs, step, d) / 1e12)  # fmt: skip
+        for size in step.p2p_bytes:
+            part = times * size / sum(step.p2p_bytes) / 1e12
+            add("p2p", "pp", size, "between stages", times, part * step.p2p_ps,
+                part * exposed_send_ps(costs, step, d))  # fmt: skip
         for size, others in _shared(costs, step, problem, d, rank):
             one = costs.send_s(d, size)
             add("p2p", "pp", size, "tied gradients", others, others * one, others * one)

@@ -21,7 +21,7 @@ from cost_models.compute import Kernels, load_kernels
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
-from cost_models.layout import Assignment, options
+from cost_models.layout import Assignment, boundary, options
 from cost_models.offload import (
     Exposed,
     activation_copies_s,
@@ -46,6 +46,7 @@ from cost_models.state import (
 from cost_models.traffic import Traffic
 from cost_models.unit_costs import UnitCost, context_cost, expert_cost, unit_cost
 from cost_models.work import Axes, Work
+from ir.backward import differentiable
 from ir.graph import Graph, Unit, full_name
 
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
@@ -101,7 +102,7 @@ class Step:
     kinds: tuple[int, ...]
     glue: Row
     p2p_ps: int
-    p2p_bytes: int
+    p2p_bytes: tuple[int, ...]  # of each value that goes on
     reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
     fragmentation: float
 
@@ -206,25 +207,28 @@ class Costs:
         )
         glue = self.chain.glue
         whole = replicated(glue, d.tp)
-        p2p_bytes = self._boundary_bytes(d)
+        sent = self._boundary(d)
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
-            glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=p2p_bytes,
-            p2p_ps=ps(self.send_s(d, p2p_bytes)) if d.pp > 1 else 0,
+            glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
+            p2p_ps=ps(self.send_s(d, sum(sent))) if d.pp > 1 else 0,
             reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
         )  # fmt: skip
 
-    def _boundary_bytes(self, d: Decisions) -> int:
-        """What one micro-batch sends from a stage to the next: the widest layer's results."""
-        widest = 0.0
+    def _boundary(self, d: Decisions) -> tuple[int, ...]:
+        """Bytes of each value that one micro-batch sends from a stage to the next: the widest
+        layer's results."""
+        found: list[tuple[int, ...]] = [()]
         for link in self.chain.links:
             if link.is_layer and d.pp > 1:
-                unit = link.unit
-                widest = max(widest, sum(
-                    unit.values[r].nbytes(d.micro_batch, self.workload.seq_len // d.cp)
+                unit, learns = link.unit, differentiable(link.unit)
+                found.append(tuple(
+                    int(unit.values[r].nbytes(d.micro_batch, self.workload.seq_len // d.cp))
+                    // (d.tp if boundary(unit.values[r], d.sequence_parallel and learns[r]) >= 0
+                        else 1)
                     for r in unit.outputs
                 ))  # fmt: skip
-        return int(widest // (d.tp if d.sequence_parallel else 1))
+        return max(found, key=sum)
 
     def _reserved(self, d: Decisions) -> tuple[tuple[str, int], ...]:
         """What is there before the first micro-batch, by name."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # size: width, layers, heads, kv heads, feed-forward width, vocabulary
 SIZES = {
     "tiny": (64, 2, 4, 2, 128, 256),
+    "small": (64, 2, 8, 4, 128, 256),
     "8b": (4096, 32, 32, 8, 14336, 128256),
     "70b": (8192, 80, 64, 8, 28672, 128256),
     "405b": (16384, 126, 128, 8, 53248, 128256),
@@ -121,5 +122,6 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-# what `plan verify` builds on a laptop: arguments of `build`, the same structure
-TWIN = {"size": "tiny", "n_layers": 5}
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure; the second has
+# heads enough for tp times cp
+TWIN = ({"size": "tiny", "n_layers": 5}, {"size": "small", "n_layers": 5})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 # size: width, layers, heads, kv heads, an expert's hidden width, vocabulary
 SIZES = {
     "tiny": (64, 2, 4, 2, 128, 256),
+    "small": (64, 2, 8, 4, 128, 256),
     "8b-a1b": (2048, 24, 16, 4, 6400, 32000),
     "8x7b": (4096, 32, 32, 8, 14336, 32000),
 }
@@ -149,5 +150,6 @@ def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
     return prediction + BALANCE * balance + Z * z
 
 
-# what `plan verify` builds on a laptop: arguments of `build`, the same structure
-TWIN = {"size": "tiny", "n_layers": 5}
+# what `plan verify` builds on a laptop: arguments of `build`, the same structure; the second has
+# heads enough for tp times cp
+TWIN = ({"size": "tiny", "n_layers": 5}, {"size": "small", "n_layers": 5})

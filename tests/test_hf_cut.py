@@ -46,6 +46,8 @@ def test_ratios_and_ties_stay():
     assert (small["hidden_size"], small["head_dim"]) == (64, 16)
     alone = cut({**LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": True})
     assert alone["num_key_value_heads"] == 1 and alone["tie_word_embeddings"] is True
+    more = hf_cut.cut(LLAMA, 4, {}, "", heads=8)
+    assert (more["num_attention_heads"], more["num_key_value_heads"]) == (8, 4)
     each = cut({**LLAMA, "num_key_value_heads": 32})
     assert each["num_key_value_heads"] == each["num_attention_heads"]
     apart = cut({**LLAMA, "head_dim": 256})

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import runtime_cases_context as cases
@@ -10,8 +11,8 @@ from tiny_models import graph_of
 
 from ir.errors import PlanError, UsageError
 from planner import trace
+from planner.runtime import context_parallel
 from planner.runtime.shares import Shares
-from planner.runtime.world import RankFailure
 from planner.token_flow import flow_of
 
 KINDS = ("ring", "allgather", "ulysses")
@@ -144,8 +145,8 @@ def test_tokens_that_do_not_divide_are_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_on_two_ranks(world, kind):
     """Grouped heads, windows (a mask), routed experts, glue that reads shapes, a mean beside."""
-    names = ("llama", "hf llama", "hf mistral", "hf mixtral", "tiny both ways", "tiny buffer",
-             "tiny mask", "tiny penalty")  # fmt: skip
+    names = ("llama", "moe", "gpt", "hf llama", "hf mistral", "hf mixtral", "tiny both ways",
+             "tiny buffer", "tiny mask", "tiny penalty")  # fmt: skip
     run(world, 2, [(name, planned(name, kind, 2)) for name in names])
 
 
@@ -202,11 +203,14 @@ def test_in_a_pipeline(world):
     ])  # fmt: skip
 
 
-def test_attention_that_is_not_called_by_name_is_refused(world):
-    with pytest.raises(RankFailure, match="attends by 'eager'"):
-        world.run(2, cases.compare, [("hf llama eager", planned("hf llama", "ring", 2))])
-    with pytest.raises(RankFailure, match="0 times, and has 1 attentions in the plan"):
-        world.run(2, cases.compare, [("tiny by hand", planned("tiny", "ring", 2))])
+def test_attention_that_is_not_called_by_name_is_refused(monkeypatch):
+    monkeypatch.setattr(context_parallel, "Ways", lambda context: None)
+    forward = context_parallel.sharing("layers.0", (True,), None, lambda x: x.softmax(-1) @ x)
+    with pytest.raises(PlanError, match="0 times, and has 1 attentions in the plan"):
+        forward(torch.randn(2, 2))
+    site = SimpleNamespace(path="layers.0", module=cases.model_of("hf llama eager").model.layers[0])
+    with pytest.raises(PlanError, match="attends by 'eager'"):
+        context_parallel.check_attention(site)
 
 
 # --- what is refused when the plan is made ---------------------------------------------
@@ -214,7 +218,8 @@ def test_attention_that_is_not_called_by_name_is_refused(world):
 
 @pytest.mark.parametrize("how, reason", [
     ("cumsum", "layers.0: cumsum (cumsum) needs the whole sequence"),
-    ("centred", "layers.0: mean (mean) is of a rank's tokens, not of the sequence"),
+    ("centred", "layers.0: sub (sub) is of a rank's tokens, not of the sequence"),
+    ("squared mean", "layers.1: after/pow_1 (pow) is of a rank's tokens, not of the sequence"),
     ("largest", "layers.0: amax (amax) needs the whole sequence"),
     ("previous", "layers.0: roll (roll) needs the whole sequence"),
     ("arange", "layers.0: create (create) makes positions for the sequence inside the unit"),
@@ -234,7 +239,6 @@ def test_families_that_are_refused(name, reason):
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("moe", "experts/sum_1 (sum) is of a rank's tokens"),  # a product of two means
     ("dit", "no value that a unit is given has a sequence dimension"),
     ("resnet", "no value that a unit is given has a sequence dimension"),
 ])  # fmt: skip
@@ -242,7 +246,7 @@ def test_examples_that_are_refused(name, reason):
     assert reason in flow_of(graph_of(name)).reason
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt", "hf llama", "hf mixtral", "hf qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "gpt", "moe", "hf llama", "hf mixtral", "hf qwen3_moe"])
 def test_families_that_are_shared(name):
     assert not flow_of(base(name).graph).reason
 

@@ -14,7 +14,8 @@ from ir.capture import hf
 
 LENGTH = 128  # positions
 WINDOW = 16  # tokens that a window or chunk of the twin sees: fewer than its sequences have
-HEADS, HEAD = 4, 16
+HEADS, WIDTH = 4, 64
+HEAD = WIDTH // HEADS
 
 
 def _small(most: int) -> Callable[[int], int]:
@@ -34,7 +35,7 @@ def _most(n: int) -> Callable[[int], int]:
 
 
 SIZES: dict[str, Callable[[int], int]] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), lambda size: HEADS * HEAD),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), lambda size: WIDTH),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), _small(128)),
     **dict.fromkeys(
         ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
@@ -79,8 +80,15 @@ SIZES: dict[str, Callable[[int], int]] = {
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def cut(config: Mapping[str, Any], layers: int, changes: Mapping[str, str], where: str) -> Any:
-    """The configuration of a twin with that many layers; changes: keys set by hand, as `--arg`.
+def cut(
+    config: Mapping[str, Any],
+    layers: int,
+    changes: Mapping[str, str],
+    where: str,
+    heads: int = HEADS,
+) -> Any:
+    """The configuration of a twin with that many layers and attention heads; changes: keys set by
+    hand, as `--arg`.
 
     Raises PlanError where transformers refuses what the table makes of it.
     """
@@ -88,7 +96,7 @@ def cut(config: Mapping[str, Any], layers: int, changes: Mapping[str, str], wher
     with hf._quiet():
         cls = hf._model_class(raw, where)
         whole = hf._configuration(cls, raw, where).to_dict()
-    small = _cut(whole, layers)
+    small = _cut(whole, layers, heads)
     small.update({key: raw[key] for key in ("architectures", "model_type") if key in raw})
     small["dtype"] = "float32"
     for key in ("torch_dtype", "transformers_version"):
@@ -96,13 +104,13 @@ def cut(config: Mapping[str, Any], layers: int, changes: Mapping[str, str], wher
     return hf._changed(small, changes, where)
 
 
-def _cut(whole: dict[str, Any], layers: int) -> dict[str, Any]:
+def _cut(whole: dict[str, Any], layers: int, heads: int) -> dict[str, Any]:
     """One configuration, and those inside it."""
     small = copy.deepcopy(whole)
     depth = next((whole[key] for key in DEPTHS if isinstance(whole.get(key), int)), None)
     for key, value in whole.items():
         if isinstance(value, dict):
-            small[key] = _cut(value, layers)
+            small[key] = _cut(value, layers, heads)
         elif isinstance(value, list) and depth and len(value) == depth and depth > 1:
             small[key] = _kinds(value, layers)
         elif key in DEPTHS and isinstance(value, int):
@@ -113,7 +121,7 @@ def _cut(whole: dict[str, Any], layers: int) -> dict[str, Any]:
             small[key] = 0.0
         elif key in ("mlp_only_layers", "eos_token_id") and isinstance(value, list):
             small[key] = [i for i in value if i < layers]
-    _cut_heads(whole, small)
+    _cut_heads(whole, small, heads)
     _cut_rotations(whole, small)
     return small
 
@@ -125,20 +133,20 @@ def _kinds(values: list[Any], count: int) -> list[Any]:
     return [*kept[: count - len(missing)], *missing[:count]] if missing else kept
 
 
-def _cut_heads(whole: dict[str, Any], small: dict[str, Any]) -> None:
+def _cut_heads(whole: dict[str, Any], small: dict[str, Any], most: int) -> None:
     """Key and value heads as many, fewer or one; a head's size tied to the width or not."""
-    heads = next((k for k in ("num_attention_heads", "n_head") if whole.get(k)), None)
-    if heads is None:
+    name = next((k for k in ("num_attention_heads", "n_head") if whole.get(k)), None)
+    if name is None:
         return
+    count = small[name] = min(whole[name], most)
     for key in ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"):
         kv = whole.get(key)
         if isinstance(kv, int):
-            few = max(1, small[heads] // 2)
-            small[key] = small[heads] if kv == whole[heads] else 1 if kv == 1 else few
+            small[key] = count if kv == whole[name] else 1 if kv == 1 else max(1, count // 2)
     width, size = whole.get("hidden_size"), whole.get("head_dim")
     if width and isinstance(size, int):
-        usual = size * whole[heads] == width or "qk_rope_head_dim" in whole
-        small["head_dim"] = small["hidden_size"] // small[heads] if usual else 2 * HEAD
+        usual = size * whole[name] == width or "qk_rope_head_dim" in whole
+        small["head_dim"] = small["hidden_size"] // count if usual else 2 * HEAD
         if "qk_rope_head_dim" in whole and size == whole["qk_rope_head_dim"]:
             small["head_dim"] = small["qk_rope_head_dim"]
 

@@ -53,25 +53,25 @@ def build(recipe: Recipe, *, hollow: bool = False) -> Real:
     return real
 
 
-def declared(spec: str) -> dict[str, str] | None:
-    """The file's `TWIN`: factory arguments of a small model of the same structure, as texts.
+def declared(spec: str) -> tuple[dict[str, str], ...]:
+    """The file's `TWIN`: factory arguments of a small model of the same structure, as texts, or
+    several of them, the smallest first; none where MODEL is a configuration or declares none.
 
-    None where MODEL is a configuration or the file declares none. Raises PlanError where `TWIN`
-    is no dictionary.
+    Raises PlanError where `TWIN` is no dictionary.
     """
     path, _ = load._split(spec)
     if path.suffix != ".py":
-        return None
+        return ()
     with load._users_code(path, f"{path} cannot be imported"):
-        found = getattr(load._execute(path), "TWIN", None)
-    if found is None:
-        return None
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise PlanError(
-            "TWIN is no dictionary of the factory's arguments", where=str(path),
-            hints=('TWIN = {"n_layers": 4, "dim": 64}',),
-        )  # fmt: skip
-    return {str(key): str(value) for key, value in found.items()}
+        found = getattr(load._execute(path), "TWIN", ())
+    rows = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    for row in rows:
+        if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+            raise PlanError(
+                "TWIN is no dictionary of the factory's arguments", where=str(path),
+                hints=('TWIN = {"n_layers": 4, "dim": 64}',),
+            )  # fmt: skip
+    return tuple({str(key): str(value) for key, value in row.items()} for row in rows)
 
 
 def is_file(spec: str) -> bool:

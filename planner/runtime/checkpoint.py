@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
@@ -30,7 +30,7 @@ from ir.graph import Graph
 from ir.text import format_graph, parse_graph
 from planner.plan import Plan
 from planner.runtime.checkpoint_files import abandon, begin, commit, opened, read_about, write_about
-from planner.runtime.held import Held, LoadPlanner, SavePlanner
+from planner.runtime.held import Held, SavePlanner, read
 from planner.runtime.init import seed_of
 from planner.runtime.meshes import Meshes
 from planner.runtime.optimizer_state import (
@@ -143,14 +143,13 @@ class Checkpoints:
         every rank for another model's checkpoint, PlanError for what cannot be read.
         """
         self._last.wait()
-        path, about = together(
+        path, metadata, about = together(
             UNREAD,
             lambda: _opened(Path(folder).absolute(), self.parts, optimizers, strict),
         )
-        together(UNREAD, lambda: _read(path, about, self.parts, optimizers))
+        together(UNREAD, lambda: _read(path, metadata, about, self.parts, optimizers))
         _go_on_drawing(about["random"], self.parts.meshes)
-        found: dict[str, Any] = about["state"]
-        return found
+        return dict(about["state"])
 
 
 def _collect(
@@ -240,12 +239,12 @@ def _first_of(what: str, fault: CheckpointException) -> PlanError:
 
 def _opened(
     folder: Path, parts: Parts, optimizers: Sequence[Optimizer], strict: bool
-) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds the checkpoint, and what it says of itself; checked."""
+) -> tuple[Path, Metadata, dict[str, Any]]:
+    """The folder that holds the checkpoint, what is in it and what it says of itself; checked."""
     folder = opened(folder)
     about, graph = read_about(folder)
-    stored = _metadata(folder)
-    _check_weights(folder, stored, parts.weights)
+    metadata = _metadata(folder)
+    _check_weights(folder, metadata.state_dict_metadata, parts.weights)
     if strict and about["graph"] != parts.plan.graph_hash:
         differs = first_difference(parse_graph(graph), parts.plan.graph)
         if differs:
@@ -268,12 +267,12 @@ def _opened(
             )
     for optimizer in optimizers:
         settings_of(optimizer, parts.names())  # every parameter of it is the model's
-    return folder, about
+    return folder, metadata, about
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Path) -> Metadata:
     try:
-        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
+        return FileSystemReader(folder).read_metadata()
     except (OSError, EOFError) as fault:
         raise PlanError(f"{folder} is no whole checkpoint", why=str(fault)) from fault
 
@@ -321,27 +320,20 @@ def first_difference(old: Graph, new: Graph) -> str:
 
 
 def _read(
-    folder: Path, about: Mapping[str, Any], parts: Parts, optimizers: Sequence[Optimizer]
-) -> None:
-    stored, tensors, names = _metadata(folder), parts.tensors(), parts.names()
+    folder: Path, metadata: Metadata, about: Mapping[str, Any], parts: Parts,
+    optimizers: Sequence[Optimizer],
+) -> None:  # fmt: skip
+    tensors, names = parts.tensors(), parts.names()
     for _, tensor in tensors:
         materialize(tensor, parts.place(tensor))
     wanted = [(f"{MODEL}.{name}", Held(x)) for name, x in tensors]
     for i, optimizer in enumerate(optimizers):
         apply_settings(optimizer, names, about["optimizers"][i])
         prefix = f"{_kind(i)}."
+        stored = metadata.state_dict_metadata
         own = {n.removeprefix(prefix): x for n, x in stored.items() if n.startswith(prefix)}
         wanted += [(prefix + n, x) for n, x in allocate(optimizer, names, own)]
-    rest = [(name, x) for name, x in wanted if x.boxes]
-    while rest:  # once, and again for the second copies of a tied weight
-        now = dict(reversed(rest))
-        rest = [(name, x) for name, x in rest if now[name] is not x]
-        # each rank reads for itself: no collective that another rank's fault could leave waiting
-        reader = FileSystemReader(folder)
-        try:
-            load(now, storage_reader=reader, planner=LoadPlanner(), no_dist=True)
-        except CheckpointException as fault:
-            raise _first_of(f"{folder} cannot be read", fault) from fault
+    read(folder, metadata, wanted)
 
 
 def _random_seed(state: Any) -> int:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ir.errors import PlanError
+from planner.routed import routed_modules
 from planner.runtime.context import Context
 from planner.runtime.site import Site
 
@@ -36,13 +37,14 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend:
 
 
 def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -> Forward:
-    """`forward` as one graph; as it is, and reported, from the first time that it fails to be."""
+    """`forward` as one graph, two around a routed module; as it is, and reported, from the first
+    time that it fails to be."""
     try:
-        fast = torch.compile(forward, backend=backend, fullgraph=True)
+        fast = torch.compile(forward, backend=backend, fullgraph=not routed_modules(site.unit))
     except InvalidBackend as fault:
         known = ", ".join(torch._dynamo.list_backends())
         raise PlanError(f"unknown compile_backend {backend!r}", why=f"known: {known}") from fault
-    refused = context.report.uncompiled
+    refused, ran = context.report.uncompiled, set[str]()
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -52,17 +54,29 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
         args, kwargs = pytree.tree_map_only(Tensor, arrived, (args, kwargs))
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS_A_CLASS):
-                return fast(*args, **kwargs)
-        except TorchDynamoException as fault:
-            reason = str(fault).strip().splitlines()[0]
-            refused[site.unit.name] = reason
+                result = fast(*args, **kwargs)
+            ran.add(site.unit.name)
+            return result
+        except Exception as fault:
+            if site.unit.name in ran and not isinstance(fault, TorchDynamoException):
+                raise
+            try:
+                result = forward(*args, **kwargs)
+            except Exception:
+                raise fault from None  # not the compiler's
+            refused[site.unit.name] = reason = _reason(fault)
             warnings.warn(
                 f"{site.path or 'the model'} runs uncompiled, against the plan: {reason}",
                 stacklevel=2,
             )
-            return forward(*args, **kwargs)
+            return result
 
     return run
+
+
+def _reason(fault: Exception) -> str:
+    lines = [line for line in str(fault).splitlines() if line.strip()]
+    return f"{type(fault).__name__}: {lines[0].strip()}" if lines else type(fault).__name__
 
 
 def arrived(value: Tensor) -> Tensor:

@@ -49,17 +49,17 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     if d.tp > 1 and d.sequence_parallel:
         context.meshes.cp_tp  # noqa: B018  made where every rank is
     if flow_of(context.plan.graph).ordered:  # what is whole meets what is split between units
-        DTensor._op_dispatcher._allow_implicit_replication = True  # type: ignore[attr-defined]
+        DTensor._op_dispatcher._allow_implicit_replication = True
     for site in sites:
         attention = [n for n in site.unit.nodes if n.op == "attention" and n.module != AFTER]
         if attention:
-            _check_attention(site)
+            check_attention(site)
             keys = [site.unit.values[n.inputs[1]] for n in attention]
             over_tokens = tuple(any(d.seq for d in key.shape) for key in keys)
             site.module.forward = sharing(site.path, over_tokens, context, site.module.forward)
 
 
-def _check_attention(site: Site) -> None:
+def check_attention(site: Site) -> None:
     """Refuse a Hugging Face model that was told to attend by another function."""
     for module in site.module.modules():
         kind = getattr(getattr(module, "config", None), "_attn_implementation", None)

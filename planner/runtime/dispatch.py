@@ -139,12 +139,12 @@ class _NotByRow(Exception):
 class _ByRow(TorchDispatchMode):
     """Lets operations run that treat each row alone."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.pointwise not in func.tags and func not in AS_IT_IS:
             at = ALONG_FEATURES.get(func)
-            along = None if at is None else args[at] if len(args) > at else (kwargs or {}).get("dim")
+            along = (
+                None if at is None else args[at] if len(args) > at else (kwargs or {}).get("dim")
+            )
             if along not in (1, -1) and not (func is aten.glu.default and along is None):
                 raise _NotByRow
         return func(*args, **(kwargs or {}))

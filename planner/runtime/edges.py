@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from cost_models.layout import (
+    PARTIAL,
     WHOLE,
     Assignment,
     boundary,
@@ -20,6 +21,7 @@ from cost_models.layout import (
 )
 from ir.backward import differentiable
 from ir.graph import AFTER, Node, Tensor, Unit
+from ir.ops import rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,16 @@ def edges_of(unit: Unit, assignment: Assignment) -> Edges:
             )
             leaving[ref] = target
         else:
-            _each_reader(unit, ref, made[ref], found, moved, into, leaving, loose, learns[ref])
+            for reader in _each_reader(unit, ref, found, moved, into, leaving, learns[ref]):
+                if not (
+                    collective(made[ref], reader.target)
+                    or (learns[ref] and collective(reader.grad, back))
+                ):
+                    continue
+                if not _earlier(unit, ref, reader, into) and not _later(
+                    unit, made, ref, reader, out_of
+                ):
+                    loose.append(reader.place)
     return Edges(
         entry=entry,
         into={path: tuple(found) for path, found in into.items()},
@@ -128,13 +139,15 @@ def _gives(unit: Unit, ref: str, readers: list[_Reader]) -> str:
 
 
 def _each_reader(
-    unit: Unit, ref: str, at: int, readers: list[_Reader], moved: list[_Reader],
-    into: dict[str, list[Crossing]], leaving: dict[str, int], loose: list[str], learns: bool,
-) -> None:  # fmt: skip
-    """Move a value where it is read: at the outermost module whose readers agree."""
+    unit: Unit, ref: str, readers: list[_Reader], moved: list[_Reader],
+    into: dict[str, list[Crossing]], leaving: dict[str, int], learns: bool,
+) -> list[_Reader]:  # fmt: skip
+    """Move a value where it is read: at the outermost module whose readers agree. Gives back
+    those that no border is before."""
     node = unit.producers.get(ref)
     source = node.module if node is not None else ""
     done: set[str] = set()
+    left = []
     for reader in moved:
         if reader.module == AFTER:
             leaving.setdefault(ref, reader.target)
@@ -148,13 +161,44 @@ def _each_reader(
             None,
         )  # fmt: skip
         if path is None or not learns:
-            if collective(at, reader.target) or (learns and collective(reader.grad, dual(at))):
-                loose.append(reader.place)
+            left.append(reader)
         elif path not in done:
             done.add(path)
             into.setdefault(path, []).append(
                 Crossing(ref=ref, spec=unit.values[ref], to=reader.target, learns=learns)
             )
+    return left
+
+
+def _earlier(
+    unit: Unit, ref: str, reader: _Reader, into: dict[str, list[Crossing]]
+) -> bool:
+    """Gather a value before its views in the module that reads it, not behind them."""
+    if reader.target != WHOLE or not reader.module:
+        return False
+    while (node := unit.producers.get(ref)) is not None and _within(node.module, reader.module):
+        if not rule(node).view or len(unit.consumers[ref]) > 1 or ref in unit.outputs:
+            return False
+        ref = node.inputs[0]
+    if ref in unit.parameter_names:
+        return False
+    found = Crossing(ref=ref, spec=unit.values[ref], to=WHOLE, learns=True)
+    into.setdefault(reader.module, []).append(found)
+    return True
+
+
+def _later(
+    unit: Unit, made: dict[str, int], ref: str, reader: _Reader, out_of: dict[str, list[Crossing]]
+) -> bool:
+    """Reduce a partial sum where its module gives it: views and a bias may come before."""
+    if made[ref] != PARTIAL or not reader.module:
+        return False
+    last = [n for n in unit.nodes if _within(n.module, reader.module)][-1]
+    if made[last.name] == PARTIAL:
+        return False
+    found = Crossing(ref=last.name, spec=unit.values[last.name], to=made[last.name], learns=True)
+    out_of.setdefault(reader.module, []).append(found)
+    return True
 
 
 def _prefixes(module: str) -> list[str]:

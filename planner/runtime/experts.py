@@ -19,6 +19,7 @@ from planner.runtime.health import Layer
 from planner.runtime.routed import Region, run_routed
 from planner.runtime.site import Site
 
+
 def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     """Lay expert parameters over ep and etp, and run routed modules on this rank's tokens."""
     context.health.routed = any(map(routed_modules, context.plan.graph.units))

@@ -35,6 +35,14 @@ WHOLE = frozenset({
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "conv_tbc", "group_norm", "batch_norm", "instance_norm", "lstm", "gru", "rnn_tanh", "rnn_relu",
 })  # fmt: skip
+# they compute nothing
+HANDLING = frozenset({
+    "__get__", "__set__", "size", "dim", "detach", "requires_grad_", "register_hook",
+    "register_post_accumulate_grad_hook", "retain_grad", "backward", "is_floating_point", "numel",
+    "nelement", "ndimension", "element_size", "stride", "storage_offset", "is_contiguous",
+    "data_ptr", "untyped_storage", "set_", "alias", "is_complex", "get_device", "dim_order",
+    "__len__", "__hash__", "__repr__", "has_names", "is_inference", "_is_view", "__deepcopy__",
+})  # fmt: skip
 VIEWS = frozenset({
     "view", "reshape", "flatten", "unflatten", "expand", "expand_as", "view_as", "reshape_as",
     "repeat_interleave",
@@ -60,7 +68,7 @@ class Whole(TorchFunctionMode):
         if name == "cross_entropy" and not self._idle():
             return cross_entropy(self.context, *args, **kwargs)
         mesh = _mesh_of(args) or _mesh_of(tuple(kwargs.values()))
-        if mesh is None or name in ("__get__", "__set__", "size", "dim") or self._idle():
+        if mesh is None or name in HANDLING or self._idle():
             return func(*args, **kwargs)
         if name in READS:
             return func(*_tree(_read, args), **_tree(_read, kwargs))

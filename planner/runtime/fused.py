@@ -26,7 +26,7 @@ TAKES_APART = frozenset({
 # they keep the last dimension as it is, or change single elements
 KEEPS = frozenset({
     "view", "reshape", "flatten", "unflatten", "to", "float", "half", "bfloat16", "type",
-    "contiguous", "clone", "detach", "gelu", "silu", "relu",
+    "contiguous", "clone", "gelu", "silu", "relu",
 })  # fmt: skip
 _THROUGH = ("view", "reshape_copy", "cast", "copy", "add", "permute")
 

@@ -5,17 +5,28 @@ DCP knows one offset a DTensor; a fused matrix lies in several places. So it is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from planner.runtime.parts import Box, boxes_of, local_of
 
@@ -55,9 +66,6 @@ class Held:
             for box in self.boxes
         ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(box) for box in self.boxes]
-
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
@@ -71,9 +79,34 @@ class SavePlanner(DefaultSavePlanner):
         return found.piece(index) if isinstance(found, Held) else super().lookup_object(index)
 
 
-class LoadPlanner(DefaultLoadPlanner):
+class _LoadPlanner(DefaultLoadPlanner):
     """Finds boxes."""
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        return found.piece(index) if isinstance(found, Held) else super().lookup_tensor(index)
+        found: Held = self.state_dict[index.fqn]
+        return found.piece(index)
+
+
+def _items(name: str, stored: Any, held: Held) -> list[ReadItem]:
+    chunks = [_chunk(box) for box in held.boxes]
+    return create_read_items_for_chunk_list(name, stored, chunks)
+
+
+def read(folder: Path, metadata: Metadata, wanted: Sequence[tuple[str, Held]]) -> None:
+    """Fill tensors from a checkpoint. A name may be wanted twice, for two stages of a pipeline.
+
+    Each rank reads for itself: there is no collective that another's fault could leave waiting.
+    """
+    rest = [(name, held) for name, held in wanted if held.boxes]
+    reader = FileSystemReader(folder)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    while rest:
+        planner = _LoadPlanner()
+        planner.state_dict = now = dict(reversed(rest))
+        rest = [(name, held) for name, held in rest if now[name] is not held]
+        items = [
+            item
+            for name, held in now.items()
+            for item in _items(name, metadata.state_dict_metadata[name], held)
+        ]
+        reader.read_data(LoadPlan(items), planner).wait()

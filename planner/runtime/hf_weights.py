@@ -92,6 +92,10 @@ def _converted(
 
     shapes = run(lambda one: torch.empty(one.shape, device="meta"))
     return {
-        name: Made(shape=tuple(x.shape), make=lambda name=name: run(whole)[name])
+        name: Made(shape=tuple(x.shape), make=partial(_one, run, name))
         for name, x in shapes.items()
     }
+
+
+def _one(run: Callable[[Callable[[Source], Tensor]], dict[str, Tensor]], name: str) -> Tensor:
+    return run(whole)[name]

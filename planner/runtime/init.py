@@ -32,12 +32,18 @@ def init(
     nothing says how, before any is changed."""
     found = list(named_weights(modules, weights))
     together("the weights cannot be initialised", lambda: _check(found, weights))
-    names = {made.memory: name for name, made in weights.origins.items()}
-    replay = Replay(
-        seed_of=lambda memory: seed_of(seed, names.get(memory, f"#{memory}")),
-        device=torch.device("cpu"),
-    )
+    replay = replay_of(weights, seed)
     together("the weights cannot be initialised", lambda: _fill(found, weights, replay, place))
+
+
+def replay_of(weights: Weights, seed: int) -> Replay:
+    """Makes weights from the seed: each has random numbers of its own, by its name; so has what
+    it is computed from, by the first weight that is."""
+    names = {made.memory: name for name, made in weights.origins.items()}
+    for name, made in weights.origins.items():
+        others = sorted(made.tape.sources(made.memory) - names.keys())
+        names.update((memory, f"{name}#{i}") for i, memory in enumerate(others))
+    return Replay(seed_of=lambda memory: seed_of(seed, names[memory]), device=torch.device("cpu"))
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -17,6 +17,7 @@ import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.overrides import TorchFunctionMode
 
 from planner.runtime.context import Context
@@ -78,31 +79,34 @@ def cross_entropy(
         made = found if inner == "none" else found.sum().to(input.dtype)
     else:
         rows, own, mesh = _whole(input) if at is None else input, target, None
-        if at == Shard(0):
+        if at is not None:
             mesh = cast(DTensor, input).device_mesh
             rows = cast(DTensor, input).to_local(grad_placements=(at,))
-            own = _rows_of(target, mesh.size(), mesh.get_local_rank())
+            own = _rows_of(target, at, mesh.size(), mesh.get_local_rank())
         made = F.cross_entropy(
             rows, own, weight, reduction=inner, ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )  # fmt: skip
         if mesh is not None:
             if inner == "none":
-                return DTensor.from_local(made, mesh, (Shard(0),), run_check=False)
+                return DTensor.from_local(made, mesh, (cast(Placement, at),), run_check=False)
             made = cast(Tensor, _Sum.apply(made, mesh.get_group()))
     if reduction != "mean":
         return made
     return made / _count(target, weight, ignore_index, context.meshes).to(made.dtype)
 
 
-def _lies(input: Tensor, weight: Tensor | None) -> Shard | None:
-    """How logits are split, where their loss can be taken so."""
+def _lies(input: Tensor, weight: Tensor | None) -> Placement | None:
+    """How logits are split, where their loss can be taken so: on classes, on rows, or on rows of
+    each sample."""
     if not isinstance(input, DTensor) or input.dim() != 2 or input.device_mesh.ndim != 1:
         return None
     at = input.placements[0]
     if at == Shard(1) and input.shape[1] % input.device_mesh.size() == 0 and weight is None:
         return Shard(1)
-    return Shard(0) if at == Shard(0) else None
+    joined = isinstance(at, _StridedShard) and at.dim == 0
+    ways = input.device_mesh.size() * (at.split_factor if joined else 1)
+    return at if at == Shard(0) or (joined and input.shape[0] % ways == 0) else None
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -114,8 +118,10 @@ def _whole(x: Tensor) -> Tensor:
     return x.redistribute(placements=whole).to_local(grad_placements=whole)
 
 
-def _rows_of(target: Tensor, ways: int, rank: int) -> Tensor:
+def _rows_of(target: Tensor, at: Placement, ways: int, rank: int) -> Tensor:
     """The targets of a shard of rows, divided as DTensor divides."""
+    if isinstance(at, _StridedShard):
+        return target.unflatten(0, (at.split_factor, ways, -1))[:, rank].flatten()
     parts = target.chunk(ways)
     return parts[rank] if rank < len(parts) else target[:0]
 

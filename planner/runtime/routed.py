@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -46,6 +47,7 @@ class Region:
 def run_routed(region: Region, context: Context) -> None:
     """Patch the module's forward, so that it works on this rank's tokens and its experts."""
     inner, tokens = region.module.forward, Tokens(context)
+    decisions = context.plan.decisions
     running: list[Routing] = []
     for island in region.islands:
         _as_island(island, running, tokens)
@@ -62,7 +64,8 @@ def run_routed(region: Region, context: Context) -> None:
         mode.averages.finish(region.path)
         return pytree.tree_map(tokens.leave, out)
 
-    region.module.forward = forward
+    # how many rows an expert has is data: a compiled unit leaves its graph for this
+    region.module.forward = torch._dynamo.disable(forward) if decisions.compile else forward
 
 
 def _as_island(module: nn.Module, running: list[Routing], tokens: Tokens) -> None:
@@ -176,18 +179,18 @@ class Routing(TorchFunctionMode):
             rows, weight = self._tokens.enter(rows), self._tokens.enter(weight)
         if not isinstance(weight, DTensor):
             rows = home(rows) if isinstance(rows, Dispatched) else rows
-            return _contiguous_gradient(func(rows, weight, offs=ends, **kwargs))
+            return _matmul(func, rows, weight, ends, kwargs)
         exchange = self._exchange(ends, Tensor.size(rows, 0))
         if not isinstance(rows, Dispatched) or rows._exchange is not exchange:
             rows = self._dispatched(rows, ends, exchange)
-        made = func(rows._rows, weight.to_local(), offs=exchange.ends, **kwargs)
+        made = _matmul(func, rows._rows, weight.to_local(), exchange.ends, kwargs)
         lies = _split_over_etp(weight, self._meshes)
         if (lies == "partial") != (rows._lies == "split") or rows._lies == "partial":
             raise PlanError(
                 f"the experts of {self._region.path} are not a chain of two matmuls",
                 hints=("plan with --fix etp=1",),
             )
-        return Dispatched(_contiguous_gradient(made), exchange, Tensor.size(rows, 0), lies)
+        return Dispatched(made, exchange, Tensor.size(rows, 0), lies)
 
     def _exchange(self, ends: Tensor, count: int) -> Exchange:
         for known, n, exchange in self._exchanges:
@@ -218,8 +221,16 @@ def _split_over_etp(weight: DTensor, meshes: Meshes) -> str:
     return {1: "partial", 2: "split"}[at]
 
 
-def _contiguous_gradient(x: Tensor) -> Tensor:
-    """Grouped matmuls take no expanded gradients, which a sum gives."""
-    if x.requires_grad:
-        x.register_hook(Tensor.contiguous)
-    return x
+def _matmul(
+    func: Callable[..., Tensor], rows: Tensor, weight: Tensor, ends: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """A grouped matmul that takes any gradient: the kernel takes no expanded one, as a sum gives.
+
+    Fake tensors, where only shapes count, know it in bf16 alone.
+    """
+    if isinstance(rows, FakeTensor) and rows.dtype != torch.bfloat16:
+        return rows @ weight[0]
+    made = func(rows, weight, offs=ends, **kwargs)
+    if made.requires_grad:
+        made.register_hook(Tensor.contiguous)
+    return made

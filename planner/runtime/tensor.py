@@ -94,6 +94,8 @@ def contract(site: Site, edges: Edges, context: Context, mesh: DeviceMesh) -> Fo
     forward = site.module.forward
     given = _given(site, context)
     report = context.report
+    # layers that share a compiled graph share a name in the report
+    where = (site.unit.name if context.plan.decisions.compile else site.path) or "the model"
 
     @functools.wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
@@ -102,7 +104,7 @@ def contract(site: Site, edges: Edges, context: Context, mesh: DeviceMesh) -> Fo
         )
         outer, report.running = report.running, True
         try:
-            with Whole(context, site.path or "the model"):
+            with Whole(context, where):
                 result = forward(*args, **kwargs)
         finally:
             report.running = outer
@@ -181,10 +183,12 @@ def _move(crossings: Iterable[Crossing], tree: Any) -> Any:
     left = list(crossings)
 
     def move(x: torch.Tensor) -> torch.Tensor:
-        found = next((c for c in left if isinstance(x, DTensor) and fits(x, c.spec)), None)
-        if found is None or not isinstance(x, DTensor):
+        if not isinstance(x, DTensor):
             return x
-        left.remove(found)
+        place = next((i for i, c in enumerate(left) if fits(x, c.spec)), None)
+        if place is None:
+            return x
+        found = left.pop(place)
         return reshard(x, placement_of(found.to), gradient_as(x.placements[0]))
 
     return _distinct(tree, move)
@@ -193,15 +197,12 @@ def _move(crossings: Iterable[Crossing], tree: Any) -> Any:
 def _each_tensor(specs: Sequence[Any], tree: Any, change: Callable[[Any, Any], Any]) -> Any:
     """Change the distinct tensors of a tree, each with its spec; those without one stay."""
     left = list(specs)
-    count = len({id(x) for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)})
-    same = count == len(left)
+    same = len(_unlike(pytree.tree_leaves(tree))) == len(left)
 
     def one(x: torch.Tensor) -> torch.Tensor:
-        found = left[0] if same else next((s for s in left if fits(x, _spec(s))), None)
-        if found is None:
-            return x
-        left.remove(found)
-        return change(x, found)  # type: ignore[no-any-return]
+        fit = (i for i, s in enumerate(left) if fits(x, _spec(s)))
+        place = 0 if same else next(fit, None)
+        return x if place is None else change(x, left.pop(place))
 
     return _distinct(tree, one)
 
@@ -212,11 +213,19 @@ def _spec(of: Any) -> Spec:
 
 def _distinct(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     leaves, structure = pytree.tree_flatten(tree)
-    done: dict[int, torch.Tensor] = {}
+    given = _unlike(leaves)
+    changed = [change(x) for x in given]
+    after = [next((y for g, y in zip(given, changed) if g is x), x) for x in leaves]
+    return pytree.tree_unflatten(after, structure)
+
+
+def _unlike(leaves: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors, each once; by `is`, which a compiler need not know an address for."""
+    found: list[torch.Tensor] = []
     for x in leaves:
-        if isinstance(x, torch.Tensor) and id(x) not in done:
-            done[id(x)] = change(x)
-    return pytree.tree_unflatten([done.get(id(x), x) for x in leaves], structure)
+        if isinstance(x, torch.Tensor) and not any(x is y for y in found):
+            found.append(x)
+    return found
 
 
 def fits(x: torch.Tensor, spec: Spec) -> bool:

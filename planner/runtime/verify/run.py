@@ -86,7 +86,8 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe) -> RankFound:
             Number(what="gradients' norm", ours=ours.norm, theirs=theirs.norm, allowed=TENSOR),
             Number(what="loss of the next step", ours=ours.losses[1], theirs=theirs.losses[1]),
         ),
-        tensors=_errors(ours, theirs, _owners(case.model)), names=tuple(name for name, g in theirs.gradients.items() if g is not None),
+        tensors=_errors(ours, theirs, _owners(case.model)),
+        names=tuple(name for name, g in theirs.gradients.items() if g is not None),
         replicated=tuple((unit, op, n) for (unit, op), n in sorted(report.replicated.items())),
         loose_edges=tuple(report.loose_edges), seed=seed, seconds=time.perf_counter() - start,
     )  # fmt: skip

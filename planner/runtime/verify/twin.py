@@ -55,22 +55,32 @@ def make_twins(
     model, args: as the plan was traced. changes: `--twin k=v`. Raises UsageError where the model
     says no way to cut it, PlanError where what is left does not hold the plan's decisions.
     """
-    recipe = cut_model(plan, model, args, changes)
-    graph = capture_twin(recipe, plan.workload.precision)
-    whole, notes = _fitted(plan, graph, plan.decisions, most_ranks)
-    if whole is not None:
-        return (Twin(plan=whole, recipe=recipe, notes=notes),)
-    found, reason = [], notes[0]
-    for part in scale.pairs(plan.decisions):
-        small, notes = _fitted(plan, graph, part, most_ranks)
-        if small is None:
-            raise PlanError(
-                f"no twin of the model holds the plan's decisions: {notes[0]}",
-                why=f"of one for all axes: {reason}", hints=_hints(model),
-            )  # fmt: skip
-        axes = " ".join(axis for axis in scale.AXES if getattr(part, axis) > 1)
-        found.append(Twin(plan=small, recipe=recipe, notes=notes, axes=axes))
-    return tuple(found)
+    recipes = cut_models(plan, model, args, changes)
+    reasons: list[str] = []
+    for recipe in recipes:
+        made, notes = _fitted(plan, recipe, plan.decisions, most_ranks)
+        if made is not None:
+            return (Twin(plan=made, recipe=recipe, notes=notes),)
+        reasons += notes
+    return tuple(
+        _pair(plan, recipes, part, most_ranks, reasons[0], model)
+        for part in scale.pairs(plan.decisions)
+    )
+
+
+def _pair(
+    plan: Plan, recipes: tuple[Recipe, ...], part: Decisions, most: int, reason: str, model: str
+) -> Twin:
+    """The twin of two axes. reason: why there is none of all axes."""
+    axes = " ".join(axis for axis in scale.AXES if getattr(part, axis) > 1)
+    for recipe in recipes:
+        made, notes = _fitted(plan, recipe, part, most)
+        if made is not None:
+            return Twin(plan=made, recipe=recipe, notes=notes, axes=axes)
+    raise PlanError(
+        f"no twin of the model holds the plan's decisions: {reason}",
+        why=f"of axes {axes} alone: {notes[0]}" if notes[0] != reason else "", hints=_hints(model),
+    )  # fmt: skip
 
 
 def _hints(model: str) -> tuple[str, ...]:
@@ -81,19 +91,23 @@ def _hints(model: str) -> tuple[str, ...]:
 # --- the smaller model --------------------------------------------------------------------------
 
 
-def cut_model(
+def cut_models(
     plan: Plan, model: str, args: Mapping[str, str], changes: Mapping[str, str]
-) -> Recipe:
-    """How to build the twin: a configuration cut by itself, a file by its TWIN and `--twin`."""
+) -> tuple[Recipe, ...]:
+    """Ways to build the twin, the smallest first: a configuration cut by itself, a file by its
+    TWIN and `--twin`."""
     if not is_file(model):
         from ir.capture import hf_cut
 
         config, _, where = config_of(model)
         layers = max(scale.least_layers(plan.decisions), _kinds_of_layers(plan.graph), 2)
-        small = hf_cut.cut({**config, **_typed(config, args)}, layers, changes, where)
-        return Recipe(spec=model, config=json.dumps(small))
+        whole = {**config, **_typed(config, args)}
+        return tuple(
+            Recipe(spec=model, config=json.dumps(hf_cut.cut(whole, layers, changes, where, heads)))
+            for heads in (4, 8)
+        )
     given = declared(model)
-    if given is None and not changes:
+    if not given and not changes:
         raise UsageError(
             f"{model} does not say how it is cut to a size for this machine",
             hints=(
@@ -101,10 +115,11 @@ def cut_model(
                 'TWIN = {"n_layers": 4, "dim": 64} in the file says it for good',
             ),
         )
-    small = {**args, **(given or {}), **changes}
     require_arguments(model, {**args, **changes}, "--twin")
-    require_arguments(model, small, "TWIN:")
-    return Recipe(spec=model, args=tuple(small.items()))
+    found = [{**args, **sizes, **changes} for sizes in given or ({},)]
+    for small in found:
+        require_arguments(model, small, "TWIN:")
+    return tuple(Recipe(spec=model, args=tuple(small.items())) for small in found)
 
 
 def _typed(config: Mapping[str, object], args: Mapping[str, str]) -> dict[str, object]:
@@ -162,10 +177,11 @@ def _in_fp32(graph: Graph) -> Graph:
 
 
 def _fitted(
-    plan: Plan, graph: Graph, decisions: Decisions, most_ranks: int
+    plan: Plan, recipe: Recipe, decisions: Decisions, most_ranks: int
 ) -> tuple[Plan | None, tuple[str, ...]]:
     """The plan on the twin's graph and the smallest mesh that holds it, with notes; or the
     reason why there is none."""
+    graph = capture_twin(recipe, plan.workload.precision)
     chain = chain_of(graph)
     layers = len(chain.layers)
     if layers < scale.stage_count(decisions):
@@ -240,4 +256,3 @@ def _structure(unit: Unit) -> tuple[object, ...]:
         tuple((p.name, p.kind, len(p.tensor.shape)) for p in unit.parameters),
         unit.outputs,
     )
-

@@ -1,0 +1,388 @@
+"""Weights on local ranks: drawn, read, saved and taken over by other plans."""
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import runtime_cases_checkpoint as cases
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import planner
+from ir.errors import PlanError
+from planner import trace
+from planner.runtime.init import seed_of
+from planner.runtime.meta import meta
+from planner.runtime.tape import Replay, made
+from planner.runtime.weights import weights_of
+
+
+def inputs(batch, seq_len):
+    return {"input_ids": torch.zeros(batch, seq_len, dtype=torch.long)}
+
+
+@cache
+def planned(name, gpus, *fix):
+    model = (cases.MODELS | cases.variants())[name]()
+    return trace(
+        model, inputs, hardware=f"h100x{gpus}", seq_len=16, global_batch=12, precision="fp32",
+        engine="native", fix=("compile=off", "recompute=none", *fix),
+    )  # fmt: skip
+
+
+def assert_parts_of(found, whole):
+    """Every rank's parts are the whole's, and together they cover it."""
+    covered = {name: torch.zeros(x.shape, dtype=torch.bool) for name, x in whole.items()}
+    for rank in found:
+        for name, offsets, x in rank:
+            at = tuple(slice(o, o + n) for o, n in zip(offsets, x.shape))
+            assert torch.equal(x, whole[name][at]), (name, offsets)
+            covered[name][at] = True
+    assert all(x.all() for x in covered.values()), [n for n, x in covered.items() if not x.all()]
+
+
+# ---- recording
+
+
+class Filled(nn.Module):
+    """Weights that are filled in every way that is met."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 32)
+        self.embed = nn.Embedding(10, 16, padding_idx=2)
+        self.norm = nn.LayerNorm(16)
+        self.scaled = nn.Parameter(torch.randn(8, 8) * 0.02)
+        self.full = nn.Parameter(torch.full((3,), 2.5))
+        rotated = torch.empty(6, 6)
+        nn.init.orthogonal_(rotated)
+        self.rotated = nn.Parameter(rotated)
+        self.rows = nn.Linear(16, 16)
+        self.rows.weight.data.normal_(0, 0.5)
+        with torch.no_grad():
+            self.rows.weight[3] = 7.0
+        self.tied = nn.Linear(16, 10, bias=False)
+        self.tied.weight = self.embed.weight
+        self.copied = nn.Parameter(self.scaled.detach().clone() * 3)
+        self.replaced = nn.Linear(4, 4)
+        self.replaced.weight.data = torch.eye(4) * 2
+        self.large = nn.Parameter(torch.zeros(3000, 2000))
+        self.short = nn.Parameter(nn.init.trunc_normal_(torch.empty(64, 64), std=0.02))
+        self.late = nn.Parameter(torch.Tensor(4, 4))
+        nn.init.xavier_uniform_(self.late)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2)
+        self.register_buffer("table", torch.arange(5.0).cos(), persistent=False)
+        self.register_buffer("mask", torch.tril(torch.ones(2100, 2100)), persistent=False)
+        self.register_buffer("at", torch.zeros(3, device=self.linear.weight.device))
+        self.register_buffer("average", self.scaled.detach().clone())
+
+
+def hollow(factory):
+    with meta():
+        return factory()
+
+
+def test_what_fills_a_parameter_is_recorded():
+    model = hollow(Filled)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.tied.weight is model.embed.weight
+    found = cases.one_by_one(model, 0)
+    torch.manual_seed(seed_of(0, "linear.weight"))
+    weight = nn.init.kaiming_uniform_(torch.empty(32, 16), a=5**0.5)
+    assert torch.equal(found["linear.weight"], weight)  # the same code on the same numbers
+    torch.manual_seed(seed_of(0, "scaled#0"))
+    assert torch.equal(found["scaled"], torch.randn(8, 8) * 0.02)
+    assert torch.equal(found["copied"], found["scaled"] * 3)
+    assert torch.equal(found["average"], found["scaled"])
+    assert torch.equal(found["full"], torch.full((3,), 2.5))
+    assert torch.equal(found["replaced.weight"], torch.eye(4) * 2)
+    assert torch.equal(found["norm.weight"], torch.ones(16))
+    assert not found["embed.weight"][2].any() and found["embed.weight"][1].any()
+    assert (found["rows.weight"][3] == 7).all() and (found["rows.weight"][2] != 7).all()
+    torch.testing.assert_close(found["rotated"] @ found["rotated"].T, torch.eye(6))
+    assert found["short"].abs().max() <= 2 and 0.015 < found["short"].std() < 0.025
+    assert not any(x.isnan().any() for x in found.values())
+    assert torch.equal(model.table, torch.arange(5.0).cos()) and model.mask[1, :3].tolist() == [
+        1, 1, 0,
+    ]  # fmt: skip
+    other = cases.one_by_one(model, 1)
+    assert not torch.equal(found["linear.weight"], other["linear.weight"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "hf_llama"])
+def test_transformers_initialisation_is_recorded(name):
+    model = hollow(cases.MODELS[name])
+    torch.manual_seed(0)
+    real = dict(cases.MODELS[name]().named_parameters())
+    for key, x in cases.one_by_one(model, 0).items():
+        assert x.shape == real[key].shape and x.dtype == real[key].dtype
+        assert abs(x.mean() - real[key].mean()) < 0.01, key
+        assert abs(x.std() - real[key].std()) < 0.01, key
+
+
+def test_what_is_read_while_building_is_refused():
+    def factory():
+        layer = nn.Linear(4, 4)
+        return layer if layer.weight.sum().item() > 0 else nn.Linear(4, 2)
+
+    with pytest.raises(PlanError, match="item reads the values of a parameter"):
+        hollow(factory)
+
+
+def test_parameters_that_nothing_fills_are_known():
+    model = hollow(lambda: nn.ParameterDict({"w": nn.Parameter(torch.empty(3))}))
+    from planner.runtime.init import _is_filled
+
+    assert not _is_filled(made(model["w"]))
+    replay = Replay(seed_of=lambda _: 0, device=torch.device("cpu"))
+    assert replay.make(made(model["w"])).isnan().all()
+
+
+def test_a_hollow_model_is_pickled_and_copied():
+    import copy
+    import pickle
+
+    model = hollow(Filled)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert weights_of(model).aliases == {"tied.weight": "embed.weight"}
+
+
+# ---- the same weights under any plan
+
+
+def test_weights_are_the_same_on_any_mesh(world):
+    plans = [
+        ("llama", planned("llama", 4, "tp=1", "pp=1", "zero=3")),
+        ("llama", planned("llama", 4, "tp=2", "pp=1", "zero=3")),
+        ("llama", planned("llama", 4, "tp=2", "pp=2")),
+        ("gpt", planned("gpt", 4, "tp=2", "pp=1", "zero=3")),
+        ("gpt", planned("gpt", 4, "pp=2", "tp=1")),
+        ("moe", planned("moe", 4, "ep=2", "tp=1", "pp=1", "zero=3")),
+    ]
+    found = world.run(4, cases.drawn, plans, 5)
+    for i, (name, _) in enumerate(plans):
+        assert_parts_of([rank[i] for rank in found], cases.one_by_one(cases.hollow(name)[0], 5))
+    three = [("llama", planned("llama", 3, "tp=1", "pp=1", "zero=3"))]
+    found = world.run(3, cases.drawn, three, 5)  # 256 rows on three ranks
+    assert_parts_of([r[0] for r in found], cases.one_by_one(cases.hollow("llama")[0], 5))
+
+
+def test_real_weights_are_kept(world):
+    for name, fix in (("llama", ("tp=2", "pp=1", "zero=3")), ("gpt", ("pp=2", "tp=1"))):
+        assert world.run(4, cases.kept, name, planned(name, 4, *fix)) == [[]] * 4
+
+
+def test_an_optimizer_may_be_made_before_the_weights(world):
+    plan = planned("llama", 2, "tp=1", "pp=1", "zero=3")
+    expected, _ = world.run(2, cases.trained, "llama", plan, range(3), None, None)[0]
+    assert world.run(2, cases.optimizer_first, plan, "")[0] == expected
+    on_host = replace(plan, decisions=replace(plan.decisions, offload=(("params", "cpu"),)))
+    assert world.run(2, cases.optimizer_first, on_host, "")[0] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt"])
+def test_a_job_goes_on_under_other_plans(world, tmp_path, name):
+    """tp2 x fsdp2 -> fsdp4 -> pp2 x tp2 -> three processes -> one -> tp2 x fsdp2."""
+    one = planned(name, 1, "tp=1")
+    expected, _ = world.run(1, cases.trained, name, one, range(7), None, None)[0]
+    route = [
+        (4, ("tp=2", "pp=1", "zero=3"), range(0, 1)),
+        (4, ("tp=1", "pp=1", "zero=3"), range(1, 2)),
+        (4, ("pp=2", "tp=2"), range(2, 3)),
+        (3, ("tp=1", "pp=1", "zero=3"), range(3, 4)),
+        (1, ("tp=1",), range(4, 5)),
+        (4, ("tp=2", "pp=1", "zero=3"), range(5, 7)),
+    ]
+    folder, losses, start = str(tmp_path / "checkpoint"), [], None
+    for i, (ranks, fix, steps) in enumerate(route):
+        plan = planned(name, ranks, *fix)
+        found = world.run(ranks, cases.trained, name, plan, steps, start, folder, i % 2 == 1)
+        losses += found[0][0]
+        assert os.listdir(tmp_path) == ["checkpoint"]
+        start = folder
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, tmp_path / "plain.pt")
+    plain = torch.load(tmp_path / "plain.pt")
+    model, _ = cases.built(name)
+    model.load_state_dict(plain["model"], strict=name != "gpt")  # a tie is there once
+    assert_parts_of([pieces for _, pieces in found], dict(model.named_parameters()))
+
+
+def test_four_processes_become_three(world, tmp_path):
+    """What a job does that loses a node: plan for what is left, restore, go on."""
+    four, three = (planned("llama", n, "tp=1", "pp=1", "zero=3") for n in (4, 3))
+    folder = str(tmp_path / "checkpoint")
+    expected, _ = world.run(4, cases.trained, "llama", four, range(4), None, None)[0]
+    before, _ = world.run(4, cases.trained, "llama", four, range(2), None, folder)[0]
+    after, _ = world.run(3, cases.trained, "llama", three, range(2, 4), folder, None)[0]
+    assert before + after == pytest.approx(expected, rel=1e-6)
+
+
+def test_experts_go_on_under_other_plans(world, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    plans = [
+        (4, planned("moe", 4, "ep=2", "tp=1", "pp=1", "zero=3")),
+        (1, planned("moe", 1, "tp=1")),
+        (4, planned("moe", 4, "ep=4", "tp=2", "pp=1")),
+    ]
+    start, ends = None, []
+    for i, (ranks, plan) in enumerate(plans):
+        found = world.run(ranks, cases.trained, "moe", plan, range(i, i + 1), start, folder)
+        start = folder
+        ends.append([pieces for _, pieces in found])
+    whole = {name: x for name, _, x in ends[1][0]}
+    assert set(whole) == {n for rank in ends[2] for n, _, _ in rank}
+    taken = world.run(4, cases.drawn, [("moe", plans[0][1])], 0)  # parts of both lay alike
+    assert {(n, o) for n, o, _ in taken[0][0]} == {(n, o) for n, o, _ in ends[0][0]}
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(world, tmp_path):
+    folder = tmp_path / "checkpoint"
+    plan = planned("llama", 2, "tp=1", "pp=1", "zero=3")
+    for full, later, bad, foreign, state, changed in world.run(
+        2, cases.failing, "llama", plan, str(folder)
+    ):
+        for said in (full, later):
+            assert said[:2] == [
+                "PlanError", f"error: the checkpoint {folder} cannot be saved: No space left on"
+                " device",
+            ]  # fmt: skip
+            assert said[2].strip() == "rank 1" and "the earlier one is as it was" in said[-1]
+        assert bad[1] == "error: the state to save is not JSON" and "rank 1" in bad[2]
+        assert "none of the model's" in foreign[1]
+        assert state == {"step": 1} and changed == []
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_what_cannot_be_restored_is_said_on_every_rank(world, tmp_path):
+    empty = tmp_path / "other"
+    empty.mkdir()
+    (empty / "thesis.txt").write_text("years of work")
+    fix = ("tp=1", "pp=1", "zero=3")
+    plans = {name: planned(name, 2, *fix) for name in ("llama", "wide", "deep", "gelu")}
+    for found in world.run(2, cases.refused, plans, str(tmp_path / "c"), str(empty)):
+        first = {name: said and said[:2] for name, said in found.items()}
+        where = tmp_path / "c"
+        other = f"error: {where} is a checkpoint of another model: "
+        assert "38 parameters have no values, the first embed_tokens" in first["no values"][1]
+        assert "has no values to save" in first["nothing to save"][1]
+        assert first["no checkpoint"][1] == f"error: there is no checkpoint at {where}-none"
+        assert first["a folder"][1] == f"error: {empty} is no checkpoint of ours"
+        assert "holds other files" in first["replace"][1]
+        assert first["sgd"][1] == f"error: {where} holds the state of AdamW, not of SGD"
+        assert "of 1 optimizers, not of 2" in first["two"][1]
+        w1 = "layers.0.feed_forward.w1.weight"
+        assert first["wide"] == [
+            "GateError", f"{other}{w1} is [128, 64] in the checkpoint, [192, 64] in the model",
+        ]  # fmt: skip
+        assert first["deep"][0] == "GateError" and "layers.4." in first["deep"][1]
+        assert first["gelu"][0] == "GateError" and "silu" in first["gelu"][1]
+        assert found["all the same"] is None
+    assert (empty / "thesis.txt").exists()
+
+
+# ---- safetensors
+
+
+def stored(model, path, rename=lambda n: n, files=1):
+    """Write a model's weights as files, a shared one once."""
+    seen, found = set(), {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        if id(x) not in seen:
+            seen.add(id(x))
+            found[rename(name)] = x.detach().clone()
+    names = sorted(found)
+    if files == 1:
+        save_file(found, path)
+    for i in range(files if files > 1 else 0):
+        save_file({n: found[n] for n in names[i::files]}, path / f"part-{i}.safetensors")
+    return sum(x.numel() * x.element_size() for x in found.values())
+
+
+def test_each_rank_reads_its_own_parts(world, tmp_path):
+    model = cases.built("llama")[0]
+    folder = tmp_path / "several"
+    folder.mkdir()
+    size = stored(model, folder, files=3)
+    reference = {n: p.detach() for n, p in model.named_parameters()}
+    sharded = planned("llama", 4, "tp=2", "pp=1", "zero=3")
+    for read, wrong in world.run(4, cases.loaded, "llama", sharded, str(folder), reference):
+        assert wrong == [] and read < 0.27 * size
+    file = tmp_path / "one.safetensors"  # of a wrapper, whose names have a part more
+    stored(model, file, rename="module.{}".format)
+    staged = planned("llama", 4, "tp=2", "pp=2")
+    for read, wrong in world.run(4, cases.loaded, "llama", staged, str(file), reference):
+        assert wrong == [] and read < 0.6 * size
+
+
+def test_transformers_checkpoints_are_read(world, tmp_path):
+    mixtral = cases.hf_mixtral()
+    mixtral.save_pretrained(tmp_path / "mixtral", max_shard_size="30KB")  # experts one by one
+    assert (tmp_path / "mixtral" / "model.safetensors.index.json").exists()
+    size = sum(p.numel() * 4 for p in mixtral.parameters())
+    reference = {n: p.detach() for n, p in mixtral.named_parameters()}
+    plan = planned("mixtral", 2, "ep=2", "tp=1", "pp=1", "zero=3")
+    for read, wrong in world.run(
+        2, cases.loaded, "mixtral", plan, str(tmp_path / "mixtral"), reference
+    ):
+        assert wrong == [] and read < 0.52 * size
+    llama = cases.hf_llama()
+    llama.model.save_pretrained(tmp_path / "base")  # without "model." and without the tied head
+    reference = {n: p.detach() for n, p in llama.named_parameters()}
+    plan = planned("hf_llama", 2, "tp=2", "pp=1")
+    file = str(tmp_path / "base" / "model.safetensors")
+    for _, wrong in world.run(2, cases.loaded, "hf_llama", plan, file, reference):
+        assert wrong == []
+
+
+def test_a_tie_is_read_under_either_name(world, tmp_path):
+    model = cases.built("gpt")[0]
+    reference = {n: p.detach() for n, p in model.named_parameters()}
+    alias, owner = next(iter(planned("gpt", 2, "tp=2", "pp=1").graph.tied))
+    stored(model, tmp_path / "a.safetensors", rename=lambda n: alias if n == owner else n)
+    plan = planned("gpt", 2, "tp=2", "pp=1")
+    for _, wrong in world.run(
+        2, cases.loaded, "gpt", plan, str(tmp_path / "a.safetensors"), reference
+    ):
+        assert wrong == []
+
+
+def test_files_that_do_not_fit_are_refused_on_every_rank(world, tmp_path):
+    model = cases.built("llama")[0]
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    changed = {
+        "missing": {n: x for n, x in weights.items() if "w1" not in n},
+        "extra": {**weights, "layers.0.bias": torch.zeros(3)},
+        "shape": {**weights, "norm.weight": torch.zeros(65)},
+    }
+    paths = {}
+    for name, tensors in changed.items():
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        save_file(tensors, paths[name])
+    (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
+    paths |= {"none": str(tmp_path / "none"), "bad": str(tmp_path / "bad.safetensors")}
+    plan = planned("llama", 2, "tp=1", "pp=1", "zero=3")
+    for found in world.run(2, cases.misloaded, plan, paths):
+        said = {name: lines and lines[1] for name, lines in found.items()}
+        assert said["missing"].startswith(f"error: {paths['missing']} lacks 4 of the model's 39")
+        assert "layers.0.feed_forward.w1.weight" in said["missing"]
+        assert "holds 1 weights that the model does not have: layers.0.bias" in said["extra"]
+        assert "norm.weight is [65] in the file, [64] in the model" in said["shape"]
+        assert said["none"] == f"error: there are no weights at {paths['none']}"
+        assert said["bad"] == f"error: cannot read weights from {paths['bad']}"
+        assert found["extra allowed"] is None
+
+
+def test_meta_is_in_the_interface():
+    with planner.meta():
+        model = nn.Linear(3, 3)
+    assert model.weight.is_meta
