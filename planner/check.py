@@ -92,10 +92,16 @@ def require_fresh(checked: Checked, source: str) -> None:
 
 
 def require_model(plan: Plan, traced: Graph, model: str) -> None:
-    """Raise GateError where a model traced anew is not the one the plan was made for."""
+    """Raise GateError where a model traced anew is not the one the plan was made for.
+
+    Lines that moved in its file make no other model.
+    """
     from ir.text import format_graph, graph_hash
 
-    if graph_hash(format_graph(traced)) == plan.graph_hash:
+    text = format_graph(traced)
+    if graph_hash(text) == plan.graph_hash:
+        return
+    if _unplaced(text.splitlines()) == _unplaced(format_graph(plan.graph).splitlines()):
         return
     raise GateError(
         f"the plan is for another model than {model}",
@@ -142,7 +148,7 @@ def _first_unit(old: Graph, new: Graph) -> list[str]:
     from ir.text import format_unit
 
     def body(unit: Unit) -> list[str]:
-        return [line.partition(" @")[0] for line in format_unit(replace(unit, name="_"))]
+        return _unplaced(format_unit(replace(unit, name="_")))
 
     for (_, path, then), (_, place, now) in zip(old.calls(), new.calls()):
         if path != place:
@@ -151,6 +157,11 @@ def _first_unit(old: Graph, new: Graph) -> list[str]:
             lines = [x for x in body(now) if x not in body(then)]
             return [f"{path}" + (f": {lines[0].strip()}" if lines else "")]
     return []
+
+
+def _unplaced(lines: list[str]) -> list[str]:
+    """Lines of a graph's text without the places in the model's file."""
+    return [line.partition(" @")[0] for line in lines]
 
 
 def _short(digest: str) -> str:

@@ -43,12 +43,13 @@ def trace(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="model.py, model.py:factory, config.json or its folder"
+            metavar="MODEL", help="model.py, model.py:factory, config.json or its folder",
+            show_default=False,
         ),
-    ],
+    ] = "",
     hardware: Annotated[
         str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, or a .toml file")
-    ],
+    ] = "",
     fix: Annotated[
         list[str],
         typer.Option("--fix", metavar="K=V", help="pin a decision: tp=8, recompute=full:12"),
@@ -66,12 +67,19 @@ def trace(
         typer.Option(help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it)"),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adamw, sgd, adafactor, adamw8bit, muon")
-    ] = "adamw",
+        str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
+    ] = None,
     engine: Annotated[
+        str | None,
+        typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
+    ] = None,
+    base: Annotated[
         str,
-        typer.Option(help="native, native-compiled, torchtitan, megatron, deepspeed"),
-    ] = "native-compiled",
+        typer.Option(
+            metavar="PLAN", show_default=False,
+            help="plan again for other hardware: its workload, and its model where none is named",
+        ),
+    ] = "",
     expert_imbalance: Annotated[
         float,
         typer.Option(
@@ -118,6 +126,13 @@ def trace(
         raise UsageError(f"-o {output} is a folder", hints=(f"-o {output}/plan.json",))
     if not Path(output).parent.is_dir():
         raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
+    if not hardware:
+        raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
+    if not model and not base:
+        raise UsageError(
+            "plan trace needs a model",
+            hints=("plan trace model.py --hardware HW", "--base plan.json: that plan's"),
+        )
     load_hardware(hardware)
     options = TraceOptions(
         model=model,
@@ -133,6 +148,7 @@ def trace(
             optimizer=optimizer,
             expert_imbalance=expert_imbalance,
         ),
+        base=base,
         cache=cache,
         fold=fold,
         effort=effort,

@@ -18,6 +18,8 @@ class TraceOptions:
     """The arguments of `plan trace`.
 
     model: file, file:factory, config.json or its folder. args: factory arguments as written.
+    base: another plan, whose workload is taken where none is asked for, and whose graph where no
+    model is named.
     cache: use the traced graph if nothing it depends on changed. fold: trace one unit a class.
     """
 
@@ -26,6 +28,7 @@ class TraceOptions:
     args: tuple[tuple[str, str], ...] = ()
     pins: Pins = field(default_factory=Pins)
     asked: Asked = field(default_factory=Asked)
+    base: str = ""
     cache: bool = True
     fold: bool = True
     effort: int = 0  # how much is searched at most; 0 is the search's own default

@@ -21,10 +21,10 @@ from planner.decisions import Pins
 from planner.legality import check_pins
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
-from planner.plan import Plan, Solver, make_plan, write_whole
+from planner.plan import Plan, Solver, load, make_plan, write_whole
 from planner.runnable import check_runnable, refusals
 from planner.search import Outcome, Searcher, Tried
-from planner.workload import precision_of, resolve
+from planner.workload import inherit, precision_of, resolve
 
 
 def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
@@ -34,9 +34,21 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
     cannot be meant, InfeasibleError naming what binds where nothing fits.
     """
     clock = Clock()
+    echo: tuple[str, ...] = ()
     cluster = load_hardware(options.hardware)
-    graph = capture(options, cluster, clock, progress)
-    return plan_graph(graph, options, cluster, clock, progress)
+    base = load(options.base) if options.base else None
+    if base is not None:
+        asked, echo = inherit(options.asked, base.workload, options.base)
+        options = replace(options, asked=asked)
+    if base is None or options.model:
+        graph = capture(options, cluster, clock, progress)
+    else:
+        graph = base.graph
+        if options.asked.precision != base.workload.precision:
+            raise UsageError(f"{options.base} was traced in {base.workload.precision}",
+                             hints=("name the model to trace it anew",))  # fmt: skip
+    result = plan_graph(graph, options, cluster, clock, progress)
+    return replace(result, echo=(*echo, *result.echo))
 
 
 def plan_graph(
@@ -122,9 +134,9 @@ def capture(
 
     clock.mark("import_s")
     from ir.capture import capture_graph
-    from ir.capture.load import load
+    from ir.capture.load import load as load_model
 
-    graph = capture_graph(load(options.model, args), precision=precision, fold=options.fold)
+    graph = capture_graph(load_model(options.model, args), precision=precision, fold=options.fold)
     text = format_graph(graph)
     if options.cache:
         try:

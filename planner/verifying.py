@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from cost_models.units import format_count
 from ir.errors import GateError, PlanError
 from planner.check import require_model
 from planner.console import progress
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from planner.runtime.verify.twin import Twin
     from planner.runtime.world import RankFailure
 
+WIDTH = 80
 MOST_ROWS = 20  # of a table of differences; --json has all
 
 
@@ -149,12 +152,12 @@ def _ledger(plan: Plan, options: VerifyOptions) -> LedgerResult:
 
 def text(found: Verified) -> str:
     """The result at 80 columns: each twin, what was compared, what differs."""
-    lines = [f"{found.plan.graph.name} on {found.plan.hardware}: {_verdict(found)}"]
+    lines = [f"{found.plan.graph.name} on {found.plan.hardware}", _verdict(found)]
     for twin, compared in found.twins:
         lines += ["", *_twin_lines(found.plan, twin), *_compared_lines(compared)]
     if found.ledger is not None:
         lines += ["", *_ledger_lines(found.ledger)]
-    return "\n".join(line if len(line) <= 80 else line[:77] + "..." for line in lines)
+    return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
 
 
 def _verdict(found: Verified) -> str:
@@ -162,22 +165,23 @@ def _verdict(found: Verified) -> str:
     ranks = found.twins[0][0].plan.decisions.gpus
     ran = f"{many} twins" if many > 1 else f"a twin on {ranks} ranks"
     if not all(compared.holds for _, compared in found.twins):
-        return f"{ran} computed something else than the unsharded model"
+        return f"differs: {ran} computed something else than the unsharded model"
     if not found.holds:
-        return "the ledger is not what the ranks would do"
-    return f"{ran} computed what the unsharded model does"
+        return "differs: the ledger is not what the ranks would do"
+    return f"holds: {ran} computed what the unsharded model does"
 
 
 def _twin_lines(plan: Plan, twin: Twin) -> list[str]:
     small, w = twin.plan, twin.plan.workload
-    length = f" x {w.seq_len} tokens" if small.graph.seq_in_input else ""
+    length = f" x {w.seq_len} tokens" if small.graph.seq_in_input else " samples"
     return [
         _row("twin", f"{_mesh(small)}" + (f"   of axes {twin.axes}" if twin.axes else "")),
         _row("of", _mesh(plan)),
         _row("state", f"ZeRO-{small.decisions.zero} over {small.decisions.shard}, recompute"
              f" {_levels(small)}" + _offloaded(small)),
-        _row("model", f"{sum(small.decisions.stages)} layers, {small.graph.parameter_count:,}"
-             f" parameters, batch {w.global_batch}{length}, fp32, no dropout"),
+        _row("model", f"{sum(small.decisions.stages)} layers,"
+             f" {format_count(small.graph.parameter_count)} parameters,"
+             f" {w.global_batch}{length}, fp32, no dropout"),
         _row("steps", f"micro-batches {small.decisions.microbatches} x"
              f" {small.decisions.micro_batch}, {small.decisions.schedule}, stages of"
              f" {'/'.join(map(str, small.decisions.stages))} layers"),
@@ -204,11 +208,10 @@ def _mesh(plan: Plan) -> str:
 
 
 def _compared_lines(c: Compared) -> list[str]:
-    lines = [f"  {'compared':26}{'worst error':>12}{'allowed':>10}  where"]
+    lines = [_entry("compared", "worst error", "allowed", "tensor")]
     for row in checks(c):
-        lines.append(
-            f"  {row['what']:26}{row['error']:12.1e}{row['allowed']:10.0e}  {row['tensor']}"
-        )
+        error, allowed = f"{row['error']:.1e}", f"{row['allowed']:.0e}"
+        lines.append(_entry(row["what"], error, allowed, row["tensor"]))
     ops = sum(times for _, _, times in c.replicated)
     lines.append(_row("replicated", f"{ops} operations ran whole on every tp rank" if ops
                       else "no operation"))  # fmt: skip
@@ -218,9 +221,9 @@ def _compared_lines(c: Compared) -> list[str]:
         lines.append(_row("loose", edges))
         lines += [_row("", edge) for edge in c.loose_edges[:MOST_ROWS]]
     if c.differences:
-        lines.append(f"  {'difference':26}{'error':>12}{'allowed':>10}  tensor")
+        lines += ["", _entry("difference", "error", "allowed", "tensor")]
         for d in sorted(c.differences, key=lambda d: -d.error)[:MOST_ROWS]:
-            lines.append(f"  {d.what:26}{d.error:12.1e}{d.allowed:10.0e}  {d.name}")
+            lines.append(_entry(d.what, f"{d.error:.1e}", f"{d.allowed:.0e}", d.name))
         more = len(c.differences) - MOST_ROWS
         lines += [f"  and {more} more (--json has all)"] if more > 0 else []
     return lines
@@ -247,8 +250,17 @@ def _ledger_lines(ledger: LedgerResult) -> list[str]:
     bad = ledger.differences
     lines = [_row("ledger", f"{len(ledger.rows) - len(bad)} of {len(ledger.rows)} rows as planned,"
                   " at full size")]  # fmt: skip
-    lines += [_row("", str(row)) for row in bad[:MOST_ROWS]]
-    return lines
+    for row in sorted(bad, key=lambda row: bool(row.reason))[:MOST_ROWS]:
+        lines += [_row("", text) for text in wrap(str(row), WIDTH - 13, subsequent_indent="  ")]
+    more = len(bad) - MOST_ROWS
+    return lines + ([_row("", f"and {more} more (--json has all)")] if more > 0 else [])
+
+
+def _entry(what: str, error: str, allowed: str, tensor: str) -> str:
+    """A line of a table; of a long name, the end."""
+    left = WIDTH - 50
+    name = tensor if len(tensor) <= left else "..." + tensor[3 - left :]
+    return f"  {what:26}{error:>11}{allowed:>9}  {name}".rstrip()
 
 
 def _row(name: str, words: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 
 from cost_models.decisions import Workload
@@ -13,6 +13,7 @@ from ir.graph import Graph
 from planner.decisions import Pins
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
+ENGINE = "native-compiled"  # cli.md: the default
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "adamw8bit", "muon")
 LONGEST_DEFAULT_TOKENS = 8192  # cli.md: the model's maximum, at most this
 BATCH_TOKENS = 4 << 20  # cli.md: about 4M tokens a step
@@ -24,11 +25,11 @@ class Asked:
     """The workload flags as given; None is left to a default."""
 
     task: str = "train"
-    engine: str = "native-compiled"
+    engine: str | None = None
     seq_len: int | None = None
     global_batch: int | None = None
     precision: str | None = None
-    optimizer: str = "adamw"
+    optimizer: str | None = None
     expert_imbalance: float = 1.0
 
 
@@ -43,12 +44,13 @@ def resolve(
     if asked.task != "train":
         raise UsageError(f"--task {asked.task} is not planned by this version",
                          why="it plans --task train")  # fmt: skip
-    engine = load_engine(asked.engine)
-    _one_of("--optimizer", asked.optimizer, OPTIMIZERS)
+    engine = load_engine(asked.engine or ENGINE)
+    optimizer = asked.optimizer or OPTIMIZERS[0]
+    _one_of("--optimizer", optimizer, OPTIMIZERS)
     precision, precision_note = precision_of(asked, cluster)
     if precision not in engine.precisions:
         others = [e for e in engine_names() if precision in load_engine(e).precisions]
-        raise UsageError(f"--engine {asked.engine} does not compute in {precision}",
+        raise UsageError(f"--engine {engine.name} does not compute in {precision}",
                          why=f"it has {', '.join(engine.precisions)}",
                          hints=(f"--engine {' or '.join(others)}",))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
@@ -59,10 +61,18 @@ def resolve(
             why="it is the load of the busiest expert rank over the mean: 1 or more",
         )
     workload = Workload(
-        task=asked.task, engine=asked.engine, global_batch=batch, seq_len=seq_len,
-        precision=precision, optimizer=asked.optimizer, expert_imbalance=asked.expert_imbalance,
+        task=asked.task, engine=engine.name, global_batch=batch, seq_len=seq_len,
+        precision=precision, optimizer=optimizer, expert_imbalance=asked.expert_imbalance,
     )  # fmt: skip
     return workload, (*seq_notes, *batch_notes, *precision_note)
+
+
+def inherit(asked: Asked, base: Workload, source: str) -> tuple[Asked, tuple[str, ...]]:
+    """What was asked, the rest as in another plan's workload, and a line for each of those."""
+    keys = ("engine", "seq_len", "global_batch", "precision", "optimizer")
+    taken = {key: getattr(base, key) for key in keys if getattr(asked, key) is None}
+    lines = (f"--{key.replace('_', '-')} {value} (of {source})" for key, value in taken.items())
+    return replace(asked, **taken), tuple(lines)
 
 
 def _one_of(flag: str, value: str, words: tuple[str, ...]) -> None:

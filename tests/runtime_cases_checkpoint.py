@@ -112,6 +112,24 @@ def trained(
     return found, pieces(parallel)
 
 
+def resaved(rank: int, name: str, plan: Any, start: str | None, end: str) -> Any:
+    """Draw or restore, and save: the pieces. Moments are random, and come back as they were."""
+    parallel = parallelize(hollow(name)[0], plan)
+    optimizer = torch.optim.Adam(parallel.parameters())
+    if start is None:
+        parallel.init(0)
+    else:
+        parallel.restore(start, optimizer)
+        for p in parallel.parameters():
+            assert local_of(optimizer.state[p]["exp_avg"]).equal(2 * local_of(p.detach()))
+            assert optimizer.state[p]["step"] == 7
+    for p in parallel.parameters():
+        optimizer.state[p]["exp_avg"] = 2 * p.detach()
+        optimizer.state[p]["step"] = torch.tensor(7.0)
+    parallel.save(end, optimizer)
+    return pieces(parallel)
+
+
 def told(work: Any) -> list[str] | None:
     """What a PlanError says; None where there is none."""
     try:
@@ -154,7 +172,7 @@ def failing(rank: int, name: str, plan: Any, folder: str) -> list[Any]:
     found.append(told(lambda: parallel.save(folder, other)))
     found.append(parallel.restore(folder, optimizer))
     same = [(n, o) for (n, o, x), (_, _, y) in zip(saved, pieces(parallel)) if not x.equal(y)]
-    found.append(same)
+    found += [same, torch.initial_seed()]
     return found
 
 
@@ -206,8 +224,8 @@ def variants() -> dict[str, Any]:
     }
 
 
-def loaded(rank: int, name: str, plan: Any, path: str, reference: Any) -> tuple[int, list[Any]]:
-    """(bytes read, parts that differ from the reference)"""
+def loaded(rank: int, name: str, plan: Any, path: str, reference: Any) -> tuple[int, int, list]:
+    """(bytes read, bytes held, parts that differ from the reference)"""
     from planner.runtime import sources
 
     read = 0
@@ -258,7 +276,8 @@ def loaded(rank: int, name: str, plan: Any, path: str, reference: Any) -> tuple[
         (n, off) for n, off, x in pieces(parallel)
         if not x.equal(reference[n][tuple(slice(o, o + s) for o, s in zip(off, x.shape))].float())
     ]  # fmt: skip
-    return read, wrong
+    held = sum(x.numel() * x.element_size() for _, _, x in pieces(parallel))
+    return read, held, wrong
 
 
 def misloaded(rank: int, plan: Any, paths: dict[str, str]) -> dict[str, Any]:
@@ -293,6 +312,17 @@ def optimizer_first(rank: int, plan: Any, path: str) -> list[float]:
     optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-3)
     parallel.init(0)
     return losses(parallel, optimizer, loss, range(3))
+
+
+def exported(rank: int, name: str, plan: Any, folder: str) -> None:
+    """Draw weights and write them as safetensors, twice: the second replaces the first."""
+    with planner.meta():
+        model = MODELS[name]()
+    parallel = parallelize(model, plan)
+    parallel.init(1)
+    parallel.export_safetensors(folder)
+    parallel.init(0)
+    parallel.export_safetensors(folder)
 
 
 def hf_mixtral() -> nn.Module:

@@ -18,12 +18,15 @@ SEQ, BATCH = 16, 8
 
 @cache
 def base(name: str, *fixed: str):
-    """A plan of the model on four GPUs."""
+    """A plan of the model on four GPUs; one pipeline stage and cp rank where nothing is said."""
     model, loss = cases.built(name)
+    free = {"pp": "pp=1", "cp": "cp=1", "tp": "tp=1", "zero": "zero=0"}
+    for pin in fixed:
+        free.pop(pin.partition("=")[0], None)
     return trace(
         model, cases.inputs, loss=loss, hardware="h100x4", seq_len=SEQ, global_batch=BATCH,
         precision="fp32", engine="native",
-        fix=("pp=1", "cp=1", "zero=0", "recompute=none", "micro_batch=2", *(fixed or ("tp=1",))),
+        fix=("recompute=none", "micro_batch=2", *free.values(), *fixed),
     )  # fmt: skip
 
 
@@ -89,6 +92,16 @@ def test_under_tensor_parallelism_each_rank_routes_its_tokens(world, sp):
     )  # fmt: skip
 
 
+def test_with_context_parallelism_and_pipelines(world):
+    check(
+        world, 4,
+        ("moe", base("moe", "cp=2", "dp=2", "ep=4", "cp_kind=ulysses")),
+        ("moe", base("moe", "cp=2", "tp=2", "ep=2", "cp_kind=ring")),
+        ("moe", base("moe", "pp=2", "dp=2", "ep=2")),
+        ("moe", base("moe", "pp=2", "tp=2", "ep=2")),
+    )  # fmt: skip
+
+
 def test_transformers_models_from_a_configuration(world):
     check(
         world, 2,
@@ -109,7 +122,7 @@ def test_experts_that_are_modules_run_whole_and_are_never_split(world):
     (found,) = check(world, 2, ("list", planned("list", dp=2, zero=2)))
     assert [sum(load.counts) for load in found["loads"]] == [BATCH * SEQ] * 2
     with pytest.raises(UsageError, match="cannot be run of this model"):
-        base("list", "tp=1", "ep=2")
+        base("list", "ep=2")
 
 
 def test_a_router_that_is_not_finite_is_reported(world):

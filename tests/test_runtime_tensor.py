@@ -246,7 +246,7 @@ def test_huggingface_models_run_unmodified(world, tmp_path, sp):
     embed, head = vocabulary(sp)
     plan = hf_plan(tmp_path, "llama", (embed, llama_layer, Sharding(), head), sp)
     found = check(world.run(2, cases.run_huggingface, HF["llama"], plan))
-    assert found["collectives"].get("all_gather_into_tensor", 0) == (10 if sp else 0)
+    assert found["collectives"].get("all_gather_into_tensor", 0) == (10 if sp else 0), found
     fused = {f"attn.c_attn.{kind}": at for kind, at in (("weight", "S(1)"), ("bias", "S(0)"))}
     reads = ("S(0)", "R", "P", "S(0)") if sp else COPY
     gives = ("P", "S(0)", "S(0)", "R") if sp else SUM

@@ -25,7 +25,7 @@ from planner import cli
 from planner.console import run
 from planner.legality import VIRTUAL_STAGES, illegal, inconsistent
 from planner.runtime.verify import scale
-from planner.runtime.verify.compare import Compared, Number, RankFound, Tensors, together
+from planner.runtime.verify.compare import Compared, Number, Part, RankFound, Whole, together
 from planner.runtime.verify.sample import draw_batch, draw_constants, ties, without_dropout
 
 # --- the smaller mesh ---------------------------------------------------------------------------
@@ -197,32 +197,40 @@ def test_near_ties_are_counted():
 # --- what is compared ---------------------------------------------------------------------------
 
 
-def rank_found(**changes) -> RankFound:
+def part(name="a", offsets=(0,), sizes=(4,), gradient=0.0, parameter=0.0) -> Part:
+    return Part(name=name, offsets=offsets, sizes=sizes, gradient=gradient, parameter=parameter)
+
+
+def rank_found(*parts, **changes) -> RankFound:
     given = {
         "numbers": (Number(what="loss", ours=1.0, theirs=1.0),),
-        "tensors": (Tensors(name="a", gradient=0, parameter=0),),
-        "names": ("a",), "replicated": (), "loose_edges": (), "seed": 0, "seconds": 0.1,
+        "wholes": (Whole(name="a", elements=4, gradient=1.0, parameter=2.0),),
+        "parts": parts or (part(),), "replicated": (), "loose_edges": (), "seed": 0,
+        "seconds": 0.1,
     }  # fmt: skip
     return RankFound(**{**given, **changes})
 
 
-def test_the_worst_rank_counts_and_nan_is_a_difference():
-    nan = float("nan")
-    found = together([
-        rank_found(tensors=(Tensors(name="a", gradient=2e-5, parameter=0.0),)),
-        rank_found(tensors=(Tensors(name="a", gradient=0.0, parameter=nan),)),
-    ])  # fmt: skip
-    assert [(d.what, d.name) for d in found.differences] == [
-        ("gradient", "a"), ("after a step", "a"),
-    ]  # fmt: skip
-    assert not together([rank_found(numbers=(Number(what="loss", ours=nan, theirs=1.0),))]).holds
+def test_a_tensors_error_is_over_all_its_parts():
+    first, second = (part(offsets=(at,), sizes=(2,), gradient=9e-10) for at in (0, 2))
+    assert together([rank_found(first)] * 2).missing == ("a",), "copies cover nothing new"
+    found = together([rank_found(first), rank_found(first), rank_found(second)])
+    assert found.tensors[0].gradient == pytest.approx(18e-10**0.5)
+    assert [(d.what, d.name) for d in found.differences] == [("gradient", "a")]
     assert together([rank_found()]).holds
 
 
-def test_a_parameter_on_no_rank_is_a_difference():
-    found = together([rank_found(names=("a", "b"))])
-    assert [(d.what, d.name) for d in found.differences] == [("on no rank", "b")]
-    assert isinstance(found, Compared)
+def test_the_worst_copy_counts_and_nan_is_a_difference():
+    nan = float("nan")
+    found = together([rank_found(), rank_found(part(parameter=nan))])
+    assert [(d.what, d.name) for d in found.differences] == [("after a step", "a")]
+    assert not together([rank_found(numbers=(Number(what="loss", ours=nan, theirs=1.0),))]).holds
+
+
+def test_a_part_on_no_rank_is_a_difference():
+    found = together([rank_found(part(sizes=(3,)))])
+    assert isinstance(found, Compared) and not found.holds
+    assert [(d.what, d.name) for d in found.differences] == [("not on any rank", "a")]
 
 
 # --- the whole command --------------------------------------------------------------------------
@@ -288,7 +296,9 @@ def test_a_plan_that_holds(tmp_path, capsys):
     capsys.readouterr()
     assert verify(plan, model, "--no-ledger") == 0
     out = capsys.readouterr().out
-    assert out.startswith("model on h100x8: a twin on 2 ranks computed what the unsharded model")
+    assert out.startswith(
+        "model on h100x8\nholds: a twin on 2 ranks computed what the unsharded model does\n"
+    )
     assert "pp 1, dp 2, cp 1, tp 1 = 2 ranks" in out and "19 gradients" in out
     assert max(map(len, out.splitlines())) <= 80
     assert verify(plan, model, "--no-ledger", "--json", "--twin", "layers=2") == 0
@@ -314,6 +324,12 @@ def test_a_stale_plan_names_the_first_unit_that_differs(tmp_path, capsys):
         "nn.Linear(dim, 100)", "nn.Linear(dim, 100, bias=False)") + TWIN)  # fmt: skip
     assert verify(plan, model) == 4
     assert "the first unit that differs is head" in capsys.readouterr().err
+
+
+def test_lines_that_moved_make_no_other_model(tmp_path, capsys):
+    plan, model = planned(tmp_path, MODEL.format(wrong="") + TWIN)
+    Path(model).write_text("# a comment\n\n" + Path(model).read_text())
+    assert run(cli.app(), ["check", plan, "--model", model, "--no-cache"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ir.errors import GateError, PlanError
 from ir.graph import Graph
 from ir.text import format_graph, parse_graph
 from planner.plan import Plan
-from planner.runtime.checkpoint_files import abandon, begin, commit, opened, read_about, write_about
+from planner.runtime.checkpoint_files import (
+    ABOUT,
+    FORMAT,
+    SAVING,
+    abandon,
+    begin,
+    beside,
+    commit,
+    opened,
+    read_about,
+    write_about,
+)
 from planner.runtime.held import Held, SavePlanner, read
 from planner.runtime.init import seed_of
 from planner.runtime.meshes import Meshes
@@ -67,6 +79,13 @@ class Parts:
 
     def names(self) -> dict[Tensor, str]:
         return {x: name for name, x in self.tensors() if isinstance(x, nn.Parameter)}
+
+    def writes(self, tensor: Tensor) -> bool:
+        """Whether this rank saves a tensor of its: of buffers, which data ranks need not have
+        alike (running statistics), the first one's count."""
+        if isinstance(tensor, nn.Parameter):
+            return tensor not in self.duplicates
+        return isinstance(tensor, DTensor) or self.is_first
 
     @property
     def is_first(self) -> bool:
@@ -165,12 +184,12 @@ def _collect(
     empty = [name for name, x in tensors if x.is_meta]
     if empty:
         raise PlanError(f"{empty[0]} has no values to save", hints=("parallel.load or init first",))
-    found = {MODEL: {n: Held(x) for n, x in tensors if x not in parts.duplicates}}
+    found = {MODEL: {n: Held(x) for n, x in tensors if parts.writes(x)}}
     for i, optimizer in enumerate(optimizers):
         found[_kind(i)] = tensors_of(optimizer, names, parts.duplicates)
     settings = [settings_of(o, names) if parts.is_first else None for o in optimizers]
     about = {
-        "format": 1, "graph": parts.plan.graph_hash, "state": told, "optimizers": settings,
+        "format": FORMAT, "graph": parts.plan.graph_hash, "state": told, "optimizers": settings,
         "random": _random_seed(told),
     }  # fmt: skip
     return found, about
@@ -193,10 +212,10 @@ def _write(
     """Write beside, then put in place. Raises PlanError on every rank."""
     first = dist.get_rank() == 0
     what = f"the checkpoint {folder} cannot be saved"
-    fresh = folder.with_name(f".{folder.name}.saving")
+    fresh = beside(folder, SAVING)
     try:
-        together(what, lambda: begin(folder) if first else None, group)
-        _store(what, fresh, tensors, group)
+        together(what, lambda: begin(folder, ABOUT) if first else None, group)
+        store(what, fresh, tensors, group)
         together(
             what, lambda: write_about(fresh, about, format_graph(plan.graph)) if first else None,
             group,
@@ -210,10 +229,11 @@ def _write(
         raise
 
 
-def _store(
+def store(
     what: str, folder: Path, tensors: Mapping[str, Mapping[str, Held]],
     group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
+    """Write the tensors of all ranks to a new folder. Raises PlanError on every rank."""
     try:
         save(
             {kind: dict(named) for kind, named in tensors.items()},

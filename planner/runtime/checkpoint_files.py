@@ -14,24 +14,26 @@ from ir.errors import PlanError
 ABOUT = "meshwright.json"  # what the checkpoint is of; its presence says that the folder is one
 GRAPH = "model.graph"
 FORMAT = 1
+SAVING, EARLIER = "saving", "earlier"
 
 
 def beside(folder: Path, word: str) -> Path:
     return folder.with_name(f".{folder.name}.{word}")
 
 
-def begin(folder: Path) -> Path:
-    """An empty folder to write to. Raises PlanError where `folder` is anything but a checkpoint."""
+def begin(folder: Path, mark: str) -> Path:
+    """An empty folder to write to. Raises PlanError where there is anything but what it will
+    replace: a folder in which there is a file `mark`."""
     settle(folder)
     if folder.exists() and not folder.is_dir():
-        raise PlanError(f"{folder} is a file", hints=("a checkpoint is a folder",))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ABOUT).exists():
+        raise PlanError(f"{folder} is a file", hints=("name a folder",))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
         raise PlanError(
-            f"{folder} holds other files and is no checkpoint of ours",
-            why="a new checkpoint replaces the whole folder", hints=("name another folder",),
+            f"{folder} holds other files, and no {mark}",
+            why="the whole folder would be replaced", hints=("name another folder",),
         )  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = beside(folder, "saving")
+    fresh = beside(folder, SAVING)
     shutil.rmtree(fresh, ignore_errors=True)  # of a job that was killed
     fresh.mkdir()
     return fresh
@@ -49,7 +51,7 @@ def write_about(folder: Path, about: Mapping[str, Any], graph: str) -> None:
 def commit(fresh: Path, folder: Path) -> None:
     """Put the new checkpoint in the place of the old one."""
     _sync(fresh)
-    earlier = beside(folder, "earlier")
+    earlier = beside(folder, EARLIER)
     shutil.rmtree(earlier, ignore_errors=True)
     if folder.exists():
         folder.rename(earlier)
@@ -68,14 +70,14 @@ def abandon(fresh: Path) -> None:
 
 def settle(folder: Path) -> None:
     """Undo half a replacement: its writer ended between the two renames."""
-    earlier = beside(folder, "earlier")
+    earlier = beside(folder, EARLIER)
     if earlier.is_dir() and not folder.exists():
         earlier.rename(folder)
 
 
 def opened(folder: Path) -> Path:
     """The folder to read: the earlier checkpoint where a replacement was left half done."""
-    earlier = beside(folder, "earlier")
+    earlier = beside(folder, EARLIER)
     return earlier if not folder.exists() and earlier.is_dir() else folder
 
 

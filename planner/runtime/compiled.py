@@ -25,7 +25,12 @@ from planner.runtime.site import Site
 
 Forward = Callable[..., Any]
 Backend = str | Callable[..., Any]
-GRAPHS_A_CLASS = 64  # torch stops at 8, counting layers that guards tell apart
+SETTINGS = {
+    "recompile_limit": 64,  # torch stops at 8, counting all classes and sizes that share a wrapper
+    # a mode that a unit's forward enters, under a checkpoint, is a side effect to the compiler;
+    # what a unit notes in the report is another, and need not be noted again in backward
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+}
 
 
 def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend: Backend) -> None:
@@ -44,7 +49,8 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
     except InvalidBackend as fault:
         known = ", ".join(torch._dynamo.list_backends())
         raise PlanError(f"unknown compile_backend {backend!r}", why=f"known: {known}") from fault
-    refused, ran = context.report.uncompiled, set[str]()
+    report, ran = context.report, set[str]()
+    refused = report.uncompiled
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -52,8 +58,9 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
         if site.unit.name in refused or is_in_torch_dispatch_mode():
             return forward(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, arrived, (args, kwargs))
+        outer, report.running = report.running, True
         try:
-            with torch._dynamo.config.patch(recompile_limit=GRAPHS_A_CLASS):
+            with torch._dynamo.config.patch(SETTINGS):
                 result = fast(*args, **kwargs)
             ran.add(site.unit.name)
             return result
@@ -70,6 +77,8 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
                 stacklevel=2,
             )
             return result
+        finally:
+            report.running = outer
 
     return run
 

@@ -121,8 +121,8 @@ def _experts(site: Site) -> list[nn.Parameter]:
 
 
 def _average_over_data(group: Any, meshes: Meshes) -> None:
-    """Divide the gradients of experts by the data ranks: an expert has tokens of ep * etp / tp of
-    them, so their sum over edp ranks is over all. Gloo scales no sums, so there it is done after."""
+    """Divide the gradients of experts by the data ranks: one rank's expert has tokens of ep * etp
+    ranks, so the sum over edp ranks is over all. Gloo scales no sums: there it is done after."""
     ranks = meshes.decisions.dp * meshes.decisions.cp
     group.gradient_divide_factor = float(ranks)
     shard = group.mesh_info.shard_mesh_size

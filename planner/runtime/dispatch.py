@@ -49,14 +49,14 @@ class Dispatched(Tensor):
         cls: type[Dispatched], rows: Tensor, exchange: Exchange, count: int, lies: str
     ) -> Dispatched:
         ways = len(exchange.blocks) if lies == "split" else 1
-        made: Dispatched = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Dispatched = Tensor._make_wrapper_subclass(
             cls, (count, rows.shape[1] * ways), dtype=rows.dtype, device=rows.device,
             requires_grad=rows.requires_grad,
         )  # fmt: skip
         made._rows, made._exchange, made._lies, made._home = rows, exchange, lies, None
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"Dispatched({tuple(self.shape)}, {tuple(self._rows.shape)} here)"
 
@@ -84,7 +84,9 @@ class Dispatched(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise PlanError(f"{func} was given rows that are with their experts, past torch functions")
 
 
@@ -109,7 +111,7 @@ class PerExpert(Tensor):
     @staticmethod
     def __new__(cls: type[PerExpert], table: DTensor, experts: Tensor) -> PerExpert:
         """table: [experts, f], over ep; experts: [n], the expert of each row."""
-        made: PerExpert = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PerExpert = Tensor._make_wrapper_subclass(
             cls, (experts.shape[0], table.shape[1]), dtype=table.dtype, device=table.device
         )
         made._table, made._experts = table.to_local(), experts
@@ -128,7 +130,9 @@ class PerExpert(Tensor):
         raise PlanError(f"{name} reads a bias of experts away from their rows")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise PlanError(f"{func} reads a bias of experts away from their rows")
 
 

@@ -81,7 +81,7 @@ def plan_exchange(ends: Tensor, count: int, ep: DeviceMesh, etp: DeviceMesh) -> 
         arriving = fc.all_to_all_single(counts, None, None, ep.get_group()).view(-1, local)
     arriving = fc.wait_tensor(arriving)[None]
     if etp.size() > 1:
-        arriving = fc.wait_tensor(fc.all_gather_tensor(arriving, 0, etp.get_group()))
+        arriving = fc.wait_tensor(fc.all_gather_single(arriving, 0, etp.get_group()))
     if isinstance(counts, FakeTensor):
         each = count // ends.shape[0]
         sent = [[each] * local] * ep.size()
@@ -148,7 +148,7 @@ def _gather(rows: Tensor, blocks: tuple[int, ...], group: dist.ProcessGroup) -> 
     longest = max(1, *blocks)
     padded = rows.new_zeros(longest, rows.shape[1])
     padded[: rows.shape[0]] = rows
-    whole = fc.wait_tensor(fc.all_gather_tensor(padded, 0, group))
+    whole = fc.wait_tensor(fc.all_gather_single(padded, 0, group))
     return torch.cat([part[:n] for part, n in zip(whole.split(longest), blocks)])
 
 
@@ -157,7 +157,7 @@ def _sum(rows: Tensor, blocks: tuple[int, ...], group: dist.ProcessGroup) -> Ten
     padded = rows.new_zeros(len(blocks), max(1, *blocks), rows.shape[1])
     for place, part in zip(padded, rows.split(blocks)):
         place[: part.shape[0]] = part
-    own = fc.reduce_scatter_tensor(padded.flatten(0, 1), "sum", 0, group)
+    own = fc.reduce_scatter_single(padded.flatten(0, 1), "sum", 0, group)
     return fc.wait_tensor(own)[: blocks[dist.get_rank(group)]]
 
 

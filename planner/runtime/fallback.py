@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from planner.runtime import random
 from planner.runtime.attention_rule import attend
 from planner.runtime.context import Context
+from planner.runtime.embedding import embed
 from planner.runtime.fused import is_fused, run_fused
 from planner.runtime.loss import cross_entropy
 from planner.runtime.reshard import gradient_as, reshard
@@ -76,10 +77,14 @@ class Whole(TorchFunctionMode):
             return self._random(func, name, args, kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(func, mesh, *args, **kwargs)
+        if func is F.embedding:
+            return embed(*args, **kwargs)
         if name in WHOLE:
             return self._whole(func, name, mesh, args, kwargs)
         here = _Here(mesh)
         args, kwargs = _tree(here, args), _tree(here, kwargs)
+        if name in ("cat", "concat", "concatenate") and args:
+            args = (_not_empty(args[0]), *args[1:])
         if any(map(is_fused, args)) or any(map(is_fused, kwargs.values())):
             out = run_fused(func, name, args, kwargs)
             if out is not NotImplemented:
@@ -87,7 +92,7 @@ class Whole(TorchFunctionMode):
             return self._whole(func, name, mesh, args, kwargs)
         try:
             out = func(*args, **kwargs)
-        except (NotImplementedError, RuntimeError, ValueError, AssertionError) as fault:
+        except (NotImplementedError, RuntimeError, ValueError, IndexError, AssertionError) as fault:
             return self._whole(func, name, mesh, args, kwargs, fault)
         if name in VIEWS and isinstance(out, DTensor) and out.requires_grad:
             _pin(out)
@@ -209,6 +214,12 @@ class _Here:
             x = x.to_local()
         at: list[Placement] = [Replicate()] * self.mesh.ndim
         return DTensor.from_local(x, self.mesh, at, run_check=False)
+
+
+def _not_empty(parts: Any) -> Any:
+    """Without the tensors of shape [0] that torch.cat leaves out (a cache that is still empty)."""
+    kept = [x for x in parts if x.dim() != 1 or len(x)]
+    return kept or parts
 
 
 def _read(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from planner.runtime.checkpoint import Checkpoints, Parts, Saving
 from planner.runtime.clip import clip_grad_norm_
 from planner.runtime.context import Context, Report
 from planner.runtime.data import before_microbatch, params_on_host
+from planner.runtime.export_weights import export
 from planner.runtime.health import ExpertLoad, OnLoad
 from planner.runtime.init import init
 from planner.runtime.load import load
@@ -108,6 +109,11 @@ class Parallel:
         go on from a seed in the checkpoint, others on each data rank. All ranks call it.
         """
         return self._checkpoints.restore(folder, _several(optimizer), strict)
+
+    def export_safetensors(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the weights as safetensors files under the model's own names, each rank a share of
+        whole tensors; all ranks call it. dtype: of floating-point weights, by default as held."""
+        export(self._checkpoints.parts, folder, dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's weights by their names in the model, as torch.distributed.checkpoint takes

@@ -102,12 +102,15 @@ def contract(site: Site, edges: Edges, context: Context, mesh: DeviceMesh) -> Fo
         args, kwargs = _each_tensor(
             given, (args, kwargs), lambda x, at: _enter(x, at, edges, context, mesh)
         )
-        outer, report.running = report.running, True
+        outer = report.running
+        if not outer:  # where it is so already nothing changes, which a compiler cannot repeat
+            report.running = True
         try:
             with Whole(context, where):
                 result = forward(*args, **kwargs)
         finally:
-            report.running = outer
+            if not outer:
+                report.running = False
         return _each_tensor(edges.results, result, lambda x, at: _leave(x, at, context))
 
     return inside

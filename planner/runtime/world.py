@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,7 @@ from typing import Any, cast
 from ir.errors import PlanError
 
 TIMEOUT_S = 120.0  # of one call, and of a collective in it
+GRACE_S = 3.0  # for idle workers to end, so that what they hold of the system is given back
 PRELOAD = (
     "torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp",
     "torch.distributed.pipelining", "torch.distributed.checkpoint", "planner.runtime.world",
@@ -93,10 +95,14 @@ class World:
             raise next((f for f in failures if "Connection" not in f.traceback), failures[0])
         return [results[r] for r in range(ranks)]
 
-    def close(self) -> None:
-        """Stop the workers; the next `run` starts others."""
-        for worker, pipe in self._workers:
+    def close(self, grace_s: float = 0.0) -> None:
+        """Stop the workers, which may end by themselves within grace_s; the next `run` starts
+        others."""
+        for _, pipe in self._workers:
             pipe.close()
+        end = time.monotonic() + grace_s
+        for worker, _ in self._workers:
+            worker.join(max(0.0, end - time.monotonic()))
             worker.kill()
         for worker, _ in self._workers:
             worker.join()
@@ -109,8 +115,10 @@ def local_world(preload: Sequence[str] = ()) -> Iterator[World]:
     world = World(preload)
     try:
         yield world
-    finally:
+    except BaseException:
         world.close()
+        raise
+    world.close(grace_s=GRACE_S)
 
 
 def _serve(pipe: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 LOSS, TENSOR = 2e-6, 1e-5  # most relative error: of a loss in fp32, and of a tensor's norm
 FLOOR = 1e-3  # of the root mean square of all gradients: a smaller one is compared with that
@@ -32,12 +33,33 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A parameter that learns, of the unsharded model: the norms that errors are relative to."""
+
+    name: str
+    elements: int
+    gradient: float
+    parameter: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A box of a parameter that a rank holds, and the squared errors in it."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    gradient: float
+    parameter: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankFound:
-    """What one rank saw. names: every parameter that learns; replicated: unit, operation, times."""
+    """What one rank saw. replicated: unit, operation, times."""
 
     numbers: tuple[Number, ...]
-    tensors: tuple[Tensors, ...]
-    names: tuple[str, ...]
+    wholes: tuple[Whole, ...]
+    parts: tuple[Part, ...]
     replicated: tuple[tuple[str, str, int], ...]
     loose_edges: tuple[str, ...]
     seed: int
@@ -56,7 +78,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """All ranks together. tensors: the worst over ranks, by name; missing: on no rank."""
+    """All ranks together. missing: parameters of which some part is on no rank."""
 
     numbers: tuple[Number, ...]
     tensors: tuple[Tensors, ...]
@@ -76,7 +98,7 @@ class Compared:
                 found.append(Difference(what=what, name=t.name, error=error, allowed=TENSOR))
         bad = [d for d in found if not d.error <= d.allowed]  # NaN is not within
         bad += [
-            Difference(what="on no rank", name=name, error=1.0, allowed=0.0)
+            Difference(what="not on any rank", name=name, error=1.0, allowed=0.0)
             for name in self.missing
         ]
         object.__setattr__(self, "differences", tuple(bad))
@@ -95,16 +117,24 @@ def _ordered(error: float) -> float:
 
 
 def together(ranks: list[RankFound]) -> Compared:
-    """What the ranks saw, the worst of each tensor, in the model's order."""
-    table: dict[str, Tensors] = {}
-    for rank in ranks:
-        for t in rank.tensors:
-            old = table.get(t.name, t)
-            table[t.name] = Tensors(
-                name=t.name, gradient=max(old.gradient, t.gradient, key=_ordered),
-                parameter=max(old.parameter, t.parameter, key=_ordered),
-            )  # fmt: skip
+    """What the ranks saw: a tensor's error over all its parts, each at the worst of its copies."""
+    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[Part]]] = {}
+    for part in (p for rank in ranks for p in rank.parts):
+        copies = boxes.setdefault(part.name, {}).setdefault((part.offsets, part.sizes), [])
+        copies.append(part)
     first = ranks[0]
+    tensors, missing = [], []
+    for whole in first.wholes:
+        held = boxes.get(whole.name, {})
+        if sum(prod(sizes) for _, sizes in held) < whole.elements:
+            missing.append(whole.name)
+            continue
+        worst = [[max((getattr(p, key) for p in copies), key=_ordered) for copies in held.values()]
+                 for key in ("gradient", "parameter")]  # fmt: skip
+        tensors.append(
+            Tensors(name=whole.name, gradient=sum(worst[0]) ** 0.5 / whole.gradient,
+                    parameter=sum(worst[1]) ** 0.5 / whole.parameter)
+        )  # fmt: skip
     counts: dict[tuple[str, str], int] = {}
     for rank in ranks:
         for unit, op, times in rank.replicated:
@@ -113,8 +143,8 @@ def together(ranks: list[RankFound]) -> Compared:
         numbers=tuple(
             max(same, key=lambda n: _ordered(n.error)) for same in zip(*(r.numbers for r in ranks))
         ),
-        tensors=tuple(table[name] for name in first.names if name in table),
-        missing=tuple(name for name in first.names if name not in table),
+        tensors=tuple(tensors),
+        missing=tuple(missing),
         replicated=tuple((unit, op, times) for (unit, op), times in counts.items()),
         loose_edges=tuple(dict.fromkeys(e for rank in ranks for e in rank.loose_edges)),
         seed=first.seed,

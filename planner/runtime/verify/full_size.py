@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -58,8 +58,8 @@ def look_at(
     """Run a step as the first rank of a pipeline rank; the model is not changed.
 
     Of many micro-batches a few are run, since all but the first and the last are alike: where
-    there is no pipeline three, the one between counting for all of them; else two and then three,
-    what the third adds counting for every other one.
+    there is no pipeline three, the one between counting for all of them; else as few as the
+    schedule takes and then one more, what that adds counting for every other one.
     Raises PlanError in a process that has a process group already.
     """
     if dist.is_initialized():
@@ -70,7 +70,7 @@ def look_at(
         )
     d = plan.decisions
     runs: tuple[tuple[int, int], ...] = ((d.microbatches, 1),)  # (micro-batches, times it counts)
-    few = 2 * d.pp if d.schedule == "dualpipev" else 2
+    few = {"zbh1": d.pp, "dualpipev": 2 * d.pp}.get(d.schedule, 2)
     if d.pp > 1 and d.microbatches > 2 * few + 1:
         more = d.microbatches - few
         runs = ((few, 1 - more), (few + 1, more))
@@ -110,11 +110,13 @@ def _fake_group(world: int, rank: int) -> Iterator[None]:
 
 
 def _shortened(plan: Plan, microbatches: int) -> Plan:
-    """The plan with so many micro-batches, eager: compilation changes neither bytes nor sends."""
+    """The plan with so many micro-batches, eager: compilation changes neither bytes nor sends;
+    and 1f1b, which takes no fewer than pp, has gpipe's in another order."""
     d = plan.decisions
+    schedule = "gpipe" if d.schedule == "1f1b" and microbatches < d.pp else d.schedule
     return replace(
         plan,
-        decisions=replace(d, microbatches=microbatches, compile=False),
+        decisions=replace(d, microbatches=microbatches, schedule=schedule, compile=False),
         workload=replace(plan.workload, global_batch=d.micro_batch * microbatches * d.dp),
     )
 
@@ -165,7 +167,7 @@ def _run(
     for phase, found in recorder.counts.items():
         times = between if phase == 2 and d.pp == 1 and d.microbatches == 3 else 1
         for sent, count in found.items():
-            group = _resolve_process_group(GroupName(sent.group))
+            group = dist.distributed_c10d._resolve_process_group(GroupName(sent.group))
             if group.size() > 1:
                 axes = groups.get(sent.group) or (_axis_by_ranks(group, parallel.meshes),)
                 seen.sent[axes, sent.kind, sent.size_bytes] += times * count

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from cost_models.decisions import Decisions
@@ -21,13 +21,15 @@ from ir.errors import PlanError
 from planner.plan import Plan
 from planner.runtime.parallel import Parallel
 from planner.runtime.parallelize import parallelize
+from planner.runtime.parts import boxes_of, local_of
 from planner.runtime.verify.compare import (
     FLOOR,
     TENSOR,
     Compared,
     Number,
+    Part,
     RankFound,
-    Tensors,
+    Whole,
     together,
 )
 from planner.runtime.verify.sample import call, draw_batch, draw_constants, ties, without_dropout
@@ -37,6 +39,7 @@ from planner.runtime.world import World
 BACKEND = "aot_eager"  # of compiled plans: what is compiled is checked, not the code it makes
 MOST_SEEDS = 50
 UNCLIPPED = 1e9  # a norm that no gradient of a twin has
+TINY = 1e-30  # so that nothing is divided by zero
 # Adam's own eps of 1e-8 makes the first step the gradients' sign, and 1e-8 of noise a difference
 ADAM: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3}
 LossFn = Callable[[Any, Any], Tensor]
@@ -55,11 +58,11 @@ class Case:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
     """Two steps with an update between: the first's loss and gradients, their norm, the parameters
-    then, the second's loss."""
+    then, the second's loss. Tensors as this rank holds them."""
 
     losses: tuple[float, float]
     norm: float
-    gradients: dict[str, Tensor | None]
+    gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
 
 
@@ -86,15 +89,14 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe) -> RankFound:
             Number(what="gradients' norm", ours=ours.norm, theirs=theirs.norm, allowed=TENSOR),
             Number(what="loss of the next step", ours=ours.losses[1], theirs=theirs.losses[1]),
         ),
-        tensors=_errors(ours, theirs, _owners(case.model)),
-        names=tuple(name for name, g in theirs.gradients.items() if g is not None),
+        wholes=_wholes(theirs), parts=tuple(_parts(ours, theirs, _owners(case.model))),
         replicated=tuple((unit, op, n) for (unit, op), n in sorted(report.replicated.items())),
         loose_edges=tuple(report.loose_edges), seed=seed, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
 def run_sharded(parallel: Parallel, case: Case) -> Ran:
-    """The steps under the plan; tensors as one process would have them, by this rank's names."""
+    """The steps under the plan; tensors by this rank's names."""
 
     def learning() -> dict[str, nn.Parameter]:
         return {name: p for name, p in parallel.named_parameters() if p.requires_grad}
@@ -102,21 +104,20 @@ def run_sharded(parallel: Parallel, case: Case) -> Ran:
     first = float(parallel.step(case.batch, case.targets, case.loss_fn))
     gradients = {name: _gradient(p) for name, p in learning().items()}
     norm = float(parallel.clip_grad_norm_(UNCLIPPED))
-    optimizer = parallel.optimizer(torch.optim.AdamW, **ADAM)
-    optimizer.step()
-    optimizer.zero_grad()
-    parameters = {name: _whole(p) for name, p in learning().items()}
+    with tempfile.TemporaryDirectory() as folder:  # for state that the plan holds on a disk
+        optimizer = parallel.optimizer(torch.optim.AdamW, folder=folder, **ADAM)
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: p.detach().clone() for name, p in learning().items()}
     second = float(parallel.step(case.batch, case.targets, case.loss_fn))
-    return Ran(
-        losses=(first, second), norm=norm, gradients=gradients, parameters=parameters
-    )  # fmt: skip
+    return Ran(losses=(first, second), norm=norm, gradients=gradients, parameters=parameters)
 
 
 def run_whole(case: Case, d: Decisions) -> Ran:
-    """The same steps of the model as it is."""
+    """The same steps of the model as it is; gradients of what the loss depends on alone."""
     learning = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
     first = step_whole(case, d)
-    gradients = {name: _gradient(p) for name, p in learning.items()}
+    gradients = {name: _gradient(p) for name, p in learning.items() if p.grad is not None}
     norm = float(nn.utils.clip_grad_norm_(learning.values(), UNCLIPPED))
     optimizer = torch.optim.AdamW(learning.values(), **ADAM)
     optimizer.step()
@@ -126,19 +127,38 @@ def run_whole(case: Case, d: Decisions) -> Ran:
     return Ran(losses=(first, second), norm=norm, gradients=gradients, parameters=parameters)
 
 
-def _errors(ours: Ran, theirs: Ran, owner: dict[str, str]) -> tuple[Tensors, ...]:
-    """The errors of what this rank holds, by the first name of each tensor."""
-    known = [g for g in theirs.gradients.values() if g is not None]
-    floor = FLOOR * _root_mean_square(known)
+def _gradient(p: nn.Parameter) -> Tensor:
+    """A parameter's gradient, zeros where there is none."""
+    return torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+
+
+def _wholes(theirs: Ran) -> tuple[Whole, ...]:
+    """What errors are relative to; a gradient's norm is no less than the floor."""
+    count = sum(g.numel() for g in theirs.gradients.values())
+    floor = FLOOR * (sum(_square(g) for g in theirs.gradients.values()) / max(1, count)) ** 0.5
     return tuple(
-        Tensors(
-            name=(name := owner[alias]),
-            gradient=_error(gradient, theirs.gradients[name], theirs.parameters[name], floor),
-            parameter=_error(ours.parameters[alias], theirs.parameters[name],
-                             theirs.parameters[name], 0.0),
+        Whole(
+            name=name, elements=g.numel(),
+            gradient=max(_square(g) ** 0.5, floor * g.numel() ** 0.5, TINY),
+            parameter=max(_square(theirs.parameters[name]) ** 0.5, TINY),
         )
-        for alias, gradient in ours.gradients.items()
+        for name, g in theirs.gradients.items()
     )  # fmt: skip
+
+
+def _parts(ours: Ran, theirs: Ran, owner: dict[str, str]) -> Iterator[Part]:
+    """The errors in each box that this rank holds, by the first name of its tensor."""
+    for alias, parameter in ours.parameters.items():
+        name, gradient = owner[alias], ours.gradients[alias]
+        whole = theirs.parameters[name]
+        slope = theirs.gradients.get(name, torch.zeros_like(whole))
+        held, moved = local_of(gradient).cpu(), local_of(parameter).cpu()
+        for box in boxes_of(parameter):
+            yield Part(
+                name=name, offsets=box.offsets, sizes=box.sizes,
+                gradient=_square(box.of_local(held) - box.of_whole(slope)),
+                parameter=_square(box.of_local(moved) - box.of_whole(whole)),
+            )  # fmt: skip
 
 
 def unsharded(plan: Plan, recipe: Recipe) -> tuple[Case, int]:
@@ -204,16 +224,6 @@ def _copy(model: nn.Module, source: nn.Module) -> None:
             b.copy_(c)
 
 
-def _whole(x: Tensor) -> Tensor:
-    """A tensor as one process would have it; collective where it is sharded."""
-    whole = x.full_tensor() if isinstance(x, DTensor) else x
-    return whole.detach().cpu().clone()
-
-
-def _gradient(p: Tensor) -> Tensor | None:
-    return None if p.grad is None else _whole(p.grad)
-
-
 def _owners(model: nn.Module) -> dict[str, str]:
     """The first name of each parameter's tensor, by every name."""
     first: dict[int, str] = {}
@@ -223,17 +233,5 @@ def _owners(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _root_mean_square(tensors: list[Tensor]) -> float:
-    squares = sum(float(x.double().square().sum()) for x in tensors)
-    return float((squares / max(1, sum(x.numel() for x in tensors))) ** 0.5)
-
-
-def _error(ours: Tensor | None, theirs: Tensor | None, like: Tensor, floor: float) -> float:
-    """||ours - theirs|| / ||theirs||, a norm below `floor` an element taken as that; a gradient
-    that is not there is zero."""
-    a = torch.zeros_like(like) if ours is None else ours
-    b = torch.zeros_like(like) if theirs is None else theirs
-    if a.shape != b.shape:
-        return float("inf")
-    least = max(floor * like.numel() ** 0.5, 1e-30)
-    return float((a.double() - b.double()).norm() / max(float(b.double().norm()), least))
+def _square(x: Tensor) -> float:
+    return float(x.double().square().sum())
