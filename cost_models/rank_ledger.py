@@ -117,9 +117,9 @@ def rank_collectives(
             if 0 <= other < problem.count
         )  # fmt: skip
         for size in step.p2p_bytes:
-            part = times * size / sum(step.p2p_bytes) / 1e12
-            add("p2p", "pp", size, "between stages", times, part * step.p2p_ps,
-                part * exposed_send_ps(costs, step, d))  # fmt: skip
+            portion = times * size / sum(step.p2p_bytes) / 1e12
+            add("p2p", "pp", size, "between stages", times, portion * step.p2p_ps,
+                portion * exposed_send_ps(costs, step, d))  # fmt: skip
         for size, others in _shared(costs, step, problem, d, rank):
             one = costs.send_s(d, size)
             add("p2p", "pp", size, "tied gradients", others, others * one, others * one)

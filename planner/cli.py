@@ -126,13 +126,13 @@ def trace(
         raise UsageError(f"-o {output} is a folder", hints=(f"-o {output}/plan.json",))
     if not Path(output).parent.is_dir():
         raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
-    if not hardware:
-        raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
     if not model and not base:
         raise UsageError(
-            "plan trace needs a model",
+            "plan trace needs a MODEL",
             hints=("plan trace model.py --hardware HW", "--base plan.json: that plan's"),
         )
+    if not hardware:
+        raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
     load_hardware(hardware)
     options = TraceOptions(
         model=model,

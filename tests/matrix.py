@@ -203,12 +203,32 @@ def cells() -> tuple[Cell, ...]:
 
 
 def subset() -> tuple[Cell, ...]:
-    """Each layout once, the models in turn, so that every model meets every kind of axis."""
-    found = []
-    for turn, layout in enumerate(LAYOUTS):
-        models = [c.model for c in cells() if c.layout == layout]
-        found.append(Cell(model=models[turn % len(models)], layout=layout))
-    return tuple(found)
+    """Cells that together have every pin, every two pins that meet, and every model under each
+    kind of axis: those that cover most of what is left, for their ranks, first."""
+    left = [c for c in cells() if not (c.model.startswith("dit") and {"pp", "cp"} & _keys(c))]
+    wanted = set().union(*map(_covered, left))
+    chosen = []
+    while wanted:
+        cell = max(left, key=lambda c: len(_covered(c) & wanted) / (4 + c.layout.gpus))
+        wanted -= _covered(cell)
+        chosen.append(cell)
+    return tuple(chosen)
+
+
+def _keys(cell: Cell) -> set[str]:
+    pins = (pin.partition("=") for pin in cell.layout.pins.split())
+    return {key for key, _, value in pins if value != "off"}
+
+
+def _covered(cell: Cell) -> set[tuple[str, ...]]:
+    """What a cell is the proof of."""
+    keys = sorted(_keys(cell))
+    axes = {"pp", "cp", "tp", "ep", "zero", "recompute"} & set(keys)
+    return {
+        *((pin,) for pin in cell.layout.pins.split() if not pin.endswith("=off")),
+        *((a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]),
+        *((cell.model, axis) for axis in axes),
+    }
 
 
 def plan_of(cell: Cell) -> Plan:

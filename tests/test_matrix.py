@@ -1,4 +1,4 @@
-"""A subset of the matrix: every layout with one model, every model with every kind of axis.
+"""A pairwise subset of the matrix: every two pins that meet, every model under every kind of axis.
 
 `make matrix` runs all of it.
 """

@@ -210,9 +210,10 @@ def test_an_optimizer_may_be_made_before_the_weights(world):
 # ---- checkpoints
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt"])
-def test_a_job_goes_on_under_other_plans(world, tmp_path, name):
-    """tp2 x fsdp2 -> fsdp4 -> pp2 x tp2 -> three processes -> one -> tp2 x fsdp2."""
+def test_a_job_goes_on_under_other_plans(world, tmp_path):
+    """tp2 x fsdp2 -> fsdp4 -> pp2 x tp2 -> three processes -> one -> tp2 x fsdp2; a model with a
+    tie across the stages and a fused projection."""
+    name = "gpt"
     expected, _ = world.run(1, cases.trained, name, planned(name), range(7), None, None)[0]
     route = [
         (planned(name, tp=2, dp=2), range(0, 1)),
@@ -236,7 +237,7 @@ def test_a_job_goes_on_under_other_plans(world, tmp_path, name):
     dcp_to_torch_save(folder, tmp_path / "plain.pt")
     plain = torch.load(tmp_path / "plain.pt")
     model, _ = cases.built(name)
-    model.load_state_dict(plain["model"], strict=name != "gpt")  # a tie is there once
+    model.load_state_dict(plain["model"], strict=False)  # a tie is there once
     assert_parts_of([pieces for _, pieces in found], dict(model.named_parameters()))
 
 

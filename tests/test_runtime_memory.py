@@ -1,16 +1,20 @@
 """Recomputation, offload, compilation, optimizers and clipping on two real ranks."""
 
+import functools
 import math
+from dataclasses import replace
 
 import pytest
 import runtime_cases_memory as cases
 import torch
-from tiny_models import graph_of
+from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.words import sharding_of
 from ir.errors import PlanError
 from planner.plan import Plan
 from planner.runtime.world import RankFailure
+from planner.search import Searcher
 
 ACTIVATIONS, OPTIMIZER = ("activations", "cpu"), ("optimizer", "cpu")
 EXACT = 1e-5
@@ -51,6 +55,58 @@ def test_recomputation_repeats_what_the_plan_says(world, kind):
         flash = "_scaled_dot_product_flash_attention_for_cpu"
         assert r["calls"][flash] == 2 * 2 * (2 if kind == "full" else 1)
         assert r["calls"][f"{flash}_backward"] == 2 * 2
+
+
+@functools.cache
+def megatron():
+    """A large Llama's placements on tp with sequence parallelism, by class: a tiny one's own
+    would split nothing."""
+    costs = costs_of(
+        graph_of("llama", "fp32", size="8b", n_layers=2), "h100x8", seq_len=8192, global_batch=8
+    )
+    laid = Searcher(costs=costs).assign(8, True)
+    return tuple((unit.name, sharding_of(unit, a)) for (unit, _), a in laid.items())
+
+
+def on_tp(**decisions):
+    split = {"dp": 1, "tp": 2, "zero": 0, "shard": 1, "microbatches": 4, "sequence_parallel": True}
+    return replace(plan(**(split | decisions)), shardings=megatron())
+
+
+def collectives(calls):
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    return {name: calls[f"_c10d_functional::{name}"] for name in names}
+
+
+def test_recomputation_on_tp_repeats_no_collective_in_part(world):
+    """In part neither matmuls nor collectives; in full all but the last matmul of a layer and what
+    sums it."""
+    none, some, full = (
+        world.run(2, cases.step, on_tp(recompute=RECOMPUTE[kind]))
+        for kind in ("none", "selective", "full")
+    )
+    exact([*none, *some, *full])
+    for a, b, c in zip(none, some, full):
+        assert a["calls"]["mm"] == b["calls"]["mm"] == c["calls"]["mm"] - 4 * 2 * 6
+        assert collectives(a["calls"]) == collectives(b["calls"])
+        assert collectives(c["calls"]) == {
+            # four micro-batches, two layers: both gathers of a layer, one of its two sums
+            "all_gather_into_tensor": collectives(a["calls"])["all_gather_into_tensor"] + 4 * 2 * 2,
+            "reduce_scatter_tensor": collectives(a["calls"])["reduce_scatter_tensor"] + 4 * 2,
+            "all_reduce": collectives(a["calls"])["all_reduce"],
+        }
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_contracts_compile(world, kind):
+    """Tensor parallelism, recomputation, offload and a compiler, one graph a class; a checkpoint
+    around one runs it again outside the model's forward, which makes another."""
+    offload = (ACTIVATIONS,) if kind == "full" else ()
+    made = on_tp(compile=True, recompute=RECOMPUTE[kind], offload=offload)
+    results = world.run(2, cases.compiled, made, "aot_eager")
+    exact([r for r, _ in results])
+    assert all(r["uncompiled"] == {} for r, _ in results)
+    assert {graphs for _, graphs in results} == {5 if kind == "full" else 4}
 
 
 def layer_class(made):

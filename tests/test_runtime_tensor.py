@@ -231,28 +231,36 @@ def test_operations_that_are_not_split(world):
         assert found["replicated"]["unit", "conv2d"] == 1
 
 
-@pytest.mark.parametrize("sp", [True, False])
-def test_huggingface_models_run_unmodified(world, tmp_path, sp):
+def test_huggingface_models_run_unmodified(world, tmp_path):
     """They read hidden_states.shape between units, and take their own loss."""
-    up, down = (UP, DOWN) if sp else (COPY, SUM)
     columns = [f"self_attn.{x}_proj.weight" for x in "qkv"]
     columns += ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    llama_layer = named(
+    layer = named(
         {**dict.fromkeys(columns, "S(0)"), "self_attn.o_proj.weight": "S(1)",
          "mlp.down_proj.weight": "S(1)"},
-        {"input_layernorm:out": up, "self_attn:out": down,
-         "post_attention_layernorm:out": up, "mlp:out": down},
+        {"input_layernorm:out": UP, "self_attn:out": DOWN,
+         "post_attention_layernorm:out": UP, "mlp:out": DOWN},
     )  # fmt: skip
-    embed, head = vocabulary(sp)
-    plan = hf_plan(tmp_path, "llama", (embed, llama_layer, Sharding(), head), sp)
+    embed, head = vocabulary(True)
+    plan = hf_plan(tmp_path, "llama", (embed, layer, Sharding(), head), True)
     found = check(world.run(2, cases.run_huggingface, HF["llama"], plan))
-    assert found["collectives"].get("all_gather_into_tensor", 0) == (10 if sp else 0), found
-    fused = {f"attn.c_attn.{kind}": at for kind, at in (("weight", "S(1)"), ("bias", "S(0)"))}
-    reads = ("S(0)", "R", "P", "S(0)") if sp else COPY
-    gives = ("P", "S(0)", "S(0)", "R") if sp else SUM
-    gpt2_layer = named(
-        {**fused, "attn.c_proj.weight": "S(0)"},
-        {"attn.c_attn/matmul[0]": reads, "attn.c_proj/add[0]": gives},
-    )
-    plan = hf_plan(tmp_path, "gpt2", (Sharding(), Sharding(), gpt2_layer), sp)
-    check(world.run(2, cases.run_huggingface, HF["gpt2"], plan))
+    assert found["collectives"]["all_gather_into_tensor"] == 2 * (2 * 2 + 1)
+
+
+def test_views_and_biases_between_a_collective_and_its_module(world, tmp_path):
+    """GPT-2's projections view their input and add their bias inside: a gather is made before
+    the view, a reduction behind the bias; and the fused projection stays split."""
+    lookup = named({}, {"embedding[1]": ("R", "S(1)", "S(1)", "R")})
+    up, down = ("S(0)", "R", "P", "S(0)"), ("P", "S(0)", "S(0)", "R")
+    layer = named(
+        {"attn.c_attn.weight": "S(1)", "attn.c_attn.bias": "S(0)", "attn.c_proj.weight": "S(0)",
+         "mlp.c_fc.weight": "S(1)", "mlp.c_fc.bias": "S(0)", "mlp.c_proj.weight": "S(0)"},
+        {"attn.c_attn/matmul[0]": up, "attn.c_proj/add[0]": down,
+         "mlp.c_fc/matmul[0]": up, "mlp.c_proj/add[0]": down},
+    )  # fmt: skip
+    head = named({}, {"after:out": SUM, "after/cross_entropy_1[1]": ("R", "S(0)", "S(0)", "R")})
+    plan = hf_plan(tmp_path, "gpt2", (lookup, lookup, layer, Sharding(), head), True)
+    found = check(world.run(2, cases.run_huggingface, HF["gpt2"], plan))
+    assert not found["loose"]
+    assert found["collectives"]["all_gather_into_tensor"] == 2 * 2 * 2, found
+    assert found["collectives"]["reduce_scatter_tensor"] == 2 * 2 * 2, found

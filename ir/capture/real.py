@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,12 +174,19 @@ def _in_fp32(model: nn.Module) -> None:
 
 def require_arguments(spec: str, args: Mapping[str, str], flag: str) -> None:
     """Raise UsageError, in that flag's words, where the factory has no such argument."""
-    try:
-        path, factory = load._split(spec)
-        with load._users_code(path, f"{path} cannot be imported"):
-            module = load._execute(path)
-        make = load._factory(module, factory or "build", path)
+    path, factory = load._split(spec)
+    with load._users_code(path, f"{path} cannot be imported"):
+        module = load._execute(path)
+    make = load._factory(module, factory or "build", path)
+    with in_words_of(flag):
         load._arguments(make, args, f"{path}:{factory or 'build'}")
+
+
+@contextlib.contextmanager
+def in_words_of(flag: str) -> Iterator[None]:
+    """Name that flag in messages about arguments, where they say `--arg`."""
+    try:
+        yield
     except UsageError as fault:
         raise UsageError(
             fault.what.replace("--arg", flag), where=fault.where, why=fault.why,

@@ -80,6 +80,16 @@ class Parts:
     def names(self) -> dict[Tensor, str]:
         return {x: name for name, x in self.tensors() if isinstance(x, nn.Parameter)}
 
+    def written(self) -> dict[str, Held]:
+        """What this rank saves of the model. Raises PlanError where there is no value yet."""
+        tensors = self.tensors()
+        empty = [name for name, x in tensors if x.is_meta]
+        if empty:
+            raise PlanError(
+                f"{empty[0]} has no values to save", hints=("parallel.load or init first",)
+            )
+        return {name: Held(x) for name, x in tensors if self.writes(x)}
+
     def writes(self, tensor: Tensor) -> bool:
         """Whether this rank saves a tensor of its: of buffers, which data ranks need not have
         alike (running statistics), the first one's count."""
@@ -180,11 +190,7 @@ def _collect(
     except (TypeError, ValueError) as fault:
         raise PlanError("the state to save is not JSON", why=str(fault),
                         hints=("numbers, texts, lists and dictionaries",)) from fault  # fmt: skip
-    tensors, names = parts.tensors(), parts.names()
-    empty = [name for name, x in tensors if x.is_meta]
-    if empty:
-        raise PlanError(f"{empty[0]} has no values to save", hints=("parallel.load or init first",))
-    found = {MODEL: {n: Held(x) for n, x in tensors if parts.writes(x)}}
+    names, found = parts.names(), {MODEL: parts.written()}
     for i, optimizer in enumerate(optimizers):
         found[_kind(i)] = tensors_of(optimizer, names, parts.duplicates)
     settings = [settings_of(o, names) if parts.is_first else None for o in optimizers]

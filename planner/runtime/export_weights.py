@@ -31,7 +31,7 @@ def export(parts: Parts, folder: str | Path, dtype: torch.dtype | None = None) -
     fresh, what = beside(path, SAVING), f"the weights {path} cannot be written"
     try:
         together(what, lambda: begin(path, INDEX) if rank == 0 else None)
-        tensors = together(what, lambda: {n: Held(x) for n, x in parts.tensors() if parts.writes(x)})
+        tensors = together(what, parts.written)
         store(what, fresh / "parts", {MODEL: tensors}, None)
         metadata = together(what, FileSystemReader(fresh / "parts").read_metadata)
         shares = _shares(metadata, ranks)

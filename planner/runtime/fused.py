@@ -86,8 +86,8 @@ def run_fused(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> An
     """
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
     joined = [x for x in given if is_fused(x)]
-    factor = joined[0].placements[0].split_factor if joined else 0
-    if not joined or any(x.placements[0].split_factor != factor for x in joined):
+    factor = joined[0].placements[0].split_factor if joined else 0  # type: ignore[attr-defined]
+    if not joined or any(x.placements[0].split_factor != factor for x in joined):  # type: ignore[attr-defined]
         return NotImplemented
     if name in TAKES_APART:
         return _apart(func, args, kwargs)

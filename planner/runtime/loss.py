@@ -65,7 +65,7 @@ def cross_entropy(
 ) -> Tensor:  # fmt: skip
     """F.cross_entropy, logits [rows, classes] split over tp on either, or on neither."""
     if size_average is not None or reduce is not None:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)  # type: ignore[attr-defined]
     target, weight = _whole(target), None if weight is None else _whole(weight)
     if target.is_floating_point() or target.dim() != input.dim() - 1:
         return F.cross_entropy(
@@ -105,7 +105,7 @@ def _lies(input: Tensor, weight: Tensor | None) -> Placement | None:
     if at == Shard(1) and input.shape[1] % input.device_mesh.size() == 0 and weight is None:
         return Shard(1)
     joined = isinstance(at, _StridedShard) and at.dim == 0
-    ways = input.device_mesh.size() * (at.split_factor if joined else 1)
+    ways = input.device_mesh.size() * (at.split_factor if joined else 1)  # type: ignore[attr-defined]
     return at if at == Shard(0) or (joined and input.shape[0] % ways == 0) else None
 
 

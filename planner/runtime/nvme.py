@@ -72,7 +72,7 @@ class OnDisk(dict[str, Any]):
         flat = map_file(self._folder, local.numel(), local.dtype)
         held = flat.view(local.shape)
         held.copy_(local.detach())
-        return DTensor(held, value._spec, requires_grad=False) if value is not local else held
+        return DTensor(held, value._spec, requires_grad=False) if value is not local else held  # type: ignore[attr-defined]
 
 
 def map_file(folder: Path, numel: int, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,7 @@ def _muon(learning: list[Named], plan: Plan, options: dict[str, Any]) -> Optimiz
 
 def _adamw8bit(learning: list[Named], plan: Plan, options: dict[str, Any]) -> Optimizer:
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+        from torchao.optim import AdamW8bit
     except ImportError as fault:
         raise PlanError(
             "adamw8bit needs torchao", why=str(fault), hints=("pip install torchao",)
@@ -170,7 +170,7 @@ class Muon(torch.optim.AdamW):
         return False if group["muon"] else super()._init_group(group, *lists)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = super().step(closure)
         for group in self.param_groups:

@@ -80,8 +80,9 @@ def prepare(
     sites: Sequence[Site], stage: nn.Module, context: Context, compile_backend: str
 ) -> None:
     """Everything but data parallelism, for the units of one stage: inner parts first."""
-    for part in (experts.apply, tensor.apply, context_parallel.apply, recompute.apply):
+    for part in (experts.apply, tensor.apply, context_parallel.apply, recompute.apply_in_part):
         part(sites, stage, context)
     compiled.apply(sites, stage, context, backend=compile_backend)
+    recompute.apply_in_full(sites, stage, context)
     offload.apply_activations(sites, stage, context)  # what a compiled graph saves moves as well
     context_parallel.apply_shares(sites, stage, context)

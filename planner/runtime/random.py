@@ -50,7 +50,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from this seed inside; the default generators go on as if nothing had been drawn."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.random.default_generator.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # type: ignore[attr-defined]
         if cuda:
             torch.cuda.manual_seed(seed)
         yield

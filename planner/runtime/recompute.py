@@ -59,15 +59,23 @@ def collective_operations() -> frozenset[Any]:
     return frozenset(packet.default for packet in found if packet is not None)
 
 
-def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
-    """Patch the forward of every unit that the plan computes again. Names do not change."""
+def apply_in_part(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
+    """Patch the forward of every unit that the plan computes again in part: inside what is
+    compiled, as a compiler heeds what is kept. Names do not change."""
     classes = {site.unit: None for site in sites if site.recompute == "selective"}
     # a partial of a function is what torch.compile takes, one for all layers that share a graph
     contexts = {unit: functools.partial(Keeps.contexts, Keeps(unit)) for unit in classes}
     for site in sites:
-        if site.recompute != "none":
-            keeps = contexts[site.unit] if site.recompute == "selective" else None
-            site.module.forward = again(site.module.forward, keeps)
+        if site.recompute == "selective":
+            site.module.forward = again(site.module.forward, contexts[site.unit])
+
+
+def apply_in_full(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
+    """Patch the forward of every unit that the plan computes again whole: around what is compiled,
+    as torch 2.13 compiles no checkpoint whose collectives are repeated."""
+    for site in sites:
+        if site.recompute == "full":
+            site.module.forward = again(site.module.forward)
 
 
 def again(forward: Forward, keeps: Callable[[], Any] | None = None) -> Forward:
@@ -98,9 +106,8 @@ class Keeps:
 
     def __init__(self, unit: Unit) -> None:
         read = feeds_backward(unit)
-        heavy = [
-            n for n in unit.nodes if rule(n).kind in _HEAVY_KINDS and n.module.partition(".")[0] != AFTER
-        ]
+        own = [n for n in unit.nodes if n.module.partition(".")[0] != AFTER]
+        heavy = [n for n in own if rule(n).kind in _HEAVY_KINDS]
         needed = [any(read[r] for r in n.refs()) for n in heavy]
         self._idle = next((i for i, need in enumerate(reversed(needed)) if need), len(needed))
         self._count = len(needed)

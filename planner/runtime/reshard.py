@@ -21,7 +21,7 @@ class _Reshard(torch.autograd.Function):
     def forward(ctx: Any, x: DTensor, to: Placement, back: Placement) -> DTensor:
         ctx.back = back
         moved = x.redistribute(placements=(to,))
-        return moved if moved is not x else x.view_as(x)
+        return moved if moved is not x else cast(DTensor, x.view_as(x))
 
     @staticmethod
     def backward(ctx: Any, grad: DTensor) -> tuple[DTensor, None, None]:

@@ -69,7 +69,7 @@ class Schedule(_PipelineScheduleRuntime):
     def __init__(self, stages: Sequence[Stage], context: Context) -> None:
         d = context.plan.decisions
         mesh = context.meshes.pp
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(
             [_torch_stage(stage, context) for stage in stages],
             n_microbatches=d.microbatches, loss_fn=lambda loss, _: loss, scale_grads=False,
         )  # fmt: skip

@@ -39,7 +39,7 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
         return
     register_rule()
     # gradients that autograd makes from nothing are plain: zeros, the same on every rank
-    DTensor._op_dispatcher._allow_implicit_replication = True  # type: ignore[attr-defined]
+    DTensor._op_dispatcher._allow_implicit_replication = True
     random.in_step(context.meshes)
     mesh = context.meshes.tp
     split_parameters(sites, stage, mesh)
@@ -211,7 +211,7 @@ def _each_tensor(specs: Sequence[Any], tree: Any, change: Callable[[Any, Any], A
 
 
 def _spec(of: Any) -> Spec:
-    return of.spec if isinstance(of, Crossing) else of[1]  # type: ignore[no-any-return]
+    return of.spec if isinstance(of, Crossing) else of[1]
 
 
 def _distinct(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

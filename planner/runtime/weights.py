@@ -99,7 +99,7 @@ def materialize(tensor: Tensor, device: torch.device | str) -> None:
         return
     empty: Tensor = torch.empty_like(local, device=device, requires_grad=False)
     if isinstance(tensor, DTensor):
-        empty = DTensor(empty, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        empty = DTensor(empty, tensor._spec, requires_grad=False)
     if isinstance(tensor, nn.Parameter):
         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, empty)  # type: ignore[no-untyped-call]
+    torch.utils.swap_tensors(tensor, empty)

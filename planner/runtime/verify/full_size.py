@@ -98,7 +98,7 @@ def _fake_group(world: int, rank: int) -> Iterator[None]:
         with _disable_current_modes():  # a mesh looks at the numbers in it
             make(self, *args, **kwargs)
 
-    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # may hold a mesh of other groups
+    _clear_sharding_prop_cache()  # may hold a mesh of other groups
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     DeviceMesh.__init__ = outside  # type: ignore[method-assign]
     try:
@@ -106,7 +106,7 @@ def _fake_group(world: int, rank: int) -> Iterator[None]:
     finally:
         DeviceMesh.__init__ = make  # type: ignore[method-assign]
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        _clear_sharding_prop_cache()
 
 
 def _shortened(plan: Plan, microbatches: int) -> Plan:
@@ -167,7 +167,7 @@ def _run(
     for phase, found in recorder.counts.items():
         times = between if phase == 2 and d.pp == 1 and d.microbatches == 3 else 1
         for sent, count in found.items():
-            group = dist.distributed_c10d._resolve_process_group(GroupName(sent.group))
+            group = dist.distributed_c10d._resolve_process_group(GroupName(sent.group))  # type: ignore[attr-defined]
             if group.size() > 1:
                 axes = groups.get(sent.group) or (_axis_by_ranks(group, parallel.meshes),)
                 seen.sent[axes, sent.kind, sent.size_bytes] += times * count

@@ -55,14 +55,14 @@ TABLE: dict[str, tuple[str, Callable[[Any], int]]] = {
 }
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """Counts collectives into `counts[phase]`; `phase` is set by whoever runs the code.
 
     before: called ahead of each, and of what is received, with the name of its group.
     """
 
     def __init__(self, before: Callable[[str], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.phase = 0
         self.counts: dict[int, Counter[Sent]] = {}
         self._before = before

@@ -17,7 +17,14 @@ from cost_models.sharding import Sharding
 from cost_models.words import assignment_of
 from ir.capture import capture_graph
 from ir.capture.load import load
-from ir.capture.real import Recipe, config_of, declared, is_file, require_arguments
+from ir.capture.real import (
+    Recipe,
+    config_of,
+    declared,
+    in_words_of,
+    is_file,
+    require_arguments,
+)
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph, Tensor, Unit
 from ir.text import format_graph, graph_hash, parse_graph
@@ -102,10 +109,9 @@ def cut_models(
         config, _, where = config_of(model)
         layers = max(scale.least_layers(plan.decisions), _kinds_of_layers(plan.graph), 2)
         whole = {**config, **_typed(config, args)}
-        return tuple(
-            Recipe(spec=model, config=json.dumps(hf_cut.cut(whole, layers, changes, where, heads)))
-            for heads in (4, 8)
-        )
+        with in_words_of("--twin"):
+            small = [hf_cut.cut(whole, layers, changes, where, heads) for heads in (4, 8)]
+        return tuple(Recipe(spec=model, config=json.dumps(config)) for config in small)
     given = declared(model)
     if not given and not changes:
         raise UsageError(
@@ -117,9 +123,9 @@ def cut_models(
         )
     require_arguments(model, {**args, **changes}, "--twin")
     found = [{**args, **sizes, **changes} for sizes in given or ({},)]
-    for small in found:
-        require_arguments(model, small, "TWIN:")
-    return tuple(Recipe(spec=model, args=tuple(small.items())) for small in found)
+    for sizes in found:
+        require_arguments(model, sizes, "TWIN:")
+    return tuple(Recipe(spec=model, args=tuple(sizes.items())) for sizes in found)
 
 
 def _typed(config: Mapping[str, object], args: Mapping[str, str]) -> dict[str, object]:
