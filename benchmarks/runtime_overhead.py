@@ -137,7 +137,8 @@ def make_plan(folder: str, compiled: bool) -> str:
     model: nn.Module = build()
     words = ["tp=2", "dp=2", "pp=1", "cp=1", "zero=3", "reshard=on", f"micro_batch={BATCH}",
              "recompute=none", "sequence_parallel=on", f"compile={'on' if compiled else 'off'}",
-             "place:*.wo.weight=S(1)", "place:*.w2.weight=S(1)", "place:embed_tokens.weight=S(0)",
+             "place:layers.*.attention.wo.weight=S(1)",
+             "place:layers.*.feed_forward.w2.weight=S(1)", "place:embed_tokens.weight=S(0)",
              "place:lm_head.weight=S(0)"]  # fmt: skip
     import llama
 

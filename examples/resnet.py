@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # size: blocks per stage, width of the first stage, whether blocks are bottlenecks
 SIZES = {
     "tiny": ((1, 1, 1, 1), 8, False),
+    "small": ((2, 2, 2, 3), 8, True),
     "18": ((2, 2, 2, 2), 64, False),
     "34": ((3, 4, 6, 3), 64, False),
     "50": ((3, 4, 6, 3), 64, True),
@@ -91,4 +92,4 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 # what `plan verify` builds on a laptop: arguments of `build`, the same structure
-TWIN = {"size": "tiny"}
+TWIN = {"size": "small"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def example(name: str) -> Any:
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # the compiler looks functions up there
     spec.loader.exec_module(module)
     return module
 
@@ -273,3 +275,33 @@ def odd_operations(rank: int, plan: Plan) -> dict:
         found["numbers"] = (number.item(), float(number), bool(number > 3.9), int(number))
     found["replicated"] = dict(context.report.replicated)
     return found
+
+
+def dropped(rank: int, plan: Plan) -> tuple[float, list[Tensor]]:
+    """A step of GPT with dropout: the loss, and this rank's parts of the gradients."""
+    module = example("gpt")
+    torch.manual_seed(0)
+    model = module.build(size="tiny", dropout=0.2)
+    parallel = parallelize(model, plan)
+    torch.manual_seed(5)
+    loss = parallel.step({"input_ids": tokens(plan)}, tokens(plan, seed=2), module.loss)
+    return float(loss), [local_of(p.grad).clone() for p in parallel.parameters()]
+
+
+def compiled(rank: int, name: str, plan: Plan) -> dict:
+    module = example(name)
+    torch.manual_seed(0)
+    model, single = module.build(size="tiny"), module.build(size="tiny")
+    single.load_state_dict(model.state_dict())
+    expected = module.loss(single(tokens(plan)), tokens(plan, seed=2))
+    expected.backward()
+    parallel = parallelize(model, plan, compile_backend="aot_eager")
+    loss = parallel.step({"input_ids": tokens(plan)}, tokens(plan, seed=2), module.loss)
+    worst, wanted = 0.0, {n: p.grad for n, p in single.named_parameters()}
+    for key, p in parallel.named_parameters():
+        mine, theirs = own_part(p.grad, wanted[key])
+        worst = max(worst, float((mine - theirs).norm() / wanted[key].norm()))
+    return {
+        "loss": abs(float(loss) / float(expected.detach()) - 1), "gradient": worst,
+        "uncompiled": dict(parallel.report.uncompiled),
+    }  # fmt: skip

@@ -77,8 +77,8 @@ def base(name, model_args=()):
 def plan_of(name, shardings, tp, sp, model_args=(), **decided):
     plan = base(name, model_args)
     d = replace(
-        plan.decisions, tp=tp, sequence_parallel=sp, offload=(), compile=False,
-        **{"dp": 1, "zero": 0, "shard": 1, "reshard": False, "micro_batch": 4, **decided},
+        plan.decisions, tp=tp, sequence_parallel=sp, offload=(),
+        **{"compile": False, "dp": 1, "zero": 0, "shard": 1, "reshard": False, "micro_batch": 4, **decided},
     )  # fmt: skip
     table = tuple(zip((u.name for u in plan.graph.units), shardings))
     samples = d.dp * d.micro_batch * d.microbatches
@@ -264,3 +264,27 @@ def test_views_and_biases_between_a_collective_and_its_module(world, tmp_path):
     assert not found["loose"]
     assert found["collectives"]["all_gather_into_tensor"] == 2 * 2 * 2, found
     assert found["collectives"]["reduce_scatter_tensor"] == 2 * 2 * 2, found
+
+
+def test_recomputation_drops_the_same(world):
+    embed, head = vocabulary(True)
+    position = named({"weight": "S(0)"}, {"after/add_0[1]": ("P", "S(0)", "S(0)", "R")})
+    units = (embed, position, gpt(True), Sharding(), head)
+    kept, again = (
+        plan_of("gpt", units, 2, True, recompute=((count, 0),)) for count in (0, 2)
+    )  # fmt: skip
+    pairs = zip(world.run(2, cases.dropped, kept), world.run(2, cases.dropped, again))
+    for (loss, gradients), (same, others) in pairs:
+        assert loss == same
+        for one, two in zip(gradients, others):
+            assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_units(world):
+    embed, head = vocabulary(True)
+    position = named({"weight": "S(0)"}, {"after/add_0[1]": ("P", "S(0)", "S(0)", "R")})
+    fused = plan_of("gpt", (embed, position, gpt(True), Sharding(), head), 2, True, compile=True)
+    for name, plan in (("llama", llama_plan(2, True, compile=True)), ("gpt", fused)):
+        for found in world.run(2, cases.compiled, name, plan):
+            assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
+            assert not found["uncompiled"], found

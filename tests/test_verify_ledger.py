@@ -58,20 +58,21 @@ def assert_as_planned(name, hardware, fix, **more):
 
 
 def rows(found, what, axis):
-    return {(r.pp_rank, r.size_bytes): r.found for r in found.rows if (r.what, r.axis) == (what, axis)}
+    mine = (r for r in found.rows if (r.what, r.axis) == (what, axis))
+    return {(r.pp_rank, r.size_bytes): r.found for r in mine}
 
 
 DATA = "tp=1 pp=1 cp=1 micro_batch=1 "
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 5])
 @pytest.mark.parametrize(
     "fix",
     ["zero=0", "zero=1", "zero=2", "zero=3 reshard=on", "zero=3 reshard=off",
      "zero=3 shard=4 reshard=on", "zero=1 shard=2"],
 )  # fmt: skip
-def test_every_zero_variant(fix, microbatches):
-    assert_as_planned("llama", "h100x8", DATA + fix, layers=2, global_batch=8 * microbatches)
+def test_every_zero_variant(fix):
+    for microbatches in (1, 2, 5):
+        assert_as_planned("llama", "h100x8", DATA + fix, layers=1, global_batch=8 * microbatches)
 
 
 @pytest.mark.parametrize("more", [{"precision": "fp32"}, {"optimizer": "sgd"}])
@@ -94,7 +95,7 @@ def test_rows_that_ranks_cannot_share_evenly(zero):
 def test_zero_3_by_hand():
     """Two layers of 24,640 fp32 elements and a head and an embedding of 16,384 over 8 ranks: each
     is gathered twice in bf16 (an end that follows no other once more) and reduced once in fp32."""
-    plan, found = assert_as_planned(
+    _, found = assert_as_planned(
         "llama", "h100x8", DATA + "zero=3 reshard=on shard=8", layers=2, global_batch=8
     )
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64

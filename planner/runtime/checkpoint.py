@@ -358,7 +358,8 @@ def _read(
         prefix = f"{_kind(i)}."
         stored = metadata.state_dict_metadata
         own = {n.removeprefix(prefix): x for n, x in stored.items() if n.startswith(prefix)}
-        wanted += [(prefix + n, x) for n, x in allocate(optimizer, names, own)]
+        held = allocate(optimizer, names, own, about["optimizers"][i]["whole"])
+        wanted += [(prefix + n, x) for n, x in held]
     read(folder, metadata, wanted)
 
 

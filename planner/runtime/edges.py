@@ -17,7 +17,6 @@ from cost_models.layout import (
     collective,
     dual,
     produced,
-    word,
 )
 from ir.backward import differentiable
 from ir.graph import AFTER, Node, Tensor, Unit
@@ -50,7 +49,7 @@ class Edges:
 @dataclass(frozen=True, slots=True)
 class _Reader:
     place: str  # "name[i]", for people
-    module: str  # path in the unit; None is not used: AFTER for the unit's results
+    module: str  # path in the unit; AFTER for the unit's results
     target: int
     grad: int
 
@@ -224,14 +223,3 @@ def _results(
         to = limit if ref in unit.outputs else to
         found.append(Crossing(ref=ref, spec=unit.values[ref], to=to, learns=learns[ref]))
     return tuple(found)
-
-
-def describe(edges: Edges) -> str:
-    """One line a border, for people."""
-    rows = [f"entry {name} -> {word(to)}" for name, to in edges.entry.items()]
-    for title, table in (("into", edges.into), ("out of", edges.out_of)):
-        rows += [
-            f"{title} {path}: {c.ref} -> {word(c.to)}" for path, cs in table.items() for c in cs
-        ]
-    rows += [f"result {c.ref} -> {word(c.to)}" for c in edges.results]
-    return "\n".join([*rows, *(f"loose {place}" for place in edges.loose)])

@@ -44,7 +44,8 @@ def tensors_of(
 
 
 def settings_of(optimizer: Optimizer, names: Named) -> dict[str, Any]:
-    """What is not a tensor, to be written as JSON: hyperparameters by group, numbers in state."""
+    """What is not a tensor, to be written as JSON: hyperparameters by group, numbers in state;
+    and which state each rank has whole."""
     groups = [
         {
             "options": {k: _plain(v) for k, v in group.items() if k != "params" and _is_plain(v)},
@@ -58,7 +59,16 @@ def settings_of(optimizer: Optimizer, names: Named) -> dict[str, Any]:
         for key, value in state.items()
         if isinstance(value, (int, float)) or value is None
     }
-    return {"kind": type(optimizer).__name__, "groups": groups, "numbers": numbers}
+    every = [
+        key
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and isinstance(p, DTensor) and not isinstance(value, DTensor)
+    ]
+    return {
+        "kind": type(optimizer).__name__, "groups": groups, "numbers": numbers,
+        "whole": sorted(set(every)),
+    }  # fmt: skip
 
 
 def merged(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -73,16 +83,18 @@ def merged(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kind": settings[0]["kind"],
         "groups": [{**g, "parameters": list(g["parameters"])} for g in groups.values()],
         "numbers": {k: v for own in settings for k, v in own["numbers"].items()},
+        "whole": sorted({k for own in settings for k in own["whole"]}),
     }
 
 
 def allocate(
-    optimizer: Optimizer, names: Named, stored: Mapping[str, Any]
+    optimizer: Optimizer, names: Named, stored: Mapping[str, Any], whole: Collection[str]
 ) -> list[tuple[str, Held]]:
     """Make state for what is stored of this rank's parameters, without values yet.
 
     stored: "state.PARAMETER.KEY" -> DCP's metadata of the tensor. State that is there already is
-    filled in place, so that it stays where the optimizer laid it.
+    filled in place, so that it stays where the optimizer laid it. whole: keys that each rank has
+    whole.
     """
     keys: dict[str, list[str]] = {}
     for name in stored:
@@ -96,7 +108,7 @@ def allocate(
                 full = f"state.{name}.{key}"
                 state = optimizer.state[p]
                 if not _fits(state.get(key), stored[full]):
-                    state[key] = _empty(p, group, stored[full])
+                    state[key] = _empty(p, group, stored[full], key in whole)
                 found.append((full, Held(state[key])))  # a mapped state hands out another tensor
     return found
 
@@ -105,9 +117,9 @@ def _fits(value: Any, stored: Any) -> bool:
     return isinstance(value, Tensor) and value.shape == stored.size
 
 
-def _empty(p: nn.Parameter, group: Mapping[str, Any], stored: Any) -> Tensor:
+def _empty(p: nn.Parameter, group: Mapping[str, Any], stored: Any, whole: bool) -> Tensor:
     dtype = stored.properties.dtype
-    if stored.size == p.shape and p.dim():
+    if stored.size == p.shape and not whole:
         return torch.zeros_like(p.detach(), dtype=dtype)
     local = local_of(p.detach())
     counter = not len(stored.size) and not (group.get("capturable") or group.get("fused"))

@@ -134,11 +134,15 @@ def _run(
     # else whole gradients are those of a unit or two, on their way
     accumulates = d.pp > 1 or (d.zero < 2 and d.microbatches > 1)
 
+    roots = [(m, list(m.parameters())) for m in parallel.modules]
+    # each stage's at their most: with more micro-batches than are run they are there at once
+    gradients = [0] * len(roots)
+
     def look() -> None:
         copies = [p for m in parallel.modules for p in m.parameters() if id(p) not in known]
         seen.whole = max(seen.whole, _bytes_of(copies))
-        found = _gradient_bytes(parallel.modules if accumulates else (), at_rest)
-        seen.gradients = max(seen.gradients, found)
+        for i, (root, own) in enumerate(roots):
+            gradients[i] = max(gradients[i], _gradient_bytes(root, own, accumulates))
 
     def before(group: str) -> None:
         if {"dp", "edp", "pp"} & set(groups.get(group, ())):
@@ -163,6 +167,7 @@ def _run(
     with fake, recorder:
         parallel.step(batch, target, watched)
     look()
+    seen.gradients = sum(gradients)
     seen.optimizer = _optimizer_bytes(parallel, fake)
     for phase, found in recorder.counts.items():
         times = between if phase == 2 and d.pp == 1 and d.microbatches == 3 else 1
@@ -204,10 +209,10 @@ def _bytes_of(values: Sequence[Tensor]) -> int:
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
-def _gradient_bytes(roots: Sequence[nn.Module], at_rest: Sequence[Tensor]) -> int:
-    """Gradients as they are now: reduced ones, and in these modules whole ones that wait."""
+def _gradient_bytes(root: nn.Module, at_rest: Sequence[Tensor], waiting: bool) -> int:
+    """A stage's gradients as they are now: reduced ones, and whole ones that wait."""
     found = [p.grad for p in at_rest if p.grad is not None]
-    sharded = (m for root in roots for m in root.modules() if isinstance(m, FSDPModule))
+    sharded = (m for m in root.modules() if waiting and isinstance(m, FSDPModule))
     for group in (g for m in sharded for g in m._get_fsdp_state()._fsdp_param_groups):
         for p in group.fsdp_params:
             # what is accumulated in another dtype than it comes in is a tensor of its own
