@@ -171,15 +171,18 @@ def test_data_parallel_traffic(pins, gathers, reduces):
 
 
 def test_norm_gradients_are_summed_over_tp_once_a_step():
-    """Under sequence parallelism a norm's weight is whole and sees a share of the tokens: its
-    fp32 gradient, hidden + hidden of a layer's two norms, is all-reduced once, not per batch."""
+    """Under sequence parallelism a norm's weight is whole and sees a share of the tokens: the
+    gradient of each of a layer's two, hidden wide, is all-reduced once. FSDP2 sums each before it
+    reduces it, with one micro-batch as it was computed: 2 bytes an element."""
     args = {"size": "8b", "n_layers": 2}  # wide enough that its matrices are split
-    costs, _, estimate = planned("llama", args=args, pp=1, tp=8, sequence_parallel=True)
+    costs, best, estimate = planned("llama", args=args, pp=1, tp=8, sequence_parallel=True)
+    assert best.decisions.microbatches == 1
     unit = costs.chain.links[costs.chain.layers[0]].unit
-    norms = sum(p.tensor.numel() for p in unit.parameters if len(p.tensor.shape) == 1)
+    norms = [p.tensor.numel() for p in unit.parameters if len(p.tensor.shape) == 1]
+    assert norms == [4096, 4096]
     rows = [c for c in estimate.ranks[0].collectives if c.where == f"{unit.name} gradients"]
     assert [(c.kind, c.axis, c.size_bytes, c.count) for c in rows] == [
-        ("all_reduce", "tp", 4 * norms, len(costs.chain.layers))
+        ("all_reduce", "tp", 2 * 4096, len(norms) * len(costs.chain.layers))
     ]
 
 

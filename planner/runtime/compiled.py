@@ -45,7 +45,10 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
     """`forward` as one graph, two around a routed module; as it is, and reported, from the first
     time that it fails to be."""
     try:
-        fast = torch.compile(forward, backend=backend, fullgraph=not routed_modules(site.unit))
+        # shapes are the plan's: another one is another graph, never a symbolic one
+        fast = torch.compile(
+            forward, backend=backend, dynamic=False, fullgraph=not routed_modules(site.unit)
+        )
     except InvalidBackend as fault:
         known = ", ".join(torch._dynamo.list_backends())
         raise PlanError(f"unknown compile_backend {backend!r}", why=f"known: {known}") from fault
