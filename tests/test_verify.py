@@ -369,7 +369,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     command = [sys.executable, "-m", "planner.cli", "verify", plan, "--model", model, "--no-ledger"]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                            cwd=Path(cli.__file__).parents[1], env=dict(os.environ))  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not mark.exists() and time.monotonic() < end and job.poll() is None:
         time.sleep(0.05)
     children = _descendants(job.pid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -53,8 +54,9 @@ class Losses(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is F.cross_entropy:
-            return cross_entropy(self.context, *args, **(kwargs or {}))
+        own = _OWN.get(func)
+        if own is not None:
+            return own(self.context, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -94,6 +96,25 @@ def cross_entropy(
     if reduction != "mean":
         return made
     return made / _count(target, weight, ignore_index, context.meshes).to(made.dtype)
+
+
+def nll_loss(
+    context: Context, input: Tensor, target: Tensor, weight: Tensor | None = None,
+    size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """F.nll_loss of whole rows; its mean is over what counts on all data ranks."""
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)  # type: ignore[attr-defined]
+    target, weight = _whole(target), None if weight is None else _whole(weight)
+    inner = "none" if reduction == "none" else "sum"
+    made = F.nll_loss(_whole(input), target, weight, ignore_index=ignore_index, reduction=inner)
+    if reduction != "mean":
+        return made
+    return made / _count(target, weight, ignore_index, context.meshes).to(made.dtype)
+
+
+_OWN = MappingProxyType({F.cross_entropy: cross_entropy, F.nll_loss: nll_loss})
 
 
 def _lies(input: Tensor, weight: Tensor | None) -> Placement | None:
