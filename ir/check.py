@@ -108,14 +108,16 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
 
 
 def _parameter_faults(graph: Graph) -> Iterator[str]:
-    """Every parameter is in one place, and a tie's owner is there."""
+    """Every parameter is in one place, tied ones aside; and a tie's owner is there."""
+    shared = {name for pair in graph.tied for name in pair}
     owners: dict[str, str] = {
         p.name: "the root" for p in graph.root.parameters if p.kind != "buffer"
     }
     for _, path, unit in graph.calls():
         for p in unit.parameters:
-            if p.kind != "buffer" and owners.setdefault(f"{path}.{p.name}", path) != path:
-                yield f"parameter {path}.{p.name} is also {owners[f'{path}.{p.name}']}'s"
+            name = f"{path}.{p.name}"
+            if p.kind != "buffer" and owners.setdefault(name, path) != path and name not in shared:
+                yield f"parameter {name} is also {owners[name]}'s"
     aliases = {alias for alias, _ in graph.tied}
     for alias, owner in graph.tied:
         if owner not in graph.parameters and owner not in aliases:

@@ -94,11 +94,12 @@ def require_fresh(checked: Checked, source: str) -> None:
 def require_model(plan: Plan, traced: Graph, model: str) -> None:
     """Raise GateError where a model traced anew is not the one the plan was made for.
 
-    Lines that moved in its file make no other model.
+    Lines that moved in its file make no other model, nor does its label: a plan made in Python
+    has its class's name, one of the command line its file's.
     """
     from ir.text import format_graph, graph_hash
 
-    text = format_graph(traced)
+    text = format_graph(replace(traced, name=plan.graph.name))
     if graph_hash(text) == plan.graph_hash:
         return
     if _unplaced(text.splitlines()) == _unplaced(format_graph(plan.graph).splitlines()):
