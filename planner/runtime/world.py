@@ -22,6 +22,9 @@ from typing import Any, cast
 from ir.errors import PlanError
 
 TIMEOUT_S = 120.0  # of one call, and of a collective in it
+# calls that a worker serves: gloo leaves the threads of every group that a mesh made, and a
+# thousand of them take all of two cores
+CALLS = 4
 GRACE_S = 3.0  # for idle workers to end, so that what they hold of the system is given back
 PRELOAD = (
     "torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp",
@@ -47,6 +50,7 @@ class World:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, *preload])
         self._workers: list[tuple[Any, Connection]] = []
+        self._calls = 0
 
     def run(
         self, ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S
@@ -56,6 +60,9 @@ class World:
         The function and what it takes and returns are pickled. Raises RankFailure of the first
         rank that failed; the workers are then replaced.
         """
+        if self._calls == CALLS:
+            self.close()
+        self._calls += 1
         while len(self._workers) < ranks:
             ours, theirs = self._context.Pipe()
             worker = self._context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -106,7 +113,7 @@ class World:
             worker.kill()
         for worker, _ in self._workers:
             worker.join()
-        self._workers = []
+        self._workers, self._calls = [], 0
 
 
 @contextlib.contextmanager
