@@ -184,19 +184,24 @@ def losses(rank: int, plan: Plan) -> list[tuple[float, float, float]]:
     return found
 
 
-def shared_mean(rank: int, plan: Plan) -> tuple[float, float]:
+def of_probabilities(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.log_softmax(logits, -1), target)
+
+
+def shared_mean(rank: int, plan: Plan, taken: str) -> tuple[float, float]:
     """The mean loss over data ranks whose numbers of counted targets differ, and its gradient."""
+    of = {"cross_entropy": F.cross_entropy, "nll_loss": of_probabilities}[taken]
     context = context_of(plan)
     g = torch.Generator().manual_seed(1)
     logits, target = torch.randn(8, 16, generator=g), torch.randint(0, 16, (8,), generator=g)
     target[:3] = -100
     whole = logits.clone().requires_grad_()
-    expected = F.cross_entropy(whole, target)
+    expected = of(whole, target)
     expected.backward()
     rows = slice(4 * rank, 4 * rank + 4)
     mine = logits[rows].clone().requires_grad_()
     with parallel_loss(context):
-        loss = F.cross_entropy(mine, target[rows])
+        loss = of(mine, target[rows])
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)

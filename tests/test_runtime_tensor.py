@@ -206,9 +206,10 @@ def test_loss_of_split_logits(world):
             assert loss < 1e-6 and gradient < 1e-6 and plain
 
 
-def test_mean_over_targets_of_all_ranks(world):
+@pytest.mark.parametrize("taken", ["cross_entropy", "nll_loss"])
+def test_mean_over_targets_of_all_ranks(world, taken):
     plan = plan_of("llama", (Sharding(),) * 4, 1, False, dp=2)
-    for loss, gradient in world.run(2, cases.shared_mean, plan):
+    for loss, gradient in world.run(2, cases.shared_mean, plan, taken):
         assert loss < 1e-6 and gradient < 1e-6
 
 
