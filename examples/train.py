@@ -17,12 +17,15 @@ The plan is for GPUs that are elsewhere; without one here, the processes talk gl
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 import llama
 import torch
 import torch.distributed as dist
 
 import planner
+from ir.errors import PlanError
 
 
 def batch_of(step: int, samples: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,4 +76,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PlanError as fault:  # most are found on every rank; one rank says it all
+        rank = os.environ.get("RANK", "0")
+        lines = fault.lines() if rank == "0" else [f"rank {rank}: {fault}"]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        sys.exit(fault.exit_code)

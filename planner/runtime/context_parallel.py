@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ir.backward import differentiable
 from ir.errors import PlanError
 from ir.graph import AFTER, Unit
 from ir.graph import Tensor as Spec
@@ -32,7 +31,7 @@ from planner.runtime.flash import additive
 from planner.runtime.gathered import gathered
 from planner.runtime.ring import ring
 from planner.runtime.shares import shares_of
-from planner.runtime.site import Site
+from planner.runtime.site import Site, results_of
 from planner.runtime.ulysses import ulysses
 from planner.token_flow import flow_of
 
@@ -141,19 +140,6 @@ def given_of(unit: Unit) -> tuple[tuple[Spec, bool], ...]:
         (tensor, name in unit.diff_inputs)
         for name, tensor in unit.inputs if name.startswith("in") and name[2:].isdigit()
     )  # fmt: skip
-
-
-@functools.cache
-def results_of(unit: Unit) -> tuple[tuple[Spec, bool], ...]:
-    """What a unit's module returns: its results, or what top-level operations that joined it
-    read of it."""
-    tail = [n for n in unit.nodes if n.module == AFTER]
-    learns, names = differentiable(unit), unit.outputs
-    if tail:
-        read = {ref for n in tail for ref in n.inputs} | set(unit.outputs)
-        own = [ref for n in unit.nodes if n.module != AFTER for ref in n.refs()]
-        names = tuple(ref for ref in own if ref in read)
-    return tuple((unit.values[name], learns[name]) for name in names)
 
 
 def exchanged(

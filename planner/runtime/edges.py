@@ -19,8 +19,9 @@ from cost_models.layout import (
     produced,
 )
 from ir.backward import differentiable
-from ir.graph import AFTER, Node, Tensor, Unit
+from ir.graph import AFTER, Tensor, Unit
 from ir.ops import rule
+from planner.runtime.site import returned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ def edges_of(unit: Unit, assignment: Assignment) -> Edges:
     for ref, found in readers.items():
         back = dual(made[ref])
         moved = [r for r in found if r.target != made[ref] or (learns[ref] and r.grad != back)]
-        if not moved or (ref in unit.producers and _after(unit.producers[ref])):
+        if not moved or (ref in unit.producers and unit.producers[ref].module == AFTER):
             continue
         alike = len(moved) == len(found) and len({(r.target, r.grad) for r in found}) == 1
         target = moved[0].target
@@ -117,10 +118,6 @@ def _readers(
             at = boundary(unit.values[ref], assignment.sequence_parallel and learns[ref])
             table.setdefault(ref, []).append(_Reader(f"return[{i}]", AFTER, at, at))
     return table
-
-
-def _after(node: Node) -> bool:
-    return node.module == AFTER
 
 
 def _within(module: str, path: str) -> bool:
@@ -209,15 +206,9 @@ def _results(
     unit: Unit, made: dict[str, int], leaving: dict[str, int], learns: dict[str, bool],
     assignment: Assignment,
 ) -> tuple[Crossing, ...]:  # fmt: skip
-    """What the module returns: the unit's results, or what joined operations read of it."""
-    tail = [n for n in unit.nodes if _after(n)]
-    names = unit.outputs
-    if tail:
-        read = {ref for n in tail for ref in n.inputs} | set(unit.outputs)
-        own = [ref for n in unit.nodes if not _after(n) for ref in n.refs()]
-        names = tuple(ref for ref in own if ref in read)
+    """What the module returns, and where it is to lie."""
     found = []
-    for ref in names:
+    for ref in returned(unit):
         limit = boundary(unit.values[ref], assignment.sequence_parallel and learns[ref])
         to = leaving.get(ref, made.get(ref, WHOLE))
         to = limit if ref in unit.outputs else to

@@ -53,7 +53,7 @@ class Exchange:
         """rows: [n, f] by expert -> [m, f] by local expert, on the ranks that hold them."""
         rows = _all_to_all(rows[: self.kept], self.received, self.sent, self.ep)
         if len(self.blocks) > 1:
-            rows = _GatherRows.apply(rows, self.blocks, self.etp)
+            rows = _OverEtp.apply(rows, True, self.blocks, self.etp)
         return _Permute.apply(rows, self.order)
 
     def back(self, rows: Tensor, count: int) -> Tensor:
@@ -61,7 +61,7 @@ class Exchange:
         are partial sums."""
         rows = _Permute.apply(rows, _inverse(self.order))
         if len(self.blocks) > 1:
-            rows = _SumRows.apply(rows, self.blocks, self.etp)
+            rows = _OverEtp.apply(rows, False, self.blocks, self.etp)
         rows = _all_to_all(rows, self.sent, self.received, self.ep)
         if count == self.kept:
             return rows
@@ -161,27 +161,16 @@ def _sum(rows: Tensor, blocks: tuple[int, ...], group: dist.ProcessGroup) -> Ten
     return fc.wait_tensor(own)[: blocks[dist.get_rank(group)]]
 
 
-class _GatherRows(torch.autograd.Function):
+class _OverEtp(torch.autograd.Function):
+    """Every rank's rows to all, or the sum of all to each: either is the other's gradient."""
+
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, blocks: tuple[int, ...], group: dist.ProcessGroup
+        ctx: Any, rows: Tensor, gather: bool, blocks: tuple[int, ...], group: dist.ProcessGroup
     ) -> Tensor:
-        ctx.blocks, ctx.group = blocks, group
-        return _gather(rows, blocks, group)
+        ctx.gather, ctx.blocks, ctx.group = gather, blocks, group
+        return (_gather if gather else _sum)(rows, blocks, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum(grad, ctx.blocks, ctx.group), None, None
-
-
-class _SumRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, blocks: tuple[int, ...], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.blocks, ctx.group = blocks, group
-        return _sum(rows, blocks, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.blocks, ctx.group), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return (_sum if ctx.gather else _gather)(grad, ctx.blocks, ctx.group), None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from planner.runtime.flash import Block, add_block, empty_result
-from planner.runtime.ring import flat_pair, ranks_of, ring, ring_backward
+from planner.runtime.ring import flat_pair, ranks_of, register, ring, ring_backward
 from planner.runtime.shares import Shares
 
 c10d = torch.ops._c10d_functional
@@ -101,25 +101,4 @@ def traffic_of(operator: Any, args: Sequence[Any]) -> tuple[tuple[str, int, int]
     return (gather, ("reduce_scatter", 1, size * ways)) if backward else (gather,)
 
 
-@gathered.register_fake
-def _(q, k, v, mask, group, causal, zigzag, scale):  # type: ignore[no-untyped-def]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    return out, q.new_empty(q.shape[:3], dtype=wide)
-
-
-@gathered_backward.register_fake
-def _(grad, q, k, v, out, lse, mask, group, causal, zigzag, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.how = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-
-
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    return (*gathered_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how), *(None,) * 5)
-
-
-gathered.register_autograd(_gradients, setup_context=_keep)
+register(gathered, gathered_backward)

@@ -19,15 +19,14 @@ from torch.utils import _pytree as pytree
 from cost_models.chain import Link, chain_of
 from cost_models.layout import boundary
 from cost_models.schedule import rank_of
-from ir.backward import differentiable
 from ir.capture.body import DTYPES
 from ir.errors import PlanError
 from ir.graph import AFTER, Graph, Node, full_name
 from ir.graph import Tensor as Spec
-from planner.cuts import Crossing, crossings, first_links, given_places, has_tail
+from planner.cuts import Crossing, crossings, first_links, given_places
 from planner.runtime.carry import tokens_dim, unwrap, wrap
 from planner.runtime.context import Context
-from planner.runtime.site import Site
+from planner.runtime.site import Site, results_of
 from planner.runtime.stubs import stage_copy
 
 _TORCH = {word: dtype for dtype, word in DTYPES.items()}
@@ -198,7 +197,7 @@ def _pass(
     tensors, d = _tensors(args, kwargs), context.plan.decisions
     given = [tensors[place] for place in places if place < len(tensors)]
     results = []
-    for spec, learns in _results(link):
+    for spec, learns in results_of(link.unit):
         whole = spec.sizes(d.micro_batch, context.plan.workload.seq_len)
         alike = [x for x in given if x.shape == whole and x.dtype == _TORCH[spec.dtype]]
         given = [x for x in given if not alike or x is not alike[0]]
@@ -211,22 +210,9 @@ def _hand_on(stage: Stage, link: Link, call: Node, context: Context, *_: Any, **
     arrived = {v.result: x for v, x in zip(stage.arriving, stage.received)}
     results = [
         arrived[i] if i in arrived else _blank(spec, learns, context)
-        for i, (spec, learns) in enumerate(_results(link))
+        for i, (spec, learns) in enumerate(results_of(link.unit))
     ]
     return _returned(call, results)
-
-
-def _results(link: Link) -> list[tuple[Spec, bool]]:
-    """What a unit's module returns, and whether it carries a gradient; where top-level operations
-    joined the unit, it is what they read of it."""
-    unit, learns = link.unit, differentiable(link.unit)
-    names = list(unit.outputs)
-    if has_tail(link):
-        tail = [n for n in unit.nodes if n.module == AFTER]
-        own = {ref for n in unit.nodes if n.module != AFTER for ref in n.refs()}
-        read = {ref for n in tail for ref in n.inputs} | set(unit.outputs)
-        names = [name for name in unit.values if name in own and name in read]
-    return [(unit.values[name], learns[name]) for name in names]
 
 
 def _returned(call: Node, results: list[torch.Tensor]) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._library.custom_ops import CustomOpDef
 
 from planner.runtime.flash import Block, add_block, empty_result
 from planner.runtime.shares import Piece, Shares
@@ -55,6 +56,34 @@ def flat_pair(a: Tensor, b: Tensor) -> Tensor:
 def pair_like(flat: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A message as two tensors of these shapes."""
     return flat[: a.numel()].view(a.shape), flat[a.numel() :].view(b.shape)
+
+
+def register(attention: CustomOpDef, backward: CustomOpDef) -> None:
+    """Tell autograd and fake tensors of an attention operator and of its gradients'.
+
+    attention: (q, k, v, mask, *how) -> (out, log-sum-exp). backward: (grad, q, k, v, out,
+    log-sum-exp, mask, *how) -> gradients of q, k and v.
+    """
+
+    def result(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty((*q.shape[:3], v.shape[-1]))
+        return out, q.new_empty(q.shape[:3], dtype=wide)
+
+    def gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, mask, *ctx.how = inputs
+        ctx.save_for_backward(q, k, v, *output, mask)
+
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+        found = backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how)
+        return (*found, None, *(None,) * len(ctx.how))  # none of the mask, nor of how
+
+    attention.register_fake(result)
+    backward.register_fake(gradients)
+    attention.register_autograd(differentiate, setup_context=keep)
 
 
 @torch.library.custom_op("meshwright_cp::ring", mutates_args=())
@@ -138,25 +167,4 @@ def _masked(mask: Tensor | None, source: int, length: int) -> Tensor | None:
     return None if mask is None else mask.narrow(-1, source * length, length)
 
 
-@ring.register_fake
-def _(q, k, v, mask, group, causal, zigzag, scale):  # type: ignore[no-untyped-def]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty((*q.shape[:3], v.shape[-1]))
-    return out, q.new_empty(q.shape[:3], dtype=wide)
-
-
-@ring_backward.register_fake
-def _(grad, q, k, v, out, lse, mask, group, causal, zigzag, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.how = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-
-
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    return (*ring_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.how), *(None,) * 5)
-
-
-ring.register_autograd(_gradients, setup_context=_keep)
+register(ring, ring_backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,8 +12,9 @@ from cost_models.layout import Assignment
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import starts_of
 from cost_models.words import assignment_of
+from ir.backward import differentiable
 from ir.errors import GateError
-from ir.graph import Unit
+from ir.graph import AFTER, Tensor, Unit
 from planner.chain import stage_units
 from planner.plan import Plan
 
@@ -93,6 +95,24 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
     for name in ours:
         if name not in plan.graph.parameters and name not in aliases:
             raise _other(f"{name} is a parameter of the model, not of the plan")
+
+
+def returned(unit: Unit) -> tuple[str, ...]:
+    """What a unit's module returns: its results, or, where top-level operations joined the unit,
+    what they read of it."""
+    tail = [n for n in unit.nodes if n.module == AFTER]
+    if not tail:
+        return unit.outputs
+    read = {ref for n in tail for ref in n.inputs} | set(unit.outputs)
+    own = [ref for n in unit.nodes if n.module != AFTER for ref in n.refs()]
+    return tuple(ref for ref in own if ref in read)
+
+
+@functools.cache
+def results_of(unit: Unit) -> tuple[tuple[Tensor, bool], ...]:
+    """What a unit's module returns, in order, and whether it carries a gradient."""
+    learns = differentiable(unit)
+    return tuple((unit.values[name], learns[name]) for name in returned(unit))
 
 
 def _other(what: str) -> GateError:
