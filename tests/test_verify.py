@@ -364,8 +364,11 @@ def test_a_model_that_raises_on_a_rank_is_told_once(tmp_path, capsys):
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     plan, model = planned(tmp_path, MODEL.format(wrong="") + TWIN)
     mark = tmp_path / "running"
-    at_first(model, "import pathlib, time; there = torch.distributed.is_initialized();"
-             f" there and pathlib.Path({str(mark)!r}).touch(); time.sleep(600 * there)")  # fmt: skip
+    at_first(
+        model,
+        "import pathlib, time; there = torch.distributed.is_initialized();"
+        f" there and pathlib.Path({str(mark)!r}).touch(); time.sleep(600 * there)",
+    )
     command = [sys.executable, "-m", "planner.cli", "verify", plan, "--model", model, "--no-ledger"]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                            cwd=Path(cli.__file__).parents[1], env=dict(os.environ))  # fmt: skip
