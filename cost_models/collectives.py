@@ -1,10 +1,10 @@
 """Seconds of a collective over the topology.
 
-Inside one domain (NVLink, PCIe) `t = a + c sqrt(S) + S f / beta`, fitted; between domains each of
-the r members in a domain drives its own network port, so a ring moves at
-`min(r * NIC * efficiency, .9 * NVLink, beta)`, with latency that grows with the domains (ring) or
-their logarithm (tree); the lesser counts. S is the full tensor in bytes; for all_to_all it is the
-buffer that one rank holds.
+Inside one domain (NVLink, PCIe) a protocol of low latency, `a + b sqrt(S)`, gives way to one of
+full rate, `a + s + c sqrt(S) + S f / beta`, fitted; between domains each of the r members in a
+domain drives its own network port, so a ring moves at `min(r * NIC * efficiency, .9 * NVLink,
+beta)`, with latency that grows with the domains (ring) or their logarithm (tree); the lesser
+counts. S is the full tensor in bytes; for all_to_all it is the buffer that one rank holds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cost_models.constants_table import Constants, load_constants
 from cost_models.hardware import Cluster
+from cost_models.links import mixed
 from ir.errors import PlanError
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -32,15 +33,28 @@ KINDS = (*_PASSES, "broadcast", "p2p")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """One algorithm's time, `overhead_s + sqrt_s * sqrt(S) + S * s_per_byte`."""
+    """One algorithm's time: `overhead_s + start_s + sqrt_s sqrt(S) + S s_per_byte` at large sizes.
+
+    Below switch_bytes the small protocol: `overhead_s + low_sqrt_s sqrt(S)`; 0 where there is none.
+    """
 
     algorithm: str
     overhead_s: float
     sqrt_s: float
     s_per_byte: float
+    start_s: float = 0.0
+    low_sqrt_s: float = 0.0
+    switch_bytes: float = 0.0
 
     def at(self, size_bytes: FloatArray) -> FloatArray:
-        return self.overhead_s + self.sqrt_s * np.sqrt(size_bytes) + size_bytes * self.s_per_byte
+        """Seconds; never less than the wire takes, and never less for more bytes."""
+        root = np.sqrt(size_bytes)
+        large_s = self.overhead_s + self.start_s + self.sqrt_s * root
+        large_s = large_s + size_bytes * self.s_per_byte
+        if not self.switch_bytes:
+            return large_s
+        small_s = self.overhead_s + self.low_sqrt_s * root
+        return mixed(small_s, large_s, size_bytes, self.switch_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +76,9 @@ class _Fit:
     sqrt_s: float
     bytes_per_s: float
     hop_s: float
+    start_s: float
+    low_sqrt_s: float
+    switch_bytes: float
     source: str
 
 
@@ -84,11 +101,19 @@ def _fit(cluster: Cluster, kind: str, ranks: int) -> _Fit:
     per_byte = 1 / np.array(table.numbers(f"{name}.bytes_per_s"))
     slope = max(0.0, float((overhead[-1] - overhead[-2]) / (at[-1] - at[-2])))
     hops = 2.0 ** at[-1] - 2.0 ** at[0]
+    small = table.has(f"{name}.switch_bytes")  # hosts that were not measured have one protocol
+
+    def between(key: str) -> float:
+        return float(np.interp(x, at, table.numbers(f"{name}.{key}"))) if small else 0.0
+
     return _Fit(
         overhead_s=float(np.interp(x, at, overhead)) + slope * max(0.0, x - float(at[-1])),
         sqrt_s=float(np.interp(x, at, table.numbers(f"{name}.sqrt_s"))),
         bytes_per_s=scale / float(np.interp(x, at, per_byte)),
         hop_s=max(0.0, float(overhead[-1] - overhead[0]) / hops),
+        start_s=between("start_s"),
+        low_sqrt_s=between("low_sqrt_s"),
+        switch_bytes=between("switch_bytes"),
         source=table.find(f"{name}.bytes_per_s").source,
     )
 
@@ -109,7 +134,7 @@ def _across(
     ring_s = passes * ((domains - 1) * hop_s + domains * (members - 1) * inside.hop_s)
     tree_s = passes * math.ceil(math.log2(domains)) * hop_s
     tree_rate = rate * table.number("network.tree_efficiency")
-    start_s, root = inside.overhead_s, inside.sqrt_s
+    start_s, root = inside.overhead_s + inside.start_s, inside.sqrt_s
     ring = Form(algorithm="ring", overhead_s=start_s + ring_s, sqrt_s=root, s_per_byte=share / rate)
     if kind in ("all_gather", "reduce_scatter") and members > 1:
         return (ring,)  # NCCL 2.28 has a tree for them (PAT) at one rank a node only
@@ -130,7 +155,8 @@ def _exchange(cluster: Cluster, members: int, domains: int) -> Form:
     near = (members - 1) / size / inside.bytes_per_s
     return Form(
         algorithm="pairs",
-        overhead_s=inside.overhead_s + math.ceil(math.log2(domains)) * cluster.inter.latency_s,
+        overhead_s=inside.overhead_s + inside.start_s
+        + math.ceil(math.log2(domains)) * cluster.inter.latency_s,
         sqrt_s=inside.sqrt_s,
         s_per_byte=max(far, near),
     )
@@ -170,7 +196,8 @@ def explain(cluster: Cluster, kind: str, group_size: int, stride: int = 1) -> Co
         forms = (
             Form(
                 algorithm="inside", overhead_s=fit.overhead_s, sqrt_s=fit.sqrt_s,
-                s_per_byte=per_byte,
+                s_per_byte=per_byte, start_s=fit.start_s, low_sqrt_s=fit.low_sqrt_s,
+                switch_bytes=fit.switch_bytes,
             ),
         )  # fmt: skip
     elif kind == "all_to_all":

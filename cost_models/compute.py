@@ -1,21 +1,22 @@
-"""Seconds of a kernel on one device: a smooth roofline per class of operation, calibrated.
+"""Seconds of a kernel on one device, calibrated.
 
-A GEMM takes `((F / (ec P clk))^p + (bytes / (em BW))^p)^(1/p) + L`: ec and em are the shares of
-peak and bandwidth that large kernels reach, p how sharply one limit gives way to the other, L the
-overhead of a kernel. clk is what the clock keeps under a steady load at this board power. All
-inputs may be numpy arrays; all outputs are seconds as float64 arrays.
+A matmul is laid out in tiles over the SMs, as `gemm.py` says, with constants fitted on measured
+kernels; what it comes to for large sizes is a roofline, `((F / rate)^p + (bytes / bandwidth)^p) ^
+(1/p) + L`, which costs convolutions and ops known by their counts. The rate is that of a clock
+under a steady load at this board power. Inputs may be arrays; outputs are seconds as float64.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cost_models.constants_table import Constant, Constants, load_constants
+from cost_models.gemm import Facts, gemm_seconds
 from cost_models.hardware import Device
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -30,6 +31,11 @@ _OUTPUT_BYTES = {"fp64": 8.0, "fp32": 4.0, "tf32": 4.0}  # the rest write 16 bit
 # Which GEMM constants a dtype uses where it has none of its own.
 _FITTED_AS = {"fp16": "bf16", "tf32": "bf16", "fp32": "bf16", "fp64": "bf16", "int8": "fp8",
               "nvfp4": "fp8", "int4": "fp8"}  # fmt: skip
+
+# What a training step's matmul finds in the cache: other tensors passed through it since.
+_COPIES = 6.0
+_TILING = ("compute_efficiency", "memory_efficiency", "overhead_s", "smoothness", "wave", "feed",
+           "fill_s", "split_s", "sweep", "streams", "l2_speed", "boost", "boost_s")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +58,7 @@ class Roofline:
 class Rates:
     """What the constants come to on one device: rates per second, seconds, and factors.
 
-    attention_flop_per_s: forward at head size 128 and more. scan_flop_per_s: in 16 bits.
+    attention_flop_per_s: forward at head size 128 and more. scan_flop_per_s: of Triton kernels.
     """
 
     bytes_per_s: float
@@ -64,7 +70,9 @@ class Rates:
     grouped_share: float
     row_tile: float
     conv_share: float
-    scan_share: float
+    scan_flop_per_s: float
+    batched_ratio: float
+    misaligned_ratio: float
     scan_traffic: float
     memory_traffic: float
 
@@ -72,6 +80,10 @@ class Rates:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """Costs the kernels of one device; made by `load_kernels`.
+
+    tiling: constants and facts of `gemm.gemm_seconds` by dtype. steady: at the clock of a steady
+    load, as in training; else one by one on an idle device, as benchmarks of kernels run.
+    known: GEMMs costed before: a search asks for the same shapes under many of its decisions.
 
     fp32 is costed at the fp32 peak, torch's default (float32_matmul_precision "highest"); who
     allows tf32 asks for "tf32". A dtype the device lacks raises UsageError.
@@ -82,6 +94,10 @@ class Kernels:
     clock: float
     rates: Rates
     rooflines: tuple[tuple[str, Roofline], ...]
+    tiling: tuple[tuple[str, Facts, Facts], ...] = field(hash=False)
+    steady: bool = True
+    known: dict[tuple[object, ...], FloatArray] = field(default_factory=dict, hash=False,
+                                                        compare=False, repr=False)  # fmt: skip
 
     @property
     def bytes_per_s(self) -> float:
@@ -105,9 +121,23 @@ class Kernels:
         self, dtype: str, m: ArrayLike, n: ArrayLike, k: ArrayLike, batch: ArrayLike = 1
     ) -> FloatArray:
         """One (batched) matmul [m, k] x [k, n], the second operand stored as weights are."""
-        rows, columns, inner, count = _floats(m, n, k, batch)
-        flop = 2 * rows * columns * inner * count
-        return self.roofline(dtype).at(flop, _gemm_bytes(dtype, rows, columns, inner) * count)
+        self.roofline(dtype)  # refuses a dtype that the device lacks
+        sizes = _floats(m, n, k, batch)
+        key = (dtype, *((a.shape, a.tobytes()) for a in sizes))
+        if key not in self.known:
+            self.known[key] = self._gemm_s(dtype, *sizes)
+        return self.known[key]
+
+    def _gemm_s(
+        self, dtype: str, m: FloatArray, n: FloatArray, k: FloatArray, batch: FloatArray
+    ) -> FloatArray:
+        constants, facts = next((c, d) for name, c, d in self.tiling if name == dtype)
+        found = gemm_seconds(constants, facts, m, n, k, batch, copies=_COPIES, steady=self.steady)
+        odd = (n % 64 != 0) | (k % 64 != 0)
+        found = found / np.where(odd, self.rates.misaligned_ratio, 1.0)
+        found = np.asarray(found / np.where(batch > 1, self.rates.batched_ratio, 1.0))
+        found.setflags(write=False)
+        return found
 
     def grouped_gemm_s(
         self, dtype: str, rows: ArrayLike, groups: ArrayLike, n: ArrayLike, k: ArrayLike
@@ -159,8 +189,8 @@ class Kernels:
         """One state-space scan or delta rule, chunked, in 16 bits; its kernels overlap little."""
         work, moved = _floats(flop, moved_bytes)
         rates = self.rates
-        rate = rates.scan_share * self.device.peak(self._wide(dtype))
-        return rates.scan_traffic * (work / rate + moved / rates.bytes_per_s) + rates.gap_s
+        again = moved * rates.scan_traffic / rates.bytes_per_s
+        return work / rates.scan_flop_per_s + again + rates.gap_s
 
     def generic_s(self, dtype: str, flop: ArrayLike, moved_bytes: ArrayLike) -> FloatArray:
         """An operation known by its counts alone: compute and traffic do not overlap."""
@@ -201,24 +231,48 @@ def _sixteen(device: Device) -> str:
     return "bf16" if device.has("bf16") else "fp16"
 
 
-def _roofline(device: Device, table: Constants, dtype: str, clock: float) -> Roofline:
+def _gemm_number(table: Constants, dtype: str, key: str) -> float:
+    """A GEMM's constant for a dtype: its own, or that of the dtype whose kernels are alike; the
+    tiles' shape of every format is that of the 16-bit kernels."""
     name = dtype
     while not table.has(f"gemm.{name}.compute_efficiency"):
         name = _FITTED_AS[name]
-    number = table.number
+    name = name if table.has(f"gemm.{name}.{key}") else "bf16"
+    return table.number(f"gemm.{name}.{key}")
+
+
+def _tiling(device: Device, table: Constants, dtype: str, clock: float) -> tuple[str, Facts, Facts]:
+    """Constants and facts that `gemm_seconds` takes; the clock slows arithmetic alone."""
+    width = _WEIGHT_BYTES[dtype]
+    facts = {
+        "flop_per_s": device.peak(dtype) * clock, "sm": device.sm_count,
+        "bytes_per_s": device.memory_bandwidth_bytes_per_s,
+        "l2_bytes": table.number("cache.l2_bytes"), "weight_bytes": width, "in_bytes": width,
+        "out_bytes": _OUTPUT_BYTES.get(dtype, 2.0),
+    }  # fmt: skip
+    constants = {key: _gemm_number(table, dtype, key) for key in _TILING}
+    return dtype, _arrays(constants), _arrays(facts)
+
+
+def _arrays(numbers: dict[str, float]) -> Facts:
+    return {name: np.asarray(value, dtype=np.float64) for name, value in numbers.items()}
+
+
+def _roofline(device: Device, table: Constants, dtype: str, clock: float) -> Roofline:
     bandwidth = device.memory_bandwidth_bytes_per_s
     return Roofline(
-        flop_per_s=number(f"gemm.{name}.compute_efficiency") * device.peak(dtype) * clock,
-        bytes_per_s=number(f"gemm.{name}.memory_efficiency") * bandwidth,
-        overhead_s=number(f"gemm.{name}.overhead_s"),
-        smoothness=number(f"gemm.{name}.smoothness"),
+        flop_per_s=_gemm_number(table, dtype, "compute_efficiency") * device.peak(dtype) * clock,
+        bytes_per_s=_gemm_number(table, dtype, "memory_efficiency") * bandwidth,
+        overhead_s=_gemm_number(table, dtype, "overhead_s"),
+        smoothness=_gemm_number(table, dtype, "smoothness"),
     )
 
 
 def _rates(device: Device, table: Constants, attention: str, clock: float) -> Rates:
     number = table.number
     share = number("attention.forward_efficiency") * clock
-    share *= number("attention.flash2_ratio") if attention == "flash2" else 1.0
+    share *= number("attention.flash2_ratio") if attention != "best" else 1.0
+    share *= number("attention.triton_ratio") if attention == "triton" else 1.0
     streamed = number("gemm.bf16.memory_efficiency") * device.memory_bandwidth_bytes_per_s
     return Rates(
         bytes_per_s=streamed,
@@ -230,24 +284,33 @@ def _rates(device: Device, table: Constants, attention: str, clock: float) -> Ra
         grouped_share=number("grouped_gemm.efficiency"),
         row_tile=number("grouped_gemm.row_tile"),
         conv_share=number("conv.efficiency"),
-        scan_share=number("scan.compute_efficiency"),
+        scan_flop_per_s=number("scan.flop_per_s_per_sm") * device.sm_count,
+        batched_ratio=number("gemm.batched_ratio"),
+        misaligned_ratio=number("gemm.misaligned_ratio"),
         scan_traffic=number("scan.traffic"),
         memory_traffic=number("memory_bound.traffic"),
     )
 
 
 @functools.cache
-def load_kernels(device: Device, *, attention: str = "best") -> Kernels:
+def load_kernels(device: Device, *, attention: str = "best", steady: bool = True) -> Kernels:
     """The kernels of a device, with the constants that its hardware file names.
 
     attention: "best" (cuDNN or FlashAttention-3, what Transformer Engine picks) or "flash2"
-    (FlashAttention-2, what torch's scaled_dot_product_attention picks up to Hopper).
-    clock: what a steady load keeps of the rated clock, by the power of the board.
+    (FlashAttention-2, what torch's scaled_dot_product_attention picks up to Hopper) or "triton"
+    (its kernels of 2023 in Triton).
+    steady: at the clock that a steady load keeps, by the power of the board; else kernels run one
+    by one on an idle device at its rated clock.
     """
-    assert attention in ("best", "flash2")
-    table = load_constants(device.constants)
+    return kernels_of(device, load_constants(device.constants), attention, steady)
+
+
+def kernels_of(device: Device, table: Constants, attention: str, steady: bool = True) -> Kernels:
+    """The kernels of a device under any constants."""
+    assert attention in ("best", "flash2", "triton")
     power = device.power_w / table.number("clock.reference_power_w")
     clock = table.number("clock.derate") * power ** table.number("clock.power_exponent")
+    clock = clock if steady else 1.0
     return Kernels(
         device=device,
         constants=table,
@@ -256,6 +319,8 @@ def load_kernels(device: Device, *, attention: str = "best") -> Kernels:
         rooflines=tuple(
             (dtype, _roofline(device, table, dtype, clock)) for dtype, _ in device.peak_flop_per_s
         ),
+        tiling=tuple(_tiling(device, table, d, clock) for d, _ in device.peak_flop_per_s),
+        steady=steady,
     )
 
 

@@ -1,15 +1,18 @@
 """Fitted constants: numbers with their source, read from `constants/*.toml`.
 
-A device's file overrides its `base` (another device it is transferred from), which overrides
-`common.toml`; each number keeps the source of the file that it came from.
+A device's file overrides its `base` (a device it is transferred from, or several, the last one
+counting), which overrides `common.toml`; each number keeps the source of the file that it came
+from. A hardware file may bring its own over those of a device: what `plan calibrate` measured.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import tomllib
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from ir.errors import UsageError
 
 _FOLDER = Path(__file__).with_name("constants")
 _COMMON = "common"
+_FORMATS = ("fp32", "tf32", "fp8", "int8", "nvfp4", "int4")  # a file may bring a GEMM table of each
+# Words that say how well a table was fitted; they may stand in any of them.
+_FIT_WORDS = ("samples", "median_error", "p90_error", "held_out_median_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +33,17 @@ class Constant:
     name: str
     value: float | tuple[float, ...]
     source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnConstants:
+    """Constants that a hardware file carries: `items` over those named `base`.
+
+    A flag among them, measured or runs, is the file's own word; else the base's holds.
+    """
+
+    base: str
+    items: tuple[Constant, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +59,19 @@ class Constants:
     items: tuple[Constant, ...]
 
     def has(self, name: str) -> bool:
-        return any(item.name == name for item in self.items)
+        return self._get(name) is not None
 
     def find(self, name: str) -> Constant:
         """The constant of that dotted name, there by construction."""
-        for item in self.items:
-            if item.name == name:
-                return item
-        raise KeyError(f"constants/{self.name}.toml has no {name}")
+        item = self._get(name)
+        if item is None:
+            raise KeyError(f"constants/{self.name}.toml has no {name}")
+        return item
+
+    def _get(self, name: str) -> Constant | None:
+        at = bisect_left(self.items, name, key=lambda item: item.name)
+        found = self.items[at] if at < len(self.items) else None
+        return found if found is not None and found.name == name else None
 
     def number(self, name: str) -> float:
         value = self.find(name).value
@@ -83,31 +105,70 @@ def _flat(table: dict[str, Any], prefix: str, note: str) -> dict[str, Constant]:
     return found
 
 
+def _known_names() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in _FOLDER.glob("*.toml") if p.stem != _COMMON))
+
+
+@functools.cache
 def _collect(name: str) -> dict[str, Constant]:
-    """Constants of `name` over those of its base, over the common ones."""
+    """Constants of `name` over those of its bases, over the common ones; shared, never changed."""
     path = _FOLDER / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _FOLDER.glob("*.toml") if p.stem != _COMMON))
+        known = ", ".join(_known_names())
         raise UsageError(f"no constants named {name!r}", why=f"device.constants is one of {known}")
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    base = table.pop("base", None)
+    base = table.pop("base", [])
     reason = table.pop("transferred", "")
-    if base is None:
-        below = {} if name == _COMMON else _collect(_COMMON)
-        return below | _flat(table, "", "")
+    if name == _COMMON:
+        return _flat(table, "", "")
     common = _collect(_COMMON)
     moved = {
         key: Constant(name=key, value=item.value, source=f"{reason}: {item.source}")
-        for key, item in _collect(base).items()
+        for source in ([base] if isinstance(base, str) else base)
+        for key, item in _collect(source).items()
         if item != common.get(key)
     }
     return common | moved | _flat(table, "", "")
 
 
 @functools.cache
-def load_constants(name: str) -> Constants:
-    """The constants named `name`. Raises UsageError listing those there are."""
-    items = _collect(name)
+def load_constants(name: str | OwnConstants) -> Constants:
+    """The constants named `name`, or a hardware file's own over those that it names.
+
+    Raises UsageError listing those there are.
+    """
+    own = () if isinstance(name, str) else name.items
+    base = name if isinstance(name, str) else name.base
+    items = _collect(base) | {item.name: item for item in own}
     measured, runs = items.pop("measured").value == 1, items.pop("runs").value == 1
     ordered = tuple(items[key] for key in sorted(items))
-    return Constants(name=name, measured=measured, runs=runs, items=ordered)
+    title = f"{base}, calibrated" if own else base
+    return Constants(name=title, measured=measured, runs=runs, items=ordered)
+
+
+def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
+    """A hardware file's `[constants]` table over those named `base`, checked.
+
+    Every number has a name that one of the shipped files has. Raises UsageError.
+    """
+    if not isinstance(raw, dict):
+        raise UsageError("constants is not a table", where=where)
+    if base not in _known_names():
+        raise UsageError(
+            f"device.constants is {base!r}", where=where, why=f"one of {', '.join(_known_names())}"
+        )
+    found = _flat(raw, "", "")
+    known = {key for name in _known_names() for key in _collect(name)}
+    formats = {key.split(".")[2] for key in known if key.startswith("gemm.")}
+    known |= {f"gemm.{dtype}.{key}" for dtype in _FORMATS for key in formats}
+    for key, item in found.items():
+        if key not in known and key.rsplit(".", 1)[-1] not in _FIT_WORDS:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hints = tuple(f"did you mean constants.{name}?" for name in near)
+            raise UsageError(f"unknown key constants.{key}", where=where, hints=hints)
+        values = item.value if isinstance(item.value, tuple) else (item.value,)
+        if not all(0 <= value < float("inf") for value in values):
+            raise UsageError(
+                f"constants.{key} is {item.value}", where=where, why="expected 0 or more"
+            )
+    return OwnConstants(base=base, items=tuple(found[key] for key in sorted(found)))

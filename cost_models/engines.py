@@ -52,13 +52,32 @@ class Engine:
     pp_zero: ZeRO stages that go with a pipeline. precisions: formats it computes in.
     kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
+    narrow_host_ratio: what formats of 8 bits and less multiply moe_layer_host_s by: more kernels.
+    host_blocks: the host waits for each kernel (CUDA_LAUNCH_BLOCKING), so its time is added.
     tp_exposed, ep_exposed, cp_exposed, p2p_exposed (one stage a rank, or more): share of that
     traffic that is not hidden.
+    ep_dedupe: a token goes once to each rank, and once to each node, that has experts of its own.
+    cast_traffic: bytes that casts to narrow formats move, over those of one scale a tensor.
+    loss_traffic: bytes a logit that a fused cross-entropy moves, both ways; 0: op by op.
+    network_share: share of a node's network ports that a collective drives.
+    p2p_scatter: a tp rank sends its share of a value that all have, gathered again on arrival.
     fsdp_interference: what hidden FSDP traffic still costs its layer.
     dp_reduce_hidden, dp_gather_hidden: share of a stage's time that hides the sharded
     optimizer's traffic; dp_exposed_least of it is exposed in any case.
-    context_bytes, comm_buffer_bytes (each communicator), workspace_bytes, fragmentation (of
-    activations, gathered units and logits): what is reserved, by name.
+    context_bytes, comm_buffer_bytes (each communicator), bucket_bytes (of gradient reduction and
+    parameter gathers), workspace_bytes, cached_bytes (in the allocator's blocks that nothing
+    fits), fragmentation (of activations, gathered units and logits): what is reserved, by name.
+    receives_apart: whether a pipeline receives each micro-batch in a buffer of its own.
+    fp16_grad_bytes: of an accumulated gradient under fp16. gradient_copy_bytes: of a 16-bit
+    gradient that stays beside the fp32 one it was added to. shard_gradient_bytes: of the
+    optimizer's own copies of its shard's gradient, where gradients are 16-bit. live_parameters:
+    the most that are gathered at once, 0 for two whole units. combine_saves: whether the rows
+    that experts return are kept, to weigh them after the last matmul. master_bytes: of the copy
+    of a parameter that is updated, 0 where the 16-bit parameter is. moment_share: the moments
+    over fp32 ones.
+    loss_bytes: a logit at the loss, in all of its copies; 0 where the op rules say it.
+    split_loss_bytes: the same where tensor parallelism splits them; 0: the same.
+    selective: what selective recomputation keeps, "matmuls" or "alternate" (every second one).
     """
 
     name: str
@@ -76,12 +95,19 @@ class Engine:
     kernel_host_s: float
     layer_host_s: float
     moe_layer_host_s: float
+    narrow_host_ratio: float
     step_host_s: float
+    host_blocks: bool
     jitter_per_doubling: float
     jitter_from_gpus: int
     tp_exposed: float
     ep_exposed: float
+    ep_dedupe: bool
+    cast_traffic: float
+    loss_traffic: float
+    network_share: float
     cp_exposed: float
+    p2p_scatter: bool
     p2p_exposed: float
     p2p_exposed_interleaved: float
     fsdp_interference: float
@@ -91,9 +117,23 @@ class Engine:
     optimizer_bytes_per_parameter: float
     context_bytes: int
     comm_buffer_bytes: int
+    bucket_bytes: int
+    receives_apart: bool
     workspace_bytes: int
+    cached_bytes: int
     fragmentation: float
+    fp16_grad_bytes: int
+    gradient_copy_bytes: int
+    shard_gradient_bytes: int
+    master_bytes: int
+    moment_share: float
+    live_parameters: int
+    loss_bytes: float
+    split_loss_bytes: float
+    combine_saves: bool
+    selective: str
     zero_modes: tuple[ZeroMode, ...]
+    switches: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
     sources: tuple[tuple[str, str], ...]
 
     def zero_mode(self, zero: int, *, reshard: bool = True, pp: int = 1) -> ZeroMode:
@@ -104,6 +144,11 @@ class Engine:
         elif zero == 3 and not reshard:
             name += "_keep"
         return next(mode for mode in self.zero_modes if mode.name == name)
+
+    def switched(self, switch: str) -> Engine:
+        """The engine with an option of its software on: a row of [switch], factors by field."""
+        factors = dict(self.switches)[switch]
+        return replace(self, **{k: getattr(self, k) * x for k, x in factors})
 
 
 @functools.cache
@@ -124,14 +169,28 @@ def load_engine(name: str) -> Engine:
             why=f"known: {', '.join(rows)}",
             hints=tuple(f"did you mean {match}?" for match in near),
         )
-    defaults, row = table["defaults"], rows[name]
-    values = {**defaults, **row}
-    sources = {**defaults["sources"], **row["sources"]}
+    values = dict(table["defaults"])
+    for row in _lineage(rows, name):
+        sources = {**values["sources"], **row.get("sources", {})}
+        values |= {**row, "sources": sources}
+    sources = values.pop("sources")
+    values.pop("base", None)
     modes = _zero_modes(table["zero"], values.pop("zero_table"))
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     plain["sources"] = tuple(sorted(sources.items()))
-    assert set(plain) | {"name", "zero_modes"} == {field.name for field in fields(Engine)}
-    return Engine(name=name, zero_modes=modes, **plain)
+    switches = tuple(
+        (key, tuple((k, x) for k, x in row.items() if k != "source"))
+        for key, row in table["switch"].items()
+    )
+    known = {field.name for field in fields(Engine)}
+    assert set(plain) | {"name", "zero_modes", "switches"} == known
+    return Engine(name=name, zero_modes=modes, switches=switches, **plain)
+
+
+def _lineage(rows: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A row after what it is based on, the furthest first."""
+    base = rows[name].get("base")
+    return [*(_lineage(rows, base) if base else ()), rows[name]]
 
 
 def uncompiled(engine: Engine) -> Engine:

@@ -11,13 +11,12 @@ import functools
 import hashlib
 import json
 import re
-import tomllib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cost_models.units import parse_bytes
+from cost_models.checked_toml import merged, read_toml, table, typed
+from cost_models.constants_table import OwnConstants, own_constants
 from ir.errors import UsageError
 
 _CATALOGUE = Path(__file__).with_name("hardware")
@@ -30,13 +29,14 @@ class Device:
     """One accelerator.
 
     memory_bytes is what the driver reports to a process. peak_flop_per_s is dense, without
-    sparsity. constants names the table of `constants/` that its kernels are costed with.
+    sparsity. constants names the table of `constants/` that its kernels are costed with, or is
+    what a hardware file brings over one.
     """
 
     name: str
     title: str
     family: str
-    constants: str
+    constants: str | OwnConstants
     memory_bytes: int
     memory_bandwidth_bytes_per_s: float
     peak_flop_per_s: tuple[tuple[str, float], ...]
@@ -137,6 +137,9 @@ class Cluster:
         """sha256 of all that a cost depends on; prose and paths are left out."""
         content = {key: value for key, value in asdict(self).items() if key != "sources"}
         content["device"] = {k: v for k, v in content["device"].items() if k != "title"}
+        own = self.device.constants
+        if not isinstance(own, str):
+            content["device"]["constants"] = [own.base, *((c.name, c.value) for c in own.items)]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -173,49 +176,13 @@ _CLUSTER_KEYS = {
     "node_size": int, "domain_size": int, "host_ram_bytes": int,
     "intra": dict, "inter": dict, "tiers": list,
 }  # fmt: skip
-_FILE_KEYS = {"name": str, "device": dict, "cluster": dict, "sources": dict}
+_FILE_KEYS = {"name": str, "device": dict, "constants": dict, "cluster": dict, "sources": dict}
 
 
-def _typed(value: Any, kind: type, where: str, key: str) -> Any:
-    """`value` as `kind`; numbers are positive, sizes may be written "80GiB"."""
-    if kind is int and isinstance(value, str) and "bytes" in key:
-        return parse_bytes(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        found = type(value).__name__
-        raise UsageError(f"{key} is a {found}, not a {kind.__name__}", where=where)
-    if kind not in (int, float):
-        return value
-    number: Any = value
-    if not 0 < number < float("inf"):
-        raise UsageError(f"{key} is {value}", where=where, why="expected a positive number")
-    if key.endswith("efficiency") and number > 1:
-        raise UsageError(f"{key} is {value}", where=where, why="expected a share of 1 at most")
-    return value
-
-
-def _table(raw: Any, keys: Mapping[str, type], where: str, path: str) -> dict[str, Any]:
-    """The table `raw` checked against `keys`: all of them, none else. Names the bad key."""
-    if not isinstance(raw, dict):
-        raise UsageError(f"{path} is not a table", where=where)
-    for key in raw:
-        if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
-            raise UsageError(
-                f"unknown key {path}{key}",
-                where=where,
-                why=f"known: {', '.join(keys)}",
-                hints=tuple(f"did you mean {path}{name}?" for name in near),
-            )
-    missing = [key for key in keys if key not in raw]
-    if missing:
-        raise UsageError(f"missing key {path}{missing[0]}", where=where)
-    return {key: _typed(raw[key], kind, where, path + key) for key, kind in keys.items()}
-
-
-def _device(name: str, raw: Any, where: str) -> Device:
-    fields = _table(raw, _DEVICE_KEYS, where, "device.")
+def _device(name: str, raw: Any, where: str, constants: Any) -> Device:
+    fields = table(raw, _DEVICE_KEYS, where, "device.")
+    if constants:
+        fields["constants"] = own_constants(constants, fields["constants"], where)
     peaks = fields.pop("peak_flop_per_s")
     for dtype in peaks:
         if dtype not in DTYPES:
@@ -225,7 +192,7 @@ def _device(name: str, raw: Any, where: str) -> Device:
                 why=f"known: {', '.join(DTYPES)}",
             )
     ordered = tuple(
-        (d, _typed(peaks[d], float, where, f"device.peak_flop_per_s.{d}"))
+        (d, typed(peaks[d], float, where, f"device.peak_flop_per_s.{d}"))
         for d in DTYPES
         if d in peaks
     )
@@ -233,10 +200,10 @@ def _device(name: str, raw: Any, where: str) -> Device:
 
 
 def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
-    top = _table({"sources": {}, **raw}, _FILE_KEYS, where, "")
-    body = _table(top["cluster"], _CLUSTER_KEYS, where, "cluster.")
+    top = table({"sources": {}, "constants": {}, **raw}, _FILE_KEYS, where, "")
+    body = table(top["cluster"], _CLUSTER_KEYS, where, "cluster.")
     links = [
-        Link(**_table(body.pop(name), _LINK_KEYS, where, f"cluster.{name}."))
+        Link(**table(body.pop(name), _LINK_KEYS, where, f"cluster.{name}."))
         for name in ("intra", "inter")
     ]
     for link in links:
@@ -247,11 +214,11 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
                 why="known: nvlink, pcie, network",
             )
     tiers = tuple(
-        Tier(**_table(tier, _TIER_KEYS, where, f"cluster.tiers[{i}]."))
+        Tier(**table(tier, _TIER_KEYS, where, f"cluster.tiers[{i}]."))
         for i, tier in enumerate(body.pop("tiers"))
     )
     sources = tuple(sorted((str(k), str(v)) for k, v in top["sources"].items()))
-    device = _device(top["name"], top["device"], where)
+    device = _device(top["name"], top["device"], where, top["constants"])
     return _counted(
         Cluster(
             name=top["name"], device=device, count=count, intra=links[0], inter=links[1],
@@ -275,16 +242,6 @@ def _counted(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(f"cannot read hardware file {path}", why=reason) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
-
-
 @functools.cache
 def catalogue() -> tuple[str, ...]:
     """Names of the devices that ship with the planner, in order."""
@@ -294,14 +251,20 @@ def catalogue() -> tuple[str, ...]:
 @functools.cache
 def aliases() -> tuple[tuple[str, str], ...]:
     """Other names of catalogue devices: (alias, name)."""
-    return tuple(sorted((str(k), str(v)) for k, v in _read(_CATALOGUE / "aliases.toml").items()))
+    return tuple(
+        sorted((str(k), str(v)) for k, v in read_toml(_CATALOGUE / "aliases.toml").items())
+    )
 
 
-def _known(name: str) -> str:
-    """The catalogue's name for `name`. Raises UsageError listing the nearest."""
-    canonical = dict(aliases()).get(name, name)
-    if canonical in catalogue():
-        return canonical
+def canonical(name: str) -> str:
+    """The catalogue's name for a device as tables and users write it: H100_SXM is h100.
+
+    Raises UsageError listing the nearest.
+    """
+    name = re.sub(r"[ _]+", "-", name.strip().lower())
+    found = dict(aliases()).get(name, name)
+    if found in catalogue():
+        return found
     choices = [*catalogue(), *(alias for alias, _ in aliases())]
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
     raise UsageError(
@@ -312,35 +275,43 @@ def _known(name: str) -> str:
     )
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+def recognise(driver_name: str, memory_bytes: int) -> str | None:
+    """The catalogue's name for a device as its driver calls it; None where there is none.
+
+    "NVIDIA A100-SXM4-40GB" is a100-40gb: every part of the name is a word of the driver's; of
+    several the one with most parts, then the one whose memory is nearest.
+    """
+    words = set(re.split(r"[^a-z0-9]+", driver_name.lower()))
+    names = [(name, name) for name in catalogue()] + list(aliases())
+    fits = [(said.split("-"), name) for said, name in names if words.issuperset(said.split("-"))]
+    ordered = sorted(
+        (-len(parts), abs(_catalogued(name).device.memory_bytes - memory_bytes), name)
+        for parts, name in fits
+    )
+    return ordered[0][2] if ordered else None
 
 
 def _load_file(path: Path) -> Cluster:
     """A user's file: all keys, or `base` (a catalogue name) and the keys that differ; `count`."""
-    raw = _read(path)
+    raw = read_toml(path)
     base, count = raw.pop("base", None), raw.pop("count", None)
     if count is None:
         raise UsageError("missing key count", where=str(path), why="the number of devices")
-    number = _typed(count, int, str(path), "count")
+    number = typed(count, int, str(path), "count")
     if base is not None:
-        name = _known(_typed(base, str, str(path), "base"))
-        raw = _merged({**_read(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
+        name = canonical(typed(base, str, str(path), "base"))
+        raw = merged({**read_toml(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
     return _cluster(raw, number, str(path))
 
 
 @functools.cache
 def _catalogued(name: str) -> Cluster:
-    return _cluster(_read(_CATALOGUE / f"{name}.toml"), 1, f"hardware/{name}.toml")
+    return _cluster(read_toml(_CATALOGUE / f"{name}.toml"), 1, f"hardware/{name}.toml")
 
 
 def describe(name: str) -> Cluster:
     """One whole node of a catalogue device, with its sources, for listing."""
-    cluster = _catalogued(_known(name))
+    cluster = _catalogued(canonical(name))
     return replace(cluster, count=cluster.node_size)
 
 
@@ -361,7 +332,7 @@ def load_hardware(spec: str) -> Cluster:
         )
     match = _COUNTED.fullmatch(spec.lower())
     if match is None:
-        name = _known(spec.lower())
+        name = canonical(spec.lower())
         size = _catalogued(name).node_size
         raise UsageError(f"{spec} has no count", hints=(f"{name}x{size} is one node of it",))
-    return _counted(replace(_catalogued(_known(match[1])), count=int(match[2])))
+    return _counted(replace(_catalogued(canonical(match[1])), count=int(match[2])))

@@ -71,7 +71,7 @@ def heavy_s(
         backward = k.gemm_s(dtype, m, inner, n, batch) if needs[0] else none
         weight = k.gemm_s(dtype, inner, n, m, batch) if any(needs[1:2]) else none
         flop = work.zeros + 2.0 * m * n * inner * batch
-        cast = _casts(dtype, m * inner, m * n, work)
+        cast = _casts(node, unit, dtype, m * inner, m * n, work)
         return Heavy(
             forward + cast[0], backward + weight + cast[1], weight, flop,
             flop * sum(map(bool, needs[:2])),
@@ -91,6 +91,10 @@ def heavy_s(
     if op.kind == "scan":
         again = k.scan_s(dtype, back, 2 * moved)
         return Heavy(k.scan_s(dtype, flop, moved), again, work.zeros, flop, back)
+    if node.op == "cross_entropy" and work.engine.loss_traffic:
+        size = work.zeros + prod(ins[0]) * work.engine.loss_traffic
+        return Heavy(k.memory_bound_s(size / 2), k.memory_bound_s(size / 2), work.zeros, flop,
+                     0 * flop)  # fmt: skip
     if not any(needs):
         return Heavy(k.memory_bound_s(moved), work.zeros, work.zeros, flop, 0 * flop)
     table = work.nbytes(unit.values[node.inputs[0]], option.ins[0])  # its gradient is dense
@@ -125,13 +129,20 @@ def _moved(node: Node, unit: Unit, option: Option, work: Work) -> Floats:
     return written + sum(given, work.zeros)
 
 
-def _casts(dtype: str, inputs: Any, results: Any, work: Work) -> tuple[Floats, Floats]:
-    """Quantizing a matmul's input, and its gradient's; weights once a step are left to it."""
+def _casts(
+    node: Node, unit: Unit, dtype: str, inputs: Any, results: Any, work: Work
+) -> tuple[Floats, Floats]:
+    """Quantizing a matmul's input, once for all that read it where modules are fused, and its
+    gradient's; weights once a step are left out."""
     if dtype not in CAST_BYTES:
         return work.zeros, work.zeros
+    first = next(n for n in unit.nodes if n.op == node.op and n.inputs[0] == node.inputs[0])
+    if work.engine.fused and first is not node:
+        inputs = 0.0 * inputs
     read, grad = CAST_BYTES[dtype]
     k = work.kernels
-    return k.memory_bound_s(read * inputs), k.memory_bound_s(grad * results)
+    scale = work.engine.cast_traffic
+    return k.memory_bound_s(scale * read * inputs), k.memory_bound_s(scale * grad * results)
 
 
 def _grouped(
@@ -147,7 +158,7 @@ def _grouped(
     forward = k.grouped_gemm_s(dtype, rows, groups, n, inner)
     dgrad = k.grouped_gemm_s(dtype, rows, groups, inner, n)
     flop = work.zeros + 2.0 * rows * n * inner
-    cast = _casts(dtype, rows * inner, rows * n, work)
+    cast = _casts(node, unit, dtype, rows * inner, rows * n, work)
     weight = forward if needs[1] else work.zeros
     backward = weight + (dgrad if needs[0] else 0) + cast[1]
     return Heavy(forward + cast[0], backward, weight, flop, flop * sum(map(bool, needs[:2])))
@@ -220,6 +231,10 @@ def light_s(
     left = [r for r in made if r in outside and not rule(unit.producers[r]).view] or [
         run[-1].name
     ]
+
+    readers = [n for n in unit.nodes if n.name not in made and any(r in made for r in n.inputs)]
+    if work.engine.loss_traffic and readers and {n.op for n in readers} == {"cross_entropy"}:
+        return work.zeros, work.zeros  # the loss reads 16-bit logits itself
 
     def size(r: str) -> Floats:
         whole = work.nbytes(unit.values[roots[r]], at[roots[r]])

@@ -1,4 +1,4 @@
-"""Training state: parameters, gradients and optimizer state of a rank, and what moves for them.
+"""Training state: parameters, gradients and optimizer state of a rank, and what lies beside them.
 
 What a ZeRO stage means is the engine's table; here are the bytes. With 16-bit compute there is a
 16-bit copy of the parameters wherever they are whole, and fp32 parameters (the optimizer's
@@ -15,7 +15,7 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, ZeroMode
 from cost_models.layout import PARTIAL, Assignment, expert_parameters, produced
 from ir.errors import UsageError
-from ir.graph import Unit
+from ir.graph import Graph, Unit
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "nvfp4": 2}
 GRAD_BYTES = {"fp32": 4, "bf16": 2}
@@ -27,6 +27,14 @@ OPTIMIZERS = (*MOMENT_BYTES, "adafactor")
 # bytes an update reads and writes besides AdamW's: its moments are read and written (2 * 8), so
 # an optimizer with fewer bytes of moments moves twice as many fewer
 ADAMW_MOMENT_BYTES = 8.0
+
+
+def grad_bytes(d: Decisions, workload: Workload, engine: Engine) -> int:
+    """Bytes of a gradient as it is accumulated and reduced."""
+    if workload.precision == "fp32":
+        return 4
+    decided = GRAD_BYTES[d.grad_dtype]
+    return min(decided, engine.fp16_grad_bytes) if workload.precision == "fp16" else decided
 
 
 def update_bytes(optimizer: str, adamw_bytes: float) -> float:
@@ -157,14 +165,17 @@ def state_of(
     FSDP2 pads what it gathers to whole rows a rank, holds the gathered copy beside the fp32
     shard even in fp32, gives a reduced gradient its parameter's dtype, and keeps whole gradients
     only where micro-batches are accumulated. Where the optimizer is off the GPU, FSDP2's shards of
-    parameters and gradients are there with it; what is to be gathered comes up in fp32.
+    parameters and gradients are there with it; what is to be gathered comes up in fp32. An
+    engine's own copies of gradients are held where it holds gradients.
     """
     mode = mode_of(d, engine)
     fsdp = in_torch(mode)
     wide = workload.precision == "fp32"
     compute = COMPUTE_BYTES[workload.precision]
-    grad = 4 if wide else GRAD_BYTES[d.grad_dtype]
-    master = 0 if wide and not fsdp else MASTER_BYTES
+    grad = grad_bytes(d, workload, engine)
+    copy = engine.gradient_copy_bytes if grad > compute else 0
+    own_bytes = MASTER_BYTES if wide else engine.master_bytes or compute  # of what is updated
+    master = 0 if (wide and not fsdp) or own_bytes < MASTER_BYTES else MASTER_BYTES
     offloaded, below = "optimizer" in dict(d.offload), "params" in dict(d.offload)
     accumulates = mode.gradients_peak == "whole" and (not fsdp or d.microbatches > 1 or d.pp > 1)
     sums = dict.fromkeys(
@@ -174,32 +185,38 @@ def state_of(
         ranks = ranks_of(d, h.expert)
         piece = _shard(h, ranks.shard, fsdp)
         moved = piece * ranks.shard if fsdp else h.elements
-        moments = _moment_bytes(h, piece, workload.optimizer)
+        moments = _moment_bytes(h, piece, workload, engine)
         sums["expert" if h.expert else "dense"] += moved
         sums["shard"] += piece
         if mode.parameters_peak == "whole":
             sums["parameter"] += compute * moved
         else:
-            own = 0 if below else compute if wide or offloaded else MASTER_BYTES
+            own = 0 if below else compute if wide or offloaded else own_bytes
             sums["parameter"] += own * piece
             sums["gathered"] += compute * moved
         if offloaded and fsdp:
             sums["gathered"] += MASTER_BYTES * piece
         if h.frozen:
             continue  # no gradient, no optimizer
-        reduced = (MASTER_BYTES if fsdp else grad) * piece
+        reduced = (own_bytes if fsdp else grad) * piece
         if below or (offloaded and fsdp):
             reduced = 0
         sums["gradient"] += max(grad * h.elements, reduced) if accumulates else reduced
+        sums["gradient"] += copy * (h.elements if accumulates else piece)
+        if grad < MASTER_BYTES:
+            sums["gradient"] += engine.shard_gradient_bytes * piece
         if mode.gradients_peak == "units" or (not accumulates and (d.zero or not reduced)):
             sums["gathered"] += grad * moved
         kept = piece if mode.optimizer_at_rest == "shard" else h.elements
         own_master = master if mode.parameters_peak == "whole" else 0
         if not offloaded:
             sums["optimizer"] += own_master * kept + (
-                moments if kept == piece else _moment_bytes(h, h.elements, workload.optimizer)
+                moments if kept == piece else _moment_bytes(h, h.elements, workload, engine)
             )
         sums["updated"] += kept
+    if engine.live_parameters:
+        most = (compute + grad) * engine.live_parameters // 2
+        sums["gathered"] = min(sums["gathered"], most)
     return State(
         parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
         optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
@@ -209,9 +226,33 @@ def state_of(
     )  # fmt: skip
 
 
-def _moment_bytes(h: Held, elements: int, optimizer: str) -> int:
+def reserved_of(
+    graph: Graph, d: Decisions, engine: Engine, sent_bytes: int
+) -> tuple[tuple[str, int], ...]:
+    """What a rank holds before the first micro-batch, by name; sent_bytes: of a micro-batch to the
+    next stage. Where a pipeline receives each micro-batch in a buffer of its own, each way, those
+    in flight are activations already. Cached blocks count as fragmentation.
+    """
+    groups = [d.tp, d.cp, d.dp * d.cp, d.pp, d.ep, d.etp]
+    used = sum(n > 1 for n in groups)
+    tables = sum(p.tensor.nbytes(1, 1) for p in graph.root.parameters if p.kind == "buffer")
+    received = 2 * d.microbatches * d.virtual_stages - min(d.microbatches, d.pp)
+    buffers = used * engine.comm_buffer_bytes
+    buffers += engine.bucket_bytes if d.dp * d.cp > 1 else 0
+    buffers += received * sent_bytes if engine.receives_apart else 0
+    return (
+        ("context", engine.context_bytes),
+        ("workspace", engine.workspace_bytes + int(tables)),
+        ("comm_buffers", buffers),
+        ("fragmentation", engine.cached_bytes),
+    )
+
+
+def _moment_bytes(h: Held, elements: int, workload: Workload, engine: Engine) -> int:
+    optimizer = workload.optimizer
     if optimizer == "adafactor":  # row and column second moments in fp32, no first (Shazeer 2018)
         return 4 * (h.rows + h.row_elements)
     if optimizer not in MOMENT_BYTES:
         raise UsageError(f"unknown optimizer {optimizer!r}", why=f"known: {', '.join(OPTIMIZERS)}")
-    return int(-(-MOMENT_BYTES[optimizer] * elements // 1))
+    share = 1.0 if workload.precision == "fp32" else engine.moment_share
+    return int(-(-MOMENT_BYTES[optimizer] * share * elements // 1))

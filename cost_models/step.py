@@ -33,20 +33,20 @@ from cost_models.point import PARTS, Point, at_point, ps
 from cost_models.schedule import rank_of
 from cost_models.state import (
     COMPUTE_BYTES,
-    GRAD_BYTES,
     MASTER_BYTES,
     State,
+    grad_bytes,
     held,
     in_torch,
     mode_of,
     ranks_of,
+    reserved_of,
     state_of,
     update_bytes,
 )
 from cost_models.traffic import Traffic
-from cost_models.unit_costs import UnitCost, context_cost, expert_cost, unit_cost
+from cost_models.unit_costs import UnitCost, context_cost, expert_cost, learns_of, unit_cost
 from cost_models.work import Axes, Work
-from ir.backward import differentiable
 from ir.graph import Graph, Unit, full_name
 
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
@@ -119,7 +119,8 @@ class Costs:
     """The cost of anything for one (graph, cluster, workload); remembers what it computed.
 
     points: (micro-batch, cp) pairs, which unit costs are computed for all at once. compiled:
-    False costs a compiling engine's eager mode.
+    False costs a compiling engine's eager mode. variant, variant_kernels: an
+    engine and kernels other than the workload's and the device's.
     """
 
     graph: Graph
@@ -127,6 +128,8 @@ class Costs:
     workload: Workload
     points: tuple[tuple[int, int], ...] = ((1, 1),)
     compiled: bool = True
+    variant: Engine | None = None
+    variant_kernels: Kernels | None = None
     _units: dict[tuple[object, ...], UnitCost | None] = field(default_factory=dict)
     _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
     _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
@@ -137,11 +140,13 @@ class Costs:
 
     @cached_property
     def engine(self) -> Engine:
-        engine = load_engine(self.workload.engine)
+        engine = self.variant or load_engine(self.workload.engine)
         return engine if self.compiled or not engine.fused else uncompiled(engine)
 
     @cached_property
     def kernels(self) -> Kernels:
+        if self.variant_kernels is not None:
+            return self.variant_kernels
         return load_kernels(self.cluster.device, attention=self.engine.attention)
 
     @cached_property
@@ -212,7 +217,8 @@ class Costs:
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
             p2p_ps=ps(self.send_s(d, sum(sent))) if d.pp > 1 else 0,
-            reserved=self._reserved(d), fragmentation=self.engine.fragmentation,
+            reserved=reserved_of(self.graph, d, self.engine, sum(sent)),
+            fragmentation=self.engine.fragmentation,
         )  # fmt: skip
 
     def _boundary(self, d: Decisions) -> tuple[int, ...]:
@@ -221,27 +227,15 @@ class Costs:
         found: list[tuple[int, ...]] = [()]
         for link in self.chain.links:
             if link.is_layer and d.pp > 1:
-                unit, learns = link.unit, differentiable(link.unit)
+                unit, learns = link.unit, learns_of(link.unit)
                 found.append(tuple(
                     int(unit.values[r].nbytes(d.micro_batch, self.workload.seq_len // d.cp))
-                    // (d.tp if boundary(unit.values[r], d.sequence_parallel and learns[r]) >= 0
+                    // (d.tp if self.engine.p2p_scatter
+                        or boundary(unit.values[r], d.sequence_parallel and learns[r]) >= 0
                         else 1)
                     for r in unit.outputs
                 ))  # fmt: skip
         return max(found, key=sum)
-
-    def _reserved(self, d: Decisions) -> tuple[tuple[str, int], ...]:
-        """What is there before the first micro-batch, by name."""
-        groups = [d.tp, d.cp, d.dp * d.cp, d.pp, d.ep, d.etp]
-        used = sum(n > 1 for n in groups)
-        tables = sum(
-            p.tensor.nbytes(1, 1) for p in self.graph.root.parameters if p.kind == "buffer"
-        )
-        return (
-            ("context", self.engine.context_bytes),
-            ("workspace", self.engine.workspace_bytes + int(tables)),
-            ("comm_buffers", used * self.engine.comm_buffer_bytes),
-        )
 
     def at(self, d: Decisions, unit: Unit, is_layer: bool, a: Assignment) -> Point:
         """A unit at the mesh's point."""
@@ -338,8 +332,9 @@ class Costs:
 
     def formats(self, d: Decisions) -> tuple[int, int]:
         """Bytes of a gathered parameter and of a reduced gradient."""
-        wide = self.workload.precision == "fp32"
-        return COMPUTE_BYTES[self.workload.precision], 4 if wide else GRAD_BYTES[d.grad_dtype]
+        return (
+            COMPUTE_BYTES[self.workload.precision], grad_bytes(d, self.workload, self.engine)
+        )  # fmt: skip
 
     def _exposed(
         self, d: Decisions, state: State, cost: Point, is_layer: bool

@@ -10,7 +10,7 @@ import numpy as np
 from cost_models.collectives import collective_s
 from cost_models.layout import WHOLE, Assignment, collective, moves
 from cost_models.work import Floats, Work
-from ir.graph import Unit
+from ir.graph import Node, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +82,15 @@ def ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
         size = np.maximum.reduce([work.nbytes(t, WHOLE) for t in candidates]) / axes.tp * work.skew
         for backward in (False, True):
             if axes.ep and axes.ep > 1:
-                rows.append(_row(
+                row = _row(
                     work, "all_to_all", "ep", node.name, backward, size, axes.ep, axes.etp,
                     work.engine.ep_exposed,
-                ))  # fmt: skip
+                )
+                if work.engine.ep_dedupe:
+                    seconds = _deduped_s(work, size, _copies(node, unit))
+                    hidden = seconds * (1 - work.engine.ep_exposed)
+                    row = replace(row, seconds=seconds, hidden_s=hidden)
+                rows.append(row)
             if axes.etp > 1:
                 kind = "all_gather" if (node.op == "dispatch") != backward else "reduce_scatter"
                 rows.append(_row(
@@ -93,6 +98,30 @@ def ep_traffic(unit: Unit, work: Work) -> list[Traffic]:
                     work.engine.ep_exposed,
                 ))  # fmt: skip
     return rows
+
+
+def _copies(node: Node, unit: Unit) -> float:
+    """Experts a token goes to: the width of the index, [tokens, k]."""
+    index = unit.values[node.inputs[-1]]
+    return float(index.sizes(1, 1)[-1]) if len(index.shape) == 2 else 1.0
+
+
+def _deduped_s(work: Work, size: Floats, copies: float) -> Floats:
+    """Seconds to send each token once to each rank, and once over the network to each domain,
+    that has one of its `copies` experts, uniformly routed; both at once. size: of all copies."""
+    ep, stride = work.axes.ep or 1, work.axes.etp
+    one = size / copies
+
+    def met(places: int) -> float:
+        return float(places * (1 - (1 - 1 / places) ** copies))
+
+    group = work.cluster.group(ep, stride)
+    inside = collective_s(work.cluster, "all_to_all", one * met(ep), group.members, stride)
+    if group.domains == 1:
+        return inside
+    remote = one * met(group.domains) * (1 - 1 / group.domains)
+    network = remote / work.cluster.inter.useful_bytes_per_s + work.cluster.inter.latency_s
+    return np.maximum(inside, network)
 
 
 def _cp_row(

@@ -7,18 +7,20 @@ by ep and etp on experts.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from cost_models.kernels import heavy_s, light_s, lights
-from cost_models.layout import WHOLE, Assignment, produced
+from cost_models.engines import Engine
+from cost_models.kernels import CAST_BYTES, heavy_s, light_s, lights
+from cost_models.layout import PARTIAL, WHOLE, Assignment, produced
 from cost_models.traffic import Traffic, cp_traffic, ep_traffic, tp_traffic
 from cost_models.work import Floats, Work
 from ir.backward import HEAVY, differentiable, storage_roots
-from ir.graph import Node, Unit
+from ir.graph import ITEM_BYTES, Node, Unit
 from ir.ops import rule
 
 
@@ -54,6 +56,9 @@ class UnitCost:
         return sum((t.seconds - t.hidden_s for t in rows), np.zeros_like(self.forward_s))
 
 
+learns_of = functools.cache(differentiable)  # of a unit, which costing asks for at every point
+
+
 def _kept(
     unit: Unit, names: tuple[str, ...], assignment: Assignment, at: dict[str, int], work: Work
 ) -> Floats:
@@ -75,12 +80,74 @@ def _kept(
     )
 
 
+def _whole(unit: Unit, assignment: Assignment, at: dict[str, int]) -> tuple[str, ...]:
+    """Values that are split, and whole for a moment: gathered for a reader, or partial sums."""
+    found = dict[str, None]()
+    for node, option in zip(unit.nodes, assignment.chosen):
+        for ref, target in zip(node.inputs, option.ins):
+            if target == WHOLE and at[ref] >= 0:
+                found[ref] = None
+        for ref, made in zip(node.refs(), option.outs):
+            if made == PARTIAL and at[ref] >= 0:
+                found[ref] = None
+    return tuple(r for r in found if r not in unit.parameter_names)
+
+
+def _logits(unit: Unit) -> tuple[str, ...]:
+    """Values of the logits' elements in a unit with the loss: they, their copies, gradients."""
+    asked = [n.inputs[0] for n in unit.nodes if n.op == "cross_entropy"]
+    if not asked:
+        return ()
+    elements = prod(unit.values[asked[0]].sizes(1, 1))
+    return tuple(
+        r for r, t in unit.values.items()
+        if r not in unit.parameter_names and prod(t.sizes(1, 1)) == elements
+    )  # fmt: skip
+
+
+def _returned(unit: Unit) -> tuple[str, ...]:
+    """What experts return: results of grouped matmuls that no other grouped matmul reads."""
+    leads = _leads(unit)
+    return tuple(n.name for n in unit.nodes if n.op == "grouped_matmul" and n.name not in leads)
+
+
+def _leads(unit: Unit) -> set[str]:
+    """Values that grouped matmuls are made of."""
+    leads = set[str]()
+    for node in reversed(unit.nodes):
+        if node.op == "grouped_matmul" or any(r in leads for r in node.refs()):
+            leads.update(node.inputs)
+    return leads
+
+
+def _repeated(unit: Unit, engine: Engine) -> tuple[str, ...]:
+    """Matmuls that selective recomputation repeats: none, or every second one."""
+    linear = tuple(n.name for n in unit.nodes if n.op == "linear")
+    return linear[1::2] if engine.selective == "alternate" else ()
+
+
+def _selective(unit: Unit, engine: Engine) -> tuple[str, ...]:
+    """What selective recomputation keeps: the cheapest that the matmuls' results lead to; where
+    it repeats some of them, all that heavy operations made but those."""
+    if engine.selective != "alternate":
+        return unit.saved_selective
+    wanted, repeated = set(unit.saved_selective), _repeated(unit, engine)
+    kept = [name for name, _ in unit.inputs if name in wanted]
+    for node in unit.nodes:
+        if node.op == "linear":
+            kept += () if node.name in repeated else (node.name,)
+        elif rule(node).kind in HEAVY:
+            kept += (r for r in node.refs() if r in wanted)
+    return tuple(kept)
+
+
 def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
     """Cost a unit under an assignment at every work point."""
-    learns, at = differentiable(unit), produced(unit, assignment)
+    learns, at = learns_of(unit), produced(unit, assignment)
     forward, backward, light, weight = work.zeros, work.zeros, work.zeros, work.zeros
     flop_f, flop_b, model, kernels = work.zeros, work.zeros, work.zeros, 0
     attention_s = (work.zeros, work.zeros)
+    repeated = _repeated(unit, work.engine)
     for node, option in zip(unit.nodes, assignment.chosen):
         op = rule(node)
         if op.kind == "grouped_gemm":
@@ -92,7 +159,7 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
             f, b, w, ff, fb = heavy_s(node, unit, option, work, learns)
             forward, backward, weight = forward + f, backward + b, weight + w
             flop_f, flop_b = flop_f + ff, flop_b + fb
-            light = light + (f if op.kind not in HEAVY else 0)
+            light = light + (f if op.kind not in HEAVY or node.name in repeated else 0)
             kernels += 1
             if op.kind == "attention":
                 attention_s = (attention_s[0] + f, attention_s[1] + b)
@@ -103,8 +170,17 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
         forward, backward, light, kernels = forward + f, backward + b, light + f, kernels + 1
     traffic = tuple(tp_traffic(unit, assignment, work))
     keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
-    none = _kept(unit, keep, assignment, at, work)
-    some = np.minimum(none, _kept(unit, unit.saved_selective, assignment, at, work))
+    logits = _logits(unit)
+    each = work.engine.loss_bytes
+    if logits and at[logits[0]] >= 0 and work.engine.split_loss_bytes:
+        each = work.engine.split_loss_bytes
+    logits = logits if each else ()
+    left = (*logits, *(() if work.engine.combine_saves else _returned(unit)))
+    none, some = (
+        _kept(unit, tuple(r for r in names if r not in left), assignment, at, work)
+        for names in (keep, _selective(unit, work.engine))
+    )
+    some = np.minimum(none, some)
     entry = sum(
         (work.nbytes(t, at[n]) for n, t in unit.inputs if n in unit.diff_inputs), work.zeros
     )
@@ -114,13 +190,18 @@ def unit_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost:
         work.zeros,
         *(work.nbytes(unit.values[r], at[r]) for r in at
           if learns[r] and roots[r] not in unit.parameter_names),
+        *(work.nbytes(unit.values[r], WHOLE) for r in _whole(unit, assignment, at)),
     ])  # fmt: skip
+    transient = 2 * largest
+    if logits:
+        one = work.nbytes(unit.values[logits[0]], at[logits[0]])
+        transient = each * one / ITEM_BYTES[unit.values[logits[0]].dtype]
     host_f, host_b = _host(unit, kernels, forward, backward, work)
     return UnitCost(
         forward_s=forward, backward_s=backward, weight_s=weight, light_s=light,
         host_forward_s=host_f, host_backward_s=host_b, traffic=traffic,
         kept_bytes=(none, some, full),
-        working_bytes=(2 * largest, 2 * largest + none - some, 2 * largest + none - full),
+        working_bytes=(transient, transient + none - some, transient + none - full),
         flop=(flop_f, flop_b), model_flop=model, kernels=kernels, attention_s=attention_s,
     )  # fmt: skip
 
@@ -134,7 +215,7 @@ def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | No
     """What a unit's grouped matmuls and expert traffic add, at `work.axes` ep and etp; None where
     there are none. Memory is counted with the unit, as if every rank had the mean number of rows:
     here is what the busiest rank has beyond that."""
-    learns = differentiable(unit)
+    learns = learns_of(unit)
     sums = [work.zeros] * 5
     kernels = 0
     for node, option in zip(unit.nodes, assignment.chosen):
@@ -158,15 +239,12 @@ def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | No
 def _dispatched(unit: Unit, work: Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Values kept for backward that lie with their experts, without recomputation and selective:
     what follows from a dispatch and leads to a grouped matmul."""
-    there, leads = set[str](), set[str]()
+    there, leads = set[str](), _leads(unit)
     for node in unit.nodes:
         if node.op == "dispatch":
             there.add(node.name)
         elif node.op != "combine" and any(r in there for r in node.inputs):
             there.update(node.refs())
-    for node in reversed(unit.nodes):
-        if node.op == "grouped_matmul" or any(r in leads for r in node.refs()):
-            leads.update(node.inputs)
     keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
     found = tuple(r for r in keep if r in there & leads)
     return found, tuple(r for r in unit.saved_selective if r in found)
@@ -192,10 +270,14 @@ def _nothing(work: Work) -> UnitCost:
 def _host(
     unit: Unit, kernels: int, forward: Floats, backward: Floats, work: Work
 ) -> tuple[Floats, Floats]:
-    """What the host adds: a direction takes hypot(device, host)."""
+    """What the host adds: a direction takes hypot(device, host), or both where it waits."""
     engine = work.engine
     routed = any(n.op == "grouped_matmul" for n in unit.nodes)
-    layer = engine.moe_layer_host_s if routed else (engine.layer_host_s if work.is_layer else 0.0)
+    narrow = engine.narrow_host_ratio if work.precision in CAST_BYTES else 1.0
+    dense = engine.layer_host_s if work.is_layer else 0.0
+    layer = engine.moe_layer_host_s * narrow if routed else dense
     ahead = kernels * engine.kernel_host_s + 0.35 * layer
     back = 2 * kernels * engine.kernel_host_s + 0.65 * layer
+    if engine.host_blocks:
+        return work.zeros + ahead, work.zeros + back
     return np.hypot(forward, ahead) - forward, np.hypot(backward, back) - backward

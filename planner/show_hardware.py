@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.constants_table import load_constants
 from cost_models.hardware import Cluster, aliases, catalogue, describe
 from cost_models.units import (
     format_bytes,
@@ -13,43 +15,96 @@ from cost_models.units import (
     format_seconds,
 )
 
+COLUMNS = 80
+
 
 def catalogue_text() -> str:
-    """One line a device: what one is, and how it is put together."""
-    lines = [f"{'name':12}{'memory':>10}{'bandwidth':>13}{'bf16':>16}{'a node':>8}{'domain':>8}"]
+    """One line a device: what one is, how it is put together, what its constants rest on."""
+    lines = [
+        f"{'name':13}{'memory':>9}{'bandwidth':>12}{'bf16':>16}{'node':>6}{'domain':>7}  constants"
+    ]
     for name in catalogue():
         c = describe(name)
         peak = format_flop_per_s(c.device.peak("bf16")) if c.device.has("bf16") else "no bf16"
         lines.append(
-            f"{name:12}{format_bytes(c.device.memory_bytes):>10}"
-            f"{format_bytes_per_s(c.device.memory_bandwidth_bytes_per_s):>13}"
-            f"{peak:>16}{c.node_size:8}{c.domain_size:8}"
+            f"{name:13}{format_bytes(c.device.memory_bytes):>9}"
+            f"{format_bytes_per_s(c.device.memory_bandwidth_bytes_per_s):>12}"
+            f"{peak:>16}{c.node_size:6}{c.domain_size:7}  {basis(c)}"
         )
     also = ", ".join(f"{alias} = {name}" for alias, name in aliases())
-    return "\n".join([*lines, "", f"also: {also}", "plan hardware show NAMExCOUNT has the sources"])
+    words = (
+        "constants: kernels measured on the device, whole runs fitted on it, or both; assumed: "
+        "transferred by class or from datasheets. plan calibrate measures yours."
+    )
+    return "\n".join([
+        *lines, "", *_wrapped("also: " + also, 6), *_wrapped(words),
+        "plan hardware show NAMExCOUNT has the sources",
+    ])  # fmt: skip
+
+
+def basis(c: Cluster) -> str:
+    """What the cluster's cost constants rest on, in a word or two."""
+    table = load_constants(c.device.constants)
+    if not isinstance(c.device.constants, str):
+        return "calibrated"
+    said = [word for word, is_so in (("kernels", table.measured), ("runs", table.runs)) if is_so]
+    return ", ".join(said) or "assumed"
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    """Lines of at most 80 columns, all but the first indented."""
+    return textwrap.wrap(
+        text, COLUMNS, subsequent_indent=" " * indent, break_on_hyphens=False,
+        break_long_words=False,
+    )  # fmt: skip
 
 
 def cluster_text(c: Cluster) -> str:
     """One cluster: every number that a cost depends on, and where it is from."""
     d = c.device
     peaks = ", ".join(f"{dtype} {format_flop_per_s(peak)}" for dtype, peak in d.peak_flop_per_s)
+    kind = "device" if d.family == "cpu" else "GPU"
     rows = [
         ("device", f"{d.title}, {format_bytes(d.memory_bytes)} at "
          f"{format_bytes_per_s(d.memory_bandwidth_bytes_per_s)}, {d.power_w:.0f} W"),
         ("peak", peaks),
-        ("nodes", f"{c.nodes} of {min(c.node_size, c.count)} GPUs; "
-         f"{c.domain_ranks} GPUs share {c.intra.name}"),
-        *((where, f"{link.name}, {format_bytes_per_s(link.bytes_per_s)} a GPU and direction, "
+        ("nodes", f"{c.nodes} of {min(c.node_size, c.count)} {kind}s; "
+         f"{c.domain_ranks} {kind}s share {c.intra.name}"),
+        *((where, f"{link.name}, {format_bytes_per_s(link.bytes_per_s)} a {kind} and direction, "
            f"{link.efficiency:.0%} of it reached, {format_seconds(link.latency_s)}")
           for where, link in (("inside", c.intra), ("between", c.inter))),
         ("host", f"{format_bytes(c.host_ram_bytes)} a node, "
-         f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each GPU"),
+         f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each {kind}"),
         *(("tier", f"{t.name}: {format_bytes(t.bytes)} a node, reads "
            f"{format_bytes_per_s(t.read_bytes_per_s)}, writes "
            f"{format_bytes_per_s(t.write_bytes_per_s)}") for t in c.tiers),
+        ("constants", _constants_words(c)),
     ]  # fmt: skip
-    lines = [c.spec, *(f"  {name:9}{text}" for name, text in rows), "", "sources"]
-    return "\n".join([*lines, *(f"  {key}: {text}" for key, text in c.sources)])
+    lines = [c.spec]
+    for name, text in rows:
+        lines += _wrapped(f"  {name:10}{text}", 12)
+    lines += ["", "sources"]
+    for key, text in c.sources:
+        lines += _wrapped(f"  {key}: {text}", 4)
+    if not isinstance(d.constants, str):
+        lines += ["", "constants of its own"]
+        for item in d.constants.items:
+            values = item.value if isinstance(item.value, tuple) else (item.value,)
+            numbers = ", ".join(f"{value:.4g}" for value in values)
+            lines += _wrapped(f"  {item.name} {numbers}: {item.source}", 4)
+    return "\n".join(lines)
+
+
+def _constants_words(c: Cluster) -> str:
+    own = c.device.constants
+    if not isinstance(own, str):
+        return f"measured on a machine, {len(own.items)} numbers over those of {own.base}"
+    found = basis(c)
+    if found == "assumed":
+        return "not measured: transferred by class or assumed; plan calibrate measures them"
+    return {"kernels": "kernels measured", "runs": "fitted on published runs"}.get(
+        found, "kernels measured, fitted on published runs"
+    )
 
 
 def cluster_json(c: Cluster) -> dict[str, Any]:

@@ -22,13 +22,18 @@ def test_inside_a_domain_the_fitted_form_holds() -> None:
     table = load_constants("h100")
     for kind, passes in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
         for place, n in enumerate((2, 4, 8)):
-            a, c, beta = (
+            a, low, start, c, beta, switch = (
                 table.numbers(f"collective.{kind}.{key}")[place]
-                for key in ("overhead_s", "sqrt_s", "bytes_per_s")
-            )
-            size = 3e7
-            expected = a + c * math.sqrt(size) + size * passes * (n - 1) / n / beta
-            assert collective_s(H100, kind, size, n) == pytest.approx(expected, rel=1e-12)
+                for key in (
+                    "overhead_s", "low_sqrt_s", "start_s", "sqrt_s", "bytes_per_s", "switch_bytes",
+                )
+            )  # fmt: skip
+            size = 1e9  # far above the switch: the wire, and what starts it
+            expected = a + start + c * math.sqrt(size) + size * passes * (n - 1) / n / beta
+            assert collective_s(H100, kind, size, n) == pytest.approx(expected, rel=1e-6)
+            size = switch / 100  # far below: flags and a few channels
+            expected = a + low * math.sqrt(size)
+            assert collective_s(H100, kind, size, n) == pytest.approx(expected, rel=1e-4)
 
 
 def test_between_nodes_each_rank_drives_its_own_port() -> None:

@@ -1,14 +1,18 @@
 """The catalogue, the names, the user's own files."""
 
+import json
+import os
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from cost_models import hardware as hw
+from cost_models.compute import load_kernels
 from cost_models.constants_table import load_constants
 from cost_models.engines import engine_names, load_engine
 from ir.errors import UsageError
+from planner.show_hardware import catalogue_text, cluster_text
 
 FOLDER = Path(hw.__file__).with_name("hardware")
 
@@ -52,11 +56,106 @@ def test_every_number_of_an_engine_has_a_source(name) -> None:
 def test_the_catalogue_is_what_was_asked_for() -> None:
     assert set(hw.catalogue()) == {
         "t4", "v100-16gb", "v100-32gb", "a10g", "l4", "l40s", "a6000", "a100-40gb", "a100",
-        "h100", "h100-pcie", "h100-96gb", "h200", "b200", "gb200", "mi300x",
+        "h100", "h100-pcie", "h100-96gb", "h200", "h800", "b200", "gb200", "b300", "gb300",
+        "mi300x", "mi355x", "rtx-4090", "rtx-pro-6000", "tpu-v5p",
     }  # fmt: skip
     for alias, name in hw.aliases():
         assert name in hw.catalogue() and alias not in hw.catalogue()
         assert hw.load_hardware(f"{alias}x1").name == name
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("a100-40gb-sxm", "a100-40gb"), ("a100-80gb-sxm", "a100"), ("h100-sxm", "h100"),
+        ("h100-hbm2e-96gb", "h100-96gb"), ("b200_sxm", "b200"), ("h200_sxm", "h200"),
+        ("H100-SXM5-80GB", "h100"), ("L40S-48GB", "l40s"), ("RTX PRO 6000", "rtx-pro-6000"),
+        ("GB300 NVL72", "gb300"), ("h800", "h800"), ("v5p", "tpu-v5p"),
+    ],
+)  # fmt: skip
+def test_names_of_tables_and_vendors_are_understood(said, name) -> None:
+    assert hw.canonical(said) == name
+
+
+@pytest.mark.parametrize(
+    ("driver", "memory_bytes", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85e9, "h100"),
+        ("NVIDIA H100 PCIe", 85e9, "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 85e9, "a100"),
+        ("NVIDIA GeForce RTX 4090", 25e9, "rtx-4090"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 102e9, "rtx-pro-6000"),
+        ("NVIDIA B300 SXM6 AC", 287e9, "b300"),
+        ("NVIDIA GB300", 297e9, "gb300"),
+        ("Tesla V100-SXM2-32GB", 34e9, "v100-32gb"),
+        ("AMD Instinct MI355X", 309e9, "mi355x"),
+        ("Quadro P400", 2e9, None),
+    ],
+)
+def test_drivers_names_are_recognised(driver, memory_bytes, name) -> None:
+    assert hw.recognise(driver, int(memory_bytes)) == name
+
+
+def test_every_gpu_of_the_published_runs_is_in_the_catalogue() -> None:
+    folder = os.environ.get("MESHWRIGHT_DATA")
+    if not folder:
+        pytest.skip("MESHWRIGHT_DATA is not set")
+    rows = Path(folder, "training_runs.yaml").read_text().splitlines()
+    named = {json.loads(row[2:])["hardware"]["gpu"] for row in rows if row.startswith("- {")}
+    assert {hw.canonical(gpu) for gpu in named} == {
+        "a100-40gb", "a100", "b200", "gb200", "gb300", "h100", "h100-96gb",
+    }  # fmt: skip
+
+
+def test_racks_of_72_give_64_where_the_count_is_a_power_of_two() -> None:
+    for name in ("gb200", "gb300"):
+        assert hw.load_hardware(f"{name}x256").domain_ranks == 64
+        assert hw.describe(name).node_size == 4
+        assert hw.load_hardware(f"{name}x72").domain_ranks == 72
+
+
+def test_what_is_shown_fits_80_columns(tmp_path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'base = "h100"\ncount = 16\n[constants]\nmeasured = 1\n'
+        '[constants.gemm.bf16]\ncompute_efficiency = 0.5\nsource = "measured on this machine"\n'
+    )
+    shown = [catalogue_text(), cluster_text(hw.load_hardware(str(path)))]
+    shown += [cluster_text(hw.describe(name)) for name in hw.catalogue()]
+    for line in "\n".join(shown).splitlines():
+        assert len(line) <= 80, line
+    assert "constants of its own" in shown[1] and "compute_efficiency 0.5" in shown[1]
+    assert "calibrated" not in shown[0] and "assumed" in shown[0]
+
+
+def test_a_file_brings_constants_over_those_of_its_device(tmp_path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'base = "h100"\ncount = 8\n[constants.clock]\nderate = 0.5\nsource = "mine"\n'
+    )
+    device = hw.load_hardware(str(path)).device
+    table, base = load_constants(device.constants), load_constants("h100")
+    assert table.number("clock.derate") == 0.5 and table.find("clock.derate").source == "mine"
+    assert table.number("attention.forward_efficiency") == base.number(
+        "attention.forward_efficiency"
+    )
+    assert (table.measured, table.runs) == (base.measured, base.runs)
+    assert load_kernels(device).clock == pytest.approx(
+        load_kernels(hw.describe("h100").device).clock * 0.5 / base.number("clock.derate")
+    )
+
+
+@pytest.mark.parametrize("name", ["b300", "gb300", "h800", "mi355x", "rtx-4090", "rtx-pro-6000",
+                                  "tpu-v5p"])  # fmt: skip
+def test_devices_that_nobody_measured_say_so(name) -> None:
+    device = hw.describe(name).device
+    table = load_constants(device.constants)
+    assert not table.measured
+    assert any("transferred from" in item.source for item in table.items)
+    for dtype, peak in device.peak_flop_per_s:
+        rate = 2 * 8192**3 / float(load_kernels(device).gemm_s(dtype, 8192, 8192, 8192))
+        assert 0.2 * peak < rate < peak, dtype
 
 
 def test_old_devices_lack_new_types() -> None:

@@ -1,0 +1,70 @@
+"""Read TOML whose every key is known and typed; a fault names the file and the key's path."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cost_models.units import parse_bytes
+from ir.errors import UsageError
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's tables. Raises UsageError where it cannot be read, or is no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UsageError(f"cannot read hardware file {path}", why=reason) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
+
+
+def typed(value: Any, kind: type, where: str, key: str) -> Any:
+    """`value` as `kind`; numbers are positive, sizes may be written "80GiB"."""
+    if kind is int and isinstance(value, str) and "bytes" in key:
+        return parse_bytes(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = type(value).__name__
+        raise UsageError(f"{key} is a {found}, not a {kind.__name__}", where=where)
+    if kind not in (int, float):
+        return value
+    number: Any = value
+    if not 0 < number < float("inf"):
+        raise UsageError(f"{key} is {value}", where=where, why="expected a positive number")
+    if key.endswith("efficiency") and number > 1:
+        raise UsageError(f"{key} is {value}", where=where, why="expected a share of 1 at most")
+    return value
+
+
+def table(raw: Any, keys: Mapping[str, type], where: str, path: str) -> dict[str, Any]:
+    """The table `raw` checked against `keys`: all of them, none else. Names the bad key."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} is not a table", where=where)
+    for key in raw:
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1)
+            raise UsageError(
+                f"unknown key {path}{key}",
+                where=where,
+                why=f"known: {', '.join(keys)}",
+                hints=tuple(f"did you mean {path}{name}?" for name in near),
+            )
+    missing = [key for key in keys if key not in raw]
+    if missing:
+        raise UsageError(f"missing key {path}{missing[0]}", where=where)
+    return {key: typed(raw[key], kind, where, path + key) for key, kind in keys.items()}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, table by table."""
+    found = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = merged(found[key], value) if both else value
+    return found

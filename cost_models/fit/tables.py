@@ -1,0 +1,53 @@
+"""Writing fitted tables into `constants/*.toml`, in place; every other line stays as it is."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+Value = float | int | tuple[float, ...] | str
+
+
+def number_text(value: float) -> str:
+    """Four significant digits: more than any fit knows."""
+    if value == int(value) and abs(value) < 1000:
+        return str(int(value))
+    text = f"{value:.4g}".replace("e-0", "e-").replace("e+", "e")
+    return text if any(mark in text for mark in ".en") else text + ".0"
+
+
+def _value_text(key: str, value: Value) -> str:
+    if isinstance(value, str):
+        body = "\n".join(
+            line + " \\" for line in textwrap.wrap(value, 92, break_on_hyphens=False)
+        ).removesuffix(" \\")
+        return f'{key} = """\\\n' + textwrap.indent(body, "  ") + '"""'
+    if isinstance(value, tuple):
+        return f"{key} = [{', '.join(number_text(v) for v in value)}]"
+    if isinstance(value, int):
+        return f"{key} = {value}"
+    return f"{key} = {number_text(value)}"
+
+
+def table_text(header: str, values: Mapping[str, Value]) -> str:
+    """One TOML table."""
+    return "\n".join([f"[{header}]", *(_value_text(k, v) for k, v in values.items())]) + "\n"
+
+
+def replaced(text: str, tables: Mapping[str, Mapping[str, Value]]) -> str:
+    """`text` with those tables in place of theirs, and new ones at its end; others untouched."""
+    parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
+    left = dict(tables)
+    for i, part in enumerate(parts):
+        match = re.match(r"\[([^\]\[]+)\]", part)
+        if match and match[1] in left:
+            parts[i] = table_text(match[1], left.pop(match[1])) + "\n"
+    body = "".join(parts).rstrip("\n") + "\n"
+    return body + "".join("\n" + table_text(name, values) for name, values in left.items())
+
+
+def write_tables(path: Path, tables: Mapping[str, Mapping[str, Value]]) -> None:
+    """Replace those tables in the file at `path`."""
+    path.write_text(replaced(path.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Predictions against measurements: published training runs and single kernels."""

@@ -1,0 +1,149 @@
+"""The commands that read plans: show, diff, check. Without --model they never import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ir.errors import UsageError
+from planner.commands.shared import (
+    Args,
+    Cache,
+    Json,
+    Plan_,
+    Verbose,
+    examine,
+    folder_of,
+    parse_args,
+    print_json,
+)
+from planner.console import say
+
+DIFFERENT = 2  # with --detailed-exitcode
+
+
+def show(
+    plan: Plan_ = "plan.json",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="every stage and parameter placement")
+    ] = False,
+    stage: Annotated[
+        int | None, typer.Option(metavar="N", help="one global stage: memory, collectives")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan show
+    plan show HEAD~1:plan.json --stage 3
+
+    Say what a plan decides, what it will cost, and how sure that is.
+    """
+    from planner import show as view
+
+    checked = examine(plan)
+    found, estimate = checked.plan, checked.estimate
+    if as_json:
+        print_json(view.document(found, estimate))
+    elif layers:
+        print(view.layers_text(found))
+    elif stage is not None:
+        print(view.stage_text(found, estimate, stage))
+    else:
+        stale = ("stale (plan check --update re-costs it):",) if checked.moved else ()
+        print(view.summary(found, estimate, notes=(*stale, *checked.moved)))
+    return 0
+
+
+def diff(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="a path, '-' (stdin), or REV:path")],
+    new: Annotated[str, typer.Argument(metavar="[NEW]", help="as OLD")] = "plan.json",
+    form: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+    as_json: Json = False,
+    detailed: Annotated[
+        bool, typer.Option("--detailed-exitcode", help="exit 2 if the plans differ, 0 if not")
+    ] = False,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(metavar="LIMITS", help="exit 4 if worse: step-time=+3%,memory=+5%"),
+    ] = None,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan diff HEAD:plan.json
+    plan diff old.json plan.json --fail-on step-time=+3%
+
+    Say what changed between two plans, and what that does. Both are costed with today's constants.
+    """
+    from planner import differ
+
+    if form not in ("text", "json"):
+        raise UsageError(f"--format {form} is not known", why="this version has text and json")
+    if old == new == "-":
+        raise UsageError("both plans cannot come from stdin")
+    found = differ.diff(examine(old), examine(new))
+    if as_json or form == "json":
+        print_json(differ.diff_json(found))
+    else:
+        print(differ.diff_text(found))
+    if fail_on is not None:
+        differ.gate(found, fail_on)
+    return DIFFERENT if detailed and found.differs else 0
+
+
+def check(
+    plan: Plan_ = "plan.json",
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="trace it anew and compare; runs its file")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="re-cost a stale plan and rewrite it")
+    ] = False,
+    arg: Args = [],  # noqa: B006
+    as_json: Json = False,
+    cache: Cache = True,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan check
+    plan check --model examples/llama.py
+    plan check --update
+
+    Is the plan valid, not stale, and does it still fit? No solving; made for CI.
+    """
+    from planner import check as checks
+    from planner.options import TraceOptions
+    from planner.plan import load_cluster, read
+    from planner.plan_text import parse_header
+    from planner.workload import Asked
+
+    checked = examine(plan)
+    if model is not None:
+        from planner.tracing import capture
+
+        found = checked.plan
+        options = TraceOptions(
+            model=model, hardware=found.hardware, args=parse_args(arg), cache=cache,
+            asked=Asked(precision=found.workload.precision),
+        )  # fmt: skip
+        traced = capture(options, load_cluster(found, folder_of(plan)))
+        checks.require_model(checked.plan, traced, model)
+    checks.require_fit(checked)
+    if update and checked.moved:
+        if plan == "-" or not Path(plan).exists():
+            raise UsageError(f"--update cannot rewrite {plan}", why="expected the path of a file")
+        embedded = parse_header(read(plan), plan).graph is not None
+        checks.updated(checked).save(plan, embed=embedded)
+        for line in checked.moved:
+            say(line)
+        say(f"wrote {plan}")
+        checked = examine(plan)
+    if as_json:
+        print_json({"schema": "check/1", "plan": plan, "valid": True, "fits": True,
+                     "stale": bool(checked.moved), "moved": list(checked.moved)})  # fmt: skip
+    checks.require_fresh(checked, plan)
+    if not as_json:
+        print(f"{plan}: valid, fits {checked.plan.hardware}, not stale")
+    return 0

@@ -1,0 +1,163 @@
+"""`plan trace`: read the arguments, plan, write the plan, print what it is."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ir.errors import UsageError
+from planner.commands.shared import Args, Cache, Json, Verbose, parse_args, print_json
+from planner.console import INTERRUPTED, progress, say
+
+if TYPE_CHECKING:
+    from planner.options import TraceResult
+
+
+def trace(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="model.py, model.py:factory, config.json or its folder",
+            show_default=False,
+        ),
+    ] = "",
+    hardware: Annotated[
+        str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, or a .toml file")
+    ] = "",
+    fix: Annotated[
+        list[str],
+        typer.Option("--fix", metavar="K=V", help="pin a decision: tp=8, recompute=full:12"),
+    ] = [],  # noqa: B006
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="tokens a sample (default: the model's maximum, at most 8192)"),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(help="samples a step (default: about 4M tokens, or 32 images a GPU)"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it)"),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
+    ] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="PLAN",
+            show_default=False,
+            help="plan again for other hardware: its workload, and its model where none is named",
+        ),
+    ] = "",
+    expert_imbalance: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            show_default=False,
+            help="load of the busiest expert rank over the mean, as training measured it",
+        ),
+    ] = 1.0,
+    task: Annotated[str, typer.Option(help="train")] = "train",
+    effort: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, show_default=False, help="programs searched (default: 2500)"
+        ),
+    ] = 0,
+    arg: Args = [],  # noqa: B006
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="PATH", help="the plan; '-' is stdout")
+    ] = "plan.json",
+    embed: Annotated[
+        bool, typer.Option("--embed", help="put the graph inside the plan, not beside it")
+    ] = False,
+    as_json: Json = False,
+    cache: Cache = True,
+    fold: Annotated[
+        bool, typer.Option("--fold/--no-fold", help="trace one unit of each class, not all")
+    ] = True,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan trace examples/llama.py --hardware h100x64
+    plan trace config.json --hardware h100x2048 --seq-len 4096 --fix ep=64
+    plan trace model.py:tiny --hardware cluster.toml --arg layers=4 -o - | plan show -
+
+    Trace a model, cost and search its layouts on the hardware, and write the plan.
+    """
+    from cost_models.hardware import load_hardware
+    from planner.decisions import parse_pins
+    from planner.options import TraceOptions
+    from planner.workload import Asked
+
+    if as_json and output == "-":
+        raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
+    if output != "-" and Path(output).is_dir():
+        raise UsageError(f"-o {output} is a folder", hints=(f"-o {output}/plan.json",))
+    if not Path(output).parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
+    if not model and not base:
+        raise UsageError(
+            "plan trace needs a MODEL",
+            hints=("plan trace model.py --hardware HW", "--base plan.json: that plan's"),
+        )
+    if not hardware:
+        raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
+    load_hardware(hardware)
+    options = TraceOptions(
+        model=model,
+        hardware=hardware,
+        args=parse_args(arg),
+        pins=parse_pins(fix),
+        asked=Asked(
+            task=task,
+            engine=engine,
+            seq_len=seq_len,
+            global_batch=global_batch,
+            precision=precision,
+            optimizer=optimizer,
+            expert_imbalance=expert_imbalance,
+        ),
+        base=base,
+        cache=cache,
+        fold=fold,
+        effort=effort,
+    )
+    from planner.tracing import run as search
+
+    with progress() as report:
+        result: TraceResult = search(options, progress=report)
+    result.plan.save(output, embed=embed)
+    _print(result, output, as_json=as_json)
+    if verbose:
+        say(", ".join(f"{key} {value:.2f}" for key, value in asdict(result.timing).items()))
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _print(result: TraceResult, output: str, *, as_json: bool) -> None:
+    """The summary, or the document; on stderr what is not the result."""
+    from planner.show import document, summary
+
+    plan, estimate = result.plan, result.estimate
+    if as_json:
+        for line in result.echo:
+            say(line)
+        print_json(document(plan, estimate, timing=result.timing, baselines=result.baselines))
+    else:
+        text = summary(plan, estimate, notes=result.echo, baselines=result.baselines)
+        print(text, file=sys.stderr if output == "-" else sys.stdout)
+    if result.interrupted:
+        say("interrupted: the best plan so far is kept, marked FEASIBLE")
+    if output != "-":
+        say(f"wrote {output}")
