@@ -1,9 +1,12 @@
-"""`python -m cost_models.fit`: refit the constants on the data directory."""
+"""`python -m cost_models.fit`: refit the constants of kernels on the data directory.
+
+Whole training runs are fitted after these, by `python -m planner.validation.fit`: a run is
+predicted through the planner's own estimate.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -18,7 +21,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=Path, default=os.environ.get("MESHWRIGHT_DATA"), metavar="DIR",
         help="the data directory; MESHWRIGHT_DATA by default",
     )  # fmt: skip
-    parser.add_argument("--only", choices=("ops", "runs"), help="kernels, or training runs, alone")
     parser.add_argument("--write", action="store_true", help="rewrite constants/*.toml in place")
     parser.add_argument("--kind", default="", help="op classes whose name begins with this")
     parser.add_argument(
@@ -30,17 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError("no data directory", hints=("--data DIR, or MESHWRIGHT_DATA",))
         if options.quick and options.write:
             raise UsageError("--quick leaves no held-out errors to write", hints=("without it",))
-        if options.only in (None, "ops"):
-            from cost_models.fit.ops import fit_ops, report_text
+        from cost_models.fit.ops import fit_ops, report_text
 
-            reports = fit_ops(
-                Path(options.data) / "measured_ops.csv", only=options.kind,
-                cross=not options.quick, write=options.write,
-            )  # fmt: skip
-            print(report_text(reports))
-        if options.only in (None, "runs"):
-            runs = importlib.import_module("cost_models.fit.runs")
-            runs.main(Path(options.data), write=options.write)
+        reports = fit_ops(
+            Path(options.data) / "measured_ops.csv", only=options.kind,
+            cross=not options.quick, write=options.write,
+        )  # fmt: skip
+        print(report_text(reports))
     except PlanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,3 +51,23 @@ def replaced(text: str, tables: Mapping[str, Mapping[str, Value]]) -> str:
 def write_tables(path: Path, tables: Mapping[str, Mapping[str, Value]]) -> None:
     """Replace those tables in the file at `path`."""
     path.write_text(replaced(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def renumbered(text: str, numbers: Mapping[tuple[str, str], float]) -> str:
+    """`text` with those (table, key) set, comments and other lines as they are.
+
+    Raises KeyError for a table that is not there; a key that is not there is put first in it.
+    """
+    parts = re.split(r"^(?=\[)", text, flags=re.MULTILINE)
+    heads = [match[1] if (match := re.match(r"\[([^\]\[]+)\]", part)) else "" for part in parts]
+    for (table, key), value in numbers.items():
+        at = heads.index(table) if table in heads else -1
+        if at < 0:
+            raise KeyError(table)
+        line = f"{key} = {number_text(value)}"
+        found, count = re.subn(rf"^{re.escape(key)} = .*$", line, parts[at], flags=re.MULTILINE)
+        if not count:
+            head, _, rest = parts[at].partition("\n")
+            found = f"{head}\n{line}\n{rest}"
+        parts[at] = found
+    return "".join(parts)

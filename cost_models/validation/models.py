@@ -134,7 +134,8 @@ class Mamba2(nn.Module):
         self.wdt = nn.Linear(dim, heads, bias=False)
         self.conv = nn.Parameter(torch.empty(inner, 4))
         self.conv_bc = nn.Parameter(torch.empty(2 * groups * state, 4))
-        self.log_a, self.dt_bias = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
+        self.log_a = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
         self.d = nn.Parameter(torch.empty(heads))
         self.norm = nn.RMSNorm(inner)
         self.wo = nn.Linear(inner, dim, bias=False)
@@ -241,6 +242,8 @@ class Decoder(nn.Module):
         width = rope_dim or 2
         rate = 1e4 ** (-torch.arange(0, width, 2).float() / width)
         angle = torch.outer(torch.arange(length).float(), rate).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 

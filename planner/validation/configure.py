@@ -41,20 +41,20 @@ class Case:
 
 # --- models ---------------------------------------------------------------------------------------
 
-# What tables leave out of a kind of model: (words of its name) -> arguments.
-_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (r"BLOOM|GPT-\d|GPT3", {"family": "gpt", "activation": "gelu", "tied": 1}),
-    (r"MPT", {"family": "gpt", "activation": "gelu", "tied": 1}),
-    (r"Nemotron-(3-8B|22B|15B|340B|4)", {"activation": "relu2"}),
-    (r"GPT-OSS", {"window": 128}),
-    (r"Qwen3", {"qk_norm": 1}),
-    (r"DeepSeek-V3|DeepSeek-R1|Kimi", {"q_rank": 1536}),
-    (r"GLM-5", {"q_rank": 2048}),
-    (r"DeepSeek-V4-Flash", {"attention": "shared"}),
-    (r"Nemotron-3.*Nano|Nemotron-3.5.*30B", {"activation": "relu2", "mamba_heads": 64,
-                                             "shared_ffn": 3712}),
-    (r"Nemotron-3.*Super", {"activation": "relu2", "mamba_heads": 128, "latent": 1024,
-                            "shared_ffn": 5376}),
+# What tables leave out of a kind of model: (the kind, words of its name, arguments).
+_GPT = {"family": "gpt", "activation": "gelu", "tied": 1}
+_KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("GPT", r"BLOOM|GPT-\d|GPT3|OPT|NeoX|MPT", _GPT),
+    ("Nemotron dense", r"Nemotron-(3-8B|22B|15B|340B|4)", {"activation": "relu2"}),
+    ("GPT-OSS", r"GPT-OSS", {"window": 128}),
+    ("Qwen3", r"Qwen3", {"qk_norm": 1}),
+    ("DeepSeek-V3", r"DeepSeek-V3|DeepSeek-R1|Kimi", {"q_rank": 1536}),
+    ("GLM-5", r"GLM-5", {"q_rank": 2048}),
+    ("DeepSeek-V4-Flash", r"DeepSeek-V4-Flash", {"attention": "shared"}),
+    ("Nemotron-3 Nano", r"Nemotron-3.*Nano|Nemotron-3.5.*30B",
+     {"activation": "relu2", "mamba_heads": 64, "shared_ffn": 3712}),
+    ("Nemotron-3 Super", r"Nemotron-3.*Super",
+     {"activation": "relu2", "mamba_heads": 128, "latent": 1024, "shared_ffn": 5376}),
 )  # fmt: skip
 
 
@@ -62,10 +62,10 @@ def _model_args(run: Run, defaults: list[str]) -> dict[str, Any]:
     m = run.model
     name = str(m.get("name", ""))
     found: dict[str, Any] = {}
-    for pattern, args in _KINDS:
+    for kind, pattern, args in _KINDS:
         if re.search(pattern, name, re.I):
             found |= args
-            defaults.append(f"model: as public models named {pattern}")
+            defaults.append(f"what the table leaves out: as the public models of {kind}")
     for key in ("layers", "hidden", "vocab", "seq_len"):
         if not m.get(key):
             raise Skipped(f"model.{key} is not stated")
@@ -95,10 +95,26 @@ def _model_args(run: Run, defaults: list[str]) -> dict[str, Any]:
             defaults.append("dense_layers = 1 under MLA")
         found["dense_layers"] = int(dense or 0)
         found["further"] = int(bool(m.get("mtp_layers")) and "w/o mtp" not in run.notes.lower())
+    if "activation" not in found and not moe and m.get("params_b"):
+        found["activation"] = _activation(found, float(m["params_b"]) * 1e9)
+        defaults.append("gated feed-forward or not: what the printed parameters come to")
     if m.get("hybrid"):
         found["pattern"] = _pattern(found["layers"])
+        found.setdefault("mamba_heads", max(1, found["hidden"] // 32))
         defaults.append("hybrid: 8 in 88 layers attention, Mamba-2 and experts in turn")
     return found
+
+
+def _activation(found: dict[str, Any], parameters: float) -> str:
+    """"swiglu", three matmuls, or "gelu", two: whichever is nearer to the parameters."""
+    h, f, d = found["hidden"], found["ffn"], found["head_dim"]
+    layer = 2 * h * d * (found["heads"] + found["kv_heads"])
+
+    def far(matmuls: int) -> float:
+        total = found["layers"] * (layer + matmuls * h * f) + 2 * found["vocab"] * h
+        return float(abs(total / parameters - 1))
+
+    return "swiglu" if far(3) <= far(2) else "gelu"
 
 
 def _heads(hidden: int) -> int:
@@ -338,10 +354,13 @@ def _virtual(
     return v if v == 1 or m % max(1, m // pp) == 0 else 1
 
 
-def stages_of(layers: int, chunks: int, filled: bool = False) -> tuple[int, ...]:
+def stages_of(
+    layers: int, chunks: int, filled: bool = False, tail: int = 1
+) -> tuple[int, ...]:
     """Layers a stage: even; filled: the first ones to the most that any has (DeepSpeed's
-    partition_balanced); where it does not divide, embedding and head count as a layer each
-    (Megatron's account_for_embedding/loss_in_pipeline_split), the rest to the first ones."""
+    partition_balanced); where it does not divide, the embedding counts as a layer and what follows
+    the last one as `tail` (Megatron's account_for_embedding/loss_in_pipeline_split, and layouts
+    by hand), the rest to the first ones."""
     if chunks == 1:
         return (layers,)
     if layers % chunks == 0:
@@ -351,10 +370,12 @@ def stages_of(layers: int, chunks: int, filled: bool = False) -> tuple[int, ...]
         for later in range(chunks - 1, -1, -1):
             found.append(min(most, layers - sum(found) - later))
         return tuple(found)
-    base, more = divmod(layers + 2, chunks)
+    base, more = divmod(layers + 1 + tail, chunks)
     found = [base + (i < more) for i in range(chunks)]
     found[0] -= 1
-    found[-1] -= 1
+    found[-1] -= tail
+    if min(found) < 1 and tail > 1:
+        return stages_of(layers, chunks, tail=tail - 1)
     if min(found) < 1:
         base, more = divmod(layers, chunks)
         found = [base + (i < more) for i in range(chunks)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import cost_models.validation
 from cost_models.chain import chain_of
 from cost_models.compute import Kernels
+from cost_models.decisions import Decisions
 from cost_models.estimate import estimate_step, stage_problem, whole_step_ps
 from cost_models.ledger import Estimate
 from cost_models.stage_problem import step_ps
@@ -71,7 +72,24 @@ def prepare(case: Case) -> Prepared:
         d = case.decisions
     costs = costs_of(case, graph)
     laid = Searcher(costs=costs, pins=Pins(place=_places(case))).assign(d.tp, d.sequence_parallel)
+    if case.run.is_moe and layers % (d.pp * d.virtual_stages):
+        stages = stages_of(layers, d.pp * d.virtual_stages, tail=_tail(costs, d, laid))
+        case = replace(case, decisions=replace(d, stages=stages))
     return Prepared(case=case, graph=graph, assignments=laid)
+
+
+def _tail(costs: Costs, d: Decisions, laid: Assignments) -> int:
+    """What follows the last layer (head, loss, further tokens), in layers: NVIDIA's recipes for
+    mixtures of experts lay their pipelines out by hand, half way to balanced."""
+    step = costs.step(d, laid)
+    last = step.chain.layers[-1]
+
+    def busy(link: int) -> int:
+        row = step.row(link)
+        return row.forward_ps + row.backward_ps
+
+    after = sum(busy(i) for i in range(last + 1, len(step.chain.links)))
+    return max(1, round((1 + after / busy(last)) / 2))
 
 
 def _places(case: Case) -> tuple[tuple[str, str], ...]:

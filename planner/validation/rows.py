@@ -106,4 +106,4 @@ def _again(measured: dict[str, Any]) -> float | None:
     model, hardware = measured.get("mfu_pct"), measured.get("hfu_pct")
     if not model or not hardware:
         return None
-    return min(1.0, max(0.0, 3 * (hardware / model - 1)))
+    return min(1.0, max(0.0, 3 * (float(hardware) / float(model) - 1)))
