@@ -33,12 +33,29 @@ SETTINGS = {
 }
 
 
+# torch 2.13 runs a routed unit's second graph again on all tokens, not on a tp rank's own
+# (CheckpointError: 32 rows saved, 64 recomputed; pytorch issue 166926)
+AGAIN = "a routed unit that is computed again, under tensor parallelism"
+
+
 def apply(sites: Sequence[Site], stage: nn.Module, context: Context, *, backend: Backend) -> None:
     """Patch every unit's forward to run compiled, where the plan says so."""
-    if not context.plan.decisions.compile:
+    d = context.plan.decisions
+    if not d.compile:
         return
+    again = d.tp > 1 and any(full for full, _ in d.recompute)
     for site in sites:
+        if again and routed_modules(site.unit):
+            _uncompiled(site, context, AGAIN)
+            continue
         site.module.forward = compiled(site.module.forward, site, context, backend)
+
+
+def _uncompiled(site: Site, context: Context, reason: str) -> None:
+    context.report.uncompiled[site.unit.name] = reason
+    warnings.warn(
+        f"{site.path or 'the model'} runs uncompiled, against the plan: {reason}", stacklevel=2
+    )
 
 
 def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -> Forward:
@@ -74,11 +91,7 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
                 result = forward(*args, **kwargs)
             except Exception:
                 raise fault from None  # not the compiler's
-            refused[site.unit.name] = reason = _reason(fault)
-            warnings.warn(
-                f"{site.path or 'the model'} runs uncompiled, against the plan: {reason}",
-                stacklevel=2,
-            )
+            _uncompiled(site, context, _reason(fault))
             return result
         finally:
             report.running = outer

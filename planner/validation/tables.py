@@ -34,8 +34,8 @@ KINDS = {  # of models, as the fit names them
 }  # fmt: skip
 PRECISIONS = ("bf16", "fp16", "fp8", "nvfp4")
 NONE_YET = (
-    "None are shipped yet: `python -m planner.validation.fit --data DIR --write` writes them, then "
-    "this table is made by `python -m planner.validation.tables`."
+    "None are shipped yet: `python -m planner.validation.fit --data DIR --write` writes them,\n"
+    "then `python -m planner.validation.tables` makes this table."
 )
 _BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 
