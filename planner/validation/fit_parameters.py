@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 NVIDIA = "engine:megatron+automodel"
-TORCH = "engine:torchtitan+torchtitan-eager+fsdp-compiled"
+TORCH = "engine:torchtitan+torchtitan-eager+fsdp-compiled+native+native-compiled"
+COMPILED = "engine:torchtitan+fsdp-compiled+native-compiled"
 OLD = "engine:megatron-2022+megatron-deepspeed"
 ALL = "engine:megatron+torchtitan+torchtitan-eager+fsdp-eager+fsdp-compiled+megatron-deepspeed" \
       "+megatron-2022+automodel"
@@ -73,9 +74,9 @@ PARAMETERS = (
     _row(f"{NVIDIA}/dp_exposed_least", 0.1, 0.4, "of sharded optimizer traffic, in any case", 1.0),
     _row(f"{ALL}/jitter_per_doubling", 0.006, 0.4, "waiting for the slowest, a doubling of GPUs"),
     _row("engine:megatron-deepspeed/layer_host_s", 5e-3, 0.5, "launches that block, a layer"),
-    _row("engine:fsdp-eager/unfused_factor", 1.83, 0.2, "bytes moved over those of fused chains"),
+    _row("engine:fsdp-eager+native/unfused_factor", 1.83, 0.2, "bytes over fused chains"),
     _row("engine:megatron-deepspeed/unfused_factor", 1.36, 0.15, "bytes over fused chains"),
     _row("engine:megatron-2022/unfused_factor", 1.26, 0.15, "bytes over fused chains"),
-    _row("engine:torchtitan+fsdp-compiled/unfused_factor", 0.97, 0.15, "bytes over fused chains"),
+    _row(f"{COMPILED}/unfused_factor", 0.97, 0.15, "bytes over fused chains"),
     _row("engine:torchtitan-eager/unfused_factor", 1.6, 0.15, "bytes over fused chains"),
 )  # fmt: skip
