@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 import tomllib
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
         )
     found = _flat(raw, "", "")
     known = {key for name in _known_names() for key in _collect(name)}
-    formats = {key.split(".")[2] for key in known if key.startswith("gemm.")}
+    formats = {key.split(".")[2] for key in known if re.match(r"gemm\.[^.]+\.", key)}
     known |= {f"gemm.{dtype}.{key}" for dtype in _FORMATS for key in formats}
     for key, item in found.items():
         if key not in known and key.rsplit(".", 1)[-1] not in _FIT_WORDS:
