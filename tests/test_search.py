@@ -111,6 +111,8 @@ def held_ways(mesh, cluster):
                 continue  # shards nothing: it is zero 0
             for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
                 for offload in ((), (("optimizer", "cpu"),)):
+                    if offload and zero >= 2 and mesh.pp == 1:
+                        continue  # FSDP2's CPU policy moves parameters with the optimizer
                     yield zero, shard, reshard, offload
 
 

@@ -231,7 +231,7 @@ def test_every_run_that_is_left_out_says_why(monkeypatch, tmp_path, cache):
     path = written(
         tmp_path / "runs.yaml",
         raw_run("fine"),
-        raw_run("no heads", model__heads=None),
+        raw_run("no layers", model__layers=None),
         raw_run("tp 3", config__tp=3),
         raw_run("no such device", hardware__gpu="abacus"),
         raw_run("words", config__tp="eight"),
@@ -245,7 +245,7 @@ def test_every_run_that_is_left_out_says_why(monkeypatch, tmp_path, cache):
     reasons = {o.id: o.reason for o in found if isinstance(o, LeftOut)}
     assert len(reasons) == 8
     for name, words in (
-        ("no heads", "model.heads is not stated"), ("tp 3", "does not divide 8 GPUs"),
+        ("no layers", "model.layers is not stated"), ("tp 3", "does not divide 8 GPUs"),
         ("no such device", "abacus"), ("words", "a field is missing or of another form"),
         ("no count", "num_gpus"), ("no time", "is no time"),
         ("no such recompute", "'some' is not known"),
