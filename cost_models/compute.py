@@ -9,6 +9,7 @@ under a steady load at this board power. Inputs may be arrays; outputs are secon
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,6 +21,8 @@ from cost_models.gemm import Facts, gemm_seconds
 from cost_models.hardware import Device
 
 FloatArray: TypeAlias = NDArray[np.float64]
+
+MEASURED_FAMILIES = ("ampere", "ada", "hopper", "blackwell")
 
 # Bytes an element: weights (scales included) and activations. Block formats: group of 16 with a
 # one-byte scale (nvfp4), group of 128 with a two-byte scale (int4).
@@ -199,11 +202,18 @@ class Kernels:
         return work / line.flop_per_s + moved / line.bytes_per_s + line.overhead_s
 
     def error(self, moe: bool = False) -> float:
-        """Expected relative error of a step: sources left out whole, not the fitted rows."""
-        kind = "moe" if moe else "dense"
-        error = self.constants.number(f"step_error.{kind}")
-        unmeasured = self.constants.number("step_error.unmeasured")
-        return error if self.constants.runs else max(error, unmeasured)
+        """Expected relative error of a step: of runs whose source was left out of the fit; of a
+        generation that was left out, where no run of the device was fitted, and with what kernels
+        err on a device left out, where none were measured on it; twice that on a maker's parts of
+        which nothing was measured."""
+        number = self.constants.number
+        error = number(f"step_error.{'moe' if moe else 'dense'}")
+        if self.constants.runs:
+            return error
+        error = max(error, number("step_error.unmeasured"))
+        if not self.constants.measured:
+            error = math.hypot(error, number("step_error.kernels"))
+        return error if self.device.family in MEASURED_FAMILIES else 2 * error
 
     def provenance(self) -> tuple[Constant, ...]:
         """Every constant in use, with its source, in order of name."""

@@ -221,6 +221,11 @@ class Costs:
             fragmentation=self.engine.fragmentation,
         )  # fmt: skip
 
+    def rescheduled(self, step: Step, d: Decisions) -> Step:
+        """The step of another schedule of the same mesh: what a rank receives is reserved anew."""
+        reserved = reserved_of(self.graph, d, self.engine, sum(step.p2p_bytes))
+        return replace(step, decisions=d, reserved=reserved)
+
     def _boundary(self, d: Decisions) -> tuple[int, ...]:
         """Bytes of each value that one micro-batch sends from a stage to the next: the widest
         layer's results."""

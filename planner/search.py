@@ -264,7 +264,7 @@ class Searcher:
             )
         whole = d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload)
         return stage_problem(
-            self.costs, replace(step, decisions=d), fixed_stages=pins.stages,
+            self.costs, self.costs.rescheduled(step, d), fixed_stages=pins.stages,
             fixed_recompute=fixed, levels=("none",) if whole else ("none", "selective", "full"),
         )  # fmt: skip
 

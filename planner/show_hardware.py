@@ -33,7 +33,7 @@ def catalogue_text() -> str:
         )
     also = ", ".join(f"{alias} = {name}" for alias, name in aliases())
     words = (
-        "constants: kernels measured on the device, whole runs fitted on it, or both; assumed: "
+        "constants: kernels measured on it or its chip, whole runs fitted on it, or both; assumed: "
         "transferred by class or from datasheets. plan calibrate measures yours."
     )
     return "\n".join([

@@ -317,7 +317,8 @@ def test_torchrun_is_asked_for_collectives(tmp_path) -> None:
         "p.CPU_BYTES = (4096, 65536)\n"
         "t = Timer(device=torch.device('cpu'), budget_s=0.01)\n"
         "found = list(p.collectives(t, True, []))\n"
-        "print(*sorted({f.op for f in found}), len(found), flush=True)\n"
+        "words = ' '.join([*sorted({f.op for f in found}), str(len(found))])\n"
+        "sys.stdout.write(words + '\\n'); sys.stdout.flush()\n"  # one write: ranks share a pipe
     )
     path = tmp_path / "ranks.py"
     path.write_text(script)

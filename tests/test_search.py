@@ -165,7 +165,6 @@ def every_mesh(costs, searcher, space, layers, **pins):
             mine = ("zero", "shard", "reshard", "offload")
             if any(getattr(d, key) != pins.get(key, getattr(d, key)) for key in mine):
                 continue
-            step = costs.step(d, laid)
             for name, v in schedules(mesh, layers):
                 if name != pins.get("schedule", name) or v != pins.get("virtual_stages", v):
                     continue
@@ -175,7 +174,7 @@ def every_mesh(costs, searcher, space, layers, **pins):
                     continue
                 if schedule_illegal(name, mesh.pp, mesh.microbatches, v) is not None:
                     continue
-                made = replace(step, decisions=replace(d, schedule=name, virtual_stages=v))
+                made = costs.step(replace(d, schedule=name, virtual_stages=v), laid)
                 objectives.append(best_of_problem(stage_problem(costs, made)))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found

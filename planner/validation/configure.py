@@ -156,6 +156,8 @@ _ENGINES = (  # words of the framework -> the engine class
 
 def _engine(run: Run, defaults: list[str]) -> Engine:
     name = next(e for pattern, e in _ENGINES if re.search(pattern, run.framework.lower()))
+    if name == "fsdp-compiled" and "fsdp" not in run.framework.lower():
+        defaults.append("framework not known here: as compiled FSDP")
     if name == "torchtitan" and run.config.get("torch_compile") is not True:
         name = "torchtitan-eager"
         if run.config.get("torch_compile") is None:
@@ -198,6 +200,8 @@ def _natural(run: Run) -> bool:
 def _cluster(run: Run, defaults: list[str]) -> Cluster:
     hw = run.hardware
     count, per_node = int(hw["num_gpus"]), int(hw.get("gpus_per_node") or 8)
+    if not hw.get("gpus_per_node"):
+        defaults.append("gpus_per_node = 8")
     name = hw["gpu"]
     cluster = load_hardware(f"{name}x{count}")
     if cluster.domain_size <= 8:
@@ -207,7 +211,10 @@ def _cluster(run: Run, defaults: list[str]) -> Cluster:
         cluster = replace(cluster, node_size=size, domain_size=size)
     rate = _network(str(hw.get("interconnect") or ""), per_node)
     if rate:
-        share = cluster.inter.efficiency * (0.5 if "omni-path" in str(hw).lower() else 1)
+        staged = "omni-path" in str(hw).lower()  # no GPUDirect: copies through the host's memory
+        share = cluster.inter.efficiency * (0.5 if staged else 1)
+        if staged:
+            defaults.append("Omni-Path without GPUDirect: half of what the network reaches")
         cluster = replace(cluster, inter=replace(cluster.inter, bytes_per_s=rate, efficiency=share))
     elif cluster.nodes > 1:
         defaults.append("network: the device's standard node")
@@ -232,6 +239,12 @@ def _network(text: str, per_node: int) -> float | None:
 def configure(run: Run) -> Case:
     """The case of a run. Raises Skipped with the reason."""
     defaults: list[str] = []
+    for name in ("model", "hardware", "config"):
+        if not getattr(run, name):
+            raise Skipped(f"{name} is not stated")
+    for name in ("gpu", "num_gpus"):
+        if not run.hardware.get(name):
+            raise Skipped(f"hardware.{name} is not stated")
     args = _model_args(run, defaults)
     engine = _engine(run, defaults)
     if engine.name in ("megatron-2022", "megatron-deepspeed", "deepspeed-2021"):
@@ -266,6 +279,14 @@ def configure(run: Run) -> Case:
         micro = int(micro)
     layers = args["layers"]
     v = _virtual(run, engine, layers, pp, m, defaults)
+    if pp * v > layers:
+        raise Skipped(f"{pp} x {v} stages for {layers} layers")
+    if c.get("zero_or_fsdp") not in ("none", "zero1", "zero2", "zero3", "fsdp"):
+        defaults.append("zero_or_fsdp = zero1")
+    if not c.get("precision"):
+        defaults.append("precision = bf16")
+    if _natural(run):
+        defaults.append("natural routing: the busiest expert rank has 1.3 x the mean")
     zero, shard = _sharding(run, engine, dp * cp, pp)
     split = c.get("sequence_parallel")
     if split is None or (engine.name == "megatron" and tp > 1):
@@ -335,8 +356,8 @@ def _recompute(run: Run) -> str:
 def _virtual(
     run: Run, engine: Engine, layers: int, pp: int, m: int, defaults: list[str]
 ) -> int:
-    """Chunks a rank: as printed; where NVIDIA's tables print none, the most of 2 to 5 that
-    leaves whole layers (their recipes interleave)."""
+    """Chunks a rank: as printed; where NVIDIA's tables print none, the most that come out even at
+    two layers or more (their recipes interleave), else the most of 2 to 5."""
     said = run.config.get("virtual_pp")
     if pp == 1:
         return 1
@@ -345,8 +366,12 @@ def _virtual(
     elif engine.name != "megatron" or run.config.get("schedule"):
         v = 1
     else:
-        known = 6 if layers == 96 else 8 if layers == 126 else 5
-        fits = [k for k in range(known, 1, -1) if pp * k <= layers + 2]
+        fits = [k for k in range(5, 1, -1) if pp * k <= layers + 2]
+        even = [
+            k for k in range(8, 1, -1)
+            if pp * k * 2 <= layers + 2 and 0 in (layers % (pp * k), (layers + 2) % (pp * k))
+        ]
+        fits = even or fits
         v = fits[0] if fits else 1
         defaults.append(f"virtual_pp = {v}")
     while v > 1 and pp * v > layers:

@@ -106,6 +106,12 @@ def relevant(parameter: Parameter, prepared: Prepared) -> bool:
         return bool(case.run.model.get("hybrid"))
     if name.startswith("grouped_gemm."):
         return case.run.is_moe
+    if name.startswith(("gemm.fp8", "gemm.nvfp4")) and name.split(".")[1] != (
+        case.workload.precision
+    ):
+        return False
+    if name.endswith(("flash2_ratio", "triton_ratio")) and case.engine.attention == "best":
+        return False
     return where in ("*", case.cluster.device.family, case.cluster.device.constants)
 
 

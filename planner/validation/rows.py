@@ -6,6 +6,7 @@ The form is that of a YAML list whose items are JSON (`- {"id": ...}`), comments
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,10 @@ def read_runs(path: Path) -> list[Run]:
             continue
         try:
             raw = json.loads(text.removeprefix("- "))
-            found.append(_run(raw))
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            if not isinstance(raw, dict):
+                raise ValueError("no JSON object")
+            found.append(_run(raw, f"line {number}"))
+        except ValueError as fault:
             raise PlanError(
                 f"{path}, line {number} is no run: {fault!r}",
                 why="expected one JSON object a line, as `- {\"id\": ..., \"model\": {...}}`",
@@ -69,41 +72,62 @@ def read_runs(path: Path) -> list[Run]:
     return found
 
 
-def _run(raw: dict[str, Any]) -> Run:
-    model, hardware, config = raw["model"], raw["hardware"], raw["config"]
-    measured = raw.get("measured") or {}
-    peak = measured.get("peak_memory_gb")
-    rate = measured.get("tflops_per_gpu")
-    source = raw.get("source") or {}
+def _run(raw: dict[str, Any], name: str) -> Run:
+    """A run as it is written; what is missing is found, and said, when it is laid out."""
+    model, hardware, config = (_table(raw, key) for key in ("model", "hardware", "config"))
+    measured, source = _table(raw, "measured"), raw.get("source") or {}
+    numbers = {key: _number(value) for key, value in measured.items()}
+    peak, rate = numbers.get("peak_memory_gb"), numbers.get("tflops_per_gpu")
+    mfu = numbers.get("mfu_pct")
+    gpus = _number(hardware.get("num_gpus"))
     return Run(
-        id=str(raw["id"]), group=str(raw.get("group") or raw["id"]),
+        id=str(raw.get("id") or name), group=str(raw.get("group") or raw.get("id") or name),
         source=str(source.get("title", "") if isinstance(source, dict) else source),
         framework=str(raw.get("framework") or ""), model=model, hardware=hardware, config=config,
         notes=f"{raw.get('notes') or ''}; {source.get('table', '') if source else ''}",
         oom=raw.get("outcome") == "oom",
-        step_time_s=_seconds(raw, measured),
-        mfu=measured["mfu_pct"] / 100 if measured.get("mfu_pct") else None,
-        again=_again(measured),
-        flop_per_s=rate * 1e12 * hardware["num_gpus"] if rate else None,
+        step_time_s=_seconds(numbers, config, model, gpus),
+        mfu=mfu / 100 if mfu else None,
+        again=_again(numbers),
+        flop_per_s=rate * 1e12 * gpus if rate and gpus else None,
         flop_factor=4 / 3 if "hardware" in str(raw.get("flops_convention")) else 1.0,
         peak_bytes=peak * 2**30 if peak else None,
     )  # fmt: skip
 
 
-def _seconds(raw: dict[str, Any], measured: dict[str, Any]) -> float | None:
+def _table(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """A number; nan for what is none, so that it is refused where it is used."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+Numbers = dict[str, float | None]
+
+
+def _seconds(
+    measured: Numbers, config: dict[str, Any], model: dict[str, Any], gpus: float | None
+) -> float | None:
     """The step's seconds, or what tokens/s a GPU come to."""
     if measured.get("step_time_s"):
-        return float(measured["step_time_s"])
-    rate = measured.get("tokens_per_s_per_gpu")
-    batch = raw["config"].get("global_batch_sequences")
-    if rate and batch:
-        return float(batch * raw["model"]["seq_len"] / (rate * raw["hardware"]["num_gpus"]))
-    return None
+        return measured["step_time_s"]
+    rate, batch = measured.get("tokens_per_s_per_gpu"), config.get("global_batch_sequences")
+    length = _number(model.get("seq_len"))
+    count = _number(batch)
+    return count * length / (rate * gpus) if rate and count and length and gpus else None
 
 
-def _again(measured: dict[str, Any]) -> float | None:
+def _again(measured: Numbers) -> float | None:
     """HFU / MFU - 1 is a third of the share of the forward that runs again."""
     model, hardware = measured.get("mfu_pct"), measured.get("hfu_pct")
     if not model or not hardware:
         return None
-    return min(1.0, max(0.0, 3 * (float(hardware) / float(model) - 1)))
+    return min(1.0, max(0.0, 3 * (hardware / model - 1)))
