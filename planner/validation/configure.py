@@ -306,6 +306,7 @@ def configure(run: Run) -> Case:
         precision = "bf16"
         defaults.append("rowwise fp8 gains nothing over bf16")
     if engine.network_share < 1:
+        defaults.append("ZeRO-3 of 2021: one network port of a node's eight")
         inter = cluster.inter
         inter = replace(inter, efficiency=inter.efficiency * engine.network_share)
         cluster = replace(cluster, inter=inter)
