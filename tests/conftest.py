@@ -32,3 +32,25 @@ def world():
 
     with local_world(["ir.capture.hf"]) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A folder for traced graphs, shared by the session's commands."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys, tmp_path, cache):
+    """Run a command in this process, in an empty folder."""
+    from planner import cli, console
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+
+    def run(*arguments):
+        code = console.run(cli.app(), [str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

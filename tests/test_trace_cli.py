@@ -12,17 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_models import EXAMPLES
 
-from planner import cli, console
 from planner.plan import load
 
 LLAMA = str(EXAMPLES / "llama.py")
 TINY = ("--arg", "size=tiny", "--global-batch", "16")
 PLAN_KEYS = ["schema", "planner", "inputs", "workload", "decisions", "stages", "units"]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -43,20 +37,6 @@ def shell(folder, cache, *arguments):
 
 def environment(cache):
     return {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPATH": str(EXAMPLES.parent)}
-
-
-@pytest.fixture
-def plan(monkeypatch, capsys, tmp_path, cache):
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", cache)
-
-    def run(*arguments):
-        code = console.run(cli.app(), [str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

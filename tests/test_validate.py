@@ -10,7 +10,7 @@ import pytest
 
 from cost_models.validation.metrics import kendall_tau, scores
 from ir.errors import PlanError
-from planner import cli, console
+from planner import cli
 from planner.validation import report as view
 from planner.validation import running
 from planner.validation.rows import read_runs
@@ -58,25 +58,6 @@ def row(name, predicted=1.0, measured=1.0, **changes):
         defaults=(), subject="s", workload="w", configuration=name,
     )  # fmt: skip
     return replace(plain, **changes)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def plan(monkeypatch, capsys, tmp_path, cache):
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", cache)
-
-    def run(*arguments):
-        code = console.run(cli.app(), [str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
