@@ -31,6 +31,9 @@ _PRIOR_SD = {"overhead_s": 1.0, "smoothness": 0.2}
 _OTHER_SD = 0.5
 _LEAST_SAMPLES = 3  # of a fit of several constants; fewer leave the base's as they are
 _NOISY = 0.25  # quartiles this far apart, of the median: the sample says little
+# Median error of a fit beyond which it is no description of the machine: what one noisy sample is
+# left out for. The base's constants stay.
+MOST_ERROR = _NOISY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +132,9 @@ class FittedTable:
 
     median_error: relative, each sample predicted by a fit to the others (of all where there are
     fewer than four). left_out: noisy samples that were not used. held: the rest of a table that
-    the base lacks, as its like has it.
+    the base lacks, as its like has it. refused: the constants that stay the base's, for the fit
+    misses its samples by more than MOST_ERROR; then there are no values, and base_error is the
+    median error at which the base's own predict the same samples.
     """
 
     name: str
@@ -138,6 +143,17 @@ class FittedTable:
     median_error: float = 0.0
     left_out: int = 0
     held: tuple[tuple[str, float], ...] = ()
+    refused: tuple[str, ...] = ()
+    base_error: float = 0.0
+
+    @property
+    def line(self) -> str:
+        """Why a fit was refused, in words."""
+        return (
+            f"{self.name} ({', '.join(self.refused)}): the fit misses its {self.samples} samples by "
+            f"{self.median_error:.0%} (median), more than {MOST_ERROR:.0%}; kept as it was, which "
+            f"misses them by {self.base_error:.0%}"
+        )
 
 
 def fit_tables(run: Measured, device: Device, base: str) -> tuple[FittedTable, ...]:
@@ -252,7 +268,14 @@ def _fit_table(
         ]
     else:
         off = errors(best, probes)
-    return replace(table_of(best), samples=len(probes), median_error=float(np.median(off)))
+    made = replace(table_of(best), samples=len(probes), median_error=float(np.median(off)))
+    if made.median_error <= MOST_ERROR:
+        return made
+    kernels = load_kernels(calibrated(device, base, before), attention="flash2")
+    apart = predictions(kernels, probes) / [p.median_s for p in probes] - 1
+    return replace(
+        made, values=(), held=(), refused=names, base_error=float(np.median(np.abs(apart)))
+    )
 
 
 def _shipped(base: str) -> frozenset[str]:

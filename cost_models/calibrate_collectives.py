@@ -7,10 +7,18 @@ full rate. A device whose like was never measured has the latter alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from cost_models.calibrate import COLLECTIVES, FittedTable, FloatArray, Measured, Probe
+from cost_models.calibrate import (
+    COLLECTIVES,
+    MOST_ERROR,
+    FittedTable,
+    FloatArray,
+    Measured,
+    Probe,
+)
 from cost_models.constants_table import Constants, load_constants
 from cost_models.fit.least_squares import fit
 from cost_models.links import PASSES, library_seconds
@@ -26,40 +34,73 @@ def fit_collectives(run: Measured, base: str, line_bytes_per_s: float) -> tuple[
     """A table for each kind of collective; none without torchrun.
 
     A single size of group gets a size of one beside it, which sends nothing: sizes between and
-    beyond are interpolated, and two make a line. line_bytes_per_s: what the rates are relative to.
+    beyond are interpolated, and two make a line. line_bytes_per_s: what the rates are relative to;
+    where a kind is refused, and so stays the base's, they are relative to what the base's are.
     """
     kinds = [kind for kind in COLLECTIVES if run.of(kind)]
     if not kinds:
         return ()
     table = load_constants(base)
-    found = [
-        FittedTable(
-            name="collective",
-            values=(("link_bytes_per_s", line_bytes_per_s),),
-            samples=sum(len(run.of(kind)) for kind in kinds),
-        )
+    made = [_fit_kind(run, table, kind) for kind in kinds]
+    if any(one.refused for one in made):
+        share = table.number("collective.link_bytes_per_s") / line_bytes_per_s
+        return tuple(_scaled(one, share) for one in made)
+    link = FittedTable(
+        name="collective", values=(("link_bytes_per_s", line_bytes_per_s),),
+        samples=sum(len(run.of(kind)) for kind in kinds),
+    )  # fmt: skip
+    return (link, *made)
+
+
+def _scaled(table: FittedTable, share: float) -> FittedTable:
+    """Its rates times `share`."""
+    values = tuple(
+        (key, tuple(v * share for v in value) if isinstance(value, tuple) else value)
+        if key == "bytes_per_s"
+        else (key, value)
+        for key, value in table.values
+    )
+    return replace(table, values=values)
+
+
+def _fit_kind(run: Measured, table: Constants, kind: str) -> FittedTable:
+    """One kind of collective over all sizes of groups."""
+    groups = [
+        [p for p in run.of(kind) if p.shape[0] == n]
+        for n in sorted({p.shape[0] for p in run.of(kind)})
     ]
-    for kind in kinds:
-        groups = [
-            [p for p in run.of(kind) if p.shape[0] == n]
-            for n in sorted({p.shape[0] for p in run.of(kind)})
-        ]
-        starts = [_start(table, probes) for probes in groups]
-        forms = [_solve(start, probes) for start, probes in zip(starts, groups)]
-        off = [e for start, probes in zip(starts, groups) for e in _held_out(start, probes)]
-        ranks = [float(probes[0].shape[0]) for probes in groups]
-        if len(forms) == 1:
-            ranks, forms = [1.0, *ranks], [{**forms[0], "overhead_s": 0.0}, *forms]
-        columns = [(key, tuple(form[key] for form in forms)) for key in forms[0]]
-        found.append(
-            FittedTable(
-                name=f"collective.{kind}",
-                values=(("ranks", tuple(ranks)), *columns),
-                samples=len(off),
-                median_error=float(np.median(off)),
-            )
-        )
-    return tuple(found)
+    starts = [_start(table, probes) for probes in groups]
+    off = [e for start, probes in zip(starts, groups) for e in _held_out(start, probes)]
+    error = float(np.median(off))
+    name = f"collective.{kind}"
+    forms = [_solve(start, probes) for start, probes in zip(starts, groups)]
+    if error > MOST_ERROR:
+        return FittedTable(
+            name=name, values=(), samples=len(off), median_error=error, refused=tuple(forms[0]),
+            base_error=_base_error(table, groups),
+        )  # fmt: skip
+    ranks = [float(probes[0].shape[0]) for probes in groups]
+    if len(forms) == 1:
+        ranks, forms = [1.0, *ranks], [{**forms[0], "overhead_s": 0.0}, *forms]
+    columns = [(key, tuple(form[key] for form in forms)) for key in forms[0]]
+    return FittedTable(
+        name=name, values=(("ranks", tuple(ranks)), *columns), samples=len(off), median_error=error
+    )
+
+
+def _base_error(table: Constants, groups: Sequence[Sequence[Probe]]) -> float:
+    """Median error of the base's own form, at the link that it was measured on."""
+    off = []
+    for probes in groups:
+        name, ranks = f"collective.{probes[0].op}", probes[0].shape[0]
+        at = np.log2(table.numbers(f"{name}.ranks"))
+        form = {
+            key: float(np.interp(np.log2(ranks), at, table.numbers(f"{name}.{key}")))
+            for key in (*_SPREAD, *_SMALL_SPREAD)
+            if table.has(f"{name}.{key}")
+        }
+        off += [abs(float(_seconds(form, [p])[0]) / p.median_s - 1) for p in probes]
+    return float(np.median(off))
 
 
 def _start(table: Constants, probes: Sequence[Probe]) -> Form:

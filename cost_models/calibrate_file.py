@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.calibrate import (
+    MOST_ERROR,
     SOURCE,
     FittedTable,
     Measured,
@@ -49,6 +50,11 @@ class Calibration:
     device: Device
     tables: tuple[FittedTable, ...]
     moved: tuple[Moved, ...]
+
+    @property
+    def refused(self) -> tuple[FittedTable, ...]:
+        """Fits that describe nothing: the base's constants stay."""
+        return tuple(table for table in self.tables if table.refused)
 
 
 def known_cluster(run: Measured) -> Cluster | None:
@@ -133,6 +139,11 @@ def _moved(
         rate = device.memory_bandwidth_bytes_per_s
         rows.append(_row("memory bandwidth", None, rate, "B/s", "best stream"))
     before = known.device.host_link_bytes_per_s if known else None
+    line = known.intra.bytes_per_s if known else _link_rate(run)
+    base_link = table.number("collective.link_bytes_per_s")
+    links = [v for t in tables if t.name == "collective" for _, v in t.values]
+    rated = links[0] if links else base_link  # what the rates below are relative to
+    assert not isinstance(rated, tuple)
     rows.append(_row("host link", before, device.host_link_bytes_per_s, "B/s", "copies"))
     for fitted in tables:
         for key, value in fitted.values:
@@ -160,9 +171,9 @@ def _moved(
             if known is None:
                 old_rate = None
             else:
-                scale = known.intra.bytes_per_s / table.number("collective.link_bytes_per_s")
-                old_rate = old * scale
-            rows.append(_row(f"{fitted.name} rate", old_rate, rates[-1], "B/s", _basis(fitted)))
+                old_rate = old * line / base_link
+            now = rates[-1] * line / rated
+            rows.append(_row(f"{fitted.name} rate", old_rate, now, "B/s", _basis(fitted)))
     return tuple(rows)
 
 
@@ -193,6 +204,7 @@ def to_toml(made: Calibration, name: str, date: str, warnings: Sequence[Fault] =
     lines = [f"# {run.machine.name}, measured by `plan calibrate` on {date}."]
     lines += [f"# WARNING, saved with --force: {fault.line}" for fault in warnings]
     lines += [f"# Not measured: {reason}" for reason in run.left_out]
+    lines += [f"# Refused: {table.line}" for table in made.refused]
     if made.base:
         lines += [f'base = "{made.base}"']
     else:
@@ -211,7 +223,9 @@ def to_toml(made: Calibration, name: str, date: str, warnings: Sequence[Fault] =
         lines += ["", "[device.peak_flop_per_s]  # the best that was measured"]
         lines += [f"{dtype} = {_number(peak)}" for dtype, peak in device.peak_flop_per_s]
     lines += ["", *_cluster_lines(run, known), "", "[constants]"]
-    lines.append(f"measured = {0 if warnings else 1}")
+    # A class whose constants hold here, fitted or not, counts as measured.
+    holds = all(table.base_error <= MOST_ERROR for table in made.refused)
+    lines.append(f"measured = {1 if holds and not warnings else 0}")
     lines += _constant_lines(made.tables)
     lines += ["", "[sources]", *_source_lines(made, known, date)]
     return "\n".join(lines) + "\n"
@@ -253,6 +267,8 @@ def _constant_lines(tables: Sequence[FittedTable]) -> list[str]:
     """One TOML table each; fits of the same table (attention's) are put together."""
     merged: dict[str, list[FittedTable]] = {}
     for fitted in tables:
+        if fitted.refused:
+            continue
         merged.setdefault(fitted.name, []).append(fitted)
     lines: list[str] = []
     for name, parts in merged.items():

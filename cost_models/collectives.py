@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -80,6 +80,14 @@ class _Fit:
     low_sqrt_s: float
     switch_bytes: float
     source: str
+
+
+def driven(cluster: Cluster, network_share: float) -> Cluster:
+    """The cluster as an engine drives it: beyond a domain, that share of its network ports."""
+    if network_share == 1:
+        return cluster
+    inter = cluster.inter
+    return replace(cluster, inter=replace(inter, efficiency=inter.efficiency * network_share))
 
 
 def _check(kind: str) -> None:

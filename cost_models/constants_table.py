@@ -24,7 +24,7 @@ _FOLDER = Path(__file__).with_name("constants")
 _COMMON = "common"
 _FORMATS = ("fp32", "tf32", "fp8", "int8", "nvfp4", "int4")  # a file may bring a GEMM table of each
 # Words that say how well a table was fitted; they may stand in any of them.
-_FIT_WORDS = ("samples", "median_error", "p90_error", "held_out_median_error")
+FIT_WORDS = ("samples", "median_error", "p90_error", "held_out_median_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,9 @@ class Constants:
 
     @property
     def digest(self) -> str:
-        """sha256 of names and numbers; prose is left out."""
-        text = json.dumps([(c.name, c.value) for c in self.items], separators=(",", ":"))
+        """sha256 of names and numbers; prose and errors are left out: no cost depends on them."""
+        used = [c for c in self.items if c.name.rpartition(".")[2] not in FIT_WORDS]
+        text = json.dumps([(c.name, c.value) for c in used], separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -163,7 +164,7 @@ def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
     formats = {key.split(".")[2] for key in known if re.match(r"gemm\.[^.]+\.", key)}
     known |= {f"gemm.{dtype}.{key}" for dtype in _FORMATS for key in formats}
     for key, item in found.items():
-        if key not in known and key.rsplit(".", 1)[-1] not in _FIT_WORDS:
+        if key not in known and key.rsplit(".", 1)[-1] not in FIT_WORDS:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hints = tuple(f"did you mean constants.{name}?" for name in near)
             raise UsageError(f"unknown key constants.{key}", where=where, hints=hints)

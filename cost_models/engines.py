@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cost_models.constants_table import FIT_WORDS
 from ir.errors import UsageError
 
 _TABLE = Path(__file__).with_name("engines.toml")
@@ -46,9 +47,12 @@ class Engine:
 
     fused: elementwise chains run as one kernel; unfused_factor multiplies their bytes.
     saves: what backward keeps, "autograd" (what each op saves) or "min-cut" (a partitioner).
-    attention: which kernels, as `compute.load_kernels` names them.
+    attention: which kernels, as `compute.load_kernels` names them. flash: they keep no scores in
+    memory; False: the engine's own model multiplies heads op by op (a graph says which it does).
     sp_regather_backward: sequence parallelism gathers a saved input again in backward.
     schedules, compiled_schedules: legal with eager and with compiled stages.
+    fills_stages: where layers do not divide, the first stages get the most that any has; False:
+    embedding and head count as layers. Of layouts that nobody chose: a plan's are searched.
     pp_zero: ZeRO stages that go with a pipeline. precisions: formats it computes in.
     kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
@@ -86,9 +90,11 @@ class Engine:
     unfused_factor: float
     saves: str
     attention: str
+    flash: bool
     sp_regather_backward: bool
     schedules: tuple[str, ...]
     compiled_schedules: tuple[str, ...]
+    fills_stages: bool
     pp_zero: tuple[int, ...]
     precisions: tuple[str, ...]
     grad_dtype: str
@@ -174,12 +180,13 @@ def load_engine(name: str) -> Engine:
         sources = {**values["sources"], **row.get("sources", {})}
         values |= {**row, "sources": sources}
     sources = values.pop("sources")
-    values.pop("base", None)
+    for word in ("base", "fits"):  # fits: samples and errors of fitted fields, for readers
+        values.pop(word, None)
     modes = _zero_modes(table["zero"], values.pop("zero_table"))
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     plain["sources"] = tuple(sorted(sources.items()))
     switches = tuple(
-        (key, tuple((k, x) for k, x in row.items() if k != "source"))
+        (key, tuple((k, x) for k, x in row.items() if k not in ("source", *FIT_WORDS)))
         for key, row in table["switch"].items()
     )
     known = {field.name for field in fields(Engine)}

@@ -91,7 +91,7 @@ def rank_collectives(
                 int(t.count[at]) * repeats, seconds * repeats,
                 (seconds - float(t.hidden_s[at])) * repeats)  # fmt: skip
         for size, times in costs.summed(d, row.state):
-            took = times * float(collective_s(costs.cluster, "all_reduce", size, d.tp, 1))
+            took = times * float(collective_s(costs.network, "all_reduce", size, d.tp, 1))
             add("all_reduce", "tp", size, f"{unit.name} gradients", times, took, took)
         parts: tuple[tuple[State, bool], ...] = ((row.state, False),)
         if d.ep * d.etp * d.tp > 1:  # else the same ranks share both, in one collective

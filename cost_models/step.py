@@ -7,7 +7,6 @@ so a plan's step is the same number wherever it is asked for.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.chain import Chain, chain_of
-from cost_models.collectives import collective_s
+from cost_models.collectives import collective_s, driven
 from cost_models.compute import Kernels, load_kernels
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
@@ -44,74 +43,12 @@ from cost_models.state import (
     state_of,
     update_bytes,
 )
-from cost_models.traffic import Traffic
+from cost_models.step_rows import Row, Step
 from cost_models.unit_costs import UnitCost, context_cost, expert_cost, learns_of, unit_cost
 from cost_models.work import Axes, Work
 from ir.graph import Graph, Unit, full_name
 
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One link, per micro-batch unless said otherwise.
-
-    forward, backward: picoseconds by PARTS. weight_ps: of backward, weight gradients alone.
-    again_ps: added by recomputation, selective and full. moved: added by activations that lie on
-    the host, (forward, backward) by level. kept, working: bytes by level (none, selective, full).
-    tail_*: per step, of gradient reduction and optimizer: communication, what may hide it, and
-    what nothing hides by name. copied: fp32 gradient bytes of each parameter that an earlier stage
-    holds as well, summed with that one's once a step.
-    """
-
-    forward: tuple[int, ...]
-    backward: tuple[int, ...]
-    weight_ps: int
-    again_ps: tuple[int, int]
-    moved: tuple[tuple[int, int], ...]
-    kept: tuple[int, int, int]
-    working: tuple[int, int, int]
-    state: State
-    tail_comm_ps: int
-    tail_hide_ps: int
-    optimizer_ps: int
-    offload_ps: int
-    floor_ps: int
-    is_loss: bool
-    flop: tuple[int, int]  # forward, backward
-    model_flop: int
-    traffic: tuple[Traffic, ...] = ()
-    copied: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def forward_ps(self) -> int:
-        return sum(self.forward)
-
-    @property
-    def backward_ps(self) -> int:
-        return sum(self.backward)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """All rows of one mesh: `rows` by kind of link, `kinds` the row of each link in order."""
-
-    chain: Chain
-    decisions: Decisions
-    rows: tuple[Row, ...]
-    kinds: tuple[int, ...]
-    glue: Row
-    p2p_ps: int
-    p2p_bytes: tuple[int, ...]  # of each value that goes on
-    reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
-    fragmentation: float
-
-    def wide(self, size_bytes: int) -> int:
-        """Bytes with what the allocator loses around them."""
-        return math.ceil(size_bytes * (1 + self.fragmentation))
-
-    def row(self, link: int) -> Row:
-        return self.rows[self.kinds[link]]
 
 
 @dataclass(kw_only=True)
@@ -142,6 +79,11 @@ class Costs:
     def engine(self) -> Engine:
         engine = self.variant or load_engine(self.workload.engine)
         return engine if self.compiled or not engine.fused else uncompiled(engine)
+
+    @cached_property
+    def network(self) -> Cluster:
+        """The cluster that transfers between ranks are costed over."""
+        return driven(self.cluster, self.engine.network_share)
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -181,7 +123,7 @@ class Costs:
         batch, cp = np.asarray(self.points, dtype=np.float64).T
         return Work(
             micro_batch=batch, cp=cp, local_seq=self.workload.seq_len / cp,
-            axes=axes, cluster=self.cluster, kernels=self.kernels, engine=self.engine,
+            axes=axes, cluster=self.network, kernels=self.kernels, engine=self.engine,
             precision=self.workload.precision, is_layer=is_layer,
             expert_imbalance=self.workload.expert_imbalance,
         )  # fmt: skip
@@ -306,14 +248,14 @@ class Costs:
                     size = ranks.shard * ranks.replicas
                 name = "all_reduce" if kind.startswith("all_reduce") else kind
                 total += float(
-                    collective_s(self.cluster, name, elements * item_bytes, size, stride)
+                    collective_s(self.network, name, elements * item_bytes, size, stride)
                 )
             self._fsdp[key] = total
         return self._fsdp[key]
 
     def send_s(self, d: Decisions, size_bytes: int) -> float:
         """Seconds to send that from a pipeline rank to the next."""
-        return float(collective_s(self.cluster, "p2p", size_bytes, 2, d.tp * d.cp * d.dp))
+        return float(collective_s(self.network, "p2p", size_bytes, 2, d.tp * d.cp * d.dp))
 
     def summed(self, d: Decisions, state: State) -> tuple[tuple[int, int], ...]:
         """(bytes, times a step) of the sums over tp of gradients of parameters that are whole
@@ -331,7 +273,7 @@ class Costs:
     def summed_s(self, d: Decisions, state: State) -> float:
         """Seconds a step of these sums."""
         return sum(
-            times * float(collective_s(self.cluster, "all_reduce", size, d.tp, 1))
+            times * float(collective_s(self.network, "all_reduce", size, d.tp, 1))
             for size, times in self.summed(d, state)
         )
 

@@ -278,7 +278,7 @@ class _States:
         def once(kind: str, item: int, groups: tuple[tuple[int, int, int], ...]) -> float:
             return sum(
                 n * item / m.pp * min(
-                    f.s_per_byte for f in explain(costs.cluster, kind, size, stride).forms
+                    f.s_per_byte for f in explain(costs.network, kind, size, stride).forms
                 )
                 for n, size, stride in groups if n and size > 1
             )  # fmt: skip

@@ -161,6 +161,7 @@ def table(made: Calibration) -> str:
     lines += ["", f"{len(run.probes)} probes, {len(noisy)} of them noisy and left out of fits; "
               f"clock under load {_clock(made):.0%} of bursts"]  # fmt: skip
     lines += [f"not measured: {reason}" for reason in run.left_out]
+    lines += [f"refused: {fitted.line}" for fitted in made.refused]
     return "\n".join(
         textwrap.fill(line, 80, subsequent_indent="  ") if len(line) > 80 else line.rstrip()
         for line in lines
@@ -206,7 +207,12 @@ def document(made: Calibration, found: tuple[Fault, ...]) -> dict[str, Any]:
         ],
         "steady_flop_per_s": list(run.steady_flop_per_s),
         "moved": [asdict(row) for row in made.moved],
-        "not_measured": list(run.left_out), "faults": [asdict(fault) for fault in found],
+        "not_measured": list(run.left_out),
+        "refused": [
+            {"name": t.name, "kept": list(t.refused), "samples": t.samples,
+             "median_error": t.median_error, "base_error": t.base_error} for t in made.refused
+        ],
+        "faults": [asdict(fault) for fault in found],
     }  # fmt: skip
 
 

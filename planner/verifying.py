@@ -220,6 +220,11 @@ def _compared_lines(c: Compared) -> list[str]:
         edges = f"{len(c.loose_edges)} planned changes of placement left to DTensor"
         lines.append(_row("loose", edges))
         lines += [_row("", edge) for edge in c.loose_edges[:MOST_ROWS]]
+    if c.uncompiled:
+        lines.append(_row("uncompiled", "these run eager, against the plan:"))
+        for unit, why in c.uncompiled[:MOST_ROWS]:
+            lines += [_row("", x) for x in wrap(f"{unit}: {why}", WIDTH - 13,
+                                                subsequent_indent="  ")]
     if c.differences:
         lines += ["", _entry("difference", "error", "allowed", "tensor")]
         for d in sorted(c.differences, key=lambda d: -d.error)[:MOST_ROWS]:
@@ -289,6 +294,7 @@ def document(found: Verified, source: str, model: str) -> dict[str, Any]:
                     {"unit": u, "operation": op, "times": n} for u, op, n in c.replicated
                 ],
                 "loose_edges": list(c.loose_edges),
+                "uncompiled": [{"unit": unit, "reason": why} for unit, why in c.uncompiled],
                 "not_kept": list(twin.notes),
             }
             for twin, c in found.twins

@@ -265,7 +265,7 @@ def _graph(model: str):
     return capture(options)
 
 
-def run(world, cell: Cell) -> Outcome:
+def run(world, cell: Cell, compile_backend: str = "inductor") -> Outcome:
     """Plan the cell and verify the plan."""
     from planner.runtime.verify.run import verify_twin
     from planner.runtime.verify.twin import make_twins
@@ -284,7 +284,7 @@ def run(world, cell: Cell) -> Outcome:
         return outcome("FAILED", f"planning: {fault!r}", traceback.format_exc())
     try:
         twins = make_twins(plan, *model_of(cell.model), {}, 16)
-        found = [verify_twin(world, twin) for twin in twins]
+        found = [verify_twin(world, twin, compile_backend) for twin in twins]
     except PlanError as fault:
         return outcome("FAILED", fault.what, "\n".join(fault.lines()))
     bad = [d for c in found for d in c.differences]
@@ -296,6 +296,7 @@ def run(world, cell: Cell) -> Outcome:
     error = max(c.worst("gradient").gradient for c in found)
     ops = sum(n for c in found for _, _, n in c.replicated)
     notes = "".join(f"; {note}" for t in twins for note in t.notes)
+    notes += "".join(f"; {unit} uncompiled: {why}" for c in found for unit, why in c.uncompiled)
     whole = f", {ops} ops whole" if ops else ""
     return outcome("passed", f"{error:.0e} on {ranks} ranks{whole}{notes}")
 

@@ -14,6 +14,7 @@ import pytest
 
 from cost_models.calibrate import (
     COLLECTIVES,
+    MOST_ERROR,
     Machine,
     Measured,
     Probe,
@@ -358,3 +359,55 @@ def test_steps_are_predicted_and_run_on_the_cpu(run, tmp_path, monkeypatch) -> N
     text = calibrating.steps_table((none, full))
     assert "median error" in text and "does not count" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+# --- fits that describe nothing -------------------------------------------------------------------
+
+
+def scattered(run: Measured, *ops: str, times: float = 6.0) -> Measured:
+    """The run, every second probe of those ops so many times slower: no constants fit both."""
+    found, n = [], 0
+    for p in run.probes:
+        n += p.op in ops
+        found.append(slower(p, times) if p.op in ops and n % 2 else p)
+    return replace(run, probes=tuple(found))
+
+
+def test_a_fit_that_misses_its_samples_is_refused_and_the_base_stays(run, tmp_path) -> None:
+    bad = scattered(run, "copy", "add", "norm")
+    made = calibration(bad)
+    (refused,) = made.refused
+    assert refused.name == "memory_bound" and refused.median_error > MOST_ERROR
+    assert refused.refused == ("traffic",) and refused.values == ()
+    path = tmp_path / "mine.toml"
+    path.write_text(to_toml(made, "mine", "2026-01-01"))
+    text = path.read_text()
+    assert "[constants.memory_bound]" not in text and "# Refused: memory_bound" in text
+    table = load_constants(load_hardware(str(path)).device.constants)
+    own, base = (t.find("memory_bound.traffic") for t in (table, load_constants("h100")))
+    assert own == base
+    assert table.measured == (refused.base_error <= MOST_ERROR)
+    said = calibrating.table(made)
+    assert "refused: memory_bound (traffic)" in said and "memory_bound.traffic" not in said
+    assert calibrating.document(made, ())["refused"][0]["kept"] == ["traffic"]
+
+
+def test_a_refused_collective_leaves_the_others_as_measured(run, tmp_path) -> None:
+    probes = run.probes + tuple(in_groups((2, 4, 8)))
+    bad = scattered(replace(run, probes=probes), "all_to_all", times=20.0)
+    made = calibration(bad)
+    assert [t.name for t in made.refused] == ["collective.all_to_all"]
+    path = tmp_path / "node.toml"
+    path.write_text(to_toml(made, "node", "2026-01-01"))
+    cluster = load_hardware(str(path))
+    for p in in_groups((2, 4, 8)):
+        if p.op != "all_to_all":
+            seconds = float(collective_s(cluster, p.op, p.moved_bytes, p.shape[0]))
+            assert seconds == pytest.approx(p.median_s, rel=0.1), p.name
+    node = replace(describe("h100"), count=8)
+    assert float(collective_s(cluster, "all_to_all", 2**28, 8)) == pytest.approx(
+        float(collective_s(node, "all_to_all", 2**28, 8))
+    )
+    rates = {row.name: row.now for row in made.moved if row.name.endswith(" rate")}
+    good = {row.name: row.now for row in calibration(replace(run, probes=probes)).moved}
+    assert all(rate == pytest.approx(good[name], rel=0.01) for name, rate in rates.items())

@@ -14,10 +14,11 @@ from cost_models.engines import load_engine
 from cost_models.fit.tables import renumbered
 from cost_models.hardware import load_hardware
 from planner.validation import fit
-from planner.validation.configure import Skipped, configure, stages_of
+from planner.validation.configure import configure
+from planner.validation.configure_layout import stages_of
 from planner.validation.fit_parameters import PARAMETERS
 from planner.validation.predict import predict, prepare, settled, step_s
-from planner.validation.rows import Run, read_runs
+from planner.validation.rows import Run, Skipped, read_runs
 
 RUN = {
     "id": "a", "group": "g", "source": {"title": "a paper", "table": "2"},

@@ -53,7 +53,16 @@ def write_tables(path: Path, tables: Mapping[str, Mapping[str, Value]]) -> None:
     path.write_text(replaced(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
-def renumbered(text: str, numbers: Mapping[tuple[str, str], float]) -> str:
+def _number_line(key: str, value: float | Mapping[str, float]) -> str:
+    if isinstance(value, Mapping):
+        items = ", ".join(f"{k} = {number_text(v)}" for k, v in value.items())
+        return f"{key} = {{ {items} }}"
+    return f"{key} = {number_text(value)}"
+
+
+def renumbered(
+    text: str, numbers: Mapping[tuple[str, str], float | Mapping[str, float]]
+) -> str:
     """`text` with those (table, key) set, comments and other lines as they are.
 
     Raises KeyError for a table that is not there; a key that is not there is put first in it.
@@ -64,7 +73,7 @@ def renumbered(text: str, numbers: Mapping[tuple[str, str], float]) -> str:
         at = heads.index(table) if table in heads else -1
         if at < 0:
             raise KeyError(table)
-        line = f"{key} = {number_text(value)}"
+        line = _number_line(key, value)
         found, count = re.subn(rf"^{re.escape(key)} = .*$", line, parts[at], flags=re.MULTILINE)
         if not count:
             head, _, rest = parts[at].partition("\n")

@@ -45,8 +45,6 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     d = context.plan.decisions
     if d.cp == 1:
         return
-    if d.tp > 1 and d.sequence_parallel:
-        context.meshes.cp_tp  # noqa: B018  made where every rank is
     if flow_of(context.plan.graph).ordered:  # what is whole meets what is split between units
         DTensor._op_dispatcher._allow_implicit_replication = True
     for site in sites:

@@ -22,7 +22,9 @@ class Meshes:
     """Submeshes that this rank is part of, all one-dimensional but `data` and `expert_data`.
 
     data: ("replicate", "shard") over the data ranks, what `fully_shard` takes; expert_data: the
-    same for parameters of experts. Sizes of one are meshes as well, so nothing is optional.
+    same for parameters of experts. cp_tp: cp and tp as one axis, tp innermost. Sizes of one are
+    meshes as well, so nothing is optional. Each is cut once: torch 2.13 compiles no unit in which
+    a mesh is cut anew (`device_mesh._get_submesh is not an OpOverload`).
     """
 
     device_type: str
@@ -30,43 +32,15 @@ class Meshes:
     root: DeviceMesh  # (pp, replicate, shard, tp)
     expert_root: DeviceMesh  # (pp, expert_replicate, expert_shard, ep, etp)
     axes: DeviceMesh  # (pp, dp, cp, tp): for groups of one axis
-
-    @property
-    def tp(self) -> DeviceMesh:
-        return self.root["tp"]
-
-    @property
-    def data(self) -> DeviceMesh:
-        return self.root["replicate", "shard"]
-
-    @property
-    def pp(self) -> DeviceMesh:
-        return self.axes["pp"]
-
-    @property
-    def dp(self) -> DeviceMesh:
-        return self.axes["dp"]
-
-    @property
-    def cp(self) -> DeviceMesh:
-        return self.axes["cp"]
-
-    @property
-    def cp_tp(self) -> DeviceMesh:
-        """cp and tp as one axis, tp innermost; every rank asks for it first at the same place."""
-        return self.axes["cp", "tp"]._flatten()
-
-    @property
-    def ep(self) -> DeviceMesh:
-        return self.expert_root["ep"]
-
-    @property
-    def etp(self) -> DeviceMesh:
-        return self.expert_root["etp"]
-
-    @property
-    def expert_data(self) -> DeviceMesh:
-        return self.expert_root["expert_replicate", "expert_shard"]
+    pp: DeviceMesh
+    dp: DeviceMesh
+    cp: DeviceMesh
+    tp: DeviceMesh
+    cp_tp: DeviceMesh
+    ep: DeviceMesh
+    etp: DeviceMesh
+    data: DeviceMesh
+    expert_data: DeviceMesh
 
     def rank(self, axis: str) -> int:
         """This process's place on an axis: pp, dp, cp, tp, ep or etp."""
@@ -85,18 +59,21 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
                    f"plan trace MODEL --hardware NAMEx{world} --base plan.json"),
         )  # fmt: skip
     dense, expert = ranks_of(d, False), ranks_of(d, True)
+    root = init_device_mesh(
+        device_type, (d.pp, dense.replicas, dense.shard, d.tp),
+        mesh_dim_names=("pp", "replicate", "shard", "tp"),
+    )  # fmt: skip
+    expert_root = init_device_mesh(
+        device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
+        mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep", "etp"),
+    )  # fmt: skip
+    axes = init_device_mesh(
+        device_type, (d.pp, d.dp, d.cp, d.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
+    )
     return Meshes(
-        device_type=device_type,
-        decisions=d,
-        root=init_device_mesh(
-            device_type, (d.pp, dense.replicas, dense.shard, d.tp),
-            mesh_dim_names=("pp", "replicate", "shard", "tp"),
-        ),
-        expert_root=init_device_mesh(
-            device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
-            mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep", "etp"),
-        ),
-        axes=init_device_mesh(
-            device_type, (d.pp, d.dp, d.cp, d.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
-        ),
+        device_type=device_type, decisions=d, root=root, expert_root=expert_root, axes=axes,
+        pp=axes["pp"], dp=axes["dp"], cp=axes["cp"], tp=root["tp"],
+        cp_tp=axes["cp", "tp"]._flatten() if d.cp > 1 and d.tp > 1 else axes["cp"],
+        ep=expert_root["ep"], etp=expert_root["etp"], data=root["replicate", "shard"],
+        expert_data=expert_root["expert_replicate", "expert_shard"],
     )  # fmt: skip

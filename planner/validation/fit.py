@@ -1,12 +1,13 @@
 """Fit the constants of a training step on published runs.
 
-    python -m planner.validation.fit --data DIR [--write]
+    python -m planner.validation.fit --data DIR [--keep] [--memory] [--write]
 
 Every constant is a named physical thing with a prior; groups of rows weigh by the square root of
 their number, so that many releases of one configuration count little more than one. Reported are
 errors of rows that were not fitted: cross-validated by group, with one source left out, and with
 one family of hardware left out. Those fits start from the whole one's slopes: only the rows that
-stay move the constants.
+stay move the constants. --keep moves none: the shipped ones are scored so. What allocators hold is
+fitted to peaks after that (`fit_memory.py`), --memory: that alone.
 """
 
 from __future__ import annotations
@@ -27,18 +28,29 @@ from numpy.typing import NDArray
 
 from cost_models.compute import kernels_of
 from cost_models.constants_table import Constants, load_constants
+from cost_models.engines import load_engine
 from cost_models.fit.least_squares import fit
-from planner.validation.fit_parameters import PARAMETERS, Parameter
-from planner.validation.fit_report import (
+from cost_models.validation.accuracy import write_accuracy
+from planner.validation.fit_accuracy import (
     FAMILY_OUT,
     HELD_OUT,
     IN_SAMPLE,
-    LINK_EFFICIENCY,
     SOURCE_OUT,
+    memory_parts,
+    memory_text,
+    step_parts,
+)
+from planner.validation.fit_memory import RESERVES, fit_reserve
+from planner.validation.fit_parameters import PARAMETERS, Parameter
+from planner.validation.fit_report import (
+    FILES,
+    LINK_EFFICIENCY,
     report,
-    write,
+    write_reserves,
+    write_steps,
 )
 from planner.validation.predict import Prepared, step_s
+from planner.validation.running import Row
 
 Floats = NDArray[np.float64]
 Values = Mapping[str, float]
@@ -48,10 +60,12 @@ STEP = 0.02  # of a logarithm, for slopes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A case with its recomputation settled, and its measured seconds."""
+    """A case with its recomputation settled, its measured seconds (nan where it has none), and
+    what the shipped constants predict."""
 
     prepared: Prepared
     measured_s: float
+    row: Row
 
 
 def changed(prepared: Prepared, values: Values) -> Prepared:
@@ -113,6 +127,16 @@ def relevant(parameter: Parameter, prepared: Prepared) -> bool:
     if name.endswith(("flash2_ratio", "triton_ratio")) and case.engine.attention == "best":
         return False
     return where in ("*", case.cluster.device.family, case.cluster.device.constants)
+
+
+def shipped(parameter: Parameter) -> float:
+    """The constant as the files have it."""
+    where, _, name = parameter.place.partition("/")
+    if where.startswith("engine:"):
+        return float(getattr(load_engine(where[7:].partition("+")[0]), name))
+    if where.startswith("switch:"):
+        return float(dict(dict(load_engine("native").switches)[where[7:]])[name])
+    return LINK_EFFICIENCY if where == "link" else load_constants(FILES[where][0]).number(name)
 
 
 # --- the fit ------------------------------------------------------------------------------------
@@ -238,10 +262,11 @@ def _family(fact: Fact) -> str:
 
 
 def collect(data: Path) -> list[Fact]:
-    """Every timed run of the data directory, its graph traced and recomputation settled."""
-    from planner.validation.configure import Skipped, configure
+    """Every run of the data directory, its graph traced and recomputation settled."""
+    from planner.validation.configure import configure
     from planner.validation.predict import predict, prepare, settled
-    from planner.validation.rows import read_runs
+    from planner.validation.rows import Skipped, read_runs
+    from planner.validation.running import row_of
 
     facts = []
     for run in read_runs(data / "training_runs.yaml"):
@@ -250,10 +275,42 @@ def collect(data: Path) -> list[Fact]:
         except Skipped as reason:
             print(f"{run.id} is left out: {reason}", file=sys.stderr)
             continue
-        measured = predict(prepared).measured_s
-        if measured:
-            facts.append(Fact(prepared=settled(prepared), measured_s=measured))
+        row = row_of(prepared.case, predict(prepared))
+        facts.append(Fact(
+            prepared=settled(prepared), measured_s=row.measured_s or math.nan, row=row
+        ))  # fmt: skip
     return facts
+
+
+def fit_steps(facts: Sequence[Fact], most_steps: int, keep: bool, save: bool) -> str:
+    """Fit constants of a step to runs that have a time, or keep them; the report."""
+    _FACTS[:] = [fact for fact in facts if math.isfinite(fact.measured_s)]
+    rows = list(range(len(_FACTS)))
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        problem = Problem(facts=_FACTS, parameters=PARAMETERS, pool=pool)
+        x = np.array([math.log(shipped(p) / p.prior) for p in PARAMETERS])
+        x = x if keep else problem.solve(rows, most_steps)
+        whole = Whole(x=x, residuals=problem.residuals(x, rows), slopes=problem.slopes(x, rows))
+        found = {
+            IN_SAMPLE: problem.predicted(x, rows),
+            HELD_OUT: held_out(problem, rows, whole, _group, folds=5),
+            SOURCE_OUT: held_out(problem, rows, whole, _source),
+            FAMILY_OUT: held_out(problem, rows, whole, _family),
+        }
+    if save:
+        write_steps(problem, whole, found, keep)
+        write_accuracy(step_parts(problem.facts, found))
+    return report(problem, x, found)
+
+
+def fit_memory(facts: Sequence[Fact], keep: bool, save: bool) -> str:
+    """Fit what allocators hold to runs that print a peak, or keep it; the report."""
+    held = [fit_reserve(reserve, facts) for reserve in RESERVES]
+    parts = memory_parts(facts, held)
+    if save:
+        write_reserves(held, keep)
+        write_accuracy(parts)
+    return memory_text(held, parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,25 +321,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="the data directory; MESHWRIGHT_DATA by default",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=8, help="at most so many steps of the fit")
-    parser.add_argument("--write", action="store_true", help="rewrite the constants in place")
+    parser.add_argument("--keep", action="store_true", help="move no constant: errors alone")
+    parser.add_argument("--memory", action="store_true", help="peaks alone, without step times")
+    parser.add_argument("--write", action="store_true", help="rewrite constants, errors in place")
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("no data directory: --data DIR, or MESHWRIGHT_DATA")
-    _FACTS[:] = collect(options.data)
-    with get_context("fork").Pool(os.cpu_count()) as pool:
-        problem = Problem(facts=_FACTS, parameters=PARAMETERS, pool=pool)
-        rows = list(range(len(_FACTS)))
-        x = problem.solve(rows, options.steps)
-        whole = Whole(x=x, residuals=problem.residuals(x, rows), slopes=problem.slopes(x, rows))
-        found = {
-            IN_SAMPLE: problem.predicted(x, rows),
-            HELD_OUT: held_out(problem, rows, whole, _group, folds=5),
-            SOURCE_OUT: held_out(problem, rows, whole, _source),
-            FAMILY_OUT: held_out(problem, rows, whole, _family),
-        }
-    print(report(problem, x, found))
-    if options.write:
-        write(problem, x, found)
+    facts = collect(options.data)
+    if not options.memory:
+        print(fit_steps(facts, options.steps, options.keep, options.write))
+    print(fit_memory(facts, options.keep, options.write))
     return 0
 
 

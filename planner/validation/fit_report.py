@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,35 +15,20 @@ import cost_models
 from cost_models.fit.tables import renumbered
 from cost_models.hardware import load_hardware
 from cost_models.validation.metrics import Scores, scores
+from planner.validation.fit_accuracy import FAMILY_OUT, HELD_OUT, SOURCE_OUT, by_class
 
 if TYPE_CHECKING:
-    from planner.validation.fit import Problem
+    from planner.validation.fit import Problem, Whole
+    from planner.validation.fit_memory import Held
     from planner.validation.fit_parameters import Parameter
 
 Floats = NDArray[np.float64]
 LINK_EFFICIENCY = load_hardware("h100x16").inter.efficiency  # the catalogue's, between nodes
-IN_SAMPLE = "in sample"
-HELD_OUT = "cross-validated by group"
-SOURCE_OUT = "one source left out"
-FAMILY_OUT = "one hardware family left out"
-
-
-def classes_of(problem: Problem, row: int) -> list[str]:
-    """The classes a row is reported in."""
-    case = problem.facts[row].prepared.case
-    run = case.run
-    kind = "hybrid" if run.model.get("hybrid") else "moe" if run.is_moe else "dense"
-    device = case.cluster.name
-    return ["all", kind, device, case.engine.name, case.workload.precision]
 
 
 def scored(problem: Problem, predicted: Floats) -> dict[str, Scores]:
     """Errors by class."""
-    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row, seconds in enumerate(predicted):
-        for name in classes_of(problem, row):
-            pairs[name].append((float(seconds), problem.facts[row].measured_s))
-    return {name: scores(found) for name, found in pairs.items()}
+    return {name: scores(pairs) for name, pairs in by_class(problem.facts, predicted).items()}
 
 
 def report(problem: Problem, x: Floats, found: Mapping[str, Floats]) -> str:
@@ -60,68 +46,85 @@ def report(problem: Problem, x: Floats, found: Mapping[str, Floats]) -> str:
 
 
 _FOLDER = Path(str(cost_models.__file__)).parent
-_FILES = {  # a family's constants, and of one file alone
+_ENGINES = _FOLDER / "engines.toml"
+FILES = {  # a family's constants, and of one file alone
     "ampere": ("a100",), "hopper": ("h100", "h200"), "blackwell": ("b200",), "*": ("common",),
     "b200": ("b200",), "gb300": ("gb300",),
 }  # fmt: skip
-_OWN = ("clock", "scan", "gemm.fp8", "gemm.nvfp4")  # tables that runs alone say
+MOVES = 0.01  # share of a step that goes with a constant, where a run is a sample of it
+Numbers = dict[Path, dict[tuple[str, str], float | Mapping[str, float]]]  # by file; table and key
 
 
-def write(problem: Problem, x: Floats, found: Mapping[str, Floats]) -> None:
-    """Constants into their files, and the errors of rows left out beside the published runs."""
-    files: dict[Path, dict[tuple[str, str], float]] = defaultdict(dict)
-    for parameter, value in zip(problem.parameters, problem.values(x).values()):
-        where, _, name = parameter.place.partition("/")
-        if where.startswith("engine:"):
-            names = where[7:].split("+")
-            tables = ["defaults"] if len(names) > 5 else [f"engine.{engine}" for engine in names]
-            for table in tables:
-                files[_FOLDER / "engines.toml"][table, name] = value
-        elif where.startswith("switch:"):
-            files[_FOLDER / "engines.toml"][f"switch.{where[7:]}", name] = value
-        elif where == "link":
-            for path in (_FOLDER / "hardware").glob("*.toml"):
-                if f"\nefficiency = {LINK_EFFICIENCY}\n" in path.read_text(encoding="utf-8"):
-                    files[path]["cluster.inter", "efficiency"] = value
-        else:
-            table, _, key = name.rpartition(".")
-            for stem in _FILES[where]:
-                rows = [n for n in range(len(problem.facts)) if _uses(problem, n, parameter)]
-                path = _FOLDER / "constants" / f"{stem}.toml"
+def write_steps(
+    problem: Problem, whole: Whole, found: Mapping[str, Floats], keep: bool
+) -> None:
+    """Constants (unless kept) into their files; beside them how many runs they move and how far
+    off these are where they were left out."""
+    files: Numbers = defaultdict(dict)
+    samples: dict[tuple[Path, str], set[int]] = defaultdict(set)
+    values = problem.values(whole.x).values()
+    for k, (parameter, value) in enumerate(zip(problem.parameters, values)):
+        moved = {int(n) for n in np.flatnonzero(np.abs(whole.slopes[:, k]) > MOVES)}
+        for path, table, key in _places(parameter):
+            if not keep:
                 files[path][table, key] = value
-                if table in _OWN and rows:
-                    s = scores([
-                        (float(found[HELD_OUT][n]), problem.facts[n].measured_s) for n in rows
-                    ])  # fmt: skip
-                    files[path] |= {(table, "samples"): s.n, (table, "median_error"): s.median,
-                                    (table, "p90_error"): s.p90}  # fmt: skip
-    source = scored(problem, found[SOURCE_OUT])
-    family = scored(problem, found[FAMILY_OUT])
+            if path == _ENGINES and not table.startswith("switch."):
+                files[path][f"{table}.fits", key] = _errors(problem, found, moved)
+            elif path.parent.name != "hardware":
+                samples[path, table] |= moved
+    for (path, table), moved in samples.items():
+        files[path] |= {(table, k): v for k, v in _errors(problem, found, moved).items()}
+    source, family = (scored(problem, found[how]) for how in (SOURCE_OUT, FAMILY_OUT))
     files[_FOLDER / "constants" / "common.toml"] |= {
         ("step_error", "dense"): source["dense"].mape, ("step_error", "moe"): source["moe"].mape,
         ("step_error", "unmeasured"): family["all"].mape,
     }
+    _write(files)
+
+
+def write_reserves(held: Sequence[Held], keep: bool) -> None:
+    """What allocators hold (unless kept) into engines.toml, with its samples and errors."""
+    files: Numbers = defaultdict(dict)
+    for one in held:
+        fields = {"fragmentation": one.fragmentation}
+        if len(one.reserve.cached_bytes) > 1:
+            fields["cached_bytes"] = one.cached_bytes
+        for table, (key, value) in product(one.reserve.tables, fields.items()):
+            if not keep:
+                files[_ENGINES][f"engine.{table}", key] = value
+            files[_ENGINES][f"engine.{table}.fits", key] = _fit_words(one.scores)
+    _write(files)
+
+
+def _places(parameter: Parameter) -> Iterator[tuple[Path, str, str]]:
+    """(file, table, key) of everywhere that a constant is written."""
+    where, _, name = parameter.place.partition("/")
+    table, _, key = name.rpartition(".")
+    if where.startswith("engine:"):
+        names = where[7:].split("+")
+        for engine in ["defaults"] if len(names) > 5 else [f"engine.{name}" for name in names]:
+            yield _ENGINES, engine, name
+    elif where.startswith("switch:"):
+        yield _ENGINES, f"switch.{where[7:]}", name
+    elif where == "link":
+        for path in sorted((_FOLDER / "hardware").glob("*.toml")):
+            if f"\nefficiency = {LINK_EFFICIENCY}\n" in path.read_text(encoding="utf-8"):
+                yield path, "cluster.inter", "efficiency"
+    else:
+        for stem in FILES[where]:
+            yield _FOLDER / "constants" / f"{stem}.toml", table, key
+
+
+def _errors(problem: Problem, found: Mapping[str, Floats], rows: set[int]) -> dict[str, float]:
+    """How many runs, and their errors where their group was left out."""
+    pairs = [(float(found[HELD_OUT][n]), problem.facts[n].measured_s) for n in sorted(rows)]
+    return _fit_words(scores(pairs)) if pairs else {"samples": 0}
+
+
+def _fit_words(s: Scores) -> dict[str, float]:
+    return {"samples": s.n, "median_error": s.median, "p90_error": s.p90}
+
+
+def _write(files: Numbers) -> None:
     for path, numbers in sorted(files.items()):
         path.write_text(renumbered(path.read_text(encoding="utf-8"), numbers), encoding="utf-8")
-    _write_accuracy(problem, found)
-
-
-def _uses(problem: Problem, row: int, parameter: Parameter) -> bool:
-    from planner.validation.fit import relevant
-
-    return relevant(parameter, problem.facts[row].prepared)
-
-
-def _write_accuracy(problem: Problem, found: Mapping[str, Floats]) -> None:
-    lines = [
-        "# Errors of published runs that the constants were not fitted to; written by the fit.",
-        f'note = "fitted without them: {HELD_OUT}; then {SOURCE_OUT}, {FAMILY_OUT}"',
-    ]
-    for how, short in ((HELD_OUT, ""), (SOURCE_OUT, "source out, "), (FAMILY_OUT, "family out, ")):
-        for name, s in scored(problem, found[how]).items():
-            lines += [
-                "", f'[classes."{short}{name}"]', f"n = {s.n}", f"mape = {s.mape:.4f}",
-                f"median = {s.median:.4f}", f"bias = {s.bias:.4f}", f"p90 = {s.p90:.4f}",
-            ]  # fmt: skip
-    path = _FOLDER / "validation" / "accuracy.toml"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

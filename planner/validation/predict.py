@@ -20,7 +20,9 @@ from planner.decisions import Pins
 from planner.options import TraceOptions
 from planner.search import Searcher
 from planner.tracing import capture
-from planner.validation.configure import Case, Skipped, stages_of
+from planner.validation.configure import Case
+from planner.validation.configure_layout import stages_of
+from planner.validation.rows import Skipped
 
 MODELS = Path(str(cost_models.validation.__file__)).with_name("models.py")
 
@@ -66,8 +68,7 @@ def prepare(case: Case) -> Prepared:
     if sum(d.stages) != layers:
         if layers < d.pp * d.virtual_stages:
             raise Skipped(f"{d.pp} x {d.virtual_stages} stages for {layers} layers")
-        filled = case.engine.name == "megatron-deepspeed"
-        stages = stages_of(layers, d.pp * d.virtual_stages, filled)
+        stages = stages_of(layers, d.pp * d.virtual_stages, case.engine.fills_stages)
         case = replace(case, decisions=replace(d, stages=stages))
         d = case.decisions
     costs = costs_of(case, graph)

@@ -14,6 +14,10 @@ from typing import Any
 from ir.errors import PlanError
 
 
+class Skipped(Exception):
+    """A run that cannot be predicted; its message is the reason."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One measured run. The three tables are as printed, None where the source says nothing.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import PlanError
 from planner.options import Progress
-from planner.validation.configure import Case, Skipped, configure
-from planner.validation.rows import Run
+from planner.validation.configure import Case, configure
+from planner.validation.rows import Run, Skipped
 
 if TYPE_CHECKING:
     from planner.validation.predict import Prediction

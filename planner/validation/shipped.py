@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cost_models.validation
+from cost_models.validation.accuracy import ACCURACY
 from cost_models.validation.metrics import Scores
 from ir.errors import PlanError
 
 FOLDER = Path(str(cost_models.validation.__file__)).parent
 PUBLISHED = FOLDER / "published.yaml"
-ACCURACY = FOLDER / "accuracy.toml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ def cross_validated(path: Path = ACCURACY) -> CrossValidated | None:
     """The shipped figures, which the fit writes; None where there are none.
 
     The file: `note = "..."`, and for each class a table `[classes."NAME"]` of n, mape, median,
-    bias, p90, relative.
+    bias, p90, relative. Its other parts are the tables' of the documents.
     """
     if not path.exists():
         return None

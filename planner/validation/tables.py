@@ -3,8 +3,8 @@
     python -m planner.validation.tables [--check]
 
 A document marks a place with `<!-- figures: NAME -->` and `<!-- /figures -->`, and has its table
-between them. Sources: `cost_models/validation/accuracy.toml` (steps of runs left out of the fit)
-and the held-out errors beside the kernels' constants. --check rewrites nothing and exits with 1
+between them. Sources: `cost_models/validation/accuracy.toml` (rows left out of the fits) and the
+held-out errors beside the kernels' constants. --check rewrites nothing and exits with 1
 where a document differs.
 """
 
@@ -20,9 +20,11 @@ from typing import Any
 
 import cost_models
 from cost_models.engines import engine_names
+from cost_models.validation.accuracy import ACCURACY
 from cost_models.validation.metrics import Scores
 from ir.errors import PlanError
-from planner.validation.shipped import ACCURACY, cross_validated
+from planner.validation import targets
+from planner.validation.shipped import cross_validated
 
 CONSTANTS = Path(str(cost_models.__file__)).parent / "constants"
 ROOT = CONSTANTS.parents[1]
@@ -144,6 +146,58 @@ def kernels(folder: Path = CONSTANTS) -> str:
     )  # fmt: skip
 
 
+def by_kind(figures: targets.Figures) -> str:
+    """Kernels of all op classes of a kind together."""
+    rows = []
+    for name, one in figures["kernels"].items():
+        other, n = _percent(one["device_out_median"]), one["device_out_n"]
+        some = f" of {n}" if n < one["n"] else ""
+        rows.append((name, str(one["n"]), _percent(one["median"]), _percent(one["p90"]),
+                     other + some))  # fmt: skip
+    return _table(
+        ("kernels", "n", "median, held out", "p90, held out", "median, device out"), rows
+    )
+
+
+# --- memory, ranking, targets ---------------------------------------------------------------------
+
+
+def memory(figures: targets.Figures) -> str:
+    """Peaks by engine, left out by model or group where an engine's allocator was fitted."""
+    rows = [
+        (name if name == "all" else f"`{name}`", str(one["n"]), _percent(one["mape"]),
+         _percent(one["median"]), _percent(one["bias"], "+"), _percent(one["p90"]))
+        for name, one in figures["memory"].items()
+    ]  # fmt: skip
+    return _table(("runs that print a peak", "n", "MAPE", "median", "bias", "p90"), rows)
+
+
+def verdicts(figures: targets.Figures) -> str:
+    """Runs on the side of the capacity that they were on, and those on the other by id."""
+    oom, ran = figures["verdicts"]["out of memory"], figures["verdicts"]["ran"]
+    return _table(("runs", "n", "predicted beyond capacity", "wrong"), [
+        ("out of memory", str(oom["n"]), str(oom["beyond"]),
+         f"{len(oom['missed'])}: {', '.join(oom['missed'])}" if oom["missed"] else "0"),
+        ("ran", str(ran["n"]), str(ran["beyond"]),
+         f"{len(ran['wrong'])} by over 2%: {', '.join(ran['wrong'])}" if ran["wrong"] else "0"),
+    ])  # fmt: skip
+
+
+def ranking(figures: targets.Figures) -> str:
+    """Kendall's tau of runs left out by group, and in-sample."""
+    rows = [
+        (name, str(one["pairs"]), str(one["groups"]), f"{one['tau']:.2f}",
+         f"{one['in_sample_tau']:.2f}")
+        for name, one in figures["ranking"].items()
+    ]  # fmt: skip
+    return _table(("pairs of", "pairs", "groups", "tau, left out", "tau, in-sample"), rows)
+
+
+def all_targets(figures: targets.Figures) -> str:
+    """What we set out to reach, and what was reached."""
+    return _table(("", "target", "reached", ""), targets.lines(figures))
+
+
 # --- documents ------------------------------------------------------------------------------------
 
 
@@ -155,9 +209,21 @@ def _steps(make: Callable[[Classes], str]) -> Callable[[Path], str]:
     return made
 
 
+def _figures(
+    make: Callable[[targets.Figures], str], *needed: str
+) -> Callable[[Path], str]:
+    def made(accuracy: Path) -> str:
+        found = tomllib.loads(accuracy.read_text(encoding="utf-8")) if accuracy.exists() else {}
+        return make(found) if all(part in found for part in needed) else NONE_YET + "\n"
+
+    return made
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": _steps(summary), "classes": _steps(by_group), "left-out": _steps(left_out),
-    "kernels": lambda _: kernels(),
+    "kernels": lambda _: kernels(), "kernel-kinds": _figures(by_kind, "kernels"),
+    "memory": _figures(memory, "memory"), "verdicts": _figures(verdicts, "verdicts"),
+    "ranking": _figures(ranking, "ranking"), "targets": _figures(all_targets, *targets.NEEDED),
 }  # fmt: skip
 
 

@@ -55,13 +55,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFound:
-    """What one rank saw. replicated: unit, operation, times."""
+    """What one rank saw. replicated: unit, operation, times; uncompiled: class of unit, why."""
 
     numbers: tuple[Number, ...]
     wholes: tuple[Whole, ...]
     parts: tuple[Part, ...]
     replicated: tuple[tuple[str, str, int], ...]
     loose_edges: tuple[str, ...]
+    uncompiled: tuple[tuple[str, str], ...]
     seed: int
     seconds: float
 
@@ -85,6 +86,7 @@ class Compared:
     missing: tuple[str, ...] = ()
     replicated: tuple[tuple[str, str, int], ...] = ()
     loose_edges: tuple[str, ...] = ()
+    uncompiled: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     seconds: float = 0.0
     differences: tuple[Difference, ...] = field(init=False)
@@ -147,6 +149,7 @@ def together(ranks: list[RankFound]) -> Compared:
         missing=tuple(missing),
         replicated=tuple((unit, op, times) for (unit, op), times in counts.items()),
         loose_edges=tuple(dict.fromkeys(e for rank in ranks for e in rank.loose_edges)),
+        uncompiled=tuple(dict(u for rank in ranks for u in rank.uncompiled).items()),
         seed=first.seed,
         seconds=max(rank.seconds for rank in ranks),
     )

@@ -36,7 +36,6 @@ from planner.runtime.verify.sample import call, draw_batch, draw_constants, ties
 from planner.runtime.verify.twin import Twin
 from planner.runtime.world import World
 
-BACKEND = "aot_eager"  # of compiled plans: what is compiled is checked, not the code it makes
 MOST_SEEDS = 50
 UNCLIPPED = 1e9  # a norm that no gradient of a twin has
 TINY = 1e-30  # so that nothing is divided by zero
@@ -66,13 +65,15 @@ class Ran:
     parameters: dict[str, Tensor]
 
 
-def verify_twin(world: World, twin: Twin) -> Compared:
+def verify_twin(world: World, twin: Twin, compile_backend: str = "inductor") -> Compared:
     """Run the twin's step sharded and unsharded. Raises RankFailure, or what a rank raised."""
     plan = twin.plan
-    return together(world.run(plan.decisions.gpus, on_rank, plan, twin.recipe))
+    return together(
+        world.run(plan.decisions.gpus, on_rank, plan, twin.recipe, compile_backend)
+    )
 
 
-def on_rank(rank: int, plan: Plan, recipe: Recipe) -> RankFound:
+def on_rank(rank: int, plan: Plan, recipe: Recipe, compile_backend: str) -> RankFound:
     """One rank's part: the steps under the plan, compared with the whole ones."""
     warnings.simplefilter("ignore")  # torch's advice on speed; what raises comes back as it is
     logging.getLogger("torch").setLevel(logging.CRITICAL)
@@ -80,7 +81,7 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe) -> RankFound:
     case, seed = unsharded(plan, recipe)
     model, _ = _built(recipe, seed)
     _copy(model, case.model)
-    parallel = parallelize(model, plan, compile_backend=BACKEND)
+    parallel = parallelize(model, plan, compile_backend=compile_backend)
     ours, theirs = run_sharded(parallel, case), run_whole(case, plan.decisions)
     report = parallel.report
     return RankFound(
@@ -91,7 +92,8 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe) -> RankFound:
         ),
         wholes=_wholes(theirs), parts=tuple(_parts(ours, theirs, _owners(case.model))),
         replicated=tuple((unit, op, n) for (unit, op), n in sorted(report.replicated.items())),
-        loose_edges=tuple(report.loose_edges), seed=seed, seconds=time.perf_counter() - start,
+        loose_edges=tuple(report.loose_edges), uncompiled=tuple(report.uncompiled.items()),
+        seed=seed, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
