@@ -150,9 +150,9 @@ class FittedTable:
     def line(self) -> str:
         """Why a fit was refused, in words."""
         return (
-            f"{self.name} ({', '.join(self.refused)}): the fit misses its {self.samples} samples by "
-            f"{self.median_error:.0%} (median), more than {MOST_ERROR:.0%}; kept as it was, which "
-            f"misses them by {self.base_error:.0%}"
+            f"{self.name} ({', '.join(self.refused)}): the fit misses its {self.samples} "
+            f"samples by {self.median_error:.0%} (median), more than {MOST_ERROR:.0%}; kept as it "
+            f"was, which misses them by {self.base_error:.0%}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,16 +16,21 @@ from planner.console import progress, say
 
 if TYPE_CHECKING:
     from cost_models.calibrate_checks import Fault
+    from cost_models.calibrate_error import StepError
     from cost_models.calibrate_file import Calibration, Moved
     from planner.runtime.probe_steps import StepTried
 
+DEFAULT = "host.toml"
 COLUMNS = (30, 12, 13, 7, 16)  # of the table: 80 together with two spaces
 
 
 def calibrate(
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="PATH", help="the hardware file")
-    ] = "host.toml",
+        str,
+        typer.Option(
+            "-o", "--output", metavar="PATH", show_default=DEFAULT, help="the hardware file"
+        ),
+    ] = "",
     quick: Annotated[
         bool, typer.Option("--quick", help="a try in seconds: fewer repeats, smaller copies")
     ] = False,
@@ -43,7 +49,10 @@ def calibrate(
     ] = False,
     validate: Annotated[
         bool,
-        typer.Option("--validate", help="then predict and measure training steps on one device"),
+        typer.Option(
+            "--validate", help="then predict and measure training steps on one device, and put"
+            " their error into the file",
+        ),
     ] = False,
     hardware: Annotated[
         str,
@@ -69,7 +78,14 @@ def calibrate(
     if hardware and not validate:
         raise UsageError("--hardware goes with --validate", hints=("--validate",))
     if hardware:
-        return _validated(hardware, quick, as_json)
+        unused = {"-o": output, "--disk": disk, "--overwrite": overwrite, "--force": force}
+        for flag in (flag for flag, given in unused.items() if given):
+            raise UsageError(
+                f"{flag} does not go with --hardware {hardware}",
+                why="with it nothing is measured for a file anew",
+            )
+        return 0 if _further_rank() else _validated(hardware, quick, as_json)
+    output = output or DEFAULT
     target = Path(output)
     _require_writable(target, overwrite, Path(disk) if disk else target.parent)
     from planner.runtime.probe import measure
@@ -85,12 +101,11 @@ def calibrate(
     if any("a time of nothing" in fault.found for fault in found):
         raise refusal(found)
     made = calibration(run)
-    if as_json:
-        from planner.commands.shared import print_json
-
-        print_json(document(made, found))
-    else:
+    goes_on = validate and not (found and not force)
+    if not as_json:
         print(table(made))
+    elif not goes_on:
+        _print_json(document(made, found))
     if found and not force:
         raise refusal(found)
     today = datetime.date.today().isoformat()
@@ -99,7 +114,18 @@ def calibrate(
     for fault in found:
         say(f"warning: {fault.line}")
     say(f"wrote {output}: --hardware {output}")
-    return _validated(output, quick, as_json) if validate else 0
+    return _validated(output, quick, as_json, document(made, found)) if validate else 0
+
+
+def _further_rank() -> bool:
+    """Whether torchrun started this process, and not as the first."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _print_json(value: Any) -> None:
+    from planner.commands.shared import print_json
+
+    print_json(value)
 
 
 def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
@@ -107,7 +133,7 @@ def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
     if target.suffix != ".toml":
         raise UsageError(
             f"-o {target} is no hardware file", why="--hardware takes files that end in .toml",
-            hints=(f"-o {target.with_suffix('.toml')}",),
+            hints=(f"-o {target.with_suffix('.toml') if target.name else DEFAULT}",),
         )  # fmt: skip
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"-o {target}: there is no folder {target.parent}, or it is one itself")
@@ -118,6 +144,12 @@ def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
         )
     if not folder.is_dir():
         raise UsageError(f"--disk {folder} is no folder")
+    for flag, place in (("-o", target.parent), ("--disk", folder)):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{flag}: nothing can be written in {place}", why="no permission",
+                hints=(f"{flag} another place",),
+            )  # fmt: skip
 
 
 def _write(target: Path, text: str, overwrite: bool) -> None:
@@ -219,25 +251,107 @@ def document(made: Calibration, found: tuple[Fault, ...]) -> dict[str, Any]:
 # --- validation -------------------------------------------------------------------------------
 
 
-def _validated(hardware: str, quick: bool, as_json: bool) -> int:
-    """Predict steps with the file, run them, print both."""
+def _validated(
+    hardware: str, quick: bool, as_json: bool, before: dict[str, Any] | None = None
+) -> int:
+    """Predict steps with the file, run them, print both, and put the error into the file.
+
+    before: what a JSON document begins with.
+    """
+    from cost_models.hardware import load_hardware
     from planner.runtime.probe_steps import try_steps
 
+    load_hardware(hardware)
+    path = Path(hardware).resolve() if hardware.endswith(".toml") else None
+    old = _require_own(path) if path else ""
     left_out: list[str] = []
     with progress() as report:
         tried = try_steps(hardware, left_out, quick=quick, report=report)
+    error = None
+    fault: PlanError | None = None
+    if path:
+        try:
+            error = _error_of(tried, hardware)
+            _put_error(path, old, error)
+        except PlanError as found:
+            fault = found
     if as_json:
         from dataclasses import asdict
 
-        from planner.commands.shared import print_json
-
-        steps = [asdict(one) for one in tried]
-        print_json({"schema": "calibration-steps/1", "steps": steps, "left_out": left_out})
+        steps = {
+            "schema": "calibration-steps/1", "steps": [asdict(one) for one in tried],
+            "left_out": left_out, "step_error": error and asdict(error),
+            "written": path is not None and fault is None,
+        }  # fmt: skip
+        _print_json(steps if before is None else {**before, "validation": steps})
     else:
         print(steps_table(tried))
         for line in left_out:
             print(line)
+    if fault:
+        raise fault
+    if error is None:
+        say(f"{hardware} is the catalogue's: the error is written to files of your own alone")
+    else:
+        say(f"wrote {hardware}: estimates with it say +-{error.dense:.0%}, +-{error.moe:.0%} for"
+            " mixtures of experts")  # fmt: skip
     return 0
+
+
+def _require_own(path: Path) -> str:
+    """The text of a file that may be written. Refuse before minutes are spent, not after."""
+    if not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK):
+        reason = "the file is read-only"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        reason = f"nothing can be written in {path.parent}"
+    else:
+        return path.read_bytes().decode("utf-8")  # load_hardware has read it: it is text
+    raise PlanError(
+        f"the measured error cannot be written to {path.name}", why=reason,
+        hints=("copy it to a place of yours, and validate the copy",),
+    )  # fmt: skip
+
+
+def _error_of(tried: tuple[StepTried, ...], hardware: str) -> StepError:
+    from cost_models.calibrate_error import step_error
+    from cost_models.hardware import load_hardware
+
+    cluster = load_hardware(hardware)
+    ran_on_cpu = all(one.peak_bytes is None for one in tried)
+    if tried and ran_on_cpu != (cluster.device.family == "cpu"):
+        ran = "a CPU" if ran_on_cpu else "a GPU"
+        raise GateError(
+            f"the steps ran on {ran}: their error is not written to {hardware}",
+            why=f"the file describes {cluster.device.title}",
+        )
+    today = datetime.date.today().isoformat()
+    return step_error([(one.predicted_s, one.step_s) for one in tried], cluster, today)
+
+
+def _put_error(path: Path, old: str, error: StepError) -> None:
+    """Whole or not at all, and only if the file is still what was validated."""
+    from cost_models.calibrate_error import with_error
+    from cost_models.compute import load_kernels
+    from cost_models.hardware import load_hardware
+    from planner.plan import write_whole
+
+    text = with_error(old, error, str(path))
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.toml")
+    try:
+        write_whole(beside, text)
+        shutil.copymode(path, beside)
+        load_kernels(load_hardware(str(beside)).device)
+        if path.read_bytes() != old.encode("utf-8"):
+            raise GateError(
+                f"{path.name} was changed while the steps ran, and is left as it is",
+                hints=("validate it again",),
+            )
+        os.replace(beside, path)
+    except OSError as fault:
+        reason = fault.strerror or type(fault).__name__
+        raise PlanError(f"cannot write {path.name}", why=reason) from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def steps_table(tried: tuple[StepTried, ...]) -> str:

@@ -96,6 +96,18 @@ def refusals(graph: Graph, workload: Workload) -> tuple[tuple[GraphRule, str], .
     return tuple((rule, reason) for rule, reason in found if reason)
 
 
+def whole_recomputation_fault(graph: Graph, workload: Workload, tp: int) -> str | None:
+    """Why no unit may be computed again whole beside this tp; None: it may.
+
+    torch 2.13 repeats a compiled routed unit on all tokens, not on a tp rank's own (pytorch issue
+    166926); the runtime runs it eager then, which is not what a compiled plan costs.
+    """
+    if tp == 1 or workload.engine != "native-compiled":
+        return None
+    routed = any(n.op == "grouped_matmul" for u in graph.units for n in u.nodes)
+    return "compiled experts under tp cannot be computed again whole" if routed else None
+
+
 def check_runnable(refused: Sequence[tuple[GraphRule, str]], pins: Pins) -> None:
     """Raise UsageError where pins ask for what the runtime cannot run of this model."""
     names = {f.name for f in fields(Decisions)} - {"recompute", "stages"}

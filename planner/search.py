@@ -28,7 +28,7 @@ from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes
 from planner.names import matches
-from planner.runnable import GraphRule, refusals
+from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
@@ -208,6 +208,11 @@ class Searcher:
 
     def runs(self, mesh: Mesh | Decisions) -> bool:
         """Whether the engine can run the model so, where the engine is our own runtime."""
+        recompute = self.pins.recompute
+        if recompute is not None and any(recompute.full) and whole_recomputation_fault(
+            self.costs.graph, self.costs.workload, mesh.tp
+        ):
+            return False
         return not any(rule.applies(mesh) for rule, _ in self._refused)
 
     @functools.cached_property
@@ -262,10 +267,14 @@ class Searcher:
                 (r.full[k % len(r.full)], r.selective[k % len(r.selective)])
                 for k in range(count)
             )
-        whole = d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload)
+        levels: tuple[str, ...] = ("none", "selective", "full")
+        if d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload):
+            levels = ("none",)
+        elif whole_recomputation_fault(self.costs.graph, self.costs.workload, d.tp):
+            levels = ("none", "selective")
         return stage_problem(
             self.costs, self.costs.rescheduled(step, d), fixed_stages=pins.stages,
-            fixed_recompute=fixed, levels=("none",) if whole else ("none", "selective", "full"),
+            fixed_recompute=fixed, levels=levels,
         )  # fmt: skip
 
     # --- the search --------------------------------------------------------------------------

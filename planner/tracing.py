@@ -22,7 +22,7 @@ from planner.legality import check_pins
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.plan import Plan, Solver, load, make_plan, write_whole
-from planner.runnable import check_runnable, refusals
+from planner.runnable import check_runnable, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried
 from planner.workload import inherit, precision_of, resolve
 
@@ -216,6 +216,12 @@ def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins)
             )
     _check_places(graph, pins)
     check_runnable(refusals(graph, workload), pins)
+    again = whole_recomputation_fault(graph, workload, pins.tp or 1)
+    if again and pins.recompute is not None and any(pins.recompute.full):
+        raise UsageError(
+            f"--fix {pins.said('tp')} and --fix {pins.said('recompute')} cannot be run of this"
+            " model", why=again, hints=("recompute=selective", "tp=1", "--engine native"),
+        )  # fmt: skip
 
 
 def _check_places(graph: Graph, pins: Pins) -> None:

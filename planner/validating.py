@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,20 +19,21 @@ if TYPE_CHECKING:
 
 def validate(
     runs: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="FILE", show_default=False,
             help="training runs, one JSON object a line (default: the published ones shipped)",
         ),
-    ] = "",
+    ] = [],  # noqa: B006
     ops: Annotated[
-        str, typer.Option(metavar="FILE", show_default=False, help="single kernels, a .csv")
-    ] = "",
+        list[str], typer.Option(metavar="FILE", show_default=False, help="single kernels, a .csv")
+    ] = [],  # noqa: B006
     as_json: Json = False,
     verbose: Annotated[
         int,
         typer.Option(
-            "-v", "--verbose", count=True, help="-v: every run, on stderr; -vv: also tracebacks"
+            "-v", "--verbose", count=True,
+            help="-v: every run or kernel, on stderr; -vv: also tracebacks",
         ),
     ] = 0,
 ) -> int:
@@ -39,41 +41,59 @@ def validate(
     plan validate
     plan validate --runs my_runs.yaml
     plan validate --ops my_kernels.csv --json
+    plan validate --runs my_runs.yaml --ops my_kernels.csv
 
     Compare what the cost models predict with what was measured: error by class, worst rows.
     """
-    documents: list[dict[str, Any]] = []
-    if runs or not ops:
+    runs_file, ops_file = _one("--runs", runs), _one("--ops", ops)
+    # Kernels take seconds, and a file that is none is refused before runs take minutes.
+    measured = _kernels(Path(ops_file)) if ops_file else None
+    documents: dict[str, dict[str, Any]] = {}
+    texts: list[str] = []
+    lines: list[str] = []
+    if runs_file or not ops_file:
         from planner.validation import report as view
         from planner.validation.shipped import PUBLISHED, cross_validated
 
-        path = Path(runs) if runs else PUBLISHED
+        path = Path(runs_file) if runs_file else PUBLISHED
         left_out = cross_validated()
         found = _report(path)
-        if as_json:
-            documents.append(view.document(found, left_out))
-        else:
-            print(view.text(found, path.name, left_out))
-        if verbose:
-            say("\n".join(view.verbose_lines(found.used)))
-    if ops:
+        documents["runs"] = view.document(found, left_out)
+        texts.append(view.text(found, path.name, left_out))
+        lines += view.verbose_lines(found.used)
+    if measured:
         from planner.validation import kernels
 
-        measured = _kernels(Path(ops))
-        if as_json:
-            documents.append(kernels.document(measured))
-        else:
-            print(("\n" if runs else "") + kernels.text(measured, Path(ops).name))
+        documents["ops"] = kernels.document(measured)
+        texts.append(kernels.text(measured, Path(ops_file).name))
+        lines += kernels.verbose_lines(measured)
     if as_json:
-        first, *rest = documents
-        print_json({**first, **({"ops": rest[0]} if rest else {})})
+        # One file's report, or that of runs with that of kernels under "ops".
+        first = documents.pop("runs", None) or documents.pop("ops")
+        print_json({**first, **documents})
+    else:
+        print("\n\n".join(texts))
+    if verbose:
+        say("\n".join(lines))
     return 0
+
+
+def _one(flag: str, given: list[str]) -> str:
+    """The one file of a flag, or "" where it was not given."""
+    if len(given) > 1:
+        raise UsageError(
+            f"{flag} is given {len(given)} times", why="one file at a time",
+            hints=(f"put them into one file, or run plan validate {flag} for each",),
+        )  # fmt: skip
+    if given == [""]:
+        raise UsageError(f"{flag} names no file")
+    return given[0] if given else ""
 
 
 def _report(path: Path) -> Report:
     """Every run of a file, predicted and scored, saying how far it is on a terminal."""
     from planner.validation.rows import read_runs
-    from planner.validation.running import predict_runs
+    from planner.validation.run_checks import outcomes_of
     from planner.validation.scoring import report_of
 
     try:
@@ -82,7 +102,7 @@ def _report(path: Path) -> Report:
         why = "expected UTF-8, one JSON object a line"
         raise PlanError(f"{path} is no text", why=why) from None
     with progress() as report:
-        return report_of(predict_runs(rows, report))
+        return report_of(outcomes_of(rows, report))
 
 
 def _kernels(path: Path) -> OpsReport:
@@ -93,6 +113,6 @@ def _kernels(path: Path) -> OpsReport:
         return validate_ops(path)
     except UsageError as fault:  # of a file's content, not of the command line
         raise PlanError(fault.what, why=fault.why, hints=fault.hints) from None
-    except (TypeError, ValueError) as fault:
+    except (TypeError, ValueError, csv.Error) as fault:
         why = "expected UTF-8, comma-separated, a header line, each row as long as it"
         raise PlanError(f"{path} is no table of measured kernels: {fault}", why=why) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -24,12 +25,13 @@ from cost_models.calibrate import (
 )
 from cost_models.calibrate_checks import faults
 from cost_models.calibrate_collectives import fit_collectives
+from cost_models.calibrate_error import step_error
 from cost_models.calibrate_file import Calibration, calibration, known_cluster, to_toml
 from cost_models.collectives import collective_s
 from cost_models.compute import load_kernels
 from cost_models.constants_table import Constant, OwnConstants, load_constants
 from cost_models.hardware import describe, load_hardware
-from ir.errors import GateError, UsageError
+from ir.errors import GateError, PlanError, UsageError
 from planner import calibrating, cli, console
 
 GEMMS = ((8192,) * 3, (4096,) * 3, (2048, 14336, 4096), (1024, 4096, 4096), (512, 8192, 8192),
@@ -411,3 +413,128 @@ def test_a_refused_collective_leaves_the_others_as_measured(run, tmp_path) -> No
     rates = {row.name: row.now for row in made.moved if row.name.endswith(" rate")}
     good = {row.name: row.now for row in calibration(replace(run, probes=probes)).moved}
     assert all(rate == pytest.approx(good[name], rel=0.01) for name, rate in rates.items())
+
+
+# --- the error that is stated ---------------------------------------------------------------------
+
+STEPS = [(1.1, 1.0), (0.8, 1.0), (1.0, 1.0), (1.3, 1.0)]  # mean error .15, median .15
+
+
+def stated(path: Path) -> tuple[float, float]:
+    kernels = load_kernels(load_hardware(str(path)).device)
+    return kernels.error(), kernels.error(moe=True)
+
+
+FORMS = (
+    'base = "h100"\ncount = {n}\n# mine\n',
+    'base = "h100"\ncount = {n}\n\n[constants]  # mine\nmeasured = 1\n\n[constants.clock]\n'
+    "derate = 0.8\n\n[sources]\nx = 'y'",
+    'base = "h100"\r\ncount = {n}\r\n[constants.clock]\r\nderate = 0.8\r\n',
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_measured_error_is_what_estimates_say(tmp_path, form, count) -> None:
+    path = tmp_path / "mine.toml"
+    old = form.format(n=count)
+    path.write_bytes(old.encode())
+    _, moe = stated(path)
+    known = load_constants("h100").number("step_error.dense")
+    error = step_error(STEPS, load_hardware(str(path)), "2026-01-01")
+    assert error.dense == pytest.approx(0.15 if count == 1 else max(0.15, known))
+    calibrating._put_error(path, old, error)
+    assert stated(path) == pytest.approx((error.dense, max(moe, error.dense)), rel=0.01)
+    new = path.read_bytes().decode()
+    kept = old.splitlines(keepends=True)
+    assert [line for line in new.splitlines(keepends=True) if line in kept][: len(kept) - 1] == (
+        kept[: len(kept) - 1]
+    )
+    assert ("\r\n" in new) == ("\r\n" in old) and new.count("\n") == new.count("\r\n") * (
+        "\r\n" in old
+    ) + new.count("\n") * ("\r\n" not in old)
+    # again, with other steps: the lines are replaced, and nothing is expected of the first ones
+    better = step_error([(1.3, 1.0)] * 4, load_hardware(str(path)), "2026-01-02")
+    calibrating._put_error(path, new, better)
+    again = path.read_text()
+    assert stated(path) == pytest.approx((0.3, max(moe, 0.3)), rel=0.01)
+    assert again.count("[constants.step_error]") == 1 and again.count("runs = 1") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_steps_of_one_device_promise_no_less_than_published_runs(tmp_path) -> None:
+    known = load_constants("h100").number("step_error.dense")
+    error = step_error([(1.01, 1.0)] * 4, replace(H100, count=8), "2026-01-01")
+    assert error.dense == known and "transfers were not measured" in error.source
+    alone = step_error([(1.01, 1.0)] * 4, replace(H100, count=1), "2026-01-01")
+    assert alone.dense == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"), [(STEPS[:2], "too few"), ([(0.01, 1.0)] * 4, "by a factor of 100")]
+)
+def test_steps_that_say_nothing_are_not_written(steps, words) -> None:
+    with pytest.raises(GateError, match=words):
+        step_error(steps, H100, "2026-01-01")
+
+
+def test_a_file_that_cannot_take_the_error_is_left_as_it_is(tmp_path) -> None:
+    error = step_error(STEPS, H100, "2026-01-01")
+    path = tmp_path / "mine.toml"
+    old = 'base = "h100"\ncount = 8\nconstants = {clock = {derate = 0.8}}\n'
+    path.write_text(old)
+    with pytest.raises(PlanError, match="cannot be put") as caught:
+        calibrating._put_error(path, old, error)
+    assert "dense = 0.15" in "\n".join(caught.value.lines())
+    path.write_text(old + "# edited\n")
+    with pytest.raises(PlanError):
+        calibrating._put_error(path, FORMS[0].format(n=8), error)
+    assert path.read_text() == old + "# edited\n"
+    path.chmod(0o444)
+    with pytest.raises(PlanError, match="cannot be written") as caught:
+        calibrating._require_own(path)
+    assert "read-only" in caught.value.why
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_validate_writes_the_error_and_json_is_one_document(tmp_path, monkeypatch, capsys) -> None:
+    from planner.runtime import probe_steps
+
+    tried = tuple(
+        probe_steps.StepTried(name="a step", predicted_s=p, step_s=m, predicted_bytes=10,
+                              peak_bytes=10) for p, m in STEPS
+    )  # fmt: skip
+    monkeypatch.setattr(probe_steps, "try_steps", lambda *_a, **_w: tried)
+    path = tmp_path / "mine.toml"
+    path.write_text(FORMS[0].format(n=1))
+    path.chmod(0o640)
+    command = ["calibrate", "--validate", "--hardware", str(path)]
+    assert console.run(cli.app(), [*command, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["written"] and found["step_error"]["dense"] == pytest.approx(0.15)
+    assert "+-15%" in said.err and stated(path)[0] == pytest.approx(0.15)
+    assert path.stat().st_mode & 0o777 == 0o640
+    for flag in (["-o", "x.toml"], ["--force"], ["--overwrite"], ["--disk", "/"]):
+        assert console.run(cli.app(), [*command, *flag]) == 64
+    before = path.read_text()
+    on_cpu = tuple(replace(one, peak_bytes=None) for one in tried)
+    monkeypatch.setattr(probe_steps, "try_steps", lambda *_a, **_w: on_cpu)
+    assert console.run(cli.app(), command) == 4
+    assert "ran on a CPU" in capsys.readouterr().err and path.read_text() == before
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(probe_steps, "try_steps", interrupted)
+        calibrating.calibrate(validate=True, hardware=str(path))
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def interrupted(*_args, **_words):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("output", ["", "-", ".", "host"])
+def test_an_output_that_is_no_hardware_file(tmp_path, monkeypatch, capsys, output) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "host.toml").write_text("mine")
+    assert console.run(cli.app(), ["calibrate", "-o", output]) == 64
+    assert "internal" not in capsys.readouterr().err

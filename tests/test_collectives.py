@@ -3,16 +3,23 @@
 import csv
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import graph_of
 
-from cost_models.collectives import KINDS, bottleneck, collective_s, explain
+from cost_models.collectives import KINDS, bottleneck, collective_s, driven, explain
 from cost_models.constants_table import load_constants
+from cost_models.decisions import Decisions, Workload
+from cost_models.engines import load_engine
 from cost_models.hardware import catalogue, describe, load_hardware
+from cost_models.state import Held, state_of
+from cost_models.step import Costs
+from cost_models.work import Axes
 from ir.errors import PlanError
 
 H100 = load_hardware("h100x1024")
@@ -49,6 +56,44 @@ def test_between_nodes_each_rank_drives_its_own_port() -> None:
     assert bottleneck(H100, 64, 1) == bottleneck(H100, 8, 8) == "network"
     assert bottleneck(H100, 8, 1) == "nvlink"
     assert bottleneck(load_hardware("t4x8"), 8) == "pcie"
+
+
+def test_an_engine_may_drive_a_share_of_the_network() -> None:
+    """One port of eight: bytes between nodes take eight times as long, those inside as long."""
+    eighth = driven(H100, 1 / 8)
+    size = 1e12
+    for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p"):
+        far = [float(collective_s(c, kind, size, 8, 8)) for c in (eighth, H100)]
+        assert far[0] == pytest.approx(8 * far[1], rel=0.01), kind
+        assert collective_s(eighth, kind, size, 8) == collective_s(H100, kind, size, 8)
+    assert driven(H100, 1.0) is H100
+
+
+def test_a_plan_is_costed_over_what_its_engine_drives() -> None:
+    """Every transfer of a rank beyond its node, once: not again where costs are made of costs."""
+    d = Decisions(dp=16, zero=3, shard=16)
+    state = state_of((Held(name="w", rows=4096, row_elements=4096, expert=False),), d,
+                     Workload(precision="bf16"), load_engine("deepspeed-2021"))  # fmt: skip
+    engine = load_engine("deepspeed-2021")
+    assert engine.network_share == 1 / 8
+
+    def costs(share: float) -> Costs:
+        return Costs(
+            graph=graph_of("llama"), cluster=load_hardware("h100x16"),
+            workload=Workload(engine="deepspeed-2021", seq_len=256),
+            variant=replace(engine, network_share=share),
+        )  # fmt: skip
+
+    whole, eighth = costs(1.0), costs(1 / 8)
+    assert eighth.cluster == whole.cluster  # what is planned again starts from this one
+    assert eighth.network.inter.efficiency == whole.cluster.inter.efficiency / 8
+    assert eighth.network.intra == whole.network.intra
+    for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+        expected = collective_s(driven(whole.cluster, 1 / 8), kind, state.dense * 2, 16)
+        assert eighth.transfers(d, state, kind, 2) == expected > whole.transfers(d, state, kind, 2)
+    staged = Decisions(pp=2, dp=8)  # a stage a node
+    assert eighth.send_s(staged, 1 << 30) > 7 * whole.send_s(staged, 1 << 30)
+    assert eighth.work(Axes(), True).cluster == eighth.network  # traffic of tp, cp and ep
 
 
 def test_an_exchange_between_nodes_sends_what_leaves_the_node() -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cost_models.constants_table import load_constants
+from cost_models.constants_table import Constant, load_constants
 from cost_models.engines import load_engine
 from cost_models.fit.tables import renumbered
 from cost_models.hardware import load_hardware
-from planner.validation import fit
+from planner.validation import fit, fit_report
 from planner.validation.configure import configure
 from planner.validation.configure_layout import stages_of
 from planner.validation.fit_parameters import PARAMETERS
 from planner.validation.predict import predict, prepare, settled, step_s
 from planner.validation.rows import Run, Skipped, read_runs
+from planner.validation.running import row_of
 
 RUN = {
     "id": "a", "group": "g", "source": {"title": "a paper", "table": "2"},
@@ -92,6 +94,30 @@ def test_networks_are_read_a_gpu(tmp_path):
     assert found.cluster.inter.bytes_per_s == 1600e9 / 8 / 8
 
 
+def test_an_engine_says_whether_scores_are_kept_and_how_stages_fill(tmp_path):
+    """9 layers in 4 stages: DeepSpeed fills 3 3 2 1; else embedding and head count as layers."""
+    more = {"model__layers": 9, "config__pp": 4, "config__virtual_pp": 1}
+    found = configure(run_of(tmp_path, framework="Megatron-DeepSpeed", **more))
+    assert found.decisions.stages == (3, 3, 2, 1) and dict(found.args)["flash"] == "0"
+    found = configure(run_of(tmp_path, framework="NVIDIA NeMo / Megatron-Core", **more))
+    assert found.decisions.stages == (2, 3, 3, 1) and "flash" not in dict(found.args)
+    old = {"framework": "Megatron-LM", "hardware__gpu": "a100"}
+    assert dict(configure(run_of(tmp_path, **old)).args)["flash"] == "0"
+    sharded = configure(run_of(tmp_path, config__zero_or_fsdp="zero3", **old))
+    assert sharded.engine.name == "deepspeed-2021" and dict(sharded.args)["flash"] == "0"
+    assert any(text.startswith("ZeRO-3 beside Megatron-LM") for text in sharded.defaults)
+    assert sharded.cluster.inter == load_hardware("a100x8").inter  # its share is the engine's
+
+
+def test_jax_runs_say_what_they_are_costed_as(tmp_path):
+    found = configure(run_of(tmp_path, framework="PAX / JAX-Toolbox"))
+    assert found.engine.name == "automodel"
+    assert any(text.startswith("JAX: as NeMo AutoModel") for text in found.defaults)
+    found = configure(run_of(tmp_path, framework="NeMo AutoModel"))
+    assert found.engine.name == "automodel"
+    assert not any(text.startswith("JAX") for text in found.defaults)
+
+
 # --- fitting ------------------------------------------------------------------------------------
 
 
@@ -108,6 +134,30 @@ def test_every_parameter_names_a_constant_there_is():
         else:
             assert where == "link" or name in constants
         assert 0 < parameter.prior <= parameter.most and parameter.sd > 0 and parameter.what
+
+
+def test_what_is_fitted_says_on_how_many_runs_and_how_far_off():
+    """Beside each constant; a constant that moves no run says so."""
+    for parameter in PARAMETERS:
+        for path, table, key in fit_report._places(parameter):
+            if path.parent.name == "hardware":
+                continue
+            tables = tomllib.loads(path.read_text())
+            place = f"{table}.fits" if path.name == "engines.toml" and table[0] != "s" else table
+            for part in place.split("."):
+                tables = tables[part]
+            words = tables[key] if place.endswith(".fits") else tables
+            assert words["samples"] > 0 and words["p90_error"] >= words["median_error"], parameter
+    before = fit.shipped(PARAMETERS[0])
+    assert before == load_constants("a100").number("clock.derate")
+
+
+def test_errors_beside_constants_change_no_plans_hash():
+    table = load_constants("h100")
+    noted = Constant(name="attention.samples", value=12345.0, source="s")
+    others = tuple(c for c in table.items if c.name != noted.name)
+    items = tuple(sorted((*others, noted), key=lambda c: c.name))
+    assert replace(table, items=items).digest == table.digest
 
 
 class Here:
@@ -128,7 +178,8 @@ def test_a_fit_finds_the_constant_that_made_the_times(tmp_path):
         ))  # fmt: skip  (large enough to be bound by arithmetic)
         prepared = settled(prepare(case))
         slower = fit.changed(prepared, {"hopper/clock.derate": 0.7})
-        facts.append(fit.Fact(prepared=prepared, measured_s=step_s(slower)))
+        row = row_of(prepared.case, predict(prepared))
+        facts.append(fit.Fact(prepared=prepared, measured_s=step_s(slower), row=row))
     fit._FACTS[:] = facts
     problem = fit.Problem(facts=facts, parameters=(clock,), pool=Here())
     rows = [0, 1, 2]
@@ -148,6 +199,9 @@ def test_numbers_are_set_in_place():
     text = "# kept\n[a]\nx = 1 # gone\ny = 2\n\n[b.c]\nz = 3\n"
     found = renumbered(text, {("a", "y"): 0.5, ("b.c", "w"): 7})
     assert found == "# kept\n[a]\nx = 1 # gone\ny = 0.5\n\n[b.c]\nw = 7\nz = 3\n"
+    assert "y = 4_800_000_000\n" in renumbered(text, {("a", "y"): 4_800_000_000})  # bytes
+    found = renumbered(text, {("a", "y"): {"samples": 3, "p90_error": 0.25}})
+    assert tomllib.loads(found)["a"] == {"x": 1, "y": {"samples": 3, "p90_error": 0.25}}
     with pytest.raises(KeyError):
         renumbered(text, {("d", "x"): 1})
 

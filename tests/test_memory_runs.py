@@ -167,7 +167,7 @@ def predictions():
 
 @pytest.mark.skipif(not DATA, reason="needs MESHWRIGHT_DATA")
 def test_published_peaks(predictions):
-    """Each within a sixth, and 8% on average: cross-validated, all 120 are 6.8% off."""
+    """Each within a sixth, and 8% on average; docs/accuracy.md has all 120, cross-validated."""
     errors = {i: predictions[i].peak_bytes / predictions[i].measured_bytes - 1 for i in PEAKS}
     assert max(map(abs, errors.values())) < 1 / 6, errors
     assert sum(map(abs, errors.values())) / len(errors) < 0.08, errors

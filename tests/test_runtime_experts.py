@@ -17,16 +17,17 @@ SEQ, BATCH = 16, 8
 
 
 @cache
-def base(name: str, *fixed: str):
+def base(name: str, *fixed: str, engine: str = "native"):
     """A plan of the model on four GPUs; one pipeline stage and cp rank where nothing is said."""
     model, loss = cases.built(name)
-    free = {"pp": "pp=1", "cp": "cp=1", "tp": "tp=1", "zero": "zero=0"}
+    free = {"pp": "pp=1", "cp": "cp=1", "tp": "tp=1", "zero": "zero=0",
+            "recompute": "recompute=none"}  # fmt: skip
     for pin in fixed:
         free.pop(pin.partition("=")[0], None)
     return trace(
         model, cases.inputs, loss=loss, hardware="h100x4", seq_len=SEQ, global_batch=BATCH,
-        precision="fp32", engine="native",
-        fix=("recompute=none", "micro_batch=2", *free.values(), *fixed),
+        precision="fp32", engine=engine,
+        fix=("micro_batch=2", *free.values(), *fixed),
     )  # fmt: skip
 
 
@@ -123,6 +124,12 @@ def test_experts_that_are_modules_run_whole_and_are_never_split(world):
     assert [sum(load.counts) for load in found["loads"]] == [BATCH * SEQ] * 2
     with pytest.raises(UsageError, match="cannot be run of this model"):
         base("list", "ep=2")
+
+
+def test_compiled_experts_under_tp_are_not_computed_again_whole():
+    """torch 2.13 repeats them on all tokens: the runtime would run them eager."""
+    with pytest.raises(UsageError, match="recompute=.* cannot be run of this model"):
+        base("moe", "tp=2", "recompute=full", engine="native-compiled")
 
 
 def test_a_router_that_is_not_finite_is_reported(world):

@@ -97,13 +97,13 @@ def test_recomputation_on_tp_repeats_no_collective_in_part(world):
         }
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
-def test_contracts_compile(world, kind):
+@pytest.mark.parametrize("kind, backend", [("full", "aot_eager"), ("selective", "inductor")])
+def test_contracts_compile(world, kind, backend):
     """Tensor parallelism, recomputation, offload and a compiler, one graph a class; a checkpoint
     around one runs it again outside the model's forward, which makes another."""
     offload = (ACTIVATIONS,) if kind == "full" else ()
     made = on_tp(compile=True, recompute=RECOMPUTE[kind], offload=offload)
-    results = world.run(2, cases.compiled, made, "aot_eager")
+    results = world.run(2, cases.compiled, made, backend)
     exact([r for r, _ in results])
     assert all(r["uncompiled"] == {} for r, _ in results)
     assert {graphs for _, graphs in results} == {5 if kind == "full" else 4}

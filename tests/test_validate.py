@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from cost_models.validation.metrics import kendall_tau, scores
+from cost_models.validation.op_table import read_table
 from ir.errors import PlanError
 from planner import cli
 from planner.validation import report as view
-from planner.validation import running
+from planner.validation import run_checks, running
 from planner.validation.rows import read_runs
 from planner.validation.running import LeftOut, Row, predict_runs
 from planner.validation.scoring import report_of
@@ -370,3 +371,95 @@ def test_a_table_of_kernels_that_is_none(plan, tmp_path, content):
     code, out, err = plan("validate", "--ops", "ops.csv")
     assert (code, out) == (1, "")
     assert "ops.csv" in err and "internal" not in err
+
+
+def test_every_kernel_that_is_left_out_says_why(plan, tmp_path):
+    head = "device,op,kernel,dtype,M,N,K,num_gpus,bytes,tokens,hidden,inter,topk,experts,latency_us"
+    gemm = "H100-SXM5-80GB,gemm,torch.nn.functional.linear"
+    rows = (
+        (f"{gemm},int3,8,64,64,,,,,,,,9", "dtype 'int3' of gemm is not known"),
+        (f"{gemm},bfloat16,-8,64,64,,,,,,,,9", "M is -8"),
+        (f"{gemm},bfloat16,nan,64,64,,,,,,,,9", "M is nan"),
+        (f"{gemm},bfloat16,1e30,64,64,,,,,,,,9", "M is 1e30"),
+        (f"{gemm},bfloat16,many,64,64,,,,,,,,9", "M is 'many', no number"),
+        (f"{gemm},bfloat16,,64,64,,,,,,,,9", "no M"),
+        (f"{gemm},bfloat16,8,64,64,,,,,,,,-9", "latency_us is -9"),
+        (f"{gemm},bfloat16,8,64,64,,,,,,,,inf", "latency_us is inf"),
+        (f"{gemm},bfloat16,8,64,64", "more or fewer than the header's"),
+        ("H100-SXM5-80GB,sort,x,bfloat16,8,64,64,,,,,,,,9", "unknown op 'sort'"),
+        ("H100-SXM5-80GB,nccl_all_reduce,NCCL,int3,,,,8,64,,,,,,9", "dtype 'int3'"),
+        ("H100-SXM5-80GB,nccl_all_reduce,NCCL,half,,,,12,64,,,,,,9", "h100x12 fills no whole"),
+        ("H100-SXM5-80GB,moe_fused_mlp,x,bfloat16,,,,,,8,64,64,8,4,9", "topk 8 is more than"),
+    )
+    path = tmp_path / "ops.csv"
+    text = ["# a comment", head, f"{gemm},fp16,4096,4096,4096,,,,,,,,300", *(r for r, _ in rows)]
+    path.write_text("\n".join(text) + "\n")
+    code, out, _ = plan("validate", "--ops", path, "--json")
+    found = json.loads(out)
+    assert (code, found["rows"], found["used"]) == (0, 14, 1)
+    for (row_, words), skipped in zip(rows, found["skipped"], strict=True):
+        assert words in skipped["reason"], (row_, skipped)
+    assert [s["id"] for s in found["skipped"]] == [f"line {n}" for n in range(4, 17)]
+    assert found["mapped"] == [{"said": "dtype fp16 of gemm", "costed_as": "bfloat16"}]
+    keys = {"rows", "used", "skipped", "classes", "memory", "predictions"}
+    assert keys <= set(found) and set(found["skipped"][0]) == {"id", "reason"}
+    text = plan("validate", "--ops", path)[1]
+    assert "dtype fp16 of gemm: bfloat16" in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "is empty"), ("device,op,kernel,dtype,latency_us\n", "has no kernels"),
+     ("device,op,dtype,M\n1,2,3,4\n", "no kernel, latency_us"),
+     ("device,op,op,kernel,dtype,latency_us\n1,2,2,3,4,5\n", "op twice")],
+)  # fmt: skip
+def test_what_a_table_of_kernels_lacks_is_said(plan, tmp_path, content, words):
+    (tmp_path / "ops.csv").write_text(content)
+    code, out, err = plan("validate", "--ops", "ops.csv")
+    assert (code, out) == (1, "") and words in err
+
+
+def test_no_file_is_silently_left_aside(plan, kernels, three, tmp_path):
+    for words in (("--runs", three, "--runs", three), ("--ops", kernels, "--ops", kernels),
+                  ("--runs", ""), ("--ops", "")):  # fmt: skip
+        code, out, err = plan("validate", *words)
+        assert (code, out) == (64, "") and words[0] in err, words
+    code, out, err = plan("validate", "--runs", three, "--ops", tmp_path)
+    assert (code, out) == (1, "") and "cannot read" in err  # before any run was predicted
+    _, _, err = plan("validate", "--runs", three, "--ops", kernels, "-v")
+    assert [line.split()[0] for line in err.splitlines()] == ["timed", "fp8", "oom", "line", "line"]
+
+
+def test_runs_whose_numbers_cannot_be_are_left_out_in_order(plan, tmp_path):
+    bad = (
+        ("int3", {"config__precision": "int3"}, "config.precision 'int3' is not known"),
+        ("width", {"model__hidden": -256}, "model.hidden is -256"),
+        ("half", {"model__layers": 2.5}, "model.layers is 2.5"),
+        ("long", {"model__seq_len": 10**12}, "model.seq_len is 1000000000000"),
+        ("truth", {"config__tp": True}, "config.tp is True"),
+        ("batch", {"config__global_batch_sequences": -4}, "global_batch_sequences is -4"),
+        ("micro", {"config__micro_batch": -1}, "config.micro_batch is -1"),
+        ("gpus", {"hardware__num_gpus": -8}, "hardware.num_gpus is -8"),
+        ("peak", {"measured__peak_memory_gb": -3}, "peak memory"),
+        ("words", {"measured__peak_memory_gb": "much"}, "peak memory, nan"),
+        ("rate", {"measured": {"tokens_per_s_per_gpu": -5}}, "its measured time"),
+    )
+    rows = [raw_run(name, **changes) for name, changes, _ in bad]
+    path = written(tmp_path / "runs.yaml", raw_run("first"), *rows, raw_run("last"))
+    code, out, _ = plan("validate", "--runs", path, "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # no NaN
+    assert (code, found["rows"], found["used"]) == (0, 13, 2)
+    assert [p["id"] for p in found["predictions"]] == ["first", "last"]
+    for (name, _, words), skipped in zip(bad, found["skipped"], strict=True):
+        assert skipped["id"] == name and words in skipped["reason"], skipped
+
+
+def test_no_shipped_run_is_left_out_for_its_numbers():
+    assert [run.id for run in read_runs(PUBLISHED) if run_checks.reason_of(run)] == []
+
+
+@pytest.mark.skipif(not DATA, reason="needs MESHWRIGHT_DATA")
+def test_nothing_of_the_data_is_left_out_for_its_numbers_or_dtypes():
+    runs = read_runs(Path(DATA) / "training_runs.yaml")
+    assert [run.id for run in runs if run_checks.reason_of(run)] == []
+    assert read_table(Path(DATA) / "measured_ops.csv").skipped == ()

@@ -205,8 +205,8 @@ def rank_found(*parts, **changes) -> RankFound:
     given = {
         "numbers": (Number(what="loss", ours=1.0, theirs=1.0),),
         "wholes": (Whole(name="a", elements=4, gradient=1.0, parameter=2.0),),
-        "parts": parts or (part(),), "replicated": (), "loose_edges": (), "uncompiled": (), "seed": 0,
-        "seconds": 0.1,
+        "parts": parts or (part(),), "replicated": (), "loose_edges": (), "uncompiled": (),
+        "seed": 0, "seconds": 0.1,
     }  # fmt: skip
     return RankFound(**{**given, **changes})
 

@@ -11,7 +11,9 @@ Value = float | int | tuple[float, ...] | str
 
 
 def number_text(value: float) -> str:
-    """Four significant digits: more than any fit knows."""
+    """Four significant digits, more than any fit knows; a count or bytes, whole, as they are."""
+    if isinstance(value, int):
+        return f"{value:_}" if abs(value) >= 10**6 else str(value)
     if value == int(value) and abs(value) < 1000:
         return str(int(value))
     text = f"{value:.4g}".replace("e-0", "e-").replace("e+", "e")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cost_models.op_models import constants_of, prepare
-from cost_models.op_rows import Kind, OpRow, kind_of, read_rows
+from cost_models.op_rows import Kind, OpRow, kind_of
 from cost_models.validation.metrics import Scores, scores
+from cost_models.validation.op_table import read_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +34,15 @@ class OpsReport:
     """Predictions of a table of measured kernels, and their errors by class.
 
     rows: read; used: predicted; skipped: (line, reason). nearest: kernels costed as others, with
-    the family that was taken. Scores are absent where nothing was used.
+    the family that was taken. mapped: (what rows say, what they are costed as). Scores are absent
+    where nothing was used.
     """
 
     rows: int
     used: int
     skipped: tuple[tuple[int, str], ...]
     nearest: tuple[tuple[str, str], ...]
+    mapped: tuple[tuple[str, str], ...]
     overall: Scores | None
     by_device: tuple[tuple[str, Scores], ...]
     by_class: tuple[tuple[str, Scores], ...]
@@ -76,6 +80,28 @@ def predict(rows: Sequence[OpRow]) -> tuple[OpPrediction, ...]:
     return tuple(sorted(found, key=lambda one: one.line))
 
 
+def _guarded(
+    rows: Sequence[OpRow],
+) -> tuple[tuple[OpPrediction, ...], list[tuple[int, str]]]:
+    """Predictions, and (line, reason) of rows that have none; one fault ends its own row only."""
+    failed: list[tuple[int, str]] = []
+    try:
+        found = predict(rows)
+    except Exception:  # said with the row that it is of
+        found = ()
+        for row in rows:
+            try:
+                found += predict([row])
+            except Exception as fault:
+                failed.append((row.line, f"cannot be costed: {fault}"))
+    finite = [0 < one.predicted_s < math.inf for one in found]
+    failed += [
+        (one.line, f"is predicted to take {one.predicted_s} s")
+        for one, good in zip(found, finite, strict=True) if not good
+    ]  # fmt: skip
+    return tuple(one for one, good in zip(found, finite, strict=True) if good), failed
+
+
 def _scored(
     found: Sequence[OpPrediction], name_of: Callable[[OpPrediction], str]
 ) -> tuple[tuple[str, Scores], ...]:
@@ -90,14 +116,17 @@ def validate_ops(path: Path) -> OpsReport:
 
     Raises UsageError for a file that is no such table.
     """
-    rows, skipped = read_rows(path)
-    found = predict(rows)
+    table = read_table(path)
+    rows = table.rows
+    found, failed = _guarded(rows)
+    skipped = tuple(sorted((*table.skipped, *failed)))
     kernels = {one.line: one for one in found if one.nearest}
     nearest = {(row.kernel, kernels[row.line].family) for row in rows if row.line in kernels}
     pairs = [(one.predicted_s, one.measured_s) for one in found]
     return OpsReport(
-        rows=len(rows) + len(skipped), used=len(found), skipped=skipped,
-        nearest=tuple(sorted(nearest)), overall=scores(pairs) if pairs else None,
+        rows=len(rows) + len(table.skipped), used=len(found), skipped=skipped,
+        nearest=tuple(sorted(nearest)), mapped=table.mapped,
+        overall=scores(pairs) if pairs else None,
         by_device=_scored(found, lambda one: one.device),
         by_class=_scored(found, lambda one: op_class(one.model)),
         by_family=_scored(found, lambda one: f"{one.model}/{one.family}"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +51,12 @@ VIEWS = frozenset({
 })  # fmt: skip
 
 
+@torch._dynamo.assume_constant_result
+def name_of(func: Callable[..., Any]) -> str:
+    """What a function is called: to a compiler a constant, as `__name__` is not (torch 2.13)."""
+    return getattr(func, "__name__", "")
+
+
 class Whole(TorchFunctionMode):
     """While it is active, operations on DTensors are right, and those that run whole counted.
 
@@ -65,7 +72,7 @@ class Whole(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        name = name_of(func)
         if name == "cross_entropy" and not self._idle():
             return cross_entropy(self.context, *args, **kwargs)
         mesh = _mesh_of(args) or _mesh_of(tuple(kwargs.values()))
@@ -90,6 +97,8 @@ class Whole(TorchFunctionMode):
             if out is not NotImplemented:
                 return out
             return self._whole(func, name, mesh, args, kwargs)
+        if func is Tensor.unflatten:  # its super() is what torch 2.13 does not compile
+            func = torch.unflatten
         try:
             out = func(*args, **kwargs)
         except (NotImplementedError, RuntimeError, ValueError, IndexError, AssertionError) as fault:

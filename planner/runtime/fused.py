@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -79,6 +80,12 @@ def is_fused(x: Any) -> bool:
     return isinstance(x, DTensor) and isinstance(x.placements[0], _StridedShard)
 
 
+@torch._dynamo.assume_constant_result
+def _dim_and_parts(at: Any) -> tuple[int, int]:
+    """Of a `_StridedShard`. torch 2.13 compiles no reading of its fields."""
+    return at.dim, at.split_factor
+
+
 def run_fused(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
     """Run an operation on operands of several parts on every rank's own rows.
 
@@ -86,11 +93,11 @@ def run_fused(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> An
     """
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, DTensor)]
     joined = [x for x in given if is_fused(x)]
-    factor = joined[0].placements[0].split_factor if joined else 0  # type: ignore[attr-defined]
-    if not joined or any(x.placements[0].split_factor != factor for x in joined):  # type: ignore[attr-defined]
+    factor = _dim_and_parts(joined[0].placements[0])[1] if joined else 0
+    if not joined or any(_dim_and_parts(x.placements[0])[1] != factor for x in joined):
         return NotImplemented
     if name in TAKES_APART:
-        return _apart(func, args, kwargs)
+        return _apart(name, args, kwargs)
     rest = [x for x in given if not is_fused(x)]
     if name in PRODUCTS:
         if any(x.placements != (Replicate(),) for x in rest):
@@ -107,22 +114,21 @@ def run_fused(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> An
     return _labelled(out, _StridedShard(last, split_factor=factor))
 
 
-def _apart(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _apart(name: str, args: Any, kwargs: Any) -> Any:
     """Take a value of several parts apart: each part of it, split as any other value."""
     x, *rest = args
     if not is_fused(x):
         return NotImplemented
-    place = x.placements[0]
+    at, parts = _dim_and_parts(x.placements[0])
     size = rest[0] if rest else next(iter(kwargs.values()))
     dim = (rest[1] if len(rest) > 1 else kwargs.get("dim", 0)) % x.dim()
-    if dim != place.dim or len(rest) + len(kwargs) > 2:
+    if dim != at or len(rest) + len(kwargs) > 2:
         return NotImplemented
-    name = getattr(func, "__name__", "")
     if isinstance(size, (list, tuple)):
         counts = len(size) if len(set(size)) == 1 else 0
     else:
         counts = size if name.endswith(("chunk", "tensor_split")) else x.shape[dim] // size
-    if counts != place.split_factor or x.shape[dim] % counts:
+    if counts != parts or x.shape[dim] % counts:
         return NotImplemented
     local: Tensor = x.to_local(grad_placements=x.placements)
     return tuple(
@@ -133,7 +139,7 @@ def _apart(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _as_shard(x: Any) -> Any:
     """The same rows under a name that DTensor's rules know."""
-    return _labelled(x, Shard(x.placements[0].dim)) if is_fused(x) else x
+    return _labelled(x, Shard(_dim_and_parts(x.placements[0])[0])) if is_fused(x) else x
 
 
 def _labelled(x: DTensor, at: Placement) -> DTensor:

@@ -41,6 +41,10 @@ def text(report: OpsReport, name: str) -> str:
             line for kernel, family in report.nearest
             for line in wrapped(f"  {kernel or 'unnamed'}: {family}", 4)
         )])  # fmt: skip
+    if report.mapped:
+        parts.append(["costed as something near", *(
+            line for said, costed in report.mapped for line in wrapped(f"  {said}: {costed}", 4)
+        )])  # fmt: skip
     if report.skipped:
         reasons = Counter(reason for _, reason in report.skipped)
         lines = (line for reason, n in reasons.most_common()
@@ -79,12 +83,24 @@ def _worst(report: OpsReport) -> list[str]:
     )]  # fmt: skip
 
 
+def verbose_lines(report: OpsReport) -> list[str]:
+    """Every kernel, a line each."""
+    return [
+        f"line {one.line:<8d} {format_seconds(one.predicted_s):>9}"
+        f" {format_seconds(one.measured_s):>9} {_off(one):+8.1%}  {one.device}"
+        f" {_label(f'{one.model}/{one.family}')}"
+        for one in report.predictions
+    ]
+
+
 def document(report: OpsReport) -> dict[str, Any]:
     """The report's values in seconds, under the keys that a report of runs has."""
     return {
         "schema": "validation-ops/1", "rows": report.rows, "used": report.used,
         "skipped": [{"id": f"line {line}", "reason": reason} for line, reason in report.skipped],
         "classes": {name: scores_json(found) for _, name, found in _classes(report)},
+        "memory": {},  # kernels have none; reports of runs have
+        "mapped": [{"said": said, "costed_as": costed} for said, costed in report.mapped],
         "nearest": [{"kernel": kernel, "costed_as": family} for kernel, family in report.nearest],
         "predictions": [
             {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,9 @@ from planner.runtime.verify.sample import call, draw_batch, draw_constants, ties
 from planner.runtime.verify.twin import Twin
 from planner.runtime.world import World
 
+# torch 2.13's vectorized CPU code has a layer norm's gradient wrong by percents (blocks of
+# examples/dit.py, without a plan); what is checked is the plan, not code for this machine
+PLAIN = {"cpp.simdlen": 1}
 MOST_SEEDS = 50
 UNCLIPPED = 1e9  # a norm that no gradient of a twin has
 TINY = 1e-30  # so that nothing is divided by zero
@@ -82,7 +86,9 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe, compile_backend: str) -> Rank
     model, _ = _built(recipe, seed)
     _copy(model, case.model)
     parallel = parallelize(model, plan, compile_backend=compile_backend)
-    ours, theirs = run_sharded(parallel, case), run_whole(case, plan.decisions)
+    with torch._inductor.config.patch(PLAIN):
+        ours = run_sharded(parallel, case)
+    theirs = run_whole(case, plan.decisions)
     report = parallel.report
     return RankFound(
         numbers=(
