@@ -1,4 +1,4 @@
-"""Measured kernels, one a row: reading a table of them, and what kind of kernel each is.
+"""Measured kernels, one a row, and what kind of kernel each is. `validation.op_table` reads them.
 
 The form is that of `measured_ops.csv` of the data directory: one row a kernel and shape, sizes in
 columns that do not apply left empty, latency_us measured.
@@ -6,17 +6,14 @@ columns that do not apply left empty, latency_us measured.
 
 from __future__ import annotations
 
-import csv
 import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from cost_models.hardware import Device, aliases, catalogue, describe
-from ir.errors import UsageError
 
-_NUMBERS = (
+SIZES = (
     "M", "N", "K", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "window",
     "num_gpus", "bytes", "tokens", "hidden", "inter", "topk", "experts", "moe_tp", "moe_ep",
 )  # fmt: skip
@@ -32,7 +29,7 @@ _NEEDED = {
     "deepep": ("num_gpus", "tokens", "hidden", "topk"),
 }
 # Kernel families, by what a kernel's name and dtype contain; the first that fits is taken.
-_GEMM = (
+GEMM_FAMILIES = (
     ("int4", "int4_weight"), ("w4a16", "int4_weight"), ("int8_wo", "int8_weight"),
     ("w8a16", "int8_weight"), ("fp8_block", "fp8_block"), ("fp8", "fp8_cutlass"),
     ("fp4", "fp4_flashinfer"), ("sq", "int8_smooth"), ("int8", "int8_smooth"),
@@ -104,13 +101,13 @@ def device_of(text: str) -> Device | None:
     return describe(max(found)[1]).device if found else None
 
 
-def _version(source: str) -> tuple[int, ...]:
+def version_of(source: str) -> tuple[int, ...]:
     """(0, 5, 14) of "h100_sxm/moe/sglang/0.5.14/moe_perf.parquet"."""
     match = re.search(r"/(\d+(?:\.\d+)+)", source)
     return tuple(int(x) for x in match[1].split(".")) if match else ()
 
 
-def _family(table: Iterable[tuple[str, str]], text: str) -> str | None:
+def family_of(table: Iterable[tuple[str, str]], text: str) -> str | None:
     return next((family for part, family in table if part in text), None)
 
 
@@ -119,25 +116,25 @@ def kind_of(row: OpRow) -> Kind:
     found: str | None
     if row.op == "gemm":
         known = any(part in row.kernel for part in _KNOWN_GEMM)
-        family = _family(_GEMM, row.dtype) or "bf16"
+        family = family_of(GEMM_FAMILIES, row.dtype) or "bf16"
         return Kind(model=f"gemm.{family}", family=family, known=known)
     if row.op in ("attn_prefill", "attn_decode"):
-        found = _family(_ATTENTION, row.kernel)
+        found = family_of(_ATTENTION, row.kernel)
         family = found or _BEST_ATTENTION.get(row.device.family, "fa2")
         family += "_fp8" if "kv_fp8" in row.dtype else ""
         model = row.op.removeprefix("attn_")
         return Kind(model=model, family=family, known=found is not None)
     if row.op in ("mla_prefill", "mla_decode"):
-        found = _family(_MLA, row.kernel)
+        found = family_of(_MLA, row.kernel)
         return Kind(model=row.op, family=found or "separate", known=found is not None)
     if row.op == "moe_fused_mlp":
-        found = _family(_MOE, row.kernel)
+        found = family_of(_MOE, row.kernel)
         family = found or ("triton_vllm" if row.dtype == "bfloat16" else "cutlass")
         if family == "triton" and row.version and row.version < (0, 5, 14):
             family = "triton_old"
         return Kind(model="moe", family=f"{family}_{row.dtype}", known=found is not None)
     if row.op == "custom_all_reduce":
-        found = _family(_CUSTOM, row.kernel)
+        found = family_of(_CUSTOM, row.kernel)
         return Kind(model=row.op, family=found or "trtllm", known=found is not None)
     if row.op.startswith("deepep"):
         way = "combine" if "combine" in row.op else "dispatch"
@@ -145,7 +142,7 @@ def kind_of(row: OpRow) -> Kind:
     return Kind(model="nccl", family=row.op.removeprefix("nccl_"), known="NCCL" in row.kernel)
 
 
-def _lacks(row: OpRow) -> str:
+def lacks(row: OpRow) -> str:
     """Why a row cannot be costed; "" where it can."""
     name = row.op if row.op in _NEEDED else row.op.split("_")[0]
     if name not in _NEEDED:
@@ -160,45 +157,3 @@ def _lacks(row: OpRow) -> str:
     ):  # fmt: skip
         return f"unknown collective {row.op!r}"
     return ""
-
-
-def read_rows(path: Path) -> tuple[tuple[OpRow, ...], tuple[tuple[int, str], ...]]:
-    """(rows, skipped): what can be costed, and (line, reason) of what cannot.
-
-    Raises UsageError for a file that is no such table.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            table = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}", why=str(error)) from error
-    columns = set(table[0]) if table else set()
-    lost = [key for key in ("device", "op", "kernel", "dtype", "latency_us") if key not in columns]
-    if lost:
-        raise UsageError(f"{path} is no table of measured kernels", why=f"no {', '.join(lost)}")
-    rows, skipped = [], []
-    for line, raw in enumerate(table, start=2):
-        device = device_of(raw["device"] or "")
-        try:
-            numbers = {key: float(raw[key]) for key in _NUMBERS if raw.get(key)}
-            seconds = float(raw["latency_us"]) * 1e-6
-        except ValueError as error:
-            skipped.append((line, str(error)))
-            continue
-        if device is None:
-            skipped.append((line, f"device {raw['device']!r} is not in the catalogue"))
-            continue
-        if not seconds > 0:
-            skipped.append((line, f"latency_us is {raw['latency_us']}"))
-            continue
-        row = OpRow(
-            line=line, device=device, op=raw["op"], kernel=raw["kernel"], dtype=raw["dtype"],
-            distribution=raw.get("distribution") or "", numbers=numbers, seconds=seconds,
-            version=_version(raw.get("source_file") or ""),
-        )  # fmt: skip
-        reason = _lacks(row)
-        if reason:
-            skipped.append((line, reason))
-        else:
-            rows.append(row)
-    return tuple(rows), tuple(skipped)

@@ -19,7 +19,8 @@ from cost_models.gemm import boosted, missed, smooth_max
 from cost_models.links import mixed
 from cost_models.moe import rows_of_experts, tiles_of
 from cost_models.op_models import constant, constants_of, prepare
-from cost_models.op_rows import device_of, kind_of, read_rows
+from cost_models.op_rows import device_of, kind_of
+from cost_models.validation.op_table import read_table
 from cost_models.validation.ops import op_class, predict, validate_ops
 from ir.errors import UsageError
 
@@ -42,7 +43,8 @@ def table(tmp_path: Path, *rows: dict[str, object]) -> Path:
 
 
 def seconds(tmp_path: Path, *rows: dict[str, object]) -> np.ndarray:
-    found, skipped = read_rows(table(tmp_path, *rows))
+    read = read_table(table(tmp_path, *rows))
+    found, skipped = read.rows, read.skipped
     assert not skipped
     return np.array([one.predicted_s for one in predict(found)])
 
@@ -286,7 +288,7 @@ def _data() -> Path:
 @needs_data
 @pytest.mark.parametrize("model", ["gemm.bf16", "gemm.fp8_cutlass", "prefill", "deepep"])
 def test_the_files_hold_what_the_fit_gives(model) -> None:
-    rows, _ = read_rows(_data())
+    rows = read_table(_data()).rows
     mine, kinds = by_class(rows)[model]
     _, tables = fit_class(mine, kinds, cross=False)
     shipped = prepare(mine, kinds)(constants_of(mine, kinds))
@@ -304,7 +306,7 @@ def test_the_files_hold_what_the_fit_gives(model) -> None:
     ("model", "most"), [("gemm.bf16", 0.055), ("prefill", 0.07), ("decode", 0.08)]
 )
 def test_rows_of_shapes_nobody_fitted_to_are_met(model, most) -> None:
-    rows, _ = read_rows(_data())
+    rows = read_table(_data()).rows
     mine, kinds = by_class(rows)[model]
     assert len({group_of(r, k) for r, k in zip(mine, kinds, strict=True)}) < len(mine) / 6
     sample = sample_of(mine, kinds)
@@ -324,4 +326,4 @@ def test_every_measured_row_is_predicted_as_well_as_stated() -> None:
     for name, limit in most.items():
         assert found[name].median < limit, name
         assert abs(found[name].bias) < 0.03, name
-    assert kind_of(read_rows(_data())[0][0]).known
+    assert kind_of(read_table(_data()).rows[0]).known

@@ -128,7 +128,7 @@ def test_experts_that_are_modules_run_whole_and_are_never_split(world):
 
 def test_compiled_experts_under_tp_are_not_computed_again_whole():
     """torch 2.13 repeats them on all tokens: the runtime would run them eager."""
-    with pytest.raises(UsageError, match="recompute=.* cannot be run of this model"):
+    with pytest.raises(UsageError, match=r"recompute=.* cannot be run of this model"):
         base("moe", "tp=2", "recompute=full", engine="native-compiled")
 
 

@@ -25,8 +25,9 @@ from cost_models.fit.hierarchy import (
 )
 from cost_models.fit.tables import Value, write_tables
 from cost_models.op_models import prepare
-from cost_models.op_rows import Kind, OpRow, constants_name, kind_of, read_rows
+from cost_models.op_rows import Kind, OpRow, constants_name, kind_of
 from cost_models.validation.accuracy import Part, write_accuracy
+from cost_models.validation.op_table import read_table
 
 _FOLDER = Path(__file__).parent.parent / "constants"
 _SOURCE = "NVIDIA AIConfigurator silicon database (Apache-2.0), kernels on idle nodes"
@@ -182,7 +183,7 @@ def fit_ops(
     write: into `constants/*.toml`, in place, and the errors of all classes into the file of
     accuracy. Collectives first: others rest on them.
     """
-    rows, _ = read_rows(path)
+    rows = read_table(path).rows
     classes = by_class(rows)
     reports = []
     for model in ("nccl", *(m for m in CLASSES if m in classes)):

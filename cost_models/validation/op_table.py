@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cost_models.hardware import load_hardware
-from cost_models.op_rows import _GEMM, _NUMBERS, OpRow, _family, _lacks, _version, device_of
+from cost_models.op_rows import (
+    GEMM_FAMILIES,
+    SIZES,
+    OpRow,
+    device_of,
+    family_of,
+    lacks,
+    version_of,
+)
 from ir.errors import UsageError
 
 _COLUMNS = ("device", "op", "kernel", "dtype", "latency_us")
@@ -96,14 +104,14 @@ def _row(line: int, raw: Mapping[str | None, object]) -> OpRow:
     seconds = _number("latency_us", text["latency_us"]) * 1e-6
     if not seconds > 0:
         raise _Skip(f"latency_us is {text['latency_us'] or 'empty'}")
-    numbers = {key: _number(key, text[key]) for key in _NUMBERS if text.get(key)}
+    numbers = {key: _number(key, text[key]) for key in SIZES if text.get(key)}
     for key, value in numbers.items():
         if value < 0 or value != int(value) or value > _MOST_OF.get(key, _MOST):
             raise _Skip(f"{key} is {text[key]}")
     return OpRow(
         line=line, device=device, op=text["op"], kernel=text["kernel"], dtype=text["dtype"],
         distribution=text.get("distribution", ""), numbers=numbers, seconds=seconds,
-        version=_version(text.get("source_file", "")),
+        version=version_of(text.get("source_file", "")),
     )  # fmt: skip
 
 
@@ -122,7 +130,7 @@ Said = list[tuple[str, str]]
 
 def _costable(row: OpRow) -> tuple[OpRow, Said]:
     """The row as it is costed, and what that differs in. Raises _Skip."""
-    reason = _lacks(row)
+    reason = lacks(row)
     if reason:
         raise _Skip(reason)
     for few, many in (("kv_heads", "heads"), ("topk", "experts"), ("moe_ep", "experts")):
@@ -159,7 +167,7 @@ def _unknown(row: OpRow) -> _Skip:
 
 
 def _gemm(row: OpRow) -> tuple[OpRow, Said]:
-    family = _family(_GEMM, row.dtype)
+    family = family_of(GEMM_FAMILIES, row.dtype)
     if family is None and row.dtype not in (*_BF16, *_FP16):
         raise _unknown(row)
     said = [] if row.dtype in (*_FITTED["gemm"], "bf16") else [_as(row, family or "bfloat16")]
@@ -208,7 +216,7 @@ def _unpacked(row: OpRow) -> Said:
     """Where the device does not multiply in the dtype."""
     words = (("w4a16", ""), ("w8a16", ""), ("_wo", ""), ("fp4", "nvfp4"), ("fp8", "fp8"),
              ("sq", "int8"), ("int8", "int8"))  # fmt: skip
-    needs = _family(words, row.dtype)
+    needs = family_of(words, row.dtype)
     if not needs or row.device.has(needs):
         return []
     return [(f"dtype {row.dtype} on {row.device.name}", "unpacked to a wider one that it has")]

@@ -154,9 +154,11 @@ def stages_of(
 def _sharding(run: Run, ranks: int, defaults: list[str]) -> tuple[int, int]:
     """(ZeRO stage, ranks that share a shard)."""
     c, stages = run.config, {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
-    if c.get("zero_or_fsdp") not in stages:
-        defaults.append("zero_or_fsdp = zero1")
-    zero = stages.get(str(c.get("zero_or_fsdp")), 1)
+    said = c.get("zero_or_fsdp")
+    if said not in stages:
+        other = "" if said is None else f", as {said!r} is not known here"
+        defaults.append(f"zero_or_fsdp = zero1{other}")
+    zero = stages.get(str(said), 1)
     if c.get("fsdp_strategy") == "SHARD_GRAD_OP":
         zero = 2
     shard = ranks if zero else 1

@@ -37,13 +37,17 @@ class Run:
     hardware: dict[str, Any]
     config: dict[str, Any]
     notes: str
-    oom: bool
+    outcome: str  # "", "ok" or "oom"
     step_time_s: float | None
     mfu: float | None
     again: float | None
     flop_per_s: float | None
     flop_factor: float
     peak_bytes: float | None
+
+    @property
+    def oom(self) -> bool:
+        return self.outcome == "oom"
 
     @property
     def is_moe(self) -> bool:
@@ -89,7 +93,7 @@ def _run(raw: dict[str, Any], name: str) -> Run:
         source=str(source.get("title", "") if isinstance(source, dict) else source),
         framework=str(raw.get("framework") or ""), model=model, hardware=hardware, config=config,
         notes=f"{raw.get('notes') or ''}; {source.get('table', '') if source else ''}",
-        oom=raw.get("outcome") == "oom",
+        outcome=str(raw.get("outcome") or ""),
         step_time_s=_seconds(numbers, config, model, gpus),
         mfu=mfu / 100 if mfu else None,
         again=_again(numbers),
@@ -121,7 +125,7 @@ def _seconds(
     measured: Numbers, config: dict[str, Any], model: dict[str, Any], gpus: float | None
 ) -> float | None:
     """The step's seconds, or what tokens/s a GPU come to."""
-    if measured.get("step_time_s"):
+    if measured.get("step_time_s") is not None:
         return measured["step_time_s"]
     rate, batch = measured.get("tokens_per_s_per_gpu"), config.get("global_batch_sequences")
     length = _number(model.get("seq_len"))

@@ -11,6 +11,7 @@ from planner.validation.rows import Run
 from planner.validation.running import LeftOut, Outcome, predict_runs
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
+OUTCOMES = ("", "ok", "oom")
 _COUNTS = {
     "model": ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn_hidden", "vocab",
               "seq_len"),
@@ -53,6 +54,8 @@ def _reasons(run: Run) -> Iterator[str]:
     precision = run.config.get("precision")
     if precision is not None and precision not in PRECISIONS:
         yield f"config.precision {precision!r} is not known: {' '.join(PRECISIONS)}"
+    if run.outcome not in OUTCOMES:
+        yield f"outcome {run.outcome!r} is not known: oom, or nothing of a run that fitted"
     for words, value in (
         ("peak memory", run.peak_bytes), ("FLOP/s", run.flop_per_s), ("MFU", run.mfu),
         ("time", run.step_time_s),
