@@ -2,7 +2,8 @@
 
 A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S is a micro-batch
 through the whole chain and l through the quickest layer. For rank r waits for the r layers before
-it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S.
+it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S. Where
+backward is split, weight gradients may run while that last one goes back: l is the forward alone.
 And some rank has ceil(L / p) of the L layers.
 Rank r holds the
 activations of p - r micro-batches at once, so the ranks' memory bounds what a micro-batch keeps:
@@ -20,12 +21,14 @@ from numpy.typing import NDArray
 
 from cost_models.collectives import explain
 from cost_models.decisions import Decisions
+from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, held
 from cost_models.step import Assignments, Costs
 from planner.mesh import Mesh, divisors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
@@ -35,13 +38,14 @@ Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how un
 class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
-    step_s: all of it; quickest_s: the quickest layer. kept: bytes by level (none, selective,
+    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes by level (none, selective,
     full); again_s: what recomputing every layer adds, selective and full. relief_s_per_byte: the
     least time that recomputation takes for a byte it frees, of any layer and level.
     """
 
     step_s: Floats
     quickest_s: Floats
+    forward_s: Floats
     kept: tuple[Floats, Floats, Floats]
     again_s: tuple[Floats, Floats]
     relief_s_per_byte: Floats
@@ -53,6 +57,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
     layers = {costs.kind_of[i] for i in costs.chain.layers}
     zero = np.zeros(len(costs.points))
     step, quickest = zero, np.full(len(costs.points), np.inf)
+    ahead = np.full(len(costs.points), np.inf)
     kept, again = [zero, zero, zero], [zero, zero]
     relief = np.full(len(costs.points), np.inf)
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
@@ -70,6 +75,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
                 c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
                 for c in found
             )
+            ahead = np.minimum(ahead, whole)
             none = alone.kept_bytes[0]
             for spent, less in ((alone.light_s, 1), (whole, 2)):
                 freed = np.maximum(none - alone.kept_bytes[less], 1e-9)
@@ -78,7 +84,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
         level = (0, 1, 2) if k in layers else (0, 0, 0)
         kept = [a + counts[k] * alone.kept_bytes[n] for a, n in zip(kept, level)]
     return Through(
-        step_s=step, quickest_s=quickest, kept=(kept[0], kept[1], kept[2]),
+        step_s=step, quickest_s=quickest, forward_s=ahead, kept=(kept[0], kept[1], kept[2]),
         again_s=(again[0], again[1]), relief_s_per_byte=relief,
     )  # fmt: skip
 
@@ -101,12 +107,12 @@ def mesh_bounds_ps(
     assign: Assign,
     *,
     most_virtual: int = 8,
-    folded: bool = False,
+    schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved"),
     elsewhere: bool = False,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
-    folded: a schedule is pinned whose stages lie in a V. elsewhere: what needs memory here is not
+    schedules: any of them may run. elsewhere: what needs memory here is not
     on the GPU, so memory forces nothing.
     """
     point = {p: i for i, p in enumerate(costs.points)}
@@ -116,6 +122,7 @@ def mesh_bounds_ps(
         groups.setdefault(key, []).append(i)
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
     layers = len(costs.chain.layers)
+    kinds = {(name in SPLIT_BACKWARD, name in V_SHAPED) for name in (*schedules, "1f1b")}
     tails = _States(costs)
     for (tp, split, kind, ep, etp), members in groups.items():
         d = replace(
@@ -129,16 +136,23 @@ def mesh_bounds_ps(
         step, quickest = through.step_s[at], through.quickest_s[at]
         fullest = -(-layers // pp)  # layers of the rank that has the most
         tail = np.array([tails.least_s(row, laid, s) for row, s in zip(rows, step)])
-        room, most = _room(pp, m, folded)
         state = np.array([tails.surely(r, laid) for r in rows])
         gpu_bytes = costs.cluster.device.memory_bytes
-        over = through.kept[0][at] + np.maximum(
-            state - pp * gpu_bytes, state / most - room * gpu_bytes
-        )
-        forced = np.maximum(over, 0.0) * through.relief_s_per_byte[at] * (not elsewhere)
-        bounds[members] = tail + np.maximum(
-            m * (step + forced) / pp + quickest * (pp - 1) / 2, m * fullest * quickest
-        )
+        through_all = np.full(len(rows), np.inf)
+        for split, folded in kinds:
+            room, most = _room(pp, m, folded)
+            over = through.kept[0][at] + np.maximum(
+                state - pp * gpu_bytes, state / most - room * gpu_bytes
+            )
+            over = np.maximum(over, 0.0) * (not elsewhere)
+            if split:  # nothing is recomputed: what does not fit cannot run
+                least = m * step / pp + through.forward_s[at] * (pp - 1) / 2
+                least = np.where((over > ROUNDING_BYTES) | (pp == 1), np.inf, least)
+            else:
+                forced = over * through.relief_s_per_byte[at]
+                least = m * (step + forced) / pp + quickest * (pp - 1) / 2
+            through_all = np.minimum(through_all, least)
+        bounds[members] = tail + np.maximum(through_all, m * fullest * quickest)
         state = np.array([tails.state(r, laid) for r in rows])
         again, beyond = _again_s(costs, through, at, pp, m, state)
         guess = np.full(len(rows), np.inf)

@@ -40,7 +40,7 @@ AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
-SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe")
+SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbh1", "zbv", "dualpipev")
 
 
 def axes_used(mesh: Mesh | Decisions) -> int:
@@ -235,12 +235,20 @@ class Searcher:
         tiers = [t.name for t in self.costs.cluster.tiers]
         return ((), (("optimizer", "cpu"),)) if "cpu" in tiers else ((),)
 
+    @functools.cached_property
+    def _schedules(self) -> tuple[str, ...]:
+        """The schedules that are searched: of the engine's those that it runs compiled, if it
+        compiles."""
+        if self.pins.schedule is not None:
+            return (self.pins.schedule,)
+        engine = self.costs.engine
+        runs = engine.compiled_schedules if engine.fused else engine.schedules
+        return tuple(name for name in SEARCHED_SCHEDULES if name in runs)
+
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """The same state under every schedule and number of virtual stages."""
         layers = len(self.costs.chain.layers)
-        names = SEARCHED_SCHEDULES if self.pins.schedule is None else (self.pins.schedule,)
-        if d.pp == 1:
-            names = (self.pins.schedule or "1f1b",)
+        names = self._schedules if d.pp > 1 else (self.pins.schedule or "1f1b",)
         for name in names:
             if name == "interleaved":
                 most = min(MOST_VIRTUAL_STAGES, layers // d.pp)
@@ -289,7 +297,7 @@ class Searcher:
             return out
         bounds = mesh_bounds_ps(
             costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
-            folded=self.pins.schedule in ("zbv", "dualpipev"),
+            schedules=self._schedules,
             elsewhere=bool({"params", "activations"} & dict(self.pins.offload or ()).keys()),
         )  # fmt: skip
         lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]

@@ -14,7 +14,7 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.hardware import load_hardware
 from cost_models.schedule import schedule_illegal
-from cost_models.stage_problem import evaluate, in_flight
+from cost_models.stage_problem import LEVELS, evaluate, in_flight
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh, meshes
@@ -119,7 +119,7 @@ def held_ways(mesh, cluster):
 def schedules(mesh, layers):
     yield "1f1b", 1
     if mesh.pp > 1:
-        yield "gpipe", 1
+        yield from (("gpipe", 1), ("zbh1", 1), ("zbv", 2), ("dualpipev", 2))
         for v in range(2, 9):
             yield "interleaved", v
 
@@ -139,6 +139,8 @@ def best_of_problem(problem):
     found = []
     for stages in cuts(problem.layers, problem.count):
         for recompute in itertools.product(*map(pairs, stages)):
+            if problem.levels == ("none",) and any(map(any, recompute)):
+                continue
             step, _, fits = evaluate(problem, stages, recompute)
             if fits:
                 found.append(step)
@@ -160,7 +162,7 @@ def every_mesh(costs, searcher, space, layers, **pins):
                 pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
                 zero=zero, shard=shard, reshard=reshard, micro_batch=mesh.micro_batch,
                 microbatches=mesh.microbatches, sequence_parallel=mesh.sequence_parallel,
-                cp_kind=mesh.cp_kind, offload=offload,
+                cp_kind=mesh.cp_kind, offload=offload, compile=costs.engine.fused,
             )  # fmt: skip
             mine = ("zero", "shard", "reshard", "offload")
             if any(getattr(d, key) != pins.get(key, getattr(d, key)) for key in mine):
@@ -170,12 +172,15 @@ def every_mesh(costs, searcher, space, layers, **pins):
                     continue
                 if mesh.pp * v > layers:
                     continue
-                if name not in costs.engine.compiled_schedules:
+                compiled = costs.engine.fused
+                runs = costs.engine.compiled_schedules if compiled else costs.engine.schedules
+                if name not in runs:
                     continue
                 if schedule_illegal(name, mesh.pp, mesh.microbatches, v) is not None:
                     continue
                 made = costs.step(replace(d, schedule=name, virtual_stages=v), laid)
-                objectives.append(best_of_problem(stage_problem(costs, made)))
+                levels = ("none",) if name in ("zbh1", "zbv", "dualpipev") else LEVELS
+                objectives.append(best_of_problem(stage_problem(costs, made, levels=levels)))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found
 
@@ -210,6 +215,12 @@ CASES = {
                     {"global_batch": 8, "seq_len": 2048}),
     "groups": ("llama", {"size": "8b", "n_layers": 2}, WIDE, "small8", 14_000,
                {"global_batch": 8, "seq_len": 2048}),
+    "eager": ("llama", {"n_layers": 4}, LLAMA, "h100x4", None,
+              {"global_batch": 8, "engine": "native"}),
+    "eager, slow": ("llama", {"size": "8b", "n_layers": 4}, WIDE, "slow", 30_000,
+                    {"global_batch": 8, "seq_len": 4096, "engine": "native"}),
+    "eager, tight": ("llama", {"size": "8b", "n_layers": 4}, WIDE, "slow", 18_000,
+                     {"global_batch": 8, "seq_len": 2048, "engine": "native"}),
     "moe, two": ("moe", {}, MOE, "h100x2", None, {"global_batch": 4}),
     "moe, four": ("moe", {}, MOE, "h100x4", None, {"global_batch": 4}),
     "moe, tight": ("moe", {"size": "8b-a1b", "n_layers": 2}, BIG_MOE, "small", 6000,
@@ -274,7 +285,9 @@ def test_search_equals_enumeration(case):
 
 def test_bounds_hold_for_every_mesh(case):
     costs, searcher, space, least = case
-    bounds = mesh_bounds_ps(costs, space, searcher.assign).lower_ps
+    bounds = mesh_bounds_ps(
+        costs, space, searcher.assign, schedules=searcher._schedules
+    ).lower_ps
     broken = [
         (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)
         if least[mesh] is not None and low > least[mesh]
@@ -293,6 +306,7 @@ PINNED = [
     ("groups", {"shard": 2}), ("groups", {"pp": 2, "dp": 4}), ("moe, four", {"ep": 4}),
     ("moe, four", {"ep": 2, "etp": 2}), ("moe, four", {"pp": 2, "ep": 2}),
     ("moe, tight", {"ep": 1}), ("moe, least", {"cp": 1}),
+    *(("eager, slow", {"pp": 2, "schedule": s}) for s in ("zbh1", "zbv", "dualpipev")),
 ]  # fmt: skip
 
 
