@@ -54,7 +54,8 @@ class Engine:
     fills_stages: where layers do not divide, the first stages get the most that any has; False:
     embedding and head count as layers. Of layouts that nobody chose: a plan's are searched.
     pp_zero: ZeRO stages that go with a pipeline. precisions: formats it computes in.
-    kernel_host_s, layer_host_s, moe_layer_host_s, step_host_s: host time of each, per
+    kernel_host_s, layer_host_s, moe_layer_host_s, expert_host_s (of each local
+    expert), step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
     narrow_host_ratio: what formats of 8 bits and less multiply moe_layer_host_s by: more kernels.
     host_blocks: the host waits for each kernel (CUDA_LAUNCH_BLOCKING), so its time is added.
@@ -101,6 +102,7 @@ class Engine:
     kernel_host_s: float
     layer_host_s: float
     moe_layer_host_s: float
+    expert_host_s: float
     narrow_host_ratio: float
     step_host_s: float
     host_blocks: bool

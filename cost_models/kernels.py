@@ -34,7 +34,8 @@ class Heavy(NamedTuple):
 def compute_dtype(node: Node, unit: Unit, work: Work) -> str:
     """The format a kernel computes in: the values', or the training format for layers' matmuls."""
     base = DTYPE_NAMES.get(unit.values[node.inputs[0]].dtype, "fp32")
-    narrow = work.precision in CAST_BYTES and work.is_layer and base == "bf16"
+    layer = work.is_layer or any(n.op == "attention" for n in unit.nodes)  # of further tokens too
+    narrow = work.precision in CAST_BYTES and layer and base == "bf16"
     return work.precision if narrow and node.op in ("linear", "grouped_matmul") else base
 
 

@@ -73,8 +73,10 @@ def _by_factor(node: Node, ins: tuple[Tensor, ...], factor: str, ways: int) -> O
         outs.append(at if at >= 0 else PARTIAL)
     if node.op == "cross_entropy" and factor == "v":
         outs[0] = WHOLE  # its own small all-reduces are in its cost
-    grads = tuple(at if at >= 0 else PARTIAL for at in places)
-    return Option(tuple(places), tuple(outs), grads)
+    grads = [at if at >= 0 else PARTIAL for at in places]
+    if node.op == "linear" and outs == [PARTIAL]:
+        grads[2:] = [WHOLE] * len(grads[2:])  # a bias is added once: to one rank's part of the sum
+    return Option(tuple(places), tuple(outs), tuple(grads))
 
 
 def _token_local(node: Node, ins: tuple[Tensor, ...]) -> Option:

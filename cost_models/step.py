@@ -142,7 +142,7 @@ class Costs:
             return self._units[key]
 
         alone = once(unit_cost, axes)
-        experts = once(expert_cost, replace(axes, ep=d.ep, etp=d.etp))
+        experts = once(expert_cost, replace(axes, ep=d.ep, etp=d.etp), alone)
         context = once(context_cost, replace(axes, cp_kind=d.cp_kind), alone)
         return tuple(cost for cost in (alone, experts, context) if cost is not None)
 

@@ -211,7 +211,9 @@ def _whole_sizes(node: Node, unit: Unit, work: Work) -> tuple[Any, ...]:
     return tuple(work.sizes(unit.values[r], WHOLE, work.cp) for r in node.inputs)
 
 
-def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | None:
+def expert_cost(
+    unit: Unit, assignment: Assignment, work: Work, alone: UnitCost
+) -> UnitCost | None:
     """What a unit's grouped matmuls and expert traffic add, at `work.axes` ep and etp; None where
     there are none. Memory is counted with the unit, as if every rank had the mean number of rows:
     here is what the busiest rank has beyond that."""
@@ -229,8 +231,11 @@ def expert_cost(unit: Unit, assignment: Assignment, work: Work) -> UnitCost | No
         _kept(unit, names, assignment, produced(unit, assignment), work) * (work.skew - 1)
         for names in _dispatched(unit, work)
     )
+    host_f, host_b = _host(unit, alone.kernels, alone.forward_s, alone.backward_s, work)
     return replace(
         _nothing(work), forward_s=sums[0] * work.skew, backward_s=sums[1] * work.skew,
+        host_forward_s=host_f - alone.host_forward_s,
+        host_backward_s=host_b - alone.host_backward_s,
         weight_s=sums[2] * work.skew, traffic=traffic, flop=(sums[3], sums[4]), kernels=kernels,
         kept_bytes=(none, some, work.zeros), working_bytes=(work.zeros, none - some, none),
     )  # fmt: skip
@@ -270,12 +275,16 @@ def _nothing(work: Work) -> UnitCost:
 def _host(
     unit: Unit, kernels: int, forward: Floats, backward: Floats, work: Work
 ) -> tuple[Floats, Floats]:
-    """What the host adds: a direction takes hypot(device, host), or both where it waits."""
+    """What the host adds: a direction takes hypot(device, host), or both where it waits. The device
+    is what runs beside experts: they are launched once their rows are counted."""
     engine = work.engine
-    routed = any(n.op == "grouped_matmul" for n in unit.nodes)
+    grouped = [n for n in unit.nodes if n.op == "grouped_matmul"]
+    experts = max((unit.values[n.inputs[1]].sizes(1, 1)[0] for n in grouped), default=0)
+    local = experts / (work.axes.ep or experts or 1)  # at least one, where ep is not counted yet
+    routed = engine.moe_layer_host_s + engine.expert_host_s * local
     narrow = engine.narrow_host_ratio if work.precision in CAST_BYTES else 1.0
     dense = engine.layer_host_s if work.is_layer else 0.0
-    layer = engine.moe_layer_host_s * narrow if routed else dense
+    layer = routed * narrow if grouped else dense
     ahead = kernels * engine.kernel_host_s + 0.35 * layer
     back = 2 * kernels * engine.kernel_host_s + 0.65 * layer
     if engine.host_blocks:

@@ -38,9 +38,10 @@ Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how un
 class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
-    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes by level (none, selective,
-    full); again_s: what recomputing every layer adds, selective and full. relief_s_per_byte: the
-    least time that recomputation takes for a byte it frees, of any layer and level.
+    step_s: all of it; quickest_s: the quickest layer; forward_s: the quickest forward of one.
+    kept: bytes by level (none, selective, full); again_s: what recomputing every layer adds,
+    selective and full. relief_s_per_byte: the least time that recomputation takes for a byte it
+    frees, of any layer and level.
     """
 
     step_s: Floats

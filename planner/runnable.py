@@ -40,12 +40,24 @@ class Axes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphRule:
-    """Decisions that a model may not allow: the pins it is about, when, and why (None: fine)."""
+    """Decisions that a model may not allow: the pins it is about, when, and why (None: fine).
+
+    compiled: it holds for compiled units alone.
+    """
 
     keys: tuple[str, ...]
     applies: Callable[[Axes], bool]
     reason: Callable[[Graph], str | None]
     fix: str
+    compiled: bool = False
+
+
+def _draws(graph: Graph) -> str | None:
+    drawn = any(
+        n.op == "dropout" or (n.op == "attention" and n.attr("dropout"))
+        for u in (*graph.units, graph.root) for n in u.nodes
+    )
+    return "torch compiles no dropout whose draws tp ranks share or split" if drawn else None
 
 
 def _without_dropout(graph: Graph) -> str | None:
@@ -83,26 +95,38 @@ RULES: tuple[GraphRule, ...] = (
         reason=_without_dropout,
         fix="cp_kind=ulysses, cp=1, or a model without dropout in attention",
     ),
+    GraphRule(
+        keys=("tp",),
+        applies=lambda a: a.tp > 1,
+        reason=_draws,
+        fix="tp=1, compile=off, or a model without dropout",
+        compiled=True,
+    ),
 )
 
 NATIVE = ("native", "native-compiled")  # engines that are `planner.parallelize`
 
 
-def refusals(graph: Graph, workload: Workload) -> tuple[tuple[GraphRule, str], ...]:
-    """The rules that this model meets, each with its reason; none for other engines."""
+def refusals(
+    graph: Graph, workload: Workload, compiled: bool
+) -> tuple[tuple[GraphRule, str], ...]:
+    """The rules that this model meets, each with its reason; none for other engines. compiled:
+    whether its units are."""
     if workload.engine not in NATIVE:
         return ()
-    found = ((rule, rule.reason(graph)) for rule in RULES)
+    found = ((rule, rule.reason(graph)) for rule in RULES if compiled or not rule.compiled)
     return tuple((rule, reason) for rule, reason in found if reason)
 
 
-def whole_recomputation_fault(graph: Graph, workload: Workload, tp: int) -> str | None:
+def whole_recomputation_fault(
+    graph: Graph, workload: Workload, tp: int, compiled: bool
+) -> str | None:
     """Why no unit may be computed again whole beside this tp; None: it may.
 
     torch 2.13 repeats a compiled routed unit on all tokens, not on a tp rank's own (pytorch issue
     166926); the runtime runs it eager then, which is not what a compiled plan costs.
     """
-    if tp == 1 or workload.engine != "native-compiled":
+    if tp == 1 or not compiled or workload.engine not in NATIVE:
         return None
     routed = any(n.op == "grouped_matmul" for u in graph.units for n in u.nodes)
     return "compiled experts under tp cannot be computed again whole" if routed else None

@@ -209,15 +209,19 @@ class Searcher:
     def runs(self, mesh: Mesh | Decisions) -> bool:
         """Whether the engine can run the model so, where the engine is our own runtime."""
         recompute = self.pins.recompute
-        if recompute is not None and any(recompute.full) and whole_recomputation_fault(
-            self.costs.graph, self.costs.workload, mesh.tp
-        ):
+        if recompute is not None and any(recompute.full) and self._never_whole(mesh.tp):
             return False
         return not any(rule.applies(mesh) for rule, _ in self._refused)
 
     @functools.cached_property
     def _refused(self) -> tuple[tuple[GraphRule, str], ...]:
-        return refusals(self.costs.graph, self.costs.workload)
+        costs = self.costs
+        return refusals(costs.graph, costs.workload, costs.engine.fused)
+
+    def _never_whole(self, tp: int) -> bool:
+        costs = self.costs
+        fault = whole_recomputation_fault(costs.graph, costs.workload, tp, costs.engine.fused)
+        return fault is not None
 
     def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:
         ranks = mesh.dp * mesh.cp
@@ -278,7 +282,7 @@ class Searcher:
         levels: tuple[str, ...] = ("none", "selective", "full")
         if d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload):
             levels = ("none",)
-        elif whole_recomputation_fault(self.costs.graph, self.costs.workload, d.tp):
+        elif self._never_whole(d.tp):
             levels = ("none", "selective")
         return stage_problem(
             self.costs, self.costs.rescheduled(step, d), fixed_stages=pins.stages,

@@ -215,12 +215,13 @@ def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins)
                 f"--fix {key}={degree}: it does not divide the {what} ({sizes or 'none'})"
             )
     _check_places(graph, pins)
-    check_runnable(refusals(graph, workload), pins)
-    again = whole_recomputation_fault(graph, workload, pins.tp or 1)
+    compiled = load_engine(workload.engine).fused and pins.compile is not False
+    check_runnable(refusals(graph, workload, compiled), pins)
+    again = whole_recomputation_fault(graph, workload, pins.tp or 1, compiled)
     if again and pins.recompute is not None and any(pins.recompute.full):
         raise UsageError(
             f"--fix {pins.said('tp')} and --fix {pins.said('recompute')} cannot be run of this"
-            " model", why=again, hints=("recompute=selective", "tp=1", "--engine native"),
+            " model", why=again, hints=("recompute=selective", "tp=1", "compile=off"),
         )  # fmt: skip
 
 

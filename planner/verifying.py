@@ -197,7 +197,7 @@ def _levels(plan: Plan) -> str:
 
 def _offloaded(plan: Plan) -> str:
     d = plan.decisions
-    compiled = ", compiled (aot_eager)" if d.compile else ", eager"
+    compiled = ", compiled" if d.compile else ", eager"
     return compiled + "".join(f", {what} on {tier}" for what, tier in d.offload)
 
 

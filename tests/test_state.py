@@ -9,6 +9,7 @@ from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
+from cost_models.layout import PARTIAL, options
 from cost_models.state import Held, held, ranks_of, state_of, update_bytes
 from cost_models.step import replicated
 from cost_models.words import sharding_of
@@ -252,3 +253,21 @@ def test_expert_state_never_rises_with_shard(zero, ep, shard, experts):
 def test_an_update_reads_and_writes_its_moments(optimizer, moments):
     """30 bytes of AdamW: 16 of them are its two fp32 moments, read and written."""
     assert update_bytes(optimizer, 30.0) == 14 + 2 * moments
+
+
+def test_a_bias_behind_a_sum_is_whole_on_every_rank():
+    """Row parallel, y = sum_ranks(x_r W_r) + b: one rank adds b, and its gradient, a sum over
+    tokens, is of the whole dL/dy, which every rank has. A norm under sequence parallelism meets a
+    rank's own tokens alone: its gradient is summed."""
+    searcher = Searcher(costs=costs_of(graph_of("gpt", size="1.3b", n_layers=2), "h100x4"))
+    (unit, laid) = next(
+        (unit, a) for (unit, layer), a in searcher.assign(4, True).items() if layer
+    )
+    rows = {
+        n.inputs[2] for n, o in zip(unit.nodes, laid.chosen)
+        if n.op == "linear" and len(n.inputs) == 3 and o.outs == (PARTIAL,)
+    }
+    assert rows and not rows & {h.name for h in held(unit, laid, 1, 1) if h.summed}
+    norm = next(n for n in unit.nodes if n.op == "layer_norm")
+    (split,) = (o for o in options(unit, 4)[norm.name] if o.ins[0] == 1)
+    assert split.grads[1:] == (PARTIAL, PARTIAL)

@@ -407,3 +407,26 @@ def test_errors_keep_their_kind():
     assert isinstance(told, GateError) and told.what == "rank 3: x is not y"
     told = explained(RankFailure(0, "", UsageError("no")))
     assert type(told) is PlanError
+
+
+def test_a_twin_keeps_the_placements_of_a_model_that_drops_values(plan):
+    """The twin runs without dropout; its units are the plan's, with it."""
+    from planner.plan import load
+    from planner.runtime.verify.twin import make_twins
+
+    gpt = str(Path(__file__).parents[1] / "examples" / "gpt.py")
+    args = {"size": "tiny", "dropout": "0.1"}
+    said = [word for key, value in args.items() for word in ("--arg", f"{key}={value}")]
+    code, _, err = plan(
+        "trace", gpt, *said, "--hardware", "h100x2", "--seq-len", 32, "--global-batch", 8,
+        "--fix", "tp=2", "--fix", "compile=off", "--fix", "place:layers.*.mlp.c_fc.weight=S(0)",
+        "-o", "dropout.json",
+    )  # fmt: skip
+    assert code == 0, err
+    (twin,) = make_twins(load("dropout.json"), gpt, args, {}, 32)
+    assert twin.notes == ()
+    placed = {w for s in twin.plan.sharding_by_unit.values() for w in s.parameters}
+    assert ("mlp.c_fc.weight", "S(0)") in placed
+    code, _, err = plan("trace", gpt, *said, "--hardware", "h100x2", "--seq-len", 32,
+                        "--global-batch", 8, "--fix", "tp=2", "--fix", "compile=on")  # fmt: skip
+    assert code == 64 and "dropout" in err

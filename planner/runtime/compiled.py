@@ -25,6 +25,7 @@ from planner.runtime.site import Site
 
 Forward = Callable[..., Any]
 Backend = str | Callable[..., Any]
+MOST_WORDS = 120  # characters of a compiler's reason: some print all that they know
 SETTINGS = {
     "recompile_limit": 64,  # torch stops at 8, counting all classes and sizes that share a wrapper
     # a mode that a unit's forward enters, under a checkpoint, is a side effect to the compiler;
@@ -101,7 +102,8 @@ def compiled(forward: Forward, site: Site, context: Context, backend: Backend) -
 
 def _reason(fault: Exception) -> str:
     lines = [line for line in str(fault).splitlines() if line.strip()]
-    return f"{type(fault).__name__}: {lines[0].strip()}" if lines else type(fault).__name__
+    name = type(fault).__name__
+    return f"{name}: {lines[0].strip()[:MOST_WORDS]}" if lines else name
 
 
 def arrived(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.runtime.meshes import Meshes
 
@@ -41,7 +42,8 @@ def in_step(meshes: Meshes) -> None:
 def drawn_seed(samples: int, shard: int) -> int:
     """A seed for one call. samples: the data rank; shard: 0 for a replicated value, else the
     shard's number from 1 on."""
-    seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
+    with unset_fake_temporarily():  # the check at full size runs on fake tensors
+        seed = int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu"))
     return (seed ^ (_MIX[0] * samples) ^ (_MIX[1] * shard)) & (2**63 - 1)
 
 

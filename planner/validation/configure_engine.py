@@ -6,6 +6,7 @@ import re
 
 from cost_models.engines import Engine, load_engine
 from cost_models.hardware import Cluster
+from planner.validation.recipes import recipe_switches
 from planner.validation.rows import Run
 
 _ENGINES = (  # words of the framework -> the engine class
@@ -67,8 +68,16 @@ def switches_of(
     older = 0 < _release(notes) < 26.06 or run.model.get("hybrid")
     static = engine.name == "megatron" and cluster.device.family == "blackwell" and run.is_moe
     if static and not older and not natural(run) and "graphs" not in found:
-        found = ("graphs", *found)
+        found = ("graphs", *recipe_switches(run, _release(notes)), *found)
         defaults.append("CUDA graphs: NVIDIA's recipes of 2026 on Blackwell, not for hybrids")
+    elif static and not natural(run) and "padded" not in found:
+        more = recipe_switches(run, _release(notes))
+        found = (*(x for x in more if x not in found), *found)
+        if more:
+            defaults.append("CUDA graphs of part of a layer: NVIDIA's recipes of that release")
+    if engine.name == "megatron" and "padded" in found and "plain_dispatch" not in found:
+        found = (*found, "plain_dispatch")
+        defaults.append("token drop: all-to-all dispatcher, as NVIDIA's recipes of 25.09 have it")
     return found
 
 

@@ -152,14 +152,22 @@ def capture_twin(recipe: Recipe, precision: str) -> Graph:
         source = hf.source(raw, name="twin", args={}, key="", where=recipe.spec)
     else:
         source = load(recipe.spec, dict(recipe.args))
-    without_dropout(source.model)
-    graph = capture_graph(source, precision=precision)
-    if any(n.op == "dropout" for unit in graph.units for n in unit.nodes):
-        raise PlanError(
-            "the twin drops values at random, and its dropout cannot be switched off",
-            hints=("--twin dropout=0, whatever the factory calls it",),
-        )
+    graph = capture_graph(source, precision=precision)  # as the plan's: with its dropout
+    if _drops(graph):
+        without_dropout(source.model)
+        if _drops(capture_graph(source, precision=precision)):
+            raise PlanError(
+                "the twin drops values at random, and its dropout cannot be switched off",
+                hints=("--twin dropout=0, whatever the factory calls it",),
+            )
     return parse_graph(format_graph(_in_fp32(graph)))
+
+
+def _drops(graph: Graph) -> bool:
+    return any(
+        n.op == "dropout" or (n.op == "attention" and n.attr("dropout"))
+        for unit in graph.units for n in unit.nodes
+    )  # fmt: skip
 
 
 def _in_fp32(graph: Graph) -> Graph:
@@ -204,7 +212,7 @@ def _fitted(
         for degree, sizes in ((d.ep, facts.experts), (d.etp, facts.expert_features)):
             if any(n % degree for n in sizes):
                 return f"experts of the twin do not divide by {degree}"
-        for rule, reason in refusals(graph, workload):
+        for rule, reason in refusals(graph, workload, d.compile):
             if rule.applies(d):
                 return reason
         return _misplaced(graph, words, d)
