@@ -28,6 +28,7 @@ _NEEDED = {
     "custom_all_reduce": ("num_gpus", "bytes"),
     "deepep": ("num_gpus", "tokens", "hidden", "topk"),
 }
+_ABOVE = ("head_dim", "moe_tp", "moe_ep")  # where a row has them: no kernel has none
 # Kernel families, by what a kernel's name and dtype contain; the first that fits is taken.
 GEMM_FAMILIES = (
     ("int4", "int4_weight"), ("w4a16", "int4_weight"), ("int8_wo", "int8_weight"),
@@ -147,9 +148,13 @@ def lacks(row: OpRow) -> str:
     name = row.op if row.op in _NEEDED else row.op.split("_")[0]
     if name not in _NEEDED:
         return f"unknown op {row.op!r}"
-    missing = [key for key in _NEEDED[name] if row.number(key) <= 0]
+    missing = [key for key in _NEEDED[name] if key not in row.numbers]
     if missing:
         return f"no {', '.join(missing)}"
+    above = (*_NEEDED[name], *(key for key in _ABOVE if key in row.numbers))
+    none = [key for key in above if row.number(key) <= 0]
+    if none:
+        return f"{none[0]} is {row.number(none[0]):g}"
     if "num_gpus" in _NEEDED[name] and row.number("num_gpus") < 2:
         return "one GPU exchanges nothing"
     if name == "nccl" and row.op.removeprefix("nccl_") not in (

@@ -175,7 +175,8 @@ def test_a_broken_line_is_named(plan, tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     code, out, err = plan("validate", "--runs", path)
     assert (code, out) == (1, "")
-    assert "line 3" in err and "expected one JSON object a line" in err
+    assert "line 3 is no run: " in err and "expected one JSON object a line" in err
+    assert "Error" not in err  # words, not Python's
 
 
 def test_a_file_that_is_not_there_or_is_no_text(plan, tmp_path):
@@ -383,6 +384,7 @@ def test_every_kernel_that_is_left_out_says_why(plan, tmp_path):
         (f"{gemm},bfloat16,1e30,64,64,,,,,,,,9", "M is 1e30"),
         (f"{gemm},bfloat16,many,64,64,,,,,,,,9", "M is 'many', no number"),
         (f"{gemm},bfloat16,,64,64,,,,,,,,9", "no M"),
+        (f"{gemm},bfloat16,0,64,64,,,,,,,,9", "M is 0"),
         (f"{gemm},bfloat16,8,64,64,,,,,,,,-9", "latency_us is -9"),
         (f"{gemm},bfloat16,8,64,64,,,,,,,,inf", "latency_us is inf"),
         (f"{gemm},bfloat16,8,64,64", "more or fewer than the header's"),
@@ -396,10 +398,10 @@ def test_every_kernel_that_is_left_out_says_why(plan, tmp_path):
     path.write_text("\n".join(text) + "\n")
     code, out, _ = plan("validate", "--ops", path, "--json")
     found = json.loads(out)
-    assert (code, found["rows"], found["used"]) == (0, 14, 1)
+    assert (code, found["rows"], found["used"]) == (0, 15, 1)
     for (row_, words), skipped in zip(rows, found["skipped"], strict=True):
         assert words in skipped["reason"], (row_, skipped)
-    assert [s["id"] for s in found["skipped"]] == [f"line {n}" for n in range(4, 17)]
+    assert [s["id"] for s in found["skipped"]] == [f"line {n}" for n in range(4, 18)]
     assert found["mapped"] == [{"said": "dtype fp16 of gemm", "costed_as": "bfloat16"}]
     keys = {"rows", "used", "skipped", "classes", "memory", "predictions"}
     assert keys <= set(found) and set(found["skipped"][0]) == {"id", "reason"}
@@ -436,13 +438,13 @@ def test_runs_whose_numbers_cannot_be_are_left_out_in_order(plan, tmp_path):
         ("width", {"model__hidden": -256}, "model.hidden is -256"),
         ("half", {"model__layers": 2.5}, "model.layers is 2.5"),
         ("long", {"model__seq_len": 10**12}, "model.seq_len is 1000000000000"),
-        ("truth", {"config__tp": True}, "config.tp is True"),
+        ("truth", {"config__tp": True}, "config.tp is true"),
         ("batch", {"config__global_batch_sequences": -4}, "global_batch_sequences is -4"),
         ("micro", {"config__micro_batch": -1}, "config.micro_batch is -1"),
         ("gpus", {"hardware__num_gpus": -8}, "hardware.num_gpus is -8"),
-        ("peak", {"measured__peak_memory_gb": -3}, "peak memory"),
-        ("words", {"measured__peak_memory_gb": "much"}, "peak memory, nan"),
-        ("rate", {"measured": {"tokens_per_s_per_gpu": -5}}, "its measured time"),
+        ("peak", {"measured__peak_memory_gb": -3}, "measured.peak_memory_gb is -3, expected"),
+        ("words", {"measured__peak_memory_gb": "much"}, "measured.peak_memory_gb is 'much'"),
+        ("rate", {"measured": {"tokens_per_s_per_gpu": -5}}, "tokens_per_s_per_gpu is -5"),
     )
     rows = [raw_run(name, **changes) for name, changes, _ in bad]
     path = written(tmp_path / "runs.yaml", raw_run("first"), *rows, raw_run("last"))

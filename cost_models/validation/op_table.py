@@ -136,10 +136,11 @@ def _costable(row: OpRow) -> tuple[OpRow, Said]:
     for few, many in (("kv_heads", "heads"), ("topk", "experts"), ("moe_ep", "experts")):
         if many in row.numbers and row.number(few) > row.number(many):
             raise _Skip(f"{few} {row.number(few):g} is more than {many} {row.number(many):g}")
-    if "moe_tp" in row.numbers and not row.number("moe_tp"):
-        raise _Skip("moe_tp is 0")
-    if "moe_ep" in row.numbers and not row.number("moe_ep"):
-        raise _Skip("moe_ep is 0")
+    for many, few in (("heads", "kv_heads"), ("experts", "moe_ep"), ("inter", "moe_tp")):
+        if {few, many} <= set(row.numbers) and row.number(many) % row.number(few):
+            raise _Skip(
+                f"{many} {row.number(many):g} is no multiple of {few} {row.number(few):g}"
+            )
     if "num_gpus" in row.numbers and row.op.split("_")[0] in ("nccl", "custom", "deepep"):
         _require_nodes(row)
     if row.op == "gemm":
@@ -147,7 +148,7 @@ def _costable(row: OpRow) -> tuple[OpRow, Said]:
     if row.op == "moe_fused_mlp":
         return _moe(row)
     if row.op.startswith(("attn", "mla")):
-        return row, _attention(row)
+        return row, _attention(row) + _head_dim(row)
     if row.dtype not in _BYTES:
         raise _unknown(row)
     if row.op.startswith("deepep") and row.dtype != "fp8->bf16":
@@ -206,6 +207,13 @@ def _attention(row: OpRow) -> Said:
         return []
     kept = "fp8" if cache == "fp8" else "bfloat16"
     return [_as(row, f"bfloat16/kv_{kept}")]
+
+
+def _head_dim(row: OpRow) -> Said:
+    """MLA's is DeepSeek-V3's; elsewhere a table has it, or the usual one is meant."""
+    if row.op.startswith("mla") or "head_dim" in row.numbers:
+        return []
+    return [(f"head_dim unsaid of {row.op}", "128")]
 
 
 def _as(row: OpRow, costed: str) -> tuple[str, str]:

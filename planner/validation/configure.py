@@ -42,7 +42,7 @@ class Case:
 
 def configure(run: Run) -> Case:
     """The case of a run. Raises Skipped with the reason."""
-    defaults: list[str] = []
+    defaults = list(run.unread)
     for name in ("model", "hardware", "config"):
         if not getattr(run, name):
             raise Skipped(f"{name} is not stated")
@@ -60,9 +60,23 @@ def configure(run: Run) -> Case:
         seq_len=args["seq_len"], precision=precision_of(run, defaults),
         expert_imbalance=NATURAL_IMBALANCE if natural(run) else 1.0,
     )  # fmt: skip
+    _require_rate(run, cluster, workload.precision)
     return Case(
         run=run, args=tuple((k, str(x)) for k, x in args.items() if x != ""), cluster=cluster,
         workload=workload, engine=engine, switches=switches_of(run, engine, cluster, defaults),
         decisions=d, recompute=recompute_of(run, defaults),
         defaults=tuple(dict.fromkeys(defaults)),
     )  # fmt: skip
+
+
+def _require_rate(run: Run, cluster: Cluster, precision: str) -> None:
+    """Raises Skipped where GPUs are said to compute faster than their datasheet (fp32 may be TF32,
+    at half of bf16)."""
+    if run.flop_per_s is None:
+        return
+    rate = run.flop_per_s / cluster.count
+    peak = max(cluster.device.peak(dtype) for dtype in ("bf16", precision))
+    if rate > peak:
+        raise Skipped(
+            f"measured.tflops_per_gpu is {rate / 1e12:g}, over the {peak / 1e12:g} of the device"
+        )

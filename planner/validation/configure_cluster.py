@@ -21,6 +21,8 @@ def cluster_of(run: Run, defaults: list[str]) -> Cluster:
         size = min(per_node, count)
         while count % size:
             size -= 1
+        if size < min(per_node, count):
+            defaults.append(f"gpus_per_node = {size}, as {per_node} does not divide {count} GPUs")
         cluster = replace(cluster, node_size=size, domain_size=size)
     rate = _network(str(hw.get("interconnect") or ""), per_node)
     if rate:

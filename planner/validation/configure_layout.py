@@ -46,7 +46,7 @@ def decisions_of(
 
 def _degrees(run: Run, args: Args, gpus: int, defaults: list[str]) -> _Degrees:
     def degree(name: str) -> int:
-        if run.config.get(name) is None and name != "ep":
+        if run.config.get(name) is None:
             defaults.append(f"{name} = 1")
         return int(run.config.get(name) or 1)
 
@@ -59,6 +59,8 @@ def _degrees(run: Run, args: Args, gpus: int, defaults: list[str]) -> _Degrees:
         raise Skipped(f"ep {ep} does not divide the {dp * cp * tp} ranks of a stage")
     if args.get("experts", ep) % ep:
         raise Skipped(f"ep {ep} does not divide {args['experts']} experts")
+    if run.config.get("dp") is not None and int(run.config["dp"]) != dp:
+        raise Skipped(f"dp {run.config['dp']} is not {gpus} GPUs / (tp {tp} x pp {pp} x cp {cp})")
     return _Degrees(tp=tp, pp=pp, cp=cp, ep=ep, dp=dp)
 
 
@@ -66,16 +68,23 @@ def _batch(
     run: Run, engine: Engine, at: _Degrees, defaults: list[str]
 ) -> tuple[Any, int]:
     """(sequences of a micro-batch, micro-batches) of a data rank; a fraction of a sequence where
-    the batch does not divide, so that all tokens are counted."""
-    batch, said = run.config.get("global_batch_sequences"), run.config.get("micro_batch")
+    the last micro-batch is smaller, so that all tokens are counted. Raises Skipped where data
+    ranks would have different numbers of sequences."""
+    batch, said = (int(run.config.get(k) or 0) for k in ("global_batch_sequences", "micro_batch"))
     if not batch:
         raise Skipped("config.global_batch_sequences is not stated")
+    if batch % at.dp:
+        raise Skipped(f"global_batch_sequences {batch} is no multiple of dp {at.dp}")
+    if said > batch // at.dp:
+        raise Skipped(f"micro_batch {said} is more than the {batch // at.dp} of a data rank")
     if not said:
         defaults.append("micro_batch = 1; torchtitan: a micro-batch for every stage")
     local = batch / at.dp
     micro = min(said or _micro(run, engine, at.pp, local), local)
     m = max(1, math.ceil(local / micro - 1e-9))
     micro = local / m
+    if said and micro != said:
+        defaults.append(f"micro_batch = {micro:.4g}, as {said} does not divide {local:g}")
     return (int(micro) if micro == int(micro) else micro), m
 
 
@@ -102,13 +111,17 @@ def _virtual(
 ) -> int:
     """Chunks a rank: as printed; where NVIDIA's tables print none, the most that come out even at
     two layers or more (their recipes interleave), else the most of 2 to 5."""
-    said = run.config.get("virtual_pp")
+    said, schedule = int(run.config.get("virtual_pp") or 0), str(run.config.get("schedule"))
     if pp == 1:
+        if said > 1:
+            defaults.append(f"virtual_pp = 1, not {said}: there is no pipeline")
         return 1
     if said:
-        v = int(said)
+        v = said
     elif engine.name != "megatron" or run.config.get("schedule"):
         v = 1
+        if "interleaved" in schedule:
+            defaults.append("virtual_pp = 1, though the schedule is interleaved")
     else:
         fits = [k for k in range(5, 1, -1) if pp * k <= layers + 2]
         even = [
@@ -120,7 +133,12 @@ def _virtual(
         defaults.append(f"virtual_pp = {v}")
     while v > 1 and pp * v > layers:
         v -= 1
-    return v if v == 1 or m % max(1, m // pp) == 0 else 1
+    v = v if v == 1 or m % max(1, m // pp) == 0 else 1
+    if said and v != said:
+        defaults.append(f"virtual_pp = {v}, not {said}: {layers} layers, {m} micro-batches")
+    if said and v > 1 and schedule == "1F1B":
+        defaults.append("schedule = interleaved, as virtual_pp says")
+    return v
 
 
 def stages_of(
@@ -164,6 +182,9 @@ def _sharding(run: Run, ranks: int, defaults: list[str]) -> tuple[int, int]:
     shard = ranks if zero else 1
     if c.get("fsdp_strategy") == "HYBRID_SHARD":
         shard = math.gcd(ranks, int(run.hardware.get("gpus_per_node") or 8))
+    group = c.get("fsdp_shard_group")
+    if group is not None and int(group) != shard:
+        defaults.append(f"fsdp_shard_group = {shard}, not {group}")
     return zero, shard
 
 

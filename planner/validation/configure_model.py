@@ -67,22 +67,41 @@ def _dimensions(run: Run, defaults: list[str]) -> Args:
     if not m.get("kv_heads"):
         defaults.append("kv_heads = heads")
     found["kv_heads"] = int(m.get("kv_heads") or found["heads"])
+    if found["heads"] % found["kv_heads"]:
+        heads, few = found["heads"], found["kv_heads"]
+        raise Skipped(f"model.heads {heads} is no multiple of model.kv_heads {few}")
+    if found["hidden"] % found["heads"] and not m.get("head_dim") and not _is_latent(run):
+        raise Skipped(
+            f"model.hidden {found['hidden']} is no multiple of model.heads {found['heads']}, and"
+            " model.head_dim is not stated"
+        )
     found["head_dim"] = int(m.get("head_dim") or found["hidden"] // found["heads"])
-    if m.get("attention"):
+    if _is_latent(run):
         found["attention"] = "mla"
+        if str(m["attention"]).lower() != "mla":
+            defaults.append(f"attention {m['attention']}: as MLA")
     if not m.get("ffn_hidden") and not run.is_moe:
         raise Skipped("model.ffn_hidden is not stated")
     found["ffn"] = int(m.get("ffn_hidden") or 4 * found["hidden"])
     return found
 
 
+def _is_latent(run: Run) -> bool:
+    """Whether attention is multi-head latent attention (MLA), as DeepSeek's."""
+    return "mla" in str(run.model.get("attention") or "").lower()
+
+
 def _experts(run: Run, defaults: list[str]) -> Args:
     """What a mixture of experts has besides."""
     m, moe = run.model, run.model["moe"]
     dense = m.get("dense_layers")
-    if dense is None and m.get("attention"):
+    if dense is None and _is_latent(run):
         dense = 1
         defaults.append("dense_layers = 1 under MLA")
+    if dense and not m.get("ffn_hidden"):
+        defaults.append("ffn_hidden = 4 x hidden")
+    if int(m.get("mtp_layers") or 0) > 1:
+        defaults.append(f"mtp_layers = 1, not {m['mtp_layers']}")
     width = int(moe["expert_ffn"])
     return {
         "experts": int(moe["experts"]), "top_k": int(moe["top_k"]), "expert_ffn": width,

@@ -5,7 +5,7 @@
 Every constant is a named physical thing with a prior; groups of rows weigh by the square root of
 their number, so that many releases of one configuration count little more than one. Reported are
 errors of rows that were not fitted: cross-validated by group, with one source left out, and with
-one family of hardware left out. Those fits start from the whole one's slopes: only the rows that
+one GPU generation left out. Those fits start from the whole one's slopes: only the rows that
 stay move the constants. --keep moves none: the shipped ones are scored so. What allocators hold is
 fitted to peaks after that (`fit_memory.py`), --memory: that alone.
 """
@@ -32,7 +32,7 @@ from cost_models.engines import load_engine
 from cost_models.fit.least_squares import fit
 from cost_models.validation.accuracy import write_accuracy
 from planner.validation.fit_accuracy import (
-    FAMILY_OUT,
+    GENERATION_OUT,
     HELD_OUT,
     IN_SAMPLE,
     SOURCE_OUT,
@@ -254,7 +254,7 @@ def _source(fact: Fact) -> str:
     return fact.prepared.case.run.source
 
 
-def _family(fact: Fact) -> str:
+def _generation(fact: Fact) -> str:
     return fact.prepared.case.cluster.device.family
 
 
@@ -295,7 +295,7 @@ def fit_steps(facts: Sequence[Fact], most_steps: int, keep: bool, save: bool) ->
             IN_SAMPLE: problem.predicted(x, rows),
             HELD_OUT: held_out(problem, rows, whole, _group, folds=5),
             SOURCE_OUT: held_out(problem, rows, whole, _source),
-            FAMILY_OUT: held_out(problem, rows, whole, _family),
+            GENERATION_OUT: held_out(problem, rows, whole, _generation),
         }
     if save:
         write_steps(problem, whole, found, keep)

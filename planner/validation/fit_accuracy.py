@@ -22,8 +22,8 @@ Floats = NDArray[np.float64]
 IN_SAMPLE = "in sample"
 HELD_OUT = "cross-validated by group"
 SOURCE_OUT = "one source left out"
-FAMILY_OUT = "one hardware family left out"
-_SHORT = {HELD_OUT: "", SOURCE_OUT: "source out, ", FAMILY_OUT: "family out, "}
+GENERATION_OUT = "one GPU generation left out"
+_SHORT = {HELD_OUT: "", SOURCE_OUT: "source out, ", GENERATION_OUT: "GPU generation out, "}
 
 
 def classes_of(fact: Fact) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def step_parts(facts: Sequence[Fact], found: Mapping[str, Floats]) -> dict[str, 
     rows = [replace(f.row, predicted_s=float(s)) for f, s in zip(facts, found[HELD_OUT])]
     left, seen = report_of(rows), report_of([f.row for f in facts])
     return {
-        "note": f"fitted without them: {HELD_OUT}; then {SOURCE_OUT}, {FAMILY_OUT}",
+        "note": f"fitted without them: {HELD_OUT}; then {SOURCE_OUT}, {GENERATION_OUT}",
         "classes": classes,
         "ranking": {
             "any workload": _ranked(left.ranking, seen.ranking),

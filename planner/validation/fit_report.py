@@ -15,7 +15,7 @@ import cost_models
 from cost_models.fit.tables import renumbered
 from cost_models.hardware import load_hardware
 from cost_models.validation.metrics import Scores, scores
-from planner.validation.fit_accuracy import FAMILY_OUT, HELD_OUT, SOURCE_OUT, by_class
+from planner.validation.fit_accuracy import GENERATION_OUT, HELD_OUT, SOURCE_OUT, by_class
 
 if TYPE_CHECKING:
     from planner.validation.fit import Problem, Whole
@@ -74,7 +74,7 @@ def write_steps(
                 samples[path, table] |= moved
     for (path, table), moved in samples.items():
         files[path] |= {(table, k): v for k, v in _errors(problem, found, moved).items()}
-    source, family = (scored(problem, found[how]) for how in (SOURCE_OUT, FAMILY_OUT))
+    source, family = (scored(problem, found[how]) for how in (SOURCE_OUT, GENERATION_OUT))
     files[_FOLDER / "constants" / "common.toml"] |= {
         ("step_error", "dense"): source["dense"].mape, ("step_error", "moe"): source["moe"].mape,
         ("step_error", "unmeasured"): family["all"].mape,

@@ -83,7 +83,7 @@ def _cross_validated(left_out: CrossValidated | None) -> list[str]:
     words = textwrap.wrap(FITTED, WIDTH)
     if left_out is None:
         return [*words, "cross-validated figures: none are shipped"]
-    rows = (  # of whole sources and families left out, the kinds of model; --json has all
+    rows = (  # of whole sources and generations left out, the kinds of model; --json has all
         ("", name, s) for name, s in left_out.classes
         if " out, " not in name or name.rpartition(", ")[2] in ("all", "dense", "moe", "hybrid")
     )
@@ -154,7 +154,7 @@ def _skipped(skipped: Sequence[LeftOut]) -> list[str]:
 def _defaults(report: Report) -> list[str]:
     if not report.defaults:
         return []
-    return ["assumed where a source says nothing", *(
+    return ["assumed where a source says nothing, or left aside", *(
         line for words, n in report.defaults for line in wrapped(f"  {n:5d}  {words}", 9)
     )]  # fmt: skip
 

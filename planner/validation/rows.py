@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ir.errors import PlanError
+from planner.validation.row_form import faults_of, unread_in
 
 
 class Skipped(Exception):
@@ -26,7 +27,8 @@ class Run:
     again: share of the forward that is computed again, of MFU and HFU where both are printed.
     flop_per_s: of all GPUs, in the source's convention: `flop_factor` times the model's FLOPs (4/3
     where full recomputation is counted); for rows without a time. peak_bytes: of the fullest GPU,
-    as tools print it (GiB).
+    as tools print it (GiB). faults: what is written in another form than the file's; unread:
+    fields that no rule reads.
     """
 
     id: str
@@ -44,6 +46,8 @@ class Run:
     flop_per_s: float | None
     flop_factor: float
     peak_bytes: float | None
+    faults: tuple[str, ...]
+    unread: tuple[str, ...]
 
     @property
     def oom(self) -> bool:
@@ -62,28 +66,37 @@ def read_runs(path: Path) -> list[Run]:
         raise PlanError(f"cannot read {path}: {fault.strerror}") from None
     found = []
     for number, line in enumerate(lines, 1):
-        text = line.strip()
+        text = line.strip().removeprefix("- ")
         if not text or text.startswith("#"):
             continue
-        try:
-            raw = json.loads(text.removeprefix("- "))
-            if not isinstance(raw, dict):
-                raise ValueError("no JSON object")
+        raw, wrong = _json(text, before=line.index(text))
+        if isinstance(raw, dict):
             found.append(_run(raw, f"line {number}"))
-        except ValueError as fault:
+        else:
             raise PlanError(
-                f"{path}, line {number} is no run: {fault!r}",
+                f"{path}, line {number} is no run: {wrong}",
                 why="expected one JSON object a line, as `- {\"id\": ..., \"model\": {...}}`",
-            ) from None
+            )
     if not found:
         raise PlanError(f"{path} has no runs")
     return found
+
+
+def _json(text: str, before: int) -> tuple[Any, str]:
+    """A line's value, and what is wrong with it if it is no object. before: characters before."""
+    try:
+        return json.loads(text), "it is no JSON object"
+    except json.JSONDecodeError as fault:
+        return None, f"no JSON from column {before + fault.colno} on: {fault.msg}"
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return None, "no JSON that can be read"
 
 
 def _run(raw: dict[str, Any], name: str) -> Run:
     """A run as it is written; what is missing is found, and said, when it is laid out."""
     model, hardware, config = (_table(raw, key) for key in ("model", "hardware", "config"))
     measured, source = _table(raw, "measured"), raw.get("source") or {}
+    table = source.get("table", "") if isinstance(source, dict) else ""
     numbers = {key: _number(value) for key, value in measured.items()}
     peak, rate = numbers.get("peak_memory_gb"), numbers.get("tflops_per_gpu")
     mfu = numbers.get("mfu_pct")
@@ -92,7 +105,7 @@ def _run(raw: dict[str, Any], name: str) -> Run:
         id=str(raw.get("id") or name), group=str(raw.get("group") or raw.get("id") or name),
         source=str(source.get("title", "") if isinstance(source, dict) else source),
         framework=str(raw.get("framework") or ""), model=model, hardware=hardware, config=config,
-        notes=f"{raw.get('notes') or ''}; {source.get('table', '') if source else ''}",
+        notes=f"{raw.get('notes') or ''}; {table}",
         outcome=str(raw.get("outcome") or ""),
         step_time_s=_seconds(numbers, config, model, gpus),
         mfu=mfu / 100 if mfu else None,
@@ -100,6 +113,7 @@ def _run(raw: dict[str, Any], name: str) -> Run:
         flop_per_s=rate * 1e12 * gpus if rate and gpus else None,
         flop_factor=4 / 3 if "hardware" in str(raw.get("flops_convention")) else 1.0,
         peak_bytes=peak * 2**30 if peak else None,
+        faults=tuple(faults_of(raw)), unread=tuple(unread_in(raw)),
     )  # fmt: skip
 
 
@@ -113,8 +127,8 @@ def _number(value: Any) -> float | None:
     if value is None:
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

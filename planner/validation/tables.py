@@ -30,7 +30,8 @@ CONSTANTS = Path(str(cost_models.__file__)).parent / "constants"
 ROOT = CONSTANTS.parents[1]
 DOCUMENTS = ("README.md", "docs/accuracy.md")
 
-BY_GROUP, SOURCE_OUT, FAMILY_OUT = "", "source out, ", "family out, "  # before a class's name
+# Before a class's name:
+BY_GROUP, SOURCE_OUT, GENERATION_OUT = "", "source out, ", "GPU generation out, "
 KINDS = {  # of models, as the fit names them
     "all": "all", "dense": "dense", "moe": "mixture of experts", "hybrid": "Mamba hybrid",
 }  # fmt: skip
@@ -85,7 +86,7 @@ def left_out(classes: Classes) -> str:
     """Every class without its source, and without its generation of GPUs."""
     rows = []
     for words, name in _named(classes):
-        ways = [classes[way + name] for way in (SOURCE_OUT, FAMILY_OUT) if way + name in classes]
+        ways = [classes[w + name] for w in (SOURCE_OUT, GENERATION_OUT) if w + name in classes]
         if len(ways) < 2:
             continue
         cells = [(_percent(s.mape), _percent(s.median), _percent(s.bias, "+")) for s in ways]
@@ -100,7 +101,7 @@ def summary(classes: Classes) -> str:
     """What a README says: kinds of model cross-validated, all runs left out whole, kernels."""
     asked = [(f"step: {words}, by group", BY_GROUP + name) for name, words in KINDS.items()]
     asked += [("step: all, one source left out", SOURCE_OUT + "all"),
-              ("step: all, one GPU generation left out", FAMILY_OUT + "all")]  # fmt: skip
+              ("step: all, one GPU generation left out", GENERATION_OUT + "all")]  # fmt: skip
     rows = [
         (words, str(s.n), _percent(s.mape), _percent(s.median), _percent(s.bias, "+"))
         for words, name in asked if name in classes for s in (classes[name],)
