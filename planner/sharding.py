@@ -1,4 +1,4 @@
-"""Integer program 1: one way to lay each op of a unit over tp, exactly, by HiGHS.
+"""Integer program 1: one way to lay each op of a unit over tp, exactly (`planner.choice`).
 
 Variables: x[n, o] = 1 where node n runs option o, one a node. A value's moves cost a table over its
 maker and its readers: every distinct placement asked for (forward, and of its gradient) is paid
@@ -39,6 +39,9 @@ from ir.backward import HEAVY, differentiable
 from ir.errors import InfeasibleError, PlanError
 from ir.graph import Node, Unit
 from ir.ops import rule
+from planner.choice.problem import FORBIDDEN as NEVER
+from planner.choice.problem import Problem
+from planner.choice.solve import solve as choose
 
 STATE_BYTES = 16  # a parameter's share of memory where nothing shards it: the price's yardstick
 FORBIDDEN = 10**17  # a cost no plan reaches: a day in picoseconds
@@ -189,7 +192,7 @@ def result_demands(program: Program, learns: dict[str, bool]) -> list[Demand]:
 
 
 def objective_ps(program: Program, picks: tuple[int, ...]) -> int:
-    """The program's objective for one option a node: what HiGHS minimises, stated again."""
+    """The program's objective for one option a node: what `solve` minimises, stated again."""
     learns = differentiable(program.unit)
     made = dict(program.fixed)
     total, wanted = 0, dict.fromkeys(result_demands(program, learns))
@@ -307,12 +310,12 @@ def _joined(parts: list[Factor], sizes: list[int]) -> Factor:
     return Factor(nodes=nodes, table=table)
 
 
-def solve(program: Program, *, cells: int = 200_000, node_limit: int = 10_000) -> tuple[int, ...]:
+def solve(program: Program, *, cells: int = 200_000) -> tuple[int, ...]:
     """The optimal option of each node.
 
     Nodes are eliminated exactly while the table over their neighbours has at most `cells` cells
-    (of a transformer layer nothing is left); HiGHS solves what remains (cells=0: all of it).
-    Raises PlanError if HiGHS does not prove its answer, InfeasibleError if nothing agrees.
+    (of a transformer layer nothing is left); `planner.choice` solves what remains (cells=0: all
+    of it). Raises PlanError if it does not prove its answer, InfeasibleError if nothing agrees.
     """
     sizes = [len(found) for found in program.choices]
     left = factors(program)
@@ -331,7 +334,7 @@ def solve(program: Program, *, cells: int = 200_000, node_limit: int = 10_000) -
         left = [f for f in left if best not in f.nodes]
         left.append(Factor(nodes=rest, table=joined.table.min(axis=axis)))
         variables.remove(best)
-    picks = _by_highs(left, variables, sizes, program.unit.name, node_limit) if variables else {}
+    picks = _by_choice(left, variables, sizes, program.unit.name) if variables else {}
     for node, rest, choice in reversed(undo):
         picks[node] = int(choice[tuple(picks[n] for n in rest)])
     found = tuple(picks.get(i, 0) for i in range(len(sizes)))
@@ -348,42 +351,40 @@ def _cells(node: int, left: list[Factor], sizes: list[int]) -> int:
     return prod(sizes[n] for n in near)
 
 
-def _by_highs(
-    left: list[Factor], variables: list[int], sizes: list[int], name: str, node_limit: int
+def _by_choice(
+    left: list[Factor], variables: list[int], sizes: list[int], name: str
 ) -> dict[int, int]:
-    """The rest as a MIP: one-hot nodes; cells of a table continuous, their marginals the nodes."""
-    from ortools.math_opt.python import mathopt
-
-    model = mathopt.Model(name=name)
-    x = {v: [model.add_binary_variable() for _ in range(sizes[v])] for v in variables}
-    for row in x.values():
-        model.add_linear_constraint(sum(row) == 1)
-    scale, cost = 1e-6, []  # microseconds: HiGHS's tolerances are absolute
+    """The rest as a choice problem; a table of three nodes or more is a node that they follow."""
+    at = {v: i for i, v in enumerate(variables)}
+    costs = [np.zeros(sizes[v], dtype=np.int64) for v in variables]
+    edges: list[tuple[int, int]] = []
+    tables: list[NDArray[np.int64]] = []
     for f in left:
+        if not f.nodes:
+            continue  # what elimination has settled
+        table = np.where(f.table < FORBIDDEN, f.table, NEVER)
         if len(f.nodes) == 1:
-            cost += [t * scale * var for var, t in zip(x[f.nodes[0]], f.table.tolist())]
-            continue
-        cell = {
-            at: model.add_variable(lb=0.0, ub=1.0)
-            for at in np.ndindex(*f.table.shape) if f.table[at] < FORBIDDEN
-        }  # fmt: skip
-        cost += [int(f.table[at]) * scale * e for at, e in cell.items()]
-        for axis, node in enumerate(f.nodes):
-            for o, var in enumerate(x[node]):
-                model.add_linear_constraint(
-                    sum(e for at, e in cell.items() if at[axis] == o) == var
-                )
-    model.minimize(sum(cost))
-    params = mathopt.SolveParameters(
-        relative_gap_tolerance=0.0, absolute_gap_tolerance=1e-7, node_limit=node_limit
-    )
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
-    if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+            costs[at[f.nodes[0]]] = costs[at[f.nodes[0]]] + table
+        elif len(f.nodes) == 2:
+            edges.append((at[f.nodes[0]], at[f.nodes[1]]))
+            tables.append(table)
+        else:
+            cells = np.argwhere(table < NEVER)
+            for axis, node in enumerate(f.nodes):
+                edges.append((len(costs), at[node]))
+                same = cells[:, axis, None] == np.arange(sizes[node])
+                tables.append(np.where(same, 0, NEVER))
+            costs.append(table[tuple(cells.T)])
+    found = choose(Problem(
+        costs=tuple(costs), usages=tuple(np.zeros_like(c) for c in costs),
+        intervals=((0, 0),) * len(costs), edges=tuple(edges), tables=tuple(tables),
+    ))  # fmt: skip
+    if not found.optimal:
         raise PlanError(
-            f"the sharding program of {name} was not solved", why=str(result.termination.reason)
+            f"the sharding program of {name} was not solved",
+            why=f"{found.cost} ps found, {found.bound} ps proved",
         )
-    values = result.variable_values()
-    return {v: max(range(len(row)), key=lambda o: values[row[o]]) for v, row in x.items()}
+    return dict(zip(variables, found.picks))
 
 
 def best_assignment(
