@@ -12,13 +12,13 @@ from cost_models.units import parse_bytes
 from ir.errors import UsageError
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "hardware file") -> dict[str, Any]:
     """The file's tables. Raises UsageError where it cannot be read, or is no TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UsageError(f"cannot read hardware file {path}", why=reason) from None
+        raise UsageError(f"cannot read {what} {path}", why=reason) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
 

@@ -28,6 +28,8 @@ class Workload:
 class Decisions:
     """A training configuration, whole. pp * dp * cp * tp = GPUs; dp * cp * tp = edp * ep * etp.
 
+    Ranks lie inside out: tp, cp, dp, pp. dp_outer of the dp lie outside the pipeline, each with
+    a pipeline of its own ranks in a row: 1 is none, dp is all.
     stages: layers per global stage (pp * virtual_stages of them; stage k on rank k % pp, or folded
     in a V). recompute: per global stage (full, selective): the first `full` layers are computed
     again whole, the next `selective` all but their matmuls and attention, the rest nothing.
@@ -41,6 +43,7 @@ class Decisions:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    dp_outer: int = 1
     zero: int = 0
     shard: int = 1
     reshard: bool = False
@@ -59,6 +62,11 @@ class Decisions:
     @property
     def gpus(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def pipeline(self) -> int:
+        """Ranks of one pipeline, in a row: all GPUs, or those of one of dp_outer parts."""
+        return self.gpus // self.dp_outer
 
     @property
     def edp(self) -> int:

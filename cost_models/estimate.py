@@ -140,7 +140,8 @@ def stage_problem(
         constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
         rank_glue_forward_ps=step.glue.forward_ps + exposed,
         rank_glue_backward_ps=step.glue.backward_ps + exposed,
-        p2p_ps=step.p2p_ps - exposed, capacity_bytes=costs.cluster.device.memory_bytes,
+        p2p_ps=step.p2p_ps - exposed, slow_sends=step.slow_sends,
+        capacity_bytes=costs.cluster.device.memory_bytes,
         fixed_stages=fixed_stages, fixed_recompute=fixed_recompute, levels=levels,
     )  # fmt: skip
 
@@ -277,7 +278,7 @@ def _breakdown(
 
 def _no_latency_ps(problem: StageProblem, d: Decisions) -> int:
     """The makespan if sends arrived at once."""
-    at_once = replace(problem, p2p_ps=0)
+    at_once = replace(problem, p2p_ps=0, slow_sends=())
     return step_ps(at_once, d.stages, d.recompute) - tail_ps(at_once, d.stages)
 
 

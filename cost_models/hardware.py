@@ -17,6 +17,7 @@ from typing import Any
 
 from cost_models.checked_toml import merged, read_toml, table, typed
 from cost_models.constants_table import OwnConstants, own_constants
+from cost_models.levels import Level, read_levels, shape_of, spans_of
 from ir.errors import UsageError
 
 _CATALOGUE = Path(__file__).with_name("hardware")
@@ -102,7 +103,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """`count` devices in nodes of `node_size`; `domain_size` of them share the intra link."""
+    """`count` devices in nodes of `node_size`; `domain_size` of them share the intra link.
+
+    levels: of the network between domains, inside out; `inter` is the innermost of them, or all
+    there is where none are listed.
+    """
 
     name: str
     device: Device
@@ -114,6 +119,7 @@ class Cluster:
     host_ram_bytes: int
     tiers: tuple[Tier, ...]
     sources: tuple[tuple[str, str], ...]
+    levels: tuple[Level, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -136,6 +142,12 @@ class Cluster:
     def digest(self) -> str:
         """sha256 of all that a cost depends on; prose and paths are left out."""
         content = {key: value for key, value in asdict(self).items() if key != "sources"}
+        levels = content.pop("levels")
+        if levels:
+            prose = ("name", "source")
+            content["levels"] = [
+                {k: v for k, v in level.items() if k not in prose} for level in levels
+            ]
         content["device"] = {k: v for k, v in content["device"].items() if k != "title"}
         own = self.device.constants
         if not isinstance(own, str):
@@ -143,15 +155,24 @@ class Cluster:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Ranks of a unit, inside out: a domain, then each level of the network; the last all."""
+        return spans_of(self.domain_ranks, self.count, self.levels)
+
+    def shape(self, size: int, stride: int = 1, apart: tuple[int, int] = (1, 1)) -> tuple[int, ...]:
+        """How many ranks of a group are in one unit of each of `spans`; the worst-placed counts.
+
+        The group: `size` ranks, `stride` apart, and that `apart[0]` times, `apart[1]` apart.
+        """
+        reach = size * stride if apart[0] == 1 else apart[0] * apart[1]
+        if min(size, stride, *apart) < 1 or reach > self.count:
+            raise UsageError(f"{size} ranks with stride {stride} do not fit {self.spec}")
+        return shape_of(self.spans, self.levels, size, stride, apart)
+
     def group(self, size: int, stride: int = 1) -> Group:
         """Lay `size` ranks, `stride` apart, over the domains; the worst-placed group counts."""
-        if size < 1 or stride < 1 or size * stride > self.count:
-            raise UsageError(f"{size} ranks with stride {stride} do not fit {self.spec}")
-        span = self.domain_ranks
-        if span == self.count:
-            return Group(size=size, members=size, domains=1)
-        even = (m for m in range(size, 0, -1) if size % m == 0 and span % (m * stride) == 0)
-        members = next(even, 1)
+        members = self.shape(size, stride)[0]
         return Group(size=size, members=members, domains=size // members)
 
     def tier(self, name: str) -> Tier:
@@ -201,7 +222,14 @@ def _device(name: str, raw: Any, where: str, constants: Any) -> Device:
 
 def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
     top = table({"sources": {}, "constants": {}, **raw}, _FILE_KEYS, where, "")
-    body = table(top["cluster"], _CLUSTER_KEYS, where, "cluster.")
+    given = dict(top["cluster"])
+    listed = given.pop("levels", None)
+    if listed:
+        given["inter"] = {}
+    body = table(given, _CLUSTER_KEYS, where, "cluster.")
+    levels = read_levels(listed, body["domain_size"], count, where) if listed else ()
+    if levels:
+        body["inter"] = _innermost(levels[0])
     links = [
         Link(**table(body.pop(name), _LINK_KEYS, where, f"cluster.{name}."))
         for name in ("intra", "inter")
@@ -217,14 +245,26 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
         Tier(**table(tier, _TIER_KEYS, where, f"cluster.tiers[{i}]."))
         for i, tier in enumerate(body.pop("tiers"))
     )
-    sources = tuple(sorted((str(k), str(v)) for k, v in top["sources"].items()))
+    said = {str(key): str(text) for key, text in top["sources"].items()}
+    if levels:
+        said.pop("cluster.inter", None)  # of a catalogue device's standard network
+        said |= {f"cluster.levels.{level.name}": level.source for level in levels if level.source}
+    sources = tuple(sorted(said.items()))
     device = _device(top["name"], top["device"], where, top["constants"])
     return _counted(
         Cluster(
             name=top["name"], device=device, count=count, intra=links[0], inter=links[1],
-            tiers=tiers, sources=sources, **body,
+            tiers=tiers, sources=sources, levels=levels, **body,
         )
     )  # fmt: skip
+
+
+def _innermost(level: Level) -> dict[str, Any]:
+    """The innermost level as `[cluster.inter]` would say it: what a rank's own port reaches."""
+    return {
+        "name": level.name, "kind": "network", "latency_s": level.latency_s,
+        "bytes_per_s": level.bytes_per_s / level.oversubscription, "efficiency": level.efficiency,
+    }  # fmt: skip
 
 
 def _counted(cluster: Cluster) -> Cluster:
@@ -298,10 +338,20 @@ def _load_file(path: Path) -> Cluster:
     if count is None:
         raise UsageError("missing key count", where=str(path), why="the number of devices")
     number = typed(count, int, str(path), "count")
+    _check_network(raw, str(path))
     if base is not None:
         name = canonical(typed(base, str, str(path), "base"))
         raw = merged({**read_toml(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
     return _cluster(raw, number, str(path))
+
+
+def _check_network(raw: dict[str, Any], where: str) -> None:
+    """Raise UsageError where a file says the network in two ways."""
+    body = raw.get("cluster", {})
+    if isinstance(body, dict) and body.get("levels") and "inter" in body:
+        raise UsageError("cluster.inter and cluster.levels both say the network", where=where,
+                         why="the innermost level is what a GPU's port reaches",
+                         hints=("leave out [cluster.inter]",))  # fmt: skip
 
 
 @functools.cache

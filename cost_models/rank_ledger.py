@@ -121,7 +121,7 @@ def rank_collectives(
             add("p2p", "pp", size, "between stages", times, portion * step.p2p_ps,
                 portion * exposed_send_ps(costs, step, d))  # fmt: skip
         for size, others in _shared(costs, step, problem, d, rank):
-            one = costs.send_s(d, size)
+            one = costs.send_s(d, size, back=True)
             add("p2p", "pp", size, "tied gradients", others, others * one, others * one)
     return tuple(
         Collective(

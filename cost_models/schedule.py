@@ -2,7 +2,7 @@
 
 Times are integer picoseconds, per global stage (see schedule_orders for which rank runs which).
 Sends are asynchronous: a boundary's latency lies between the producer's end and the consumer's
-start, and blocks neither.
+start, and blocks neither. Slow links carry one send at a time, each way.
 """
 
 from __future__ import annotations
@@ -166,12 +166,13 @@ def _costs(
 def simulate(
     schedule: str, forward_ps: Sequence[int], input_grad_ps: Sequence[int],
     weight_grad_ps: Sequence[int], p2p_ps: Sequence[int], microbatches: int, pp: int,
-    virtual_stages: int = 1, events: bool = False,
+    virtual_stages: int = 1, events: bool = False, busy_ps: Sequence[int] = (),
 ) -> Timeline:  # fmt: skip
     """Run a step: each rank in its order, an operation when its input has arrived.
 
     forward_ps, input_grad_ps, weight_grad_ps: per global stage, integer picoseconds. p2p_ps: per
     boundary (one less), from the producer's end to the consumer's start; sends block nobody.
+    busy_ps: per boundary, how long each send keeps its link from the next one that way.
     Raises UsageError where the schedule cannot run so.
     """
     m = microbatches
@@ -185,6 +186,25 @@ def simulate(
         schedule, pp, forward_ps, input_grad_ps, weight_grad_ps, p2p_ps
     )  # fmt: skip
     program = _program(schedule, pp, m, virtual_stages)
+    if any(busy_ps):
+        ends, free = _queued(program, duration, latency, _links(schedule, pp, busy_ps), pp)
+    else:
+        ends, free = _unhindered(program, duration, latency, pp)
+    busy = [0] * pp
+    for k in range(stages):
+        busy[rank_of(schedule, pp, k)] += m * duration[4 * k] + m * duration[4 * k + 3]
+    return Timeline(
+        makespan_ps=max(free),
+        busy_ps=tuple(busy),
+        peak_in_flight=_peaks(schedule, pp, m, virtual_stages),
+        events=_events(schedule, pp, m, virtual_stages, duration, ends) if events else (),
+    )
+
+
+def _unhindered(
+    program: _Program, duration: list[int], latency: list[int], pp: int
+) -> tuple[list[int], list[int]]:
+    """When each operation ends, and each rank, where links carry any number of sends at once."""
     ends = [0]
     add = ends.append
     free = [0] * pp
@@ -196,15 +216,41 @@ def simulate(
         start += duration[cost]
         free[rank] = start
         add(start)
-    busy = [0] * pp
-    for k in range(stages):
-        busy[rank_of(schedule, pp, k)] += m * duration[4 * k] + m * duration[4 * k + 3]
-    return Timeline(
-        makespan_ps=max(free),
-        busy_ps=tuple(busy),
-        peak_in_flight=_peaks(schedule, pp, m, virtual_stages),
-        events=_events(schedule, pp, m, virtual_stages, duration, ends) if events else (),
-    )
+    return ends, free
+
+
+def _queued(
+    program: _Program, duration: list[int], latency: list[int],
+    links: list[tuple[int, int, int]], pp: int,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """The same where a send waits until its link has carried the one before.
+
+    links: by cost id, the ranks that what it makes goes between, and for how long it is on it.
+    """
+    ends, sent, free = [0], [0], [0] * pp
+    taken: dict[tuple[int, int], int] = {}
+    for rank, cost, position in zip(program.ranks, program.costs, program.inputs):
+        end = max(free[rank], sent[position] + latency[cost]) + duration[cost]
+        free[rank] = end
+        ends.append(end)
+        here, there, busy = links[cost]
+        start = max(end, taken.get((here, there), 0)) if busy else end
+        taken[here, there] = start + busy
+        sent.append(start)
+    return ends, free
+
+
+def _links(schedule: str, pp: int, busy_ps: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`_queued`'s: an activation goes to the next stage, a gradient to the one before."""
+    found = []
+    for stage in range(len(busy_ps) + 1):
+        here = rank_of(schedule, pp, stage)
+        for boundary, other in ((stage, stage + 1), (stage - 1, stage - 1)):
+            inside = 0 <= boundary < len(busy_ps)
+            there = rank_of(schedule, pp, other) if inside else here
+            found.append((here, there, busy_ps[boundary] if there != here else 0))
+        found += [(here, here, 0), found[-1]]  # a weight's gradient stays; both gradients at once
+    return found
 
 
 def _events(

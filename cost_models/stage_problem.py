@@ -39,7 +39,9 @@ class StageProblem:
     Times are per micro-batch, tuples per layer. recompute_ps: (full, selective), added to the
     layer's input gradient. activation_bytes, working_bytes: (none, selective, full); activations
     are held per micro-batch in flight, the most of a rank's working bytes once, twice the most of
-    its gathered bytes once. constant_bytes: per rank. glue: per stage. p2p_ps: per boundary.
+    its gathered bytes once. constant_bytes: per rank. glue: per stage. p2p_ps: per boundary,
+    and at least. slow_sends: of each rank's boundary to the next, the last rank's to the first,
+    what a send takes longer and for how long it keeps the links; empty where all are alike.
     tail: what a rank does after its last backward, max(0, comm - hide) + own.
     fixed_recompute: one (full, selective) a stage, or a level for every layer, or (level, layers
     a stage); counts are cut to the stage, a negative one means all of its layers.
@@ -66,6 +68,7 @@ class StageProblem:
     rank_glue_forward_ps: int = 0
     rank_glue_backward_ps: int = 0
     p2p_ps: int = 0
+    slow_sends: tuple[tuple[int, int], ...] = ()
     capacity_bytes: int
     fixed_stages: tuple[int, ...] | None = None
     fixed_recompute: tuple[Pair, ...] | str | tuple[str, int] | None = None
@@ -172,6 +175,20 @@ def evaluate(
     )  # fmt: skip
 
 
+def slow_of(problem: StageProblem) -> list[tuple[int, int]]:
+    """`slow_sends` of every boundary between global stages, in order; empty where there are
+    none."""
+    found: list[tuple[int, int]] = []
+    if not problem.slow_sends:
+        return found
+    for stage in range(problem.count - 1):
+        here, there = sorted((problem.rank_of(stage), problem.rank_of(stage + 1)))
+        found.append(
+            (0, 0) if here == there else problem.slow_sends[here if there == here + 1 else -1]
+        )
+    return found
+
+
 def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
     """The schedule simulated plus the longest tail of a rank."""
     again = problem.recompute_ps
@@ -188,9 +205,12 @@ def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pa
                         + sum(e.input_grad_ps for e in more))  # fmt: skip
         weight.append(sum(problem.weight_grad_ps[i : i + n])
                         + sum(e.weight_grad_ps for e in more))  # fmt: skip
+    slow = slow_of(problem)
     line = simulate(
-        problem.schedule, forward, backward, weight, [problem.p2p_ps] * (problem.count - 1),
+        problem.schedule, forward, backward, weight,
+        [problem.p2p_ps + more for more, _ in slow] or [problem.p2p_ps] * (problem.count - 1),
         problem.microbatches, problem.pp, problem.virtual_stages,
+        busy_ps=[busy for _, busy in slow],
     )  # fmt: skip
     return line.makespan_ps + tail_ps(problem, stages)
 

@@ -95,14 +95,44 @@ def held(unit: Unit, assignment: Assignment, ep: int, etp: int) -> tuple[Held, .
     return tuple(found)
 
 
+Layout = tuple[int, int, tuple[int, int]]  # (ranks, stride, (times, apart)) of `Cluster.shape`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """How many ranks share a parameter's state, and how many groups repeat that."""
+    """How many ranks share a parameter's state, and how many groups repeat that.
+
+    stride: between ranks of a group, one behind the other inside a pipeline's part of the
+    cluster; near: data ranks in one such part, parts being `part` ranks.
+    """
 
     shard: int
     replicas: int
-    shard_stride: int
-    replica_stride: int
+    stride: int
+    near: int
+    part: int
+
+    @property
+    def sharing(self) -> Layout:
+        """The ranks that share a shard, as collectives take them."""
+        return _spread(self.shard, 1, self)
+
+    @property
+    def replicating(self) -> Layout:
+        """The ranks that hold the same shard."""
+        return _spread(self.replicas, self.shard, self)
+
+    @property
+    def all(self) -> Layout:
+        """All data ranks."""
+        return _spread(self.shard * self.replicas, 1, self)
+
+
+def _spread(size: int, apart: int, ranks: Ranks) -> Layout:
+    """`size` data ranks, each `apart` behind the other, over the parts of the cluster."""
+    inside = max(1, min(size, ranks.near // apart))
+    step = max(1, apart // ranks.near)  # parts between neighbours where a shard has whole parts
+    return inside, ranks.stride * min(apart, ranks.near), (size // inside, ranks.part * step)
 
 
 def ranks_of(d: Decisions, expert: bool) -> Ranks:
@@ -111,13 +141,16 @@ def ranks_of(d: Decisions, expert: bool) -> Ranks:
         stride = d.ep * d.etp
         whole = d.shard >= d.dp * d.cp
         size = d.edp if whole else max(1, min(d.edp, d.shard * d.tp // stride))
-        size = next(k for k in range(size, 0, -1) if d.edp % k == 0)
+        near = max(1, d.edp // d.dp_outer)
+        size = next(
+            k for k in range(size, 0, -1) if d.edp % k == 0 and (near % k == 0 or k % near == 0)
+        )
         return Ranks(
-            shard=size, replicas=d.edp // size, shard_stride=stride, replica_stride=stride * size
+            shard=size, replicas=d.edp // size, stride=stride, near=near, part=d.pipeline
         )
     return Ranks(
-        shard=d.shard, replicas=d.dp * d.cp // d.shard, shard_stride=d.tp,
-        replica_stride=d.tp * d.shard,
+        shard=d.shard, replicas=d.dp * d.cp // d.shard, stride=d.tp,
+        near=max(1, d.dp // d.dp_outer) * d.cp, part=d.pipeline,
     )  # fmt: skip
 
 
@@ -185,7 +218,7 @@ def state_of(
         ranks = ranks_of(d, h.expert)
         piece = _shard(h, ranks.shard, fsdp)
         moved = piece * ranks.shard if fsdp else h.elements
-        moments = _moment_bytes(h, piece, workload, engine)
+        moments = moment_bytes(h, piece, workload, engine)
         sums["expert" if h.expert else "dense"] += moved
         sums["shard"] += piece
         if mode.parameters_peak == "whole":
@@ -211,7 +244,7 @@ def state_of(
         own_master = master if mode.parameters_peak == "whole" else 0
         if not offloaded:
             sums["optimizer"] += own_master * kept + (
-                moments if kept == piece else _moment_bytes(h, h.elements, workload, engine)
+                moments if kept == piece else moment_bytes(h, h.elements, workload, engine)
             )
         sums["updated"] += kept
     if engine.live_parameters:
@@ -248,7 +281,8 @@ def reserved_of(
     )
 
 
-def _moment_bytes(h: Held, elements: int, workload: Workload, engine: Engine) -> int:
+def moment_bytes(h: Held, elements: int, workload: Workload, engine: Engine) -> int:
+    """Bytes of the optimizer's moments of so many elements of a parameter."""
     optimizer = workload.optimizer
     if optimizer == "adafactor":  # row and column second moments in fp32, no first (Shazeer 2018)
         return 4 * (h.rows + h.row_elements)

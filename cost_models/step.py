@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from cost_models.chain import Chain, chain_of
-from cost_models.collectives import collective_s, driven
+from cost_models.collectives import collective_s, driven, send_form
 from cost_models.compute import Kernels, load_kernels
+from cost_models.crossing import boundary_levels
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
@@ -45,7 +46,7 @@ from cost_models.state import (
 )
 from cost_models.step_rows import Row, Step
 from cost_models.unit_costs import UnitCost, context_cost, expert_cost, learns_of, unit_cost
-from cost_models.work import Axes, Work
+from cost_models.work import Axes, Floats, Work
 from ir.graph import Graph, Unit, full_name
 
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
@@ -159,6 +160,7 @@ class Costs:
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
             p2p_ps=ps(self.send_s(d, sum(sent))) if d.pp > 1 else 0,
+            slow_sends=self.slow_sends(d, sum(sent)),
             reserved=reserved_of(self.graph, d, self.engine, sum(sent)),
             fragmentation=self.engine.fragmentation,
         )  # fmt: skip
@@ -211,7 +213,7 @@ class Costs:
             for h in parameters if h.name in earlier
         )  # fmt: skip
         if rank_of(d.schedule, d.pp, 0) != rank_of(d.schedule, d.pp, d.pp * d.virtual_stages - 1):
-            tail["floor_ps"] += ps(sum(self.send_s(d, size) for _, size in copied))
+            tail["floor_ps"] += ps(sum(self.send_s(d, size, back=True) for _, size in copied))
         kept, working = cost.kept, cost.working
         if layer and "activations" in dict(d.offload):  # two layers' are on the device at once
             kept = (0, 0, 0)
@@ -235,27 +237,48 @@ class Costs:
 
     def transfers(self, d: Decisions, state: State, kind: str, item_bytes: int) -> float:
         """Seconds to gather or reduce a unit's local parameters, dense and expert, once."""
-        key = (d.tp, d.cp, d.dp, d.ep, d.etp, d.shard, state.dense, state.expert, kind, item_bytes)
+        key = (d.tp, d.cp, d.dp, d.ep, d.etp, d.shard, d.dp_outer, d.pp, state.dense,
+               state.expert, kind, item_bytes)  # fmt: skip
         if key not in self._fsdp:
             total = 0.0
             for elements, expert in ((state.dense, False), (state.expert, True)):
                 ranks = ranks_of(d, expert)
-                size, stride = ranks.shard, ranks.shard_stride
+                over = ranks.sharing
                 if kind == "all_reduce_replicas":
-                    size, stride = ranks.replicas, ranks.replica_stride
+                    over = ranks.replicating
                     elements = -(-elements // ranks.shard)
                 elif kind == "all_reduce":
-                    size = ranks.shard * ranks.replicas
+                    over = ranks.all
                 name = "all_reduce" if kind.startswith("all_reduce") else kind
-                total += float(
-                    collective_s(self.network, name, elements * item_bytes, size, stride)
-                )
+                total += float(collective_s(self.network, name, elements * item_bytes, *over))
             self._fsdp[key] = total
         return self._fsdp[key]
 
-    def send_s(self, d: Decisions, size_bytes: int) -> float:
-        """Seconds to send that from a pipeline rank to the next."""
-        return float(collective_s(self.network, "p2p", size_bytes, 2, d.tp * d.cp * d.dp))
+    def send_s(self, d: Decisions, size_bytes: int, *, back: bool = False) -> float:
+        """Seconds to send that from a pipeline rank to the next, or from the last to the first
+        (back): where the network has several levels, over the innermost boundary."""
+        if len(self.cluster.levels) > 1 and d.pp > 1:
+            crossed = self._boundaries(d)
+            levels = crossed[-1] if back else min(crossed)
+            return float(send_form(self.network, levels, d.pipeline // d.pp).at(_one(size_bytes)))
+        return float(collective_s(self.network, "p2p", size_bytes, 2, d.pipeline // d.pp))
+
+    def _boundaries(self, d: Decisions) -> tuple[int, ...]:
+        """Levels that sends from each pipeline rank to the next cross; at last, to the first."""
+        return boundary_levels(self.network, d.pp, d.pipeline // d.pp, d.dp_outer)
+
+    def slow_sends(self, d: Decisions, size_bytes: int) -> tuple[tuple[int, int], ...]:
+        """Of each boundary of `_boundaries`, picoseconds that a send takes longer than `send_s`,
+        and for how long it keeps the boundary's links; empty where all boundaries are alike."""
+        crossed = self._boundaries(d) if d.pp > 1 and len(self.cluster.levels) > 1 else ()
+        if len(set(crossed)) < 2:
+            return ()
+        least, found = self.send_s(d, size_bytes), []
+        for levels in crossed:
+            form = send_form(self.network, levels, d.pipeline // d.pp)
+            more = float(form.at(_one(size_bytes))) - least
+            found.append((ps(more), ps(size_bytes * form.s_per_byte)) if more > 0 else (0, 0))
+        return tuple(found)
 
     def summed(self, d: Decisions, state: State) -> tuple[tuple[int, int], ...]:
         """(bytes, times a step) of the sums over tp of gradients of parameters that are whole
@@ -336,6 +359,10 @@ class Costs:
             "floor_ps": ps(least * (reduce + gather) + summed), "optimizer_ps": ps(own),
             "offload_ps": ps(offload),
         }  # fmt: skip
+
+
+def _one(size_bytes: int) -> Floats:
+    return np.asarray(size_bytes, dtype=np.float64)
 
 
 @functools.cache

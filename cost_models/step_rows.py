@@ -62,6 +62,7 @@ class Step:
     glue: Row
     p2p_ps: int
     p2p_bytes: tuple[int, ...]  # of each value that goes on
+    slow_sends: tuple[tuple[int, int], ...] = ()  # StageProblem's
     reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
     fragmentation: float
 

@@ -8,6 +8,7 @@ from math import prod
 import numpy as np
 
 from cost_models.collectives import collective_s
+from cost_models.crossing import leaving
 from cost_models.layout import WHOLE, Assignment, collective, moves
 from cost_models.work import Floats, Work
 from ir.graph import Node, Unit
@@ -108,20 +109,19 @@ def _copies(node: Node, unit: Unit) -> float:
 
 def _deduped_s(work: Work, size: Floats, copies: float) -> Floats:
     """Seconds to send each token once to each rank, and once over the network to each domain,
-    that has one of its `copies` experts, uniformly routed; both at once. size: of all copies."""
+    that has one of its `copies` experts, uniformly routed; all at once. size: of all copies."""
     ep, stride = work.axes.ep or 1, work.axes.etp
     one = size / copies
 
     def met(places: int) -> float:
         return float(places * (1 - (1 - 1 / places) ** copies))
 
-    group = work.cluster.group(ep, stride)
-    inside = collective_s(work.cluster, "all_to_all", one * met(ep), group.members, stride)
-    if group.domains == 1:
-        return inside
-    remote = one * met(group.domains) * (1 - 1 / group.domains)
-    network = remote / work.cluster.inter.useful_bytes_per_s + work.cluster.inter.latency_s
-    return np.maximum(inside, network)
+    shape = work.cluster.shape(ep, stride)
+    found = collective_s(work.cluster, "all_to_all", one * met(ep), shape[0], stride)
+    for members, rate, latency_s in leaving(work.cluster, shape):
+        remote = one * met(ep // shape[0]) * (1 - members / ep)
+        found = np.maximum(found, remote / rate + latency_s)
+    return found
 
 
 def _cp_row(

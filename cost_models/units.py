@@ -10,6 +10,8 @@ _SI = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _COUNT = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 _BYTES = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKMGTP]?)(i?)[bB]?\s*")
+_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)([kKMBGT]?)")
+_THOUSANDS = {"": 0, "k": 1, "K": 1, "M": 2, "B": 3, "G": 3, "T": 4}
 _POWER = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
@@ -75,3 +77,11 @@ def parse_bytes(text: str | int | float) -> int:
         )
     base = 1024 if match[3] else 1000
     return round(float(match[1].replace("_", "")) * base ** _POWER[match[2]])
+
+
+def parse_count(text: str) -> float:
+    """Read a count as people write it: 15T, 1e6, 2.5M. Raises UsageError where it is none."""
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is no count", why="expected a number: 15T, 2.5M or 1e6")
+    return float(match[1].replace("_", "")) * 1000.0 ** _THOUSANDS[match[2]]

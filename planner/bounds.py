@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, held
+from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, Layout, held
 from cost_models.step import Assignments, Costs
-from planner.mesh import Mesh, divisors
+from planner.mesh import Mesh, divisors, outside
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -110,11 +110,12 @@ def mesh_bounds_ps(
     most_virtual: int = 8,
     schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved"),
     elsewhere: bool = False,
+    dp_outer: int | None = None,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
     schedules: any of them may run. elsewhere: what needs memory here is not
-    on the GPU, so memory forces nothing.
+    on the GPU, so memory forces nothing. dp_outer: as pinned.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
@@ -124,7 +125,7 @@ def mesh_bounds_ps(
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
     layers = len(costs.chain.layers)
     kinds = {(name in SPLIT_BACKWARD, name in V_SHAPED) for name in (*schedules, "1f1b")}
-    tails = _States(costs)
+    tails = _States(costs, dp_outer)
     for (tp, split, kind, ep, etp), members in groups.items():
         d = replace(
             Decisions(), tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp
@@ -208,8 +209,8 @@ class _States:
     the mean of the bytes.
     """
 
-    def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+    def __init__(self, costs: Costs, dp_outer: int | None) -> None:
+        self.costs, self.dp_outer = costs, dp_outer
         self.known: dict[tuple[int, ...], tuple[float, float, float]] = {}
         self.sizes: dict[tuple[int, int, int], tuple[int, int]] = {}
 
@@ -289,14 +290,25 @@ class _States:
 
         dense_group = (dense, m.dp * m.cp, m.tp)
         expert_group = (expert, edp, m.ep * m.etp)
+        gpus = m.pp * m.dp * m.cp * m.tp
+        outers = [n for n in outside(m, costs.cluster, self.dp_outer) if n > 1]
 
         def once(kind: str, item: int, groups: tuple[tuple[int, int, int], ...]) -> float:
             return sum(
                 n * item / m.pp * min(
-                    f.s_per_byte for f in explain(costs.network, kind, size, stride).forms
+                    f.s_per_byte for layout in lying(size, stride)
+                    for f in explain(costs.network, kind, *layout).forms
                 )
                 for n, size, stride in groups if n and size > 1
             )  # fmt: skip
+
+        def lying(size: int, stride: int) -> list[Layout]:
+            """A group in a row, and, where it is all of them, with some outside the pipeline."""
+            apart = outers if size * stride * m.pp == gpus else []
+            return [
+                (size, stride, (1, 1)),
+                *((size // n, stride, (n, gpus // n)) for n in apart),
+            ]
 
         compute = COMPUTE_BYTES[costs.workload.precision]
         whole = (dense_group, expert_group)

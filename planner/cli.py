@@ -16,8 +16,10 @@ import typer
 from planner.calibrating import calibrate
 from planner.commands.hardware import hardware_list, hardware_show
 from planner.commands.reading import check, diff, show
+from planner.commands.size import size
 from planner.commands.trace import trace
 from planner.commands.verify import verify
+from planner.commands.why import why
 from planner.console import run
 from planner.exporting import export
 from planner.validating import validate
@@ -26,9 +28,11 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ("trace", trace, "trace, cost, solve, write the plan"),
     ("show", show, "what a plan says, in a screenful"),
     ("diff", diff, "what changed between two plans"),
+    ("why", why, "what binds; the best plan without a decision"),
     ("check", check, "is a plan valid, fresh, and does it fit; for CI"),
     ("verify", verify, "does a small twin compute what the model does"),
     ("export", export, "another engine's own configuration"),
+    ("size", size, "which hardware, and how much of it; the Pareto front"),
     ("calibrate", calibrate, "measure this machine; write a hardware file of it"),
     ("validate", validate, "the cost models against measurements: error by class"),
 )

@@ -59,6 +59,7 @@ class Pins:
     tp: int | None = None
     ep: int | None = None
     etp: int | None = None
+    dp_outer: int | None = None
     zero: int | None = None
     shard: int | None = None
     reshard: bool | None = None
@@ -215,6 +216,9 @@ VOCABULARY = (
     Key(name="ep", words="n", parse=_degree, meaning="ranks that share experts"),
     Key(name="etp", words="n", parse=_degree, meaning="ranks that split an expert's tensors",
         default="1"),
+    Key(name="dp_outer", words="n", parse=_degree,
+        meaning="of the dp, those outside the pipeline: each has a pipeline in a part of its own",
+        default="searched where the hardware lists levels, else 1"),
     Key(name="zero", words="0 1 2 3", parse=_zero,
         meaning="sharded over data ranks: nothing, optimizer, + gradients, + parameters"),
     Key(name="shard", words="n", parse=_degree,
@@ -249,7 +253,8 @@ VOCABULARY = (
 
 
 def decisions_json(decisions: Decisions) -> dict[str, Any]:
-    """Decisions as JSON keys in the contract's order; stages and recompute are told apart."""
+    """Decisions as JSON keys in the contract's order; stages and recompute are told apart, and a
+    dp_outer of 1 is not said."""
     d = decisions
     head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
             "microbatches", "schedule", "virtual_stages")  # fmt: skip
@@ -258,6 +263,7 @@ def decisions_json(decisions: Decisions) -> dict[str, Any]:
         **{key: getattr(d, key) for key in head},
         "offload": dict(d.offload),
         **{key: getattr(d, key) for key in tail},
+        **({"dp_outer": d.dp_outer} if d.dp_outer > 1 else {}),
     }
 
 
@@ -265,7 +271,8 @@ def decisions_from_json(
     raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
 ) -> Decisions:
     """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
-    template = decisions_json(Decisions())
+    template = decisions_json(Decisions()) | {"dp_outer": 1}
+    raw = {"dp_outer": 1, **raw}
     for key in [*template, *raw]:
         where = f"decisions.{key}"
         if key not in template:

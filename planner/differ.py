@@ -149,6 +149,7 @@ def _decisions(old: Plan, new: Plan) -> tuple[Change, ...]:
 def _decided(plan: Plan) -> dict[str, str]:
     words = {key: _plain(value) for key, value in decisions_json(plan.decisions).items()}
     words["recompute"] = str(summarise_recompute(plan.decisions))
+    words.setdefault("dp_outer", "1")
     order = [key.name for key in VOCABULARY if key.name in words]
     return {key: words[key] for key in order}
 

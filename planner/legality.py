@@ -33,6 +33,7 @@ class Case:
     precision: str
     seq_len: int
     pp: int | None
+    dp_outer: int | None
     cp: int | None
     tp: int | None
     zero: int | None
@@ -178,6 +179,19 @@ RULES = (
         fix="a --seq-len that 2*cp divides, or cp_kind=allgather",
     ),
     Rule(
+        keys=("pp", "dp_outer"),
+        refused=lambda c: c.pp == 1 and (c.dp_outer or 1) > 1,
+        reason="without a pipeline no data rank is outside one",
+        fix="pp=2 or more, or dp_outer=1",
+    ),
+    Rule(
+        keys=("dp_outer",),
+        refused=lambda c: c.pp != 1 and (c.dp_outer or 1) > 1
+        and c.engine not in ("native", "native-compiled"),
+        reason="the engine lays its pipeline ranks outermost",
+        fix="dp_outer=1, or --engine native-compiled",
+    ),
+    Rule(
         keys=("pp", "zero"),
         refused=lambda c: (c.pp or 1) > 1
         and c.zero not in (None, *load_engine(c.engine).pp_zero),
@@ -225,12 +239,18 @@ def inconsistent(
     """
     d = decisions
     ranks, block = d.dp * d.cp * d.tp, d.ep * d.etp
+    near = max(1, d.dp // d.dp_outer) * d.cp  # data ranks of a stage in a row
     samples = d.dp * d.micro_batch * d.microbatches
     count = d.pp * d.virtual_stages
     checks = (
         (gpus in (None, d.gpus), f"pp*dp*cp*tp is {d.gpus}, the hardware has {gpus} GPUs"),
         (ranks % block == 0, f"ep*etp = {block} does not divide dp*cp*tp = {ranks}"),
         (d.dp * d.cp % d.shard == 0, f"shard = {d.shard} does not divide dp*cp = {d.dp * d.cp}"),
+        (d.dp % d.dp_outer == 0, f"dp_outer = {d.dp_outer} does not divide dp = {d.dp}"),
+        (near * d.tp % block == 0,
+         f"ep*etp = {block} does not divide the {near * d.tp} GPUs of a stage in a pipeline"),
+        (near % d.shard == 0 or d.shard % near == 0,
+         f"shard = {d.shard}, beside {near} data ranks in each of dp_outer = {d.dp_outer} parts"),
         (samples == workload.global_batch,
          f"dp*micro_batch*microbatches is {samples}, global_batch {workload.global_batch}"),
         (len(d.stages) == count, f"{len(d.stages)} stages, but pp*virtual_stages is {count}"),
@@ -248,6 +268,7 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
         if rule.refused(case):
             raise UsageError(_named(rule.keys, pins, workload), why=rule.reason, hints=(rule.fix,))
     _check_mesh(pins, gpus)
+    _check_outer(pins)
     _check_experts(pins, gpus)
     _check_shard(pins, gpus)
     _check_batch(pins, workload)
@@ -271,6 +292,24 @@ def _check_mesh(pins: Pins, gpus: int) -> None:
         why="pp*dp*cp*tp = GPUs",
         hints=(f"--fix {' or '.join(fits)}",) if fits else ("leave one of them to the search",),
     )
+
+
+def _check_outer(pins: Pins) -> None:
+    outer, dp = pins.dp_outer or 1, pins.dp
+    if dp is not None and dp % outer:
+        raise UsageError(
+            f"{_joined(['dp', 'dp_outer'], pins)}: dp_outer does not divide dp",
+            why="so many of the dp lie outside the pipeline",
+            hints=(f"dp_outer may be {', '.join(map(str, _divisors(dp)))}",),
+        )
+    near = dp // outer * pins.cp if outer > 1 and dp and pins.cp else 0
+    if near and pins.shard and near % pins.shard and pins.shard % near:
+        raise UsageError(
+            f"{_joined(['dp', 'dp_outer', 'cp', 'shard'], pins)}: shards lie across pipelines",
+            why=f"{near} data ranks of a stage are in a row: shard divides them, or has all of"
+            " several rows",
+            hints=(f"shard={near}",),
+        )
 
 
 def _check_experts(pins: Pins, gpus: int) -> None:
@@ -365,8 +404,8 @@ def _check_stages(pins: Pins, layers: int | None) -> None:
 def _case_of(d: Decisions, workload: Workload) -> Case:
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
-        pp=d.pp, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard, reshard=d.reshard,
-        schedule=d.schedule, virtual_stages=d.virtual_stages,
+        pp=d.pp, dp_outer=d.dp_outer, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard,
+        reshard=d.reshard, schedule=d.schedule, virtual_stages=d.virtual_stages,
         recomputes=any(full or selective for full, selective in d.recompute),
         selective=any(selective for _, selective in d.recompute), offload=d.offload,
         compile=d.compile, sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind,
@@ -378,8 +417,8 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
     r = p.recompute
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
-        pp=p.pp, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard, reshard=p.reshard,
-        schedule=p.schedule, virtual_stages=p.virtual_stages,
+        pp=p.pp, dp_outer=p.dp_outer, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard,
+        reshard=p.reshard, schedule=p.schedule, virtual_stages=p.virtual_stages,
         recomputes=None if r is None else any((*r.full, *r.selective)),
         selective=None if r is None else any(r.selective), offload=p.offload,
         compile=p.compile, sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind,

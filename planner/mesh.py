@@ -1,7 +1,9 @@
 """Candidate meshes: what the axes may be for one model on one cluster, before any cost.
 
-Every divisor counts. tp stays inside one NVLink (or PCIe) domain unless pinned, and must split
-some matmul of a layer; cp needs a model whose sequence is mixed by attention alone.
+Every divisor counts. Ranks lie inside out: tp, cp, dp, pp; where the hardware lists levels of its
+network, some of the dp may lie outside the pipeline (one pipeline a pod, a datacentre). tp stays
+inside one NVLink (or PCIe) domain unless pinned, and must split some matmul of a layer; cp needs a
+model whose sequence is mixed by attention alone.
 """
 
 from __future__ import annotations
@@ -123,6 +125,16 @@ def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> It
                 if pins.dp not in (None, dp) or workload.global_batch % dp:
                     continue
                 yield from _filled(facts, workload, pins, pp, tp, cp, dp)
+
+
+def outside(mesh: Mesh, cluster: Cluster, pinned: int | None) -> tuple[int, ...]:
+    """How many of the dp may lie outside the pipeline: none, or one for each unit of a level, so
+    that no pipeline crosses what joins them."""
+    units = [cluster.count // span for span in cluster.spans[1:-1]] if mesh.pp > 1 else []
+    return tuple(
+        n for n in dict.fromkeys([1, *units] if pinned is None else [pinned])
+        if mesh.dp % n == 0 and mesh.dp // n * mesh.cp * mesh.tp % (mesh.ep * mesh.etp) == 0
+    )
 
 
 def _filled(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cost_models.ledger import Estimate
 from planner.decisions import Pins
+from planner.limits import Limits
 from planner.plan import Plan
 from planner.workload import Asked
 
@@ -19,8 +20,11 @@ class TraceOptions:
 
     model: file, file:factory, config.json or its folder. args: factory arguments as written.
     base: another plan, whose workload is taken where none is asked for, and whose graph where no
-    model is named.
+    model is named; old: what it says, once read. stability: how much slower than the best a plan
+    may be that changes less of it, as a share of the step; None: the best is taken.
     cache: use the traced graph if nothing it depends on changed. fold: trace one unit a class.
+    objective: a word of `planner.objectives`. slack: with "memory", the share that a step may be
+    longer than the fastest. batches, seq_lens: what the workload may have, where that is open.
     """
 
     model: str
@@ -29,9 +33,16 @@ class TraceOptions:
     pins: Pins = field(default_factory=Pins)
     asked: Asked = field(default_factory=Asked)
     base: str = ""
+    old: Plan | None = None
+    stability: float | None = None
     cache: bool = True
     fold: bool = True
     effort: int = 0  # how much is searched at most; 0 is the search's own default
+    objective: str = "time"
+    limits: Limits = field(default_factory=Limits)
+    slack: float = 0.05
+    batches: tuple[int, ...] = ()
+    seq_lens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

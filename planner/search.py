@@ -8,9 +8,10 @@ beat the incumbent is not tried; the least bound of what is left is the proof, o
 from __future__ import annotations
 
 import functools
+import itertools
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -23,21 +24,23 @@ from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
 from ir.errors import UsageError
 from ir.graph import full_name
-from planner.bounds import mesh_bounds_ps
+from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.legality import illegal
-from planner.mesh import Mesh, divisors, meshes
+from planner.mesh import Mesh, divisors, meshes, outside
 from planner.names import matches
+from planner.room import least_bytes, state_bytes
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
 MOST_VIRTUAL_STAGES = 8
-DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages; a mesh one, and
-# one for every 4 programs it has: some 6 s
+DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages; a mesh one, if
+# its state may fit, and one for every 4 programs it has: some 6 s
 AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
+CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbh1", "zbv", "dualpipev")
@@ -98,6 +101,7 @@ class Outcome:
 
     best: Tried | None = None
     misfit: Misfit | None = None
+    closest: list[tuple[int, int, Decisions]] = field(default_factory=list)  # bytes, order, state
     bound: int = 0
     meshes: int = 0
     expanded: int = 0  # meshes tried; solved: stage programs
@@ -133,6 +137,7 @@ class Searcher:
     progress: Callable[[str], None] | None = None
     effort: int = DEFAULT_EFFORT
     _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
+    _over: dict[tuple[object, ...], bool] = field(default_factory=dict)  # state alone is too much
 
     def assign(self, tp: int, split: bool) -> Assignments:
         """How every unit lies on tp: solved once, at one sample of the whole sequence."""
@@ -176,7 +181,10 @@ class Searcher:
     def under(self, pins: Pins) -> Searcher:
         """The same model and costs under other pins."""
         laid = self._laid if pins.place == self.pins.place else {}
-        return Searcher(costs=self.costs, pins=pins, effort=self.effort, _laid=laid)
+        over = self._over if pins.place == self.pins.place else {}
+        return Searcher(
+            costs=self.costs, pins=pins, effort=self.effort, _laid=laid, _over=over
+        )
 
     # --- the space ---------------------------------------------------------------------------
 
@@ -191,15 +199,18 @@ class Searcher:
             grad_dtype=pins.grad_dtype or engine.grad_dtype,
         )  # fmt: skip
         ranks = mesh.dp * mesh.cp
-        for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
-            for shard in self._shards(mesh, zero):
+        outers = outside(mesh, self.costs.cluster, pins.dp_outer)
+        zeros = (0, 1, 2, 3) if pins.zero is None else (pins.zero,)
+        for zero, outer in itertools.product(zeros, outers):
+            for shard in self._shards(mesh, zero, outer):
                 for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
                     if pins.reshard not in (None, reshard):
                         continue
                     for offload in self._offloads():
                         d = replace(
-                            base, zero=zero, shard=shard, reshard=reshard, offload=offload
-                        )
+                            base, zero=zero, shard=shard, reshard=reshard, offload=offload,
+                            dp_outer=outer,
+                        )  # fmt: skip
                         alone = zero > 0 and shard == 1 < ranks and pins.zero is None
                         if not alone and not illegal(
                             d, self.costs.workload, scheduled=False
@@ -223,15 +234,20 @@ class Searcher:
         fault = whole_recomputation_fault(costs.graph, costs.workload, tp, costs.engine.fused)
         return fault is not None
 
-    def _shards(self, mesh: Mesh, zero: int) -> tuple[int, ...]:
-        ranks = mesh.dp * mesh.cp
+    def _shards(self, mesh: Mesh, zero: int, outer: int) -> tuple[int, ...]:
+        ranks, near = mesh.dp * mesh.cp, mesh.dp * mesh.cp // outer
+        nested = [s for s in divisors(ranks)[::-1] if near % s == 0 or s % near == 0]
         if self.pins.shard is not None:
-            return (self.pins.shard,) if ranks % self.pins.shard == 0 else ()
+            return (self.pins.shard,) if self.pins.shard in nested else ()
         if zero == 0:
             return (1,)
-        inside = max(1, self.costs.cluster.domain_ranks // mesh.tp)
+        cluster = self.costs.cluster
+        inside = max(1, cluster.domain_ranks // mesh.tp)
         spreads = {inside * k for k in SHARD_SPREADS}
-        return tuple(s for s in divisors(ranks)[::-1] if s == ranks or s in spreads)
+        spreads |= {cluster.spans[-2] // mesh.tp}
+        if outer > 1:  # laid apart to keep shards together, or where no shards are apart
+            spreads = {near}
+        return tuple(s for s in nested if s == ranks or s in spreads)
 
     def _offloads(self) -> tuple[tuple[tuple[str, str], ...], ...]:
         if self.pins.offload is not None:
@@ -289,6 +305,15 @@ class Searcher:
             fixed_recompute=fixed, levels=levels,
         )  # fmt: skip
 
+    def bounds(self, candidates: Sequence[Mesh]) -> Bounds:
+        """Of every mesh a lower bound of its objective, and a guess at it."""
+        return mesh_bounds_ps(
+            self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
+            schedules=self._schedules,
+            elsewhere=bool({"params", "activations"} & dict(self.pins.offload or ()).keys()),
+            dp_outer=self.pins.dp_outer,
+        )  # fmt: skip
+
     # --- the search --------------------------------------------------------------------------
 
     def run(self, incumbent: Tried | None = None) -> Outcome:
@@ -299,11 +324,7 @@ class Searcher:
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        bounds = mesh_bounds_ps(
-            costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
-            schedules=self._schedules,
-            elsewhere=bool({"params", "activations"} & dict(self.pins.offload or ()).keys()),
-        )  # fmt: skip
+        bounds = self.bounds(candidates)
         lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
         guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
@@ -323,6 +344,8 @@ class Searcher:
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
                 self._report(out, min([*left[-1:], *(u.bound for u in unsettled)], default=0))
+        if out.best is None and out.misfit is None:
+            self._weigh_closest(out)
         if not out.interrupted:
             self._certify(out, unsettled, left[-1] if left else 1 << 62)
         rest = [*left[-1:], *(u.bound for u in unsettled)]
@@ -359,7 +382,9 @@ class Searcher:
     def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
         """Solve a mesh's variants; note those whose bound is below what was found."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
-        steps = _undominated([(d, self.costs.step(d, laid)) for d in self.variants(mesh)])
+        ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
+        made_steps = [(d, self.costs.step(d, laid)) for d in ways]
+        steps = _undominated([row for row in made_steps if self._may_fit(*row, out)])
         todo: list[tuple[int, int, Decisions, StageProblem]] = []
         for d, step in steps:
             for made in self.schedules(d):
@@ -367,7 +392,7 @@ class Searcher:
                 if (out.best or out.misfits >= MISFITS) and surely_infeasible(problem):
                     continue
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
-        out.spent += 1 + len(todo) // 4
+        out.spent += bool(ways) + len(todo) // 4
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
             best = objective_below(out.best.score, mesh) if out.best else None
             if best is not None and bound >= best:
@@ -397,6 +422,38 @@ class Searcher:
                     bound=score_of(proved, mesh), bound_ps=proved,
                     order=out.solved, decisions=d, problem=problem,
                 ))  # fmt: skip
+
+
+    def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
+        """Whether a state may fit; where none was found that does, the closest are kept."""
+        again, capacity = self.pins.recompute, self.costs.cluster.device.memory_bytes
+        recomputes = again is None or any((*again.full, *again.selective))
+        self._over[_state_key(d)] = state_bytes(step) > capacity
+        least = least_bytes(step, recomputes=recomputes)
+        if least > capacity and out.best is None:
+            out.closest = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
+            del out.closest[CLOSEST:]
+        return least <= capacity
+
+    def _weigh_closest(self, out: Outcome) -> None:
+        """The nearest misfit, where no program was worth solving."""
+        for _, _, d in out.closest:
+            laid = self.assign(d.tp, d.sequence_parallel)
+            made = next(self.schedules(d), None)
+            if made is None:
+                continue
+            near = solve(self.problem(self.costs.step(d, laid), made)).nearest
+            if near is not None:
+                decided = replace(made, stages=near.stages, recompute=near.recompute)
+                out.misfit = _nearer(
+                    out.misfit, Misfit(decisions=decided, assignments=laid, nearest=near)
+                )
+
+
+def _state_key(d: Decisions) -> tuple[object, ...]:
+    """What the bytes of a mesh's state depend on: not its schedule nor the size of its batches."""
+    axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel)
+    return (*axes, d.zero, d.shard, d.reshard, d.offload, d.microbatches == 1)
 
 
 def _nearer(old: Misfit | None, new: Misfit) -> Misfit:
@@ -431,7 +488,9 @@ def _pinned_places(pins: Pins, unit, paths: list[str]) -> dict[str, int]:  # typ
 
 def _profile(step: Step) -> tuple[int, ...]:
     """What a variant costs and holds, each number better when smaller."""
-    numbers: list[int] = [sum(size for _, size in step.reserved)]
+    numbers: list[int] = [sum(size for _, size in step.reserved), step.p2p_ps]
+    slow = step.slow_sends or ((0, 0),) * step.decisions.pp
+    numbers += [number for boundary in slow for number in boundary]
     for r in step.rows:
         s = r.state
         numbers += [

@@ -110,6 +110,7 @@ def _head(plan: Plan) -> list[str]:
     words = [
         f"ZeRO-{d.zero}{shard}" + (", resharding" if d.reshard else ""),
         f"recompute {recompute}",
+        *([f"dp outside the pipeline: {d.dp_outer}"] if d.dp_outer > 1 else []),
         *(["sequence parallel"] if d.sequence_parallel else []),
         *([f"cp by {d.cp_kind}"] if d.cp > 1 else []),
         "compiled" if d.compile else "eager",

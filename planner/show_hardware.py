@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.collectives import quickest
 from cost_models.constants_table import load_constants
 from cost_models.hardware import Cluster, aliases, catalogue, describe
 from cost_models.units import (
@@ -72,7 +73,9 @@ def cluster_text(c: Cluster) -> str:
          f"{c.domain_ranks} {kind}s share {c.intra.name}"),
         *((where, f"{link.name}, {format_bytes_per_s(link.bytes_per_s)} a {kind} and direction, "
            f"{link.efficiency:.0%} of it reached, {format_seconds(link.latency_s)}")
-          for where, link in (("inside", c.intra), ("between", c.inter))),
+          for where, link in (("inside", c.intra), ("between", c.inter))[: 1 if c.levels else 2]),
+        *(("between", text) for text in _levels(c)),
+        *(("over all", _by_size(c, kind)) for kind in _SHOWN if c.levels),
         ("host", f"{format_bytes(c.host_ram_bytes)} a node, "
          f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each {kind}"),
         *(("tier", f"{t.name}: {format_bytes(t.bytes)} a node, reads "
@@ -93,6 +96,36 @@ def cluster_text(c: Cluster) -> str:
             numbers = ", ".join(f"{value:.4g}" for value in values)
             lines += _wrapped(f"  {item.name} {numbers}: {item.source}", 4)
     return "\n".join(lines)
+
+
+_SHOWN = ("all_reduce", "all_gather")
+_SIZES = tuple(1 << n for n in range(10, 37))  # bytes: 1 KiB to 64 GiB
+
+
+def _levels(c: Cluster) -> list[str]:
+    """The levels of the network, inside out, each with the units it joins."""
+    found = []
+    for level, below, span in zip(c.levels, c.spans, c.spans[1:]):
+        ports = level.oversubscription
+        found.append(
+            f"{level.name} ({level.kind}): {c.count // span} of {span} GPUs, each joins "
+            f"{span // below} units; {format_bytes_per_s(level.bytes_per_s)} a GPU and direction, "
+            + (f"{ports:g}:1 oversubscribed, " if ports > 1 else "")
+            + f"{level.efficiency:.0%} of it reached, {format_seconds(level.latency_s)}"
+        )
+    return found
+
+
+def _by_size(c: Cluster, kind: str) -> str:
+    """The algorithm that is quickest over all GPUs, by size."""
+    names = [quickest(c, kind, float(size), c.count) for size in _SIZES]
+    runs = [
+        (name, _SIZES[at]) for at, name in enumerate(names) if at == 0 or name != names[at - 1]
+    ]
+    return f"{kind.replace('_', '-')}: " + ", ".join(
+        name if at == 0 else f"{name} from {format_bytes(size)}"
+        for at, (name, size) in enumerate(runs)
+    )
 
 
 def _constants_words(c: Cluster) -> str:

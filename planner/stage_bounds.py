@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.stage_problem import StageProblem
+from cost_models.stage_problem import StageProblem, slow_of
 from planner.stage_arcs import INF, Arcs, Array
 
 
@@ -76,10 +76,11 @@ def lower_bound_ps(problem: StageProblem) -> int:
     back += sum(e.input_grad_ps for e in ends)
     weight = sum(p.weight_grad_ps) + sum(e.weight_grad_ps for e in ends)
     crossings = p.count - 1 - (p.schedule in V_SHAPED)
-    once = forward + back + 2 * p.p2p_ps * crossings
+    slow = slow_of(p)
+    once = forward + back + 2 * (p.p2p_ps * crossings + sum(more for more, _ in slow))
     whole = forward + back + weight
     fused = p.schedule not in SPLIT_BACKWARD
-    makespan = max(m * load, once + weight * fused)
+    makespan = max([m * load, once + weight * fused, *(m * busy for _, busy in slow)])
     if p.schedule == "gpipe":
         makespan = once + weight + (m - 1) * load
     elif p.schedule == "1f1b" and m > p.pp:

@@ -15,15 +15,18 @@ from cost_models.hardware import Cluster, load_hardware
 from cost_models.ledger import Estimate
 from cost_models.step import Costs
 from cost_models.words import sharding_of
-from ir.errors import InfeasibleError, PlanError, UsageError
+from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
+from planner.infeasible import infeasible
 from planner.legality import check_pins
+from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.plan import Plan, Solver, load, make_plan, write_whole
 from planner.runnable import check_runnable, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried
+from planner.stability import steady
 from planner.workload import inherit, precision_of, resolve
 
 
@@ -39,7 +42,7 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
     base = load(options.base) if options.base else None
     if base is not None:
         asked, echo = inherit(options.asked, base.workload, options.base)
-        options = replace(options, asked=asked)
+        options = replace(options, asked=asked, old=base)
     if base is None or options.model:
         graph = capture(options, cluster, clock, progress)
     else:
@@ -47,7 +50,9 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
         if options.asked.precision != base.workload.precision:
             raise UsageError(f"{options.base} was traced in {base.workload.precision}",
                              hints=("name the model to trace it anew",))  # fmt: skip
-    result = plan_graph(graph, options, cluster, clock, progress)
+    from planner.objectives import plan_within
+
+    result = plan_within(graph, options, cluster, clock, progress)
     return replace(result, echo=(*echo, *result.echo))
 
 
@@ -58,12 +63,27 @@ def plan_graph(
     clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:
-    """Plan a graph that is captured already; raises as `run` does."""
+    """Plan a graph that is captured already, for time; raises as `run` does."""
+    found, searcher, outcome = attempt(graph, options, cluster, clock, progress)
+    if found is None:
+        raise infeasible(searcher, outcome)
+    return found
+
+
+def attempt(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    clock: Clock,
+    progress: Progress | None = None,
+) -> tuple[TraceResult | None, Searcher, Outcome]:
+    """The fastest plan within the limit of memory, or None where none fits; and the search."""
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
     layers = facts_of(_chain(graph)).layers
     check_pins(options.pins, workload, gpus=cluster.count, layers=layers)
-    _check_model(graph, cluster, workload, options.pins)
-    costs, searcher = _searcher(graph, cluster, workload, options.pins, progress)
+    check_model(graph, cluster, workload, options.pins)
+    usable = capped(cluster, options.limits.memory_bytes)
+    costs, searcher = _searcher(graph, usable, workload, options.pins, progress)
     searcher.effort = options.effort or searcher.effort
     clock.mark("cost_s")
     baselines, stopped = _baselines(costs, searcher)
@@ -75,12 +95,16 @@ def plan_graph(
     if outcome.interrupted and outcome.best is None:
         raise KeyboardInterrupt
     if outcome.best is None:
-        raise infeasible(searcher, outcome)
+        return None, searcher, outcome
+    if options.old is not None and options.stability is not None and not outcome.interrupted:
+        kept = steady(searcher, outcome, options.old, options.stability)
+        echo, outcome = (*echo, f"{options.base}: {kept.words}"), kept.outcome
     plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome)
-    return TraceResult(
+    found = TraceResult(
         plan=plan, estimate=estimate, echo=echo, interrupted=outcome.interrupted,
         baselines=tuple(row for row, _ in baselines), timing=clock.timing(),
     )  # fmt: skip
+    return found, searcher, outcome
 
 
 def _chain(graph: Graph):  # type: ignore[no-untyped-def]
@@ -168,7 +192,7 @@ def _own_digest() -> str:
 # --- searching --------------------------------------------------------------------------------
 
 
-def _check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) -> None:
+def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) -> None:
     """Pins that this model cannot hold: a pipeline it has no cuts for, tp that splits nothing."""
     chain = _chain(graph)
     if not chain.links:
@@ -323,7 +347,7 @@ def _planned(
 ) -> tuple[Plan, Estimate]:
     assert out.best is not None
     d = out.best.decisions
-    estimate = estimate_step(costs, costs.step(d, out.best.assignments), d)
+    estimate = uncapped(estimate_step(costs, costs.step(d, out.best.assignments), d), cluster)
     bound = whole_step_ps(costs, out.bound_ps)
     solver = Solver(
         status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
@@ -334,91 +358,3 @@ def _planned(
     }
     plan = make_plan(graph, spec, cluster, workload, d, shardings, estimate, solver)
     return plan, estimate
-
-
-# --- nothing fits -------------------------------------------------------------------------------
-
-
-def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
-    """Why no plan fits, by name, and hints that were solved again."""
-    costs = searcher.costs
-    gpu_bytes = costs.cluster.device.memory_bytes
-    spec = costs.cluster.spec
-    if out.misfit is None:
-        return InfeasibleError(
-            f"no mesh of {spec} suits the model, the batch and the pins",
-            why=f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
-            f" {costs.workload.global_batch}",
-            hints=("another --global-batch, or fewer pins",),
-        )
-    m = out.misfit
-    made = estimate_step(costs, costs.step(m.decisions, m.assignments), m.decisions)
-    worst = max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
-    total = sum(size for _, size in worst.memory_bytes)
-    named = sorted(worst.memory_bytes, key=lambda row: -row[1])
-    parts = [f"{name} {size / 1e9:.1f}" for name, size in named[:4]]
-    parts.append(f"other {sum(size for _, size in named[4:]) / 1e9:.1f}")
-    binding = ["memory", *(f"{p} (--fix)" for p in _said(searcher.pins))]
-    if searcher.pins.tp is None and m.decisions.tp == costs.cluster.domain_ranks > 1:
-        binding.append(f"tp<={costs.cluster.domain_ranks} (one NVLink domain)")
-    verdict = "fits" if out.expanded == out.meshes else "was found that fits"
-    return InfeasibleError(
-        f"no plan {verdict} {spec} ({gpu_bytes / 1e9:.1f} GB a GPU)",
-        why=f"nearest needs {total / 1e9:.1f} GB on pp rank {worst.pp_rank}: {', '.join(parts)}\n"
-        f"binding: {'; '.join(binding)}",
-        hints=tuple(_hints(searcher)),
-    )
-
-
-def _said(pins: Pins) -> list[str]:
-    from dataclasses import fields
-
-    return [
-        pins.said(f.name) for f in fields(Pins)
-        if f.name != "place" and getattr(pins, f.name) is not None
-    ]  # fmt: skip
-
-
-def _hints(searcher: Searcher) -> list[str]:
-    """Solve again without each pin, then on more GPUs: what fits is a hint."""
-    hints = []
-    for name in [f for f in Pins.__dataclass_fields__ if f != "place"]:
-        if getattr(searcher.pins, name) is None:
-            continue
-        fewer = replace(searcher.pins, **{name: None})  # type: ignore[arg-type]
-        found = _again(searcher, fewer, searcher.costs.cluster)
-        if found:
-            hints.append(f"without {searcher.pins.said(name)} it fits: {found}")
-    for times in (2, 4, 8, 16):
-        if hints:
-            break
-        count = searcher.costs.cluster.count * times
-        bigger = _counted(searcher.costs.cluster, count)
-        found = _again(searcher, searcher.pins, bigger) if bigger else ""
-        if found and bigger:
-            hints.append(f"{bigger.spec} holds it: {found}")
-    return hints or ["a device with more memory, a smaller batch or a shorter --seq-len"]
-
-
-def _counted(cluster: Cluster, count: int) -> Cluster | None:
-    try:
-        return replace(cluster, count=count)
-    except UsageError:
-        return None
-
-
-def _again(searcher: Searcher, pins: Pins, cluster: Cluster) -> str:
-    """Step and memory of the best plan under other pins or GPUs; empty where none fits."""
-    old = searcher.costs
-    if old.workload.global_batch % 1 or cluster.count % (pins.tp or 1):
-        return ""
-    costs, again = _searcher(old.graph, cluster, old.workload, pins, None)
-    again.effort = 100  # a hint is a plan that fits, not the best one
-    out = again.run()
-    if out.best is None:
-        return ""
-    d = out.best.decisions
-    made = estimate_step(costs, costs.step(d, out.best.assignments), d)
-    return f"{made.peak_memory_bytes / 1e9:.1f} GB a GPU, {made.step_time_s:.3g} s a step"
-
-

@@ -205,3 +205,13 @@ def with_batch_of(rank: int, plan: Any, seq_len: int) -> None:
     model, loss_fn = example("llama")
     short = replace(plan, workload=replace(plan.workload, seq_len=seq_len))
     parallelize(model, plan).step({"input_ids": batch_of(short)[0]}, batch_of(short)[1], loss_fn)
+
+
+def neighbours(rank: int, plan: Any) -> list[int]:
+    """The ranks of this rank's pipeline, in the order of its stages."""
+    import torch.distributed as dist
+
+    from planner.runtime.meshes import make_meshes
+
+    meshes = make_meshes(plan.decisions, "cpu")
+    return dist.get_process_group_ranks(meshes.pp.get_group())

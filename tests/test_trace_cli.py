@@ -251,7 +251,8 @@ def test_infeasible_names_what_binds_and_solves_again(plan):
     assert (code, out) == (3, "")
     assert "no plan fits h100x8" in err
     assert re.search(r"nearest needs [0-9.]+ GB on pp rank \d: \w+ [0-9.]+", err)
-    assert "binding: memory" in err and "recompute=none (--fix)" in err
+    assert "binding: memory" in err and "offload=none (--fix)" in err
+    assert "recompute=none (--fix)" not in err  # nothing fits either way: it does not bind
     hints = [line for line in err.splitlines() if line.startswith("hint:")]
     assert hints and all(re.search(r"[0-9.]+ GB", line) for line in hints), err
 

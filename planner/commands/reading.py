@@ -32,20 +32,40 @@ def show(
     stage: Annotated[
         int | None, typer.Option(metavar="N", help="one global stage: memory, collectives")
     ] = None,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="what checkpoints and failures leave; input rates")
+    ] = False,
+    assume: Annotated[
+        list[str],
+        typer.Option(
+            metavar="K=V", help="of --goodput: restart_s, failures_per_gpu_hour, ... (docs/size.md)"
+        ),
+    ] = [],  # noqa: B006
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> int:
     """\b
     plan show
     plan show HEAD~1:plan.json --stage 3
+    plan show --goodput --assume restart_s=300
 
     Say what a plan decides, what it will cost, and how sure that is.
     """
+    from cost_models.operations import parse_operations
     from planner import show as view
+    from planner.show_goodput import goodput_json, goodput_text
 
+    operations = parse_operations(assume)
+    if assume and not goodput:
+        raise UsageError("--assume is of --goodput", hints=("plan show --goodput ...",))
     checked = examine(plan)
     found, estimate = checked.plan, checked.estimate
-    if as_json:
+    if goodput:
+        if as_json:
+            print_json(goodput_json(checked, operations))
+        else:
+            print(goodput_text(checked, operations))
+    elif as_json:
         print_json(view.document(found, estimate))
     elif layers:
         print(view.layers_text(found))

@@ -34,12 +34,20 @@ def trace(
         typer.Option("--fix", metavar="K=V", help="pin a decision: tp=8, recompute=full:12"),
     ] = [],  # noqa: B006
     seq_len: Annotated[
-        int | None,
-        typer.Option(help="tokens a sample (default: the model's maximum, at most 8192)"),
+        str | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="tokens a sample (default: the model's maximum, at most 8192); or N..M",
+        ),
     ] = None,
     global_batch: Annotated[
-        int | None,
-        typer.Option(help="samples a step (default: about 4M tokens, or 32 images a GPU)"),
+        str | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="samples a step (default: about 4M tokens, or 32 images a GPU); or N..M",
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -60,6 +68,14 @@ def trace(
             help="plan again for other hardware: its workload, and its model where none is named",
         ),
     ] = "",
+    stability: Annotated[
+        str,
+        typer.Option(
+            metavar="P%",
+            show_default=False,
+            help="with --base: of plans within P% of the best, the one that changes least",
+        ),
+    ] = "",
     expert_imbalance: Annotated[
         float,
         typer.Option(
@@ -69,6 +85,16 @@ def trace(
         ),
     ] = 1.0,
     task: Annotated[str, typer.Option(help="train")] = "train",
+    objective: Annotated[
+        str, typer.Option(help="time, cost, energy, memory (most free), gpus (fewest that fit)")
+    ] = "time",
+    slack: Annotated[
+        str,
+        typer.Option(metavar="X%", help="how much longer a step may be with --objective memory"),
+    ] = "5%",
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
+    ] = "",
     effort: Annotated[
         int,
         typer.Option(
@@ -97,7 +123,9 @@ def trace(
     Trace a model, cost and search its layouts on the hardware, and write the plan.
     """
     from cost_models.hardware import load_hardware
+    from cost_models.units import parse_bytes
     from planner.decisions import parse_pins
+    from planner.limits import OBJECTIVES, Limits, parse_share, parse_sizes
     from planner.options import TraceOptions
     from planner.workload import Asked
 
@@ -114,6 +142,16 @@ def trace(
         )
     if not hardware:
         raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
+    if objective not in OBJECTIVES:
+        raise UsageError(
+            f"--objective {objective} is not known", why=f"known: {', '.join(OBJECTIVES)}"
+        )
+    if stability and not base:
+        raise UsageError("--stability has nothing to stay with", hints=("--base old.json",))
+    if stability and objective in ("memory", "gpus"):
+        raise UsageError(f"--stability is of the step time, --objective {objective} is not")
+    batches = parse_sizes(global_batch, "--global-batch")
+    seq_lens = parse_sizes(seq_len, "--seq-len")
     load_hardware(hardware)
     options = TraceOptions(
         model=model,
@@ -123,16 +161,22 @@ def trace(
         asked=Asked(
             task=task,
             engine=engine,
-            seq_len=seq_len,
-            global_batch=global_batch,
+            seq_len=seq_lens[0] if len(seq_lens) == 1 else None,
+            global_batch=batches[0] if len(batches) == 1 else None,
             precision=precision,
             optimizer=optimizer,
             expert_imbalance=expert_imbalance,
         ),
         base=base,
+        stability=parse_share(stability, "--stability") if stability else None,
         cache=cache,
         fold=fold,
         effort=effort,
+        objective=objective,
+        limits=Limits(memory_bytes=parse_bytes(max_memory) if max_memory else None),
+        slack=parse_share(slack, "--slack"),
+        batches=batches if len(batches) > 1 else (),
+        seq_lens=seq_lens if len(seq_lens) > 1 else (),
     )
     from planner.tracing import run as search
 

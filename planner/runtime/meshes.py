@@ -1,14 +1,16 @@
 """The plan's axes as device meshes over the ranks of this job.
 
-Ranks are laid inside out: tp innermost, then cp, then dp, then pp. A data rank is a (dp, cp) pair;
-`shard` consecutive data ranks share state, groups of them replicate it. Expert layers lay a
-stage's ranks out anew: etp innermost, then ep, then edp.
+Ranks are laid inside out: tp innermost, then cp, then dp, then pp, and outside of pp the last
+factor, `dp_outer`, of dp. A data rank is a (dp, cp) pair; `shard` consecutive data ranks share
+state, groups of them replicate it. Expert layers lay a stage's ranks out anew: etp innermost, then
+ep, then edp.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -48,6 +50,20 @@ class Meshes:
         return int(mesh.get_local_rank(axis))
 
 
+def laid_ranks(d: Decisions) -> torch.Tensor:
+    """The job's ranks in the order of the axes (pp, dp, cp, tp), the last fastest."""
+    places = torch.arange(d.gpus, dtype=torch.int).reshape(d.dp_outer, d.pp, -1)
+    return places.transpose(0, 1).reshape(-1)
+
+
+def _mesh(
+    d: Decisions, device_type: str, sizes: tuple[int, ...], names: tuple[str, ...]
+) -> DeviceMesh:
+    if d.dp_outer == 1:
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return DeviceMesh(device_type, laid_ranks(d).reshape(sizes), mesh_dim_names=names)
+
+
 def make_meshes(d: Decisions, device_type: str) -> Meshes:
     """Build the meshes of these decisions. Raises PlanError where the world has another size."""
     world = dist.get_world_size()
@@ -59,17 +75,15 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
                    f"plan trace MODEL --hardware NAMEx{world} --base plan.json"),
         )  # fmt: skip
     dense, expert = ranks_of(d, False), ranks_of(d, True)
-    root = init_device_mesh(
-        device_type, (d.pp, dense.replicas, dense.shard, d.tp),
-        mesh_dim_names=("pp", "replicate", "shard", "tp"),
+    root = _mesh(
+        d, device_type, (d.pp, dense.replicas, dense.shard, d.tp),
+        ("pp", "replicate", "shard", "tp"),
     )  # fmt: skip
-    expert_root = init_device_mesh(
-        device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
-        mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep", "etp"),
+    expert_root = _mesh(
+        d, device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
+        ("pp", "expert_replicate", "expert_shard", "ep", "etp"),
     )  # fmt: skip
-    axes = init_device_mesh(
-        device_type, (d.pp, d.dp, d.cp, d.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
-    )
+    axes = _mesh(d, device_type, (d.pp, d.dp, d.cp, d.tp), ("pp", "dp", "cp", "tp"))
     return Meshes(
         device_type=device_type, decisions=d, root=root, expert_root=expert_root, axes=axes,
         pp=axes["pp"], dp=axes["dp"], cp=axes["cp"], tp=root["tp"],

@@ -78,7 +78,7 @@ def look_at(
         runs = ((3, 1),)
     total: Counter[tuple[Axes, str, int]] = Counter()
     for count, times in runs:
-        with _fake_group(d.gpus, pp_rank * d.gpus // d.pp):
+        with _fake_group(d.gpus, pp_rank * d.pipeline // d.pp):
             seen = _run(_shortened(plan, count), model, inputs, targets, loss,
                         between=d.microbatches - 2)  # fmt: skip
         for key, found in seen.sent.items():
@@ -254,7 +254,8 @@ def _groups(meshes: Meshes) -> dict[str, Axes]:
 def _axis_by_ranks(group: dist.ProcessGroup, meshes: Meshes) -> str:
     """The axes along which a group's ranks differ: "dp", "cp.tp"."""
     ranks = torch.tensor(dist.get_process_group_ranks(group))
-    places = torch.unravel_index(ranks, tuple(meshes.axes.mesh.shape))
+    order = meshes.axes.mesh.flatten().argsort()[ranks]
+    places = torch.unravel_index(order, tuple(meshes.axes.mesh.shape))
     differ = [int(at.min()) != int(at.max()) for at in places]
     words = [axis for axis, more in zip(("pp", "dp", "cp", "tp"), differ) if more]
     return "dp" if words in (["dp"], ["cp"], ["dp", "cp"]) else ".".join(words)

@@ -28,7 +28,7 @@ def _kind(d: Decisions) -> tuple[object, ...]:
     """What a smaller mesh must keep."""
     dense, expert = ranks_of(d, False), ranks_of(d, True)
     return (
-        dense.shard > 1, dense.replicas > 1,
+        dense.shard > 1, dense.replicas > 1, d.dp_outer > 1 and d.dp > d.dp_outer,
         d.ep * d.etp > 1 and (d.edp > 1, expert.shard > 1, expert.replicas > 1),
     )  # fmt: skip
 
@@ -50,7 +50,8 @@ def meshes(d: Decisions, limit: int) -> Iterator[Decisions]:
         if pp * ranks > limit or pp > 2 or ranks % (ep * etp):
             continue
         for shard in (n for n in range(1, dp * cp + 1) if (dp * cp) % n == 0):
-            small = replace(d, pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp, shard=shard)
+            small = replace(d, pp=pp, dp=dp, cp=cp, tp=tp, ep=ep, etp=etp, shard=shard,
+                            dp_outer=min(2, d.dp_outer))  # fmt: skip
             if _kind(small) == _kind(d):
                 order = (small.gpus, _across(small) != _across(d), cp, tp, dp, ep, etp, shard)
                 found.append((order, small))
@@ -134,7 +135,8 @@ def cut_decisions(
     d: Decisions, workload: Workload, mesh: Decisions, layers: int, length: int
 ) -> tuple[Decisions, Workload]:
     """The decisions on a small mesh: fewer micro-batches, samples, layers a stage."""
-    small = replace(d, **{key: getattr(mesh, key) for key in (*AXES, "ep", "etp", "shard")})
+    keys = (*AXES, "ep", "etp", "dp_outer", "shard")
+    small = replace(d, **{key: getattr(mesh, key) for key in keys})
     count = stage_count(small)
     cut = cut_stages(d.stages, count, layers)
     many = 2 * small.pp if d.microbatches >= 2 * d.pp else small.pp
@@ -167,6 +169,8 @@ def only(d: Decisions, axes: tuple[str, ...]) -> Decisions:
     """The decisions without the other axes; experts keep what ranks are left for them."""
     sizes: dict[str, Any] = {axis: getattr(d, axis) if axis in axes else 1 for axis in AXES}
     small = replace(d, **sizes)
+    if small.pp == 1 or small.dp == 1:
+        small = replace(small, dp_outer=1)
     ranks = small.dp * small.cp
     whole = d.shard == d.dp * d.cp
     shard = ranks if whole and d.zero else min(d.shard, ranks)

@@ -1,0 +1,97 @@
+"""The same model asked again: under other pins, another count of GPUs, another batch or length.
+
+Answers share what does not change: costs of one cluster and workload, and how units lie on tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.engines import load_engine
+from cost_models.estimate import estimate_step
+from cost_models.hardware import Cluster
+from cost_models.ledger import Estimate
+from cost_models.step import Assignments, Costs
+from planner.decisions import Pins
+from planner.mesh import meshes
+from planner.search import Outcome, Searcher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a search found, and with which costs."""
+
+    costs: Costs
+    outcome: Outcome
+
+    @property
+    def decisions(self) -> Decisions:
+        """Of the best plan."""
+        assert self.outcome.best is not None
+        return self.outcome.best.decisions
+
+    def estimate(self) -> Estimate:
+        """Of the best plan."""
+        assert self.outcome.best is not None
+        return estimated(self.costs, self.decisions, self.outcome.best.assignments)
+
+
+def estimated(costs: Costs, d: Decisions, assignments: Assignments) -> Estimate:
+    """The estimate of decisions whose point the costs may not have yet."""
+    if (d.micro_batch, d.cp) not in costs.points:
+        costs = replace(costs, points=((d.micro_batch, d.cp),), _units={}, _points={})
+    return estimate_step(costs, costs.step(d, assignments), d)
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """A model on hardware under a workload, to be asked what else there is."""
+
+    searcher: Searcher
+    _known: dict[tuple[object, ...], Searcher] = field(default_factory=dict)
+
+    def under(
+        self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None
+    ) -> Searcher:
+        """A search under these pins. cluster: with other GPUs of the same kind. How units lie
+        is taken over where tp is inside a domain of both; beyond it is decided anew."""
+        costs = self.searcher.costs
+        cluster, workload = cluster or costs.cluster, workload or costs.workload
+        schedules = load_engine(workload.engine).compiled_schedules
+        compiled = pins.compile is not False and pins.schedule in (None, *schedules)
+        key = (cluster.count, cluster.device.memory_bytes, workload, compiled, pins.place)
+        wanted = dict.fromkeys(
+            [(1, 1)] + [
+                (m.micro_batch, m.cp) for p in (Pins(), pins)
+                for m in meshes(costs.chain, cluster, workload, p)
+            ]
+        )  # fmt: skip
+        known = self._known.get(key)
+        if known is None or not wanted.keys() <= {*known.costs.points}:
+            made = Costs(
+                graph=costs.graph, cluster=cluster, workload=workload, points=tuple(wanted),
+                compiled=compiled,
+            )  # fmt: skip
+            known = self._known[key] = Searcher(
+                costs=made, pins=Pins(place=pins.place), _laid=self._shared(made, pins)
+            )
+        return known.under(pins)
+
+    def _shared(self, made: Costs, pins: Pins) -> dict[tuple[int, bool], Assignments]:
+        """What is laid already and lies the same there."""
+        own = self.searcher
+        if pins.place != own.pins.place or made.workload != own.costs.workload:
+            return {}
+        alike = made.cluster.count == own.costs.cluster.count
+        inside = min(made.cluster.domain_ranks, own.costs.cluster.domain_ranks)
+        return {key: laid for key, laid in own._laid.items() if alike or key[0] <= inside}
+
+    def ask(
+        self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None,
+        effort: int,
+    ) -> Answer:  # fmt: skip
+        """The best plan that so much effort finds."""
+        found = self.under(pins, cluster=cluster, workload=workload)
+        found.effort = effort
+        return Answer(costs=found.costs, outcome=found.run())

@@ -1,0 +1,171 @@
+"""`plan size`: read the arguments, compare the catalogue, print the front."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from ir.errors import UsageError
+from planner.commands.shared import Args, Cache, Json, Verbose, parse_args, print_json
+from planner.console import progress, say
+
+
+def size(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="model.py, model.py:factory, config.json or its folder",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            "--target", metavar="K=V", help="tokens_per_s=1e6, days=30 (with --tokens), step_time_s"
+        ),
+    ] = [],  # noqa: B006
+    tokens: Annotated[
+        str, typer.Option(metavar="N", show_default=False, help="of the whole training: 15T")
+    ] = "",
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            show_default=False,
+            help="devices, by commas, and .toml files (default: the catalogue)",
+        ),
+    ] = "",
+    prices: Annotated[
+        str,
+        typer.Option(metavar="FILE", show_default=False, help="USD a GPU hour: docs/size.md"),
+    ] = "",
+    objective: Annotated[
+        str,
+        typer.Option(
+            show_default=False,
+            help="what the first row is best by: time, cost (default with prices), energy, memory,"
+            " gpus (default without)",
+        ),
+    ] = "",
+    max_gpus: Annotated[int, typer.Option(min=1, help="GPUs at most")] = 16384,
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
+    ] = "",
+    max_cost: Annotated[
+        float | None,
+        typer.Option(metavar="USD", min=0, help="for a million tokens at the lesser price"),
+    ] = None,
+    assume: Annotated[
+        list[str],
+        typer.Option(
+            metavar="K=V",
+            help="pue, restart_s, failures_per_gpu_hour, preemptions_per_gpu_hour, tier,"
+            " sample_bytes",
+        ),
+    ] = [],  # noqa: B006
+    every: Annotated[
+        bool, typer.Option("--all", help="search and show also what others beat in everything")
+    ] = False,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="tokens a sample (default: the model's maximum, at most 8192)"),
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="samples a step, the same for all (default: 4M tokens)")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16, fp8, nvfp4; devices without it are left out")
+    ] = "bf16",
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
+    ] = None,
+    effort: Annotated[
+        int, typer.Option(metavar="N", min=1, help="programs searched for each candidate")
+    ] = 60,
+    arg: Args = [],  # noqa: B006
+    as_json: Json = False,
+    cache: Cache = True,
+    verbose: Verbose = 0,
+) -> int:
+    """\b
+    plan size examples/llama.py --target tokens_per_s=1e6
+    plan size config.json --target days=30 --tokens 15T --prices prices.toml
+    plan size model.py --target step_time_s=10 --hardware h100,b200 --max-gpus 512
+
+    Which hardware, and how much of it: devices and counts compared, and the Pareto front.
+    """
+    from cost_models.hardware import catalogue
+    from cost_models.operations import parse_operations
+    from cost_models.prices import load_prices
+    from cost_models.units import parse_bytes, parse_count
+    from planner.decisions import Pins
+    from planner.limits import OBJECTIVES, Limits
+    from planner.options import TraceOptions
+    from planner.show_size import ordered, size_json, size_text
+    from planner.sizing import Sizer
+    from planner.sizing_options import Question, parse_devices, parse_target
+    from planner.tracing import capture
+    from planner.workload import Asked, resolve
+
+    total = parse_count(tokens) if tokens else 0.0
+    goal, operations = parse_target(target, total), parse_operations(assume)
+    devices = parse_devices(hardware)
+    priced = load_prices(prices, [c.name for c in devices]) if prices else {}
+    if objective and objective not in OBJECTIVES:
+        raise UsageError(f"--objective {objective} is not known",
+                         why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip
+    if not prices and (objective == "cost" or max_cost is not None):
+        raise UsageError(
+            "--objective cost and --max-cost need prices",
+            hints=("--prices FILE", "docs/size.md has the format"),
+        )
+    able = tuple(c for c in devices if c.device.has(precision))
+    if not able:
+        raise UsageError(f"none of the devices computes in {precision}")
+    with progress() as report:
+        asked = Asked(
+            engine=engine, seq_len=seq_len, global_batch=global_batch, precision=precision,
+            optimizer=optimizer,
+        )  # fmt: skip
+        options = TraceOptions(model=model, args=parse_args(arg), asked=asked, cache=cache)
+        first = replace(able[0], count=1)
+        graph = capture(options, first, progress=report)
+        workload, echo = resolve(graph, first, asked, Pins())
+        question = Question(
+            graph=graph, workload=workload, target=goal, tokens=total,
+            limits=Limits(
+                memory_bytes=parse_bytes(max_memory) if max_memory else None,
+                usd_per_million_tokens=max_cost, gpus=max_gpus,
+            ),
+            operations=operations, prices=priced,
+            objective=objective or ("cost" if prices else "gpus"),
+            without=((
+                f"without {precision}",
+                tuple(c.name for c in devices if not c.device.has(precision)),
+            ),),
+        )  # fmt: skip
+        sizer = Sizer(
+            graph=graph, workload=workload, target=goal, operations=operations,
+            limits=question.limits, prices=priced, axes=question.axes, effort=effort,
+            every=every, progress=report,
+        )  # fmt: skip
+        found = sizer.run(able)
+    for line in echo:
+        say(line)
+    if as_json:
+        print_json(size_json(found, question))
+        return 0
+    print(size_text(found, question, every=every))
+    best = next(row for row, on in ordered(found, question.objective) if on).cluster
+    if best.name in catalogue():
+        more = "".join(f" --arg {text}" for text in arg)
+        say(f"to plan it: plan trace {model}{more} --hardware {best.spec}"
+            f" --global-batch {workload.global_batch}")  # fmt: skip
+    return 0

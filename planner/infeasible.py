@@ -1,0 +1,311 @@
+"""Nothing fits: which constraints bind, a least set of them by name, and hints solved again.
+
+The pins that bind are found by deletion: one after the other is left out, and stays out where
+nothing fits without it either; what is left is minimal: without any one of them something fits.
+A limit (GPUs, one domain for tp) binds where a plan fits beyond it. Every answer is a search of
+small effort, counted, not timed: the same question has the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cost_models.decisions import Decisions, Workload
+from cost_models.estimate import estimate_step
+from cost_models.hardware import Cluster
+from cost_models.ledger import Estimate
+from cost_models.units import format_seconds
+from ir.errors import InfeasibleError, PlanError
+from planner.asking import Answer, Asking
+from planner.decisions import Pins, summarise_recompute
+from planner.mesh import divisors, meshes, splits_something
+from planner.search import Misfit, Outcome, Searcher
+
+EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
+LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
+MOST_TIMES = 16  # so many times the GPUs are asked for at most
+MOST_DOMAINS = 4  # that tp is asked to cross
+LEAST_SEQ_LEN = 1024  # tokens; no shorter sequence is hinted at
+OFFLOADS = (
+    (("optimizer", "cpu"), ("params", "cpu")),
+    (("optimizer", "cpu"), ("params", "cpu"), ("activations", "cpu")),
+)  # what is not searched unless it is pinned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """One that may be relaxed: a pin by its key, or a placement by its pattern."""
+
+    key: str
+    pattern: str = ""
+
+    def said(self, pins: Pins) -> str:
+        """As the user writes it."""
+        if self.pattern:
+            return f"place:{self.pattern}={dict(pins.place)[self.pattern]}"
+        return pins.said(self.key)
+
+    def without(self, pins: Pins) -> Pins:
+        """The pins without it."""
+        if self.pattern:
+            return replace(pins, place=tuple(p for p in pins.place if p[0] != self.pattern))
+        return replace(pins, **{self.key: None})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Core:
+    """What binds. pins: a minimal set that leaves nothing that fits; limits: words for others.
+
+    proved: whether a search saw that nothing fits under them.
+    """
+
+    pins: tuple[Constraint, ...]
+    limits: tuple[str, ...]
+    hints: tuple[str, ...]
+    proved: bool
+
+
+def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
+    """Why no plan fits, by name, and hints that were solved again."""
+    costs, pins = searcher.costs, searcher.pins
+    asked = Asking(searcher=searcher)
+    questions = Questions(asked=asked, pins=pins, legal=out.misfit is None)
+    core = questions.core()
+    spec = costs.cluster.spec
+    words = [*core.limits, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
+    binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
+    if out.misfit is None:
+        return InfeasibleError(
+            f"no mesh of {spec} suits the model, the batch and the pins",
+            why=f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
+            f" {costs.workload.global_batch}\n{binding}",
+            hints=core.hints or ("another --global-batch, or fewer pins",),
+        )
+    proved = out.expanded == out.meshes
+    return InfeasibleError(
+        f"no plan {'fits' if proved else 'was found that fits'} {spec}"
+        f" ({costs.cluster.device.memory_bytes / 1e9:.1f} GB a GPU)",
+        why=f"nearest needs {needs(searcher, out.misfit)}\n{binding}",
+        hints=core.hints or ("a device with more memory, or a smaller model",),
+    )
+
+
+def needs(searcher: Searcher, misfit: Misfit) -> str:
+    """What the fullest rank of a plan that does not fit holds, in GB by name."""
+    costs = searcher.costs
+    step = costs.step(misfit.decisions, misfit.assignments)
+    made = estimate_step(costs, step, misfit.decisions)
+    worst = max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    total = sum(size for _, size in worst.memory_bytes)
+    named = sorted(worst.memory_bytes, key=lambda row: -row[1])
+    parts = [f"{name} {size / 1e9:.1f}" for name, size in named[:4]]
+    parts.append(f"other {sum(size for _, size in named[4:]) / 1e9:.1f}")
+    return f"{total / 1e9:.1f} GB on pp rank {worst.pp_rank}: {', '.join(parts)}"
+
+
+@dataclass(kw_only=True)
+class Questions:
+    """The questions asked of one infeasible problem. legal: whether plans are sought that are
+    legal at all, where memory is not what is in the way."""
+
+    asked: Asking
+    pins: Pins
+    legal: bool = False
+    _answers: dict[tuple[Pins, int, Workload], Answer] = field(default_factory=dict)
+
+    def answer(
+        self, pins: Pins, cluster: Cluster | None = None, workload: Workload | None = None
+    ) -> Answer | None:
+        """What is found under these, or None."""
+        costs = self.asked.searcher.costs
+        cluster, workload = cluster or costs.cluster, workload or costs.workload
+        key = (pins, cluster.count, workload)
+        if key not in self._answers:
+            self._answers[key] = self.asked.ask(
+                pins, cluster=cluster, workload=workload,
+                effort=EFFORT * (LEGAL_TIMES if self.legal else 1),
+            )  # fmt: skip
+        found = self._answers[key]
+        legal = self.legal and found.outcome.misfit is not None
+        return found if found.outcome.best is not None or legal else None
+
+    def core(self) -> Core:
+        """What binds, and what would help."""
+        costs, kept = self.asked.searcher.costs, self._minimal()
+        pins = _without(self.pins, [c for c in constraints(self.pins) if c not in kept])
+        limits = ["memory"] if not self.legal else []
+        hints = [hint for c in kept for hint in self._dropped(c, kept)]
+        wider = None if self.pins.tp else self._wider_tp(pins)
+        if wider:
+            limits.append(f"tp<={costs.cluster.domain_ranks} (one NVLink domain)")
+            hints.append(wider)
+        if not hints and not self.legal:
+            hints += self._offloaded()
+        more = self._more_gpus()
+        if more is not None:
+            limits.append(f"{costs.cluster.count} GPUs")
+            hints.append(more)
+        if not hints or self.legal:
+            for word, hint in self._smaller():
+                limits.append(word)
+                hints.append(hint)
+        self.answer(pins)
+        seen = self._answers[pins, costs.cluster.count, costs.workload].outcome
+        return Core(
+            pins=kept, limits=tuple(limits), hints=tuple(hints),
+            proved=seen.expanded == seen.meshes,
+        )  # fmt: skip
+
+    def _minimal(self) -> tuple[Constraint, ...]:
+        """The pins left by deletion, in the vocabulary's order."""
+        kept = constraints(self.pins)
+        if not kept or self.answer(Pins()) is None:
+            return ()
+        for one in kept:
+            fewer = [c for c in kept if c is not one]
+            dropped = [c for c in constraints(self.pins) if c not in fewer]
+            if self.answer(_without(self.pins, dropped)) is None:
+                kept = tuple(fewer)
+        return kept
+
+    def _dropped(self, one: Constraint, core: Sequence[Constraint]) -> list[str]:
+        """A plan without that pin; and without as few of the pins outside the core as there must
+        be, should those bind as well."""
+        away = [one]
+        found = self.answer(_without(self.pins, away))
+        if found is None:
+            away = [one, *(c for c in constraints(self.pins) if c not in core)]
+            for back in away[1:]:
+                fewer = [c for c in away if c is not back]
+                if self.answer(_without(self.pins, fewer)) is not None:
+                    away = fewer
+            found = self.answer(_without(self.pins, away))
+        if found is None:
+            return []
+        words = " and ".join(c.said(self.pins) for c in away)
+        return [f"without {words} {self._told(found, tuple(c.key for c in away))}"]
+
+    def _wider_tp(self, pins: Pins) -> str:
+        """The least tp beyond one domain with which something fits."""
+        costs = self.asked.searcher.costs
+        cluster = costs.cluster
+        for tp in divisors(cluster.count):
+            crosses = 1 < tp / cluster.domain_ranks <= MOST_DOMAINS
+            if not crosses or not splits_something(costs.chain, tp):
+                continue
+            found = self.answer(replace(pins, tp=tp))
+            if found:
+                return f"with --fix tp={tp}, across domains, {self._told(found, ())}"
+        return ""
+
+    def _offloaded(self) -> list[str]:
+        """What is not searched: parameters and activations on the CPU."""
+        tiers = [tier.name for tier in self.asked.searcher.costs.cluster.tiers]
+        if "cpu" not in tiers:
+            return []
+        for offload in OFFLOADS:
+            pins = replace(self.pins, offload=offload)
+            found = self.answer(pins)
+            if found:
+                return [f"with --fix {pins.said('offload')} {self._told(found, ())}"]
+        return []
+
+    def _more_gpus(self) -> str | None:
+        """The least of 2, 3, 4, 6, 8 .. times the GPUs on which something fits."""
+        cluster, most = self.asked.searcher.costs.cluster, 1
+        while most < MOST_TIMES:
+            most *= 2
+            found = self._on(cluster, most * cluster.count)
+            if found is None:
+                continue
+            fewer = self._on(cluster, most * cluster.count * 3 // 4) if most > 2 else None
+            return self._held(fewer or found)
+        return None
+
+    def _on(self, cluster: Cluster, count: int) -> Answer | None:
+        """What is found under all pins on so many GPUs."""
+        try:
+            bigger = replace(cluster, count=count)
+            return self.answer(self.pins, bigger) if _whole(bigger) else None
+        except PlanError:  # the pins or the hardware's levels do not go with that count
+            return None
+
+    def _held(self, found: Answer) -> str:
+        return f"{found.costs.cluster.spec} {self._told(found, (), 'holds it')}"
+
+    def _smaller(self) -> Iterator[tuple[str, str]]:
+        """The nearest smaller batch, and the nearest shorter sequence, where something fits."""
+        workload = self.asked.searcher.costs.workload
+        batches = [workload.global_batch // 2**n for n in range(1, 5)]
+        if self.legal:
+            batches = sorted(
+                {b for b in range(1, 2 * workload.global_batch + 1) if self._suits(b)},
+                key=lambda b: (abs(b - workload.global_batch), b),
+            )[:1]
+        for batch in batches:
+            found = self._with(global_batch=batch) if batch else None
+            if found:
+                told = self._told(found, ())
+                yield f"global batch {workload.global_batch}", f"with --global-batch {batch} {told}"
+                break
+        length = workload.seq_len // 2
+        while length >= LEAST_SEQ_LEN and not self.legal:
+            found = self._with(seq_len=length)
+            if found:
+                yield f"{workload.seq_len} tokens a sample", (
+                    f"with --seq-len {length} {self._told(found, ())}"
+                )
+                return
+            length //= 2
+
+    def _suits(self, batch: int) -> bool:
+        """Whether any mesh divides such a batch."""
+        costs = self.asked.searcher.costs
+        workload = replace(costs.workload, global_batch=batch)
+        return next(meshes(costs.chain, costs.cluster, workload, self.pins), None) is not None
+
+    def _with(self, **changed: int) -> Answer | None:
+        workload = self.asked.searcher.costs.workload
+        changes: dict[str, Any] = {**changed}
+        return self.answer(self.pins, workload=replace(workload, **changes))
+
+    def _told(self, found: Answer, keys: Sequence[str], fits: str = "it fits") -> str:
+        """Memory and step of the plan that was found, and what it has for the keys."""
+        if found.outcome.best is None:
+            return "there are plans, but none was found that fits"
+        made: Estimate = found.estimate()
+        chosen = ", ".join(chosen_words(found.decisions, key) for key in keys if key != "place")
+        return (
+            f"{fits}: " + f"{chosen}, " * bool(chosen)
+            + f"{made.peak_memory_bytes / 1e9:.1f} GB a GPU,"
+            f" {format_seconds(made.step_time_s)} a step"
+        )  # fmt: skip
+
+
+def constraints(pins: Pins) -> tuple[Constraint, ...]:
+    """Every pin, in the vocabulary's order, and every placement."""
+    return (
+        *(Constraint(key=key) for key, _ in pins.items()),
+        *(Constraint(key="place", pattern=pattern) for pattern, _ in pins.place),
+    )
+
+
+def chosen_words(d: Decisions, key: str) -> str:
+    """What a plan decides for a key, as a pin says it."""
+    value = summarise_recompute(d) if key == "recompute" else getattr(d, key, None)
+    if value is None:
+        return key
+    return replace(Pins(), **{key: value}).said(key)  # type: ignore[arg-type]
+
+
+def _without(pins: Pins, dropped: Sequence[Constraint]) -> Pins:
+    for one in dropped:
+        pins = one.without(pins)
+    return pins
+
+
+def _whole(cluster: Cluster) -> bool:
+    """Whether the count is part of one node or whole nodes."""
+    return cluster.count <= cluster.node_size or cluster.count % cluster.node_size == 0

@@ -1,0 +1,61 @@
+"""What a plan is asked for: an objective, sizes left open, and what it may not exceed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+from cost_models.hardware import Cluster
+from cost_models.ledger import Estimate
+from ir.errors import UsageError
+
+OBJECTIVES = ("time", "cost", "energy", "memory", "gpus")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """memory_bytes: of a GPU's. usd_per_million_tokens: at the least price. None: no limit."""
+
+    memory_bytes: int | None = None
+    usd_per_million_tokens: float | None = None
+    gpus: int | None = None
+
+
+def capped(cluster: Cluster, memory_bytes: int | None) -> Cluster:
+    """The cluster as a search sees it that may use so much of each GPU's memory."""
+    device = cluster.device
+    if memory_bytes is None or memory_bytes >= device.memory_bytes:
+        return cluster
+    return replace(cluster, device=replace(device, memory_bytes=memory_bytes))
+
+
+def uncapped(estimate: Estimate, cluster: Cluster) -> Estimate:
+    """An estimate of the capped cluster, with the capacity that the GPU has."""
+    return replace(estimate, capacity_bytes=cluster.device.memory_bytes)
+
+
+def parse_share(text: str, flag: str) -> float:
+    """Read a share, "5%". Raises UsageError where it is none."""
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1e6:
+        raise UsageError(f"{flag} {text} is no share", why="expected per cent: 5%")
+    return share
+
+
+def parse_sizes(text: str | None, flag: str) -> tuple[int, ...]:
+    """Read "512", or "256..1024": the low end, doubled while it is below the high end, and that.
+
+    Raises UsageError where it is neither.
+    """
+    if text is None:
+        return ()
+    low, dots, high = text.partition("..")
+    ends = (low, high) if dots else (low, low)
+    if not all(end.isdecimal() for end in ends) or int(low) > int(ends[1]) or int(low) < 1:
+        raise UsageError(f"{flag} {text} is no size", why="expected 512, or a range: 256..1024")
+    first, last = map(int, ends)
+    doubled = itertools.takewhile(lambda n: n < last, (first << k for k in itertools.count()))
+    return (*doubled, last)

@@ -1,0 +1,41 @@
+"""What a rank of a mesh holds at least: what is over a GPU's memory even so needs no solver."""
+
+from __future__ import annotations
+
+from cost_models.step_rows import Row, Step
+
+
+def state_bytes(step: Step) -> int:
+    """Bytes of parameters, gradients and optimizer that the fullest rank holds at least."""
+    held = [_held(row) for row in step.rows]
+    return -(-sum(held[kind] for kind in step.kinds) // step.decisions.pp)
+
+
+def _held(row: Row) -> int:
+    s = row.state
+    return s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes
+
+
+def least_bytes(step: Step, *, recomputes: bool) -> int:
+    """Bytes of the fullest rank at least, whatever its stages and schedule.
+
+    recomputes: whether any layer may recompute; then each keeps the least of its levels. The
+    fullest rank holds the mean of all ranks' state and of one micro-batch's activations, and
+    beside them what every rank has. Without a pipeline the one rank also has the most of all
+    working and gathered bytes.
+    """
+    layers = {step.kinds[i] for i in step.chain.layers}
+    counts = [0] * len(step.rows)
+    for kind in step.kinds:
+        counts[kind] += 1
+    wide, total = step.wide, 0
+    working, gathered = [], []
+    for kind, row in enumerate(step.rows):
+        levels = range(3) if recomputes and kind in layers else (0,)
+        total += counts[kind] * (_held(row) + min(wide(row.kept[n]) for n in levels))
+        working.append(min(wide(row.working[n]) for n in levels))
+        gathered.append(wide(row.state.gathered_bytes))
+    fixed = sum(size for _, size in step.reserved) + wide(step.glue.kept[0])
+    if step.decisions.pp == 1:
+        return total + fixed + max(working) + 2 * max(gathered)
+    return -(-total // step.decisions.pp) + fixed + min(working) + 2 * min(gathered)

@@ -1,0 +1,108 @@
+"""What is left of a plan's rate in a real job, as text at 80 columns or as one JSON document."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import asdict
+from typing import Any
+
+from cost_models.goodput import Goodput, goodput, inputs
+from cost_models.operations import SOURCES, Operations
+from cost_models.units import format_bytes, format_bytes_per_s, format_seconds
+from planner.check import Checked
+
+WIDTH = 80
+DAY_S, HOUR_S = 86_400, 3600
+
+
+def goodput_text(checked: Checked, operations: Operations) -> str:
+    """Checkpoints on each tier, what failures leave, and what a node reads."""
+    plan, cluster, e = checked.plan, checked.cluster, checked.estimate
+    rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
+    reads = inputs(plan.graph, cluster, plan.workload, plan.decisions, e.step_time_s, operations)
+    unit = "tokens" if plan.graph.seq_in_input else "samples"
+    rate = e.tokens / e.step_time_s
+    lines = [
+        f"{plan.graph.name} on {plan.hardware}: {rate:,.0f} {unit}/s where nothing fails",
+        f"  failures    {operations.failures_per_gpu_hour:.3g} a GPU hour, preemptions"
+        f" {operations.preemptions_per_gpu_hour:.3g}: {_each(operations, cluster.count)}",
+    ]
+    if rows:
+        lines += [
+            f"  checkpoint  {format_bytes(rows[0].checkpoint_bytes)};"
+            f" the busiest node writes {format_bytes(rows[0].node_bytes)}",
+            "",
+            f"{'tier':10}{'write':>9}{'restart':>9}{'every':>9}{'steps':>8}{'useful':>9}"
+            f"{unit + '/s':>14}",
+        ]
+    lines += [_tier(row, e.step_time_s, rate) for row in rows]
+    lines += [
+        f"{tier.name:10}too small for a checkpoint" for tier in cluster.tiers
+        if tier.name not in {row.tier for row in rows}
+    ]  # fmt: skip
+    share = f", {reads.share:.1%} of what {reads.tier} gives" if reads.share is not None else ""
+    lines += [
+        "",
+        f"  input       a node reads {format_bytes_per_s(reads.node_bytes_per_s)}{share}",
+        *_defaults(operations),
+    ]
+    return "\n".join(lines)
+
+
+def goodput_json(checked: Checked, operations: Operations) -> dict[str, Any]:
+    """The same in base units; an interval where nothing fails is null."""
+    plan, cluster, e = checked.plan, checked.cluster, checked.estimate
+    rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
+    reads = inputs(plan.graph, cluster, plan.workload, plan.decisions, e.step_time_s, operations)
+    rate = e.tokens / e.step_time_s
+    return {
+        "schema": "goodput/1",
+        "hardware": plan.hardware,
+        "step_time_s": e.step_time_s,
+        "tokens_per_s": rate,
+        "tiers": [
+            {key: _finite(value) for key, value in asdict(row).items()}
+            | {"expected_tokens_per_s": rate * row.useful}
+            for row in rows
+        ],
+        "input": asdict(reads),
+        "assumed": asdict(operations),
+    }
+
+
+def _tier(row: Goodput, step_s: float, rate: float) -> str:
+    every = math.isfinite(row.interval_s)
+    steps = f"{max(1, round(row.interval_s / step_s)):,}" if every else "-"
+    return (
+        f"{row.tier:10}{format_seconds(row.write_s):>9}{format_seconds(row.restart_s):>9}"
+        f"{_long(row.interval_s) if every else 'never':>9}{steps:>8}{row.useful:>9.2%}"
+        f"{rate * row.useful:>14,.0f}"
+    )
+
+
+def _each(operations: Operations, gpus: int) -> str:
+    per_s = operations.interruptions_per_s(gpus)
+    return f"one in {_long(1 / per_s)}" if per_s else "none"
+
+
+def _long(seconds: float) -> str:
+    """A duration, in hours or days where it is that long."""
+    if seconds >= 2 * DAY_S:
+        return f"{seconds / DAY_S:,.1f} days"
+    return f"{seconds / HOUR_S:.1f} h" if seconds >= 2 * HOUR_S else format_seconds(seconds)
+
+
+def _defaults(operations: Operations) -> list[str]:
+    """What the user did not set, with its source."""
+    said = [
+        f"{name} {getattr(operations, name):.3g}: {SOURCES[name]}"
+        for name in ("failures_per_gpu_hour", "restart_s")
+        if getattr(operations, name) == getattr(Operations(), name)
+    ]
+    wrapped = [line for text in said for line in textwrap.wrap(text, WIDTH - 14)]
+    return [f"  {'' if i else 'assumed':12}{line}" for i, line in enumerate(wrapped)]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isinf(value) else value

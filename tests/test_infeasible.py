@@ -1,0 +1,180 @@
+"""What is said to bind binds: by every subset of pins; what holds at least is never more than what
+is held; hints are plans that fit."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+from test_search import best_of_problem, cuts, pairs, searched
+from tiny_models import EXAMPLES, costs_of, graph_of, with_memory
+
+from cost_models.hardware import load_hardware
+from cost_models.stage_problem import rank_bytes
+from planner.asking import Asking
+from planner.decisions import Pins, parse_pins
+from planner.infeasible import Constraint, Questions, constraints, infeasible
+from planner.mesh import meshes
+from planner.room import least_bytes, state_bytes
+from planner.search import Searcher
+
+MB = 1_000_000
+LLAMA = str(EXAMPLES / "llama.py")
+
+
+def small(megabytes, *texts, count=4, layers=2, **workload):
+    """A search on GPUs of so little memory."""
+    graph = graph_of("llama", size="8b", n_layers=layers)
+    cluster = with_memory(load_hardware(f"h100x{count}"), megabytes * MB)
+    costs = costs_of(graph, cluster, **{"global_batch": 4, "seq_len": 2048, **workload})
+    pins = parse_pins(texts)
+    costs.points = tuple(dict.fromkeys(
+        [(1, 1)] + [(m.micro_batch, m.cp) for m in meshes(costs.chain, cluster, costs.workload,
+                                                          Pins())]
+    ))  # fmt: skip
+    return Searcher(costs=costs, pins=pins, effort=10**9)
+
+
+@pytest.mark.parametrize("name", ["recompute", "offload", "slow, tight", "moe, least", "groups"])
+def test_no_rank_holds_less(name, tmp_path):
+    """Of every variant and every cut, the fullest rank."""
+    costs, searcher, space = searched(name, tmp_path)
+    checked = 0
+    for mesh in space[:: max(1, len(space) // 12)]:
+        laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
+        for d in searcher.variants(mesh):
+            step = costs.step(d, laid)
+            for made in searcher.schedules(d):
+                p = searcher.problem(step, made)
+                held = [
+                    max(rank_bytes(p, stages, again))
+                    for stages in cuts(p.layers, p.count)
+                    for again in itertools.product(*map(pairs, stages))
+                    if "full" in p.levels or not any(map(any, again))
+                ]
+                plain = max(rank_bytes(p, (s := next(cuts(p.layers, p.count))), [(0, 0)] * len(s)))
+                assert state_bytes(step) <= least_bytes(step, recomputes=True) <= min(held)
+                assert least_bytes(step, recomputes=False) <= plain
+                checked += 1
+    assert checked > 10
+
+
+def test_leaving_out_what_cannot_fit_changes_nothing(tmp_path, monkeypatch):
+    """The same best plan as where every program is solved."""
+    from planner import search
+
+    for name in ("offload", "slow, tight", "both", "moe, tight"):
+        _, searcher, _ = searched(name, tmp_path)
+        fast = searcher.run()
+        monkeypatch.setattr(search, "least_bytes", lambda step, recomputes: 0)
+        monkeypatch.setattr(search, "state_bytes", lambda step: 0)
+        slow = replace(searcher, _over={}).run()
+        monkeypatch.undo()
+        assert fast.best == slow.best and fast.bound == slow.bound
+
+
+CORES = [
+    (8_000, ["recompute=none", "offload=none"]), (12_000, ["tp=1", "recompute=none", "pp=1"]),
+    (12_000, ["tp=1", "zero=0", "micro_batch=4"]), (8_000, ["dp=4", "offload=none", "zero=1"]),
+    (5_000, ["dp=4", "recompute=none"]), (1_000, ["tp=2", "recompute=none"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("megabytes", "texts"), CORES)
+def test_the_core_is_minimal(megabytes, texts):
+    """By solving every subset of the pins: nothing fits under the core, something does without
+    any one pin of it; and a core of no pins says that nothing fits at all."""
+    searcher = small(megabytes, *texts)
+    assert searcher.run().best is None
+
+    def fits(pins):
+        return searcher.under(pins).run().best is not None
+
+    every = {
+        kept: fits(parse_pins(kept))
+        for n in range(len(texts) + 1) for kept in itertools.combinations(texts, n)
+    }  # fmt: skip
+    core = Questions(asked=Asking(searcher=searcher), pins=searcher.pins).core()
+    words = tuple(t for t in texts if t in {c.said(searcher.pins) for c in core.pins})
+    assert core.limits[0] == "memory" and core.proved
+    assert not every[words]
+    for one in words:
+        assert every[tuple(w for w in words if w != one)]
+    assert bool(words) == every[()]
+
+
+def test_cores_of_no_pin_one_and_two():
+    found = [small(mb, *texts) for mb, texts in CORES]
+    cores = [Questions(asked=Asking(searcher=s), pins=s.pins).core().pins for s in found]
+    assert {len(core) for core in cores} == {0, 1, 2}
+
+
+def test_hints_are_plans_that_fit():
+    """Each is what another search finds, under what it says."""
+    searcher = small(8_000, "recompute=none", "offload=none")
+    fault = infeasible(searcher, searcher.run())
+    assert fault.exit_code == 3 and "binding: memory" in fault.why
+    for hint in fault.hints:
+        size = float(re.search(r"([0-9.]+) GB a GPU", hint)[1])
+        assert size <= 8.0
+        if hint.startswith("without"):
+            gone = re.findall(r"(\w+)=none", hint.partition(" it fits")[0])
+            pins = replace(searcher.pins, **dict.fromkeys(gone))
+            assert searcher.under(pins).run().best is not None
+        more = re.match(r"(h100x\d+) holds it", hint)
+        if more:
+            count = load_hardware(more[1]).count
+            assert small(8_000, "recompute=none", "offload=none", count=count).run().best
+    assert fault.hints and infeasible(searcher, searcher.run()).lines() == fault.lines()
+
+
+def test_two_cores_are_left_together():
+    """Where each of two pins is too much alone, the hint leaves out both."""
+    searcher = small(6_000, "dp=4", "offload=none")
+    for text in ("dp=4", "offload=none"):
+        assert searcher.under(parse_pins([text])).run().best is None
+    core = Questions(asked=Asking(searcher=searcher), pins=searcher.pins).core()
+    assert len(core.pins) == 1
+    assert re.match(r"without (dp=4|offload=none) and (dp=4|offload=none) it fits", core.hints[0])
+
+
+def test_no_legal_plan_names_the_pins(plan):
+    code, out, err = plan(
+        "trace", LLAMA, "--arg", "size=tiny", "--hardware", "h100x8", "--global-batch", "16",
+        "--fix", "schedule=interleaved", "--fix", "micro_batch=1",
+    )  # fmt: skip
+    assert (code, out) == (3, "")
+    assert "no mesh of h100x8" in err and "binding: schedule=interleaved (--fix)" in err
+    assert "micro_batch" not in err.partition("hint:")[0].partition("binding")[2]
+    assert "hint: without schedule=interleaved it fits: schedule=" in err
+
+
+def test_one_domain_binds_where_a_wider_tp_would_do():
+    searcher = small(80_000, "pp=1", "dp=1", "cp=1", count=16)
+    out = searcher.run()
+    assert out.meshes == 0
+    fault = infeasible(searcher, out)
+    assert "tp<=8 (one NVLink domain)" in fault.why
+    assert any(hint.startswith("with --fix tp=16, across domains, it fits") for hint in fault.hints)
+
+
+def test_constraints_leave_the_pins_alone():
+    pins = parse_pins(["tp=2", "zero=1", "place:layers.*.wq=S(0)", "place:layers.*.wo=R"])
+    names = [c.said(pins) for c in constraints(pins)]
+    assert names == ["tp=2", "zero=1", "place:layers.*.wq=S(0)", "place:layers.*.wo=R"]
+    for one in constraints(pins):
+        assert len(constraints(one.without(pins))) == 3
+    assert Constraint(key="tp").without(pins) == replace(pins, tp=None)
+
+
+def test_brute_force_agrees_on_what_fits():
+    """The whole space of a few programs, by all cuts and recomputations."""
+    searcher = small(9_000, "offload=none", layers=2)
+    costs, any_fits = searcher.costs, False
+    for mesh in meshes(costs.chain, costs.cluster, costs.workload, searcher.pins):
+        laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
+        for d in searcher.variants(mesh):
+            step = costs.step(d, laid)
+            for made in searcher.schedules(d):
+                any_fits |= best_of_problem(searcher.problem(step, made)) is not None
+    assert any_fits == (searcher.run().best is not None)

@@ -1,0 +1,205 @@
+"""Alternatives equal enumeration without the refused value; what binds is what it is said to be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_search import every_mesh, searched
+from tiny_models import EXAMPLES, with_memory
+
+from cost_models.estimate import estimate_step, whole_step_ps
+from ir.errors import UsageError
+from planner import load
+from planner.check import Checked, examine
+from planner.plan import Solver, make_plan
+from planner.search import score_of
+from planner.why import LEAST_GAIN, MOST_MEMORY, Why, parse_refused, refused_words
+from planner.why_layer import layer
+from planner.why_text import alternative_text, document, table_text
+
+LLAMA = str(EXAMPLES / "llama.py")
+
+
+def best_of(name, folder):
+    """(costs, searcher, space, the best plan as `plan why` reads it) of a case."""
+    costs, searcher, space = searched(name, folder)
+    best = searcher.run().best
+    step = costs.step(best.decisions, best.assignments)
+    made = estimate_step(costs, step, best.decisions)
+    plan = make_plan(
+        costs.graph, "h100x8", costs.cluster, costs.workload, best.decisions, {}, made, Solver()
+    )
+    checked = Checked(plan=plan, cluster=costs.cluster, estimate=made, inputs=(), stale=False)
+    return costs, searcher, space, checked
+
+
+REFUSED = [
+    ("two", ["pp=1"]), ("four", ["dp=4"]), ("four", ["tp=1"]), ("four", ["zero=2"]),
+    ("four", ["zero=1", "zero=2", "zero=3"]), ("tp", ["tp=2"]), ("both", ["cp=1"]),
+    ("offload", ["offload=optimizer:cpu"]), ("two", ["micro_batch=1"]), ("moe, four", ["ep=1"]),
+    ("eager, slow", ["pp=1", "schedule=1f1b"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "texts"), REFUSED)
+def test_an_alternative_equals_enumeration(name, texts, tmp_path):
+    costs, searcher, space, base = best_of(name, tmp_path)
+    refused, layers = parse_refused(texts), len(costs.chain.layers)
+    found = Why(base).alternative(refused, 10**9)
+    on_mesh = [(k, v) for k, v in refused if hasattr(space[0], k)]
+    left = [m for m in space if not any(getattr(m, k) == v for k, v in on_mesh)]
+    ways = [{}]
+    for key, others in (
+        ("zero", (0, 1, 2, 3)), ("offload", ((), (("optimizer", "cpu"),))),
+        ("schedule", ("1f1b", "gpipe", "interleaved", "zbh1", "zbv", "dualpipev")),
+    ):  # fmt: skip
+        away = [v for k, v in refused if k == key]
+        if away:
+            ways = [{**way, key: v} for way in ways for v in others if v not in away]
+    least = [every_mesh(costs, searcher, left, layers, **way) for way in ways]
+    scores = [score_of(x, m) for rows in least for m, x in rows.items() if x is not None]
+    if not scores:
+        assert found.estimate is None and found.binding.kind in ("memory", "rule")
+        return
+    d = found.decisions
+    again = costs.step(d, searcher.assign(d.tp, d.sequence_parallel))
+    made = estimate_step(costs, again, found.decisions)
+    assert made.step_time_ps == found.estimate.step_time_ps and found.estimate.fits
+    best = next(x for rows in least for m, x in rows.items()
+                if x is not None and score_of(x, m) == min(scores))  # fmt: skip
+    assert found.solver.status == "OPTIMAL"
+    assert whole_step_ps(costs, best) == found.estimate.step_time_ps
+    for key, value in refused:
+        assert key == "schedule" or getattr(found.decisions, key) != value
+
+
+def test_recomputation_is_refused_by_kind(tmp_path):
+    *_, base = best_of("recompute", tmp_path)
+    used = [bool(sum(n)) for n in zip(*base.plan.decisions.recompute)]
+    assert any(used)
+    for text, place in (("recompute=full", 0), ("recompute=selective:3", 1)):
+        found = Why(base).alternative(parse_refused([text]), 10**9)
+        if found.decisions is not None:
+            assert not any(pair[place] for pair in found.decisions.recompute)
+    every = Why(base).alternative(parse_refused(["recompute=none"]), 10**9).decisions
+    assert all(sum(pair) == n for pair, n in zip(every.recompute, every.stages))
+    assert every.schedule == "1f1b" or every.pp > 1
+
+
+def test_memory_binds_where_more_of_it_gains(tmp_path):
+    """The told plan is over by what is told, and would be quicker; else twice gains nothing."""
+    seen = set()
+    for name, text in (("tp", "tp=2"), ("both", "cp=2"), ("four", "dp=4"), ("recompute", "pp=2")):
+        costs, _, _, base = best_of(name, tmp_path)
+        found = Why(base).alternative(parse_refused([text]), 10**9)
+        if found.estimate is None:
+            continue
+        b = found.binding
+        seen.add(b.kind)
+        memory = costs.cluster.device.memory_bytes
+        roomy = with_memory(costs.cluster, int(MOST_MEMORY * memory))
+        freed = Why(replace(base, cluster=roomy)).alternative(parse_refused([text]), 10**9)
+        quicker = freed.estimate.step_time_s < found.estimate.step_time_s * (1 - 1 / LEAST_GAIN)
+        if b.kind == "memory":
+            assert b.over_bytes > 0 and b.step_s < found.estimate.step_time_s
+            assert b.component_bytes > 0
+        else:
+            assert b.kind == "time" and not quicker
+            old = dict(base.estimate.breakdown_ps)
+            grown = {k: ps - old[k] for k, ps in found.estimate.breakdown_ps}
+            assert b.more_s == max(grown.values()) / 1e12 == grown[b.component] / 1e12
+    assert seen == {"memory", "time"}
+
+
+def test_a_rule_is_named(tmp_path):
+    """One layer has no pipeline; no experts, no ep."""
+    *_, base = best_of("four", tmp_path)
+    found = Why(base).alternative(parse_refused(["ep=1"]), 50)
+    assert found.estimate is None and found.binding.kind == "rule"
+    assert "ep=2" in found.binding.reason and "experts" in found.binding.reason
+    assert "nothing legal is left" in alternative_text(base, found)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["banana=2"], ["--not banana=2", "tp"]), (["tp=0"], ["--not tp=0"]),
+        (["stages=1,2"], ["cannot be refused"]), (["place:a=R"], ["cannot be refused"]),
+        (["recompute=none", "recompute=full", "recompute=selective"], ["every kind"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_refused(texts, words):
+    with pytest.raises(UsageError) as fault:
+        parse_refused(texts)
+    for word in words:
+        assert word in "\n".join(fault.value.lines())
+
+
+def test_words_read_back():
+    for texts in (["tp=8"], ["offload=optimizer:cpu"], ["reshard=on"], ["recompute=full"]):
+        assert refused_words(parse_refused(texts)) == texts[0]
+
+
+def test_the_command(plan, tmp_path):
+    """Text of 80 columns, JSON, exit codes; answers repeat."""
+    assert plan("trace", LLAMA, "--arg", "size=tiny", "--arg", "n_layers=4", "--hardware",
+                "h100x4", "--global-batch", "16")[0] == 0  # fmt: skip
+    base = examine(load(tmp_path / "plan.json"), Path())
+    tp = base.plan.decisions.tp
+    code, out, err = plan("why", "--not", f"tp={tp}")
+    assert (code, err) == (0, "") and plan("why", "--not", f"tp={tp}")[1] == out
+    assert all(len(line) <= 80 for line in out.splitlines()), out
+    for word in (f"without tp={tp}: step", "binding", "where the step differs", "proof"):
+        assert word in out
+    code, out, _ = plan("why", "--not", f"tp={tp}", "--json")
+    row = json.loads(out)["alternatives"][0]
+    assert code == 0 and row["fits"] and row["decisions"]["tp"] != tp
+    changes = sum(row["breakdown_change_s"].values())
+    assert changes == pytest.approx(row["step_time_s"] - base.estimate.step_time_s, abs=1e-9)
+    code, out, _ = plan("why", "--not", "ep=1")
+    assert code == 3 and "nothing legal is left" in out
+    code, out, _ = plan("why", "--not", "ep=1", "--json")
+    assert code == 3 and json.loads(out)["alternatives"][0]["binding"]["kind"] == "rule"
+    code, out, _ = plan("why")
+    assert code == 0 and "first binding constraint" in out
+    assert all(len(line) <= 80 for line in out.splitlines()), out
+    assert plan("why", "--not", "tp=x")[0] == 64
+    assert plan("why", "none.json")[0] == 1
+
+
+def test_a_layer(plan, tmp_path):
+    assert plan("trace", LLAMA, "--arg", "size=tiny", "--arg", "n_layers=4", "--hardware",
+                "h100x4", "--global-batch", "16", "--fix", "tp=2",
+                "--fix", "recompute=full:1")[0] == 0  # fmt: skip
+    base = examine(load(tmp_path / "plan.json"), Path())
+    found = layer(base, "layers.0")
+    assert found.level == "full" and len(found.ways) == 3
+    fewer = next(way for way in found.ways if way.level == "none")
+    plan("trace", LLAMA, "--arg", "size=tiny", "--arg", "n_layers=4", "--hardware", "h100x4",
+         "--global-batch", "16", "--fix", "recompute=none", "-o", "none.json",
+         *(f"--fix={key}={getattr(base.plan.decisions, key)}"
+           for key in ("tp", "pp", "cp", "zero", "micro_batch", "shard")),
+         f"--fix=sequence_parallel={'on' if base.plan.decisions.sequence_parallel else 'off'}",
+         f"--fix=reshard={'on' if base.plan.decisions.reshard else 'off'}")  # fmt: skip
+    other = examine(load(tmp_path / "none.json"), Path()).estimate
+    if base.plan.decisions.pp == 1:
+        assert fewer.step_s == other.step_time_s
+        assert fewer.over_bytes == other.peak_memory_bytes - other.capacity_bytes
+    assert any(name.startswith("layers.0.") and word != "R" for name, word in found.placements)
+    assert layer(base, "norm").ways == ()
+    code, out, _ = plan("why", "--layer", "layers.0")
+    assert code == 0 and "recompute full" in out and all(len(x) <= 80 for x in out.splitlines())
+    code, out, _ = plan("why", "--layer", "layers.0", "--json")
+    assert code == 0 and json.loads(out)["layer"]["stage"] == found.stage
+    code, _, err = plan("why", "--layer", "layer.0")
+    assert code == 64 and "layers.0" in err
+
+
+def test_documents_are_whole(tmp_path):
+    *_, base = best_of("both", tmp_path)
+    rows = Why(base).rows()
+    made = document(base, rows)
+    assert made["schema"] == "why/1" and len(made["alternatives"]) == len(rows)
+    assert {"pp", "tp", "cp", "zero", "micro_batch"} <= {row.refused[0][0] for row in rows}
+    assert len(table_text(base, rows).splitlines()) == 4 + len(rows)
