@@ -155,7 +155,7 @@ class Costs:
         )
         glue = self.chain.glue
         whole = replicated(glue, d.tp)
-        sent = self._boundary(d)
+        sent = self.boundary_bytes(d)
         return Step(
             chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
@@ -170,7 +170,7 @@ class Costs:
         reserved = reserved_of(self.graph, d, self.engine, sum(step.p2p_bytes))
         return replace(step, decisions=d, reserved=reserved)
 
-    def _boundary(self, d: Decisions) -> tuple[int, ...]:
+    def boundary_bytes(self, d: Decisions) -> tuple[int, ...]:
         """Bytes of each value that one micro-batch sends from a stage to the next: the widest
         layer's results."""
         found: list[tuple[int, ...]] = [()]

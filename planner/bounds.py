@@ -7,30 +7,34 @@ backward is split, weight gradients may run while that last one goes back: l is 
 And some rank has ceil(L / p) of the L layers.
 Rank r holds the
 activations of p - r micro-batches at once, so the ranks' memory bounds what a micro-batch keeps:
-what does not fit is recomputed, at the best layer's seconds a byte.
-Bubbles beyond that and the optimizer only add, and so does the least of what the ZeRO stages send.
+what does not fit is recomputed, at the best layer's seconds a byte. `bound_ranks` counts the
+layers that each rank can take in a given time besides. Every way to hold the state is bounded by
+its own bytes and its own seconds; the least of them is the mesh's bound.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.state import COMPUTE_BYTES, GRAD_BYTES, Layout, held
 from cost_models.step import Assignments, Costs
-from planner.mesh import Mesh, divisors, outside
+from planner.bound_ranks import Layers, Rows, flight, forced_s, ranks_s
+from planner.bound_state import Held, Sizes, States, Way
+from planner.decisions import Pins
+from planner.mesh import Mesh
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
+NEVER_PS = float(1 << 60)  # the bound of a mesh that cannot fit
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
 
 
@@ -38,10 +42,12 @@ Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how un
 class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
-    step_s: all of it; quickest_s: the quickest layer; forward_s: the quickest forward of one.
-    kept: bytes by level (none, selective, full); again_s: what recomputing every layer adds,
-    selective and full. relief_s_per_byte: the least time that recomputation takes for a byte it
-    frees, of any layer and level.
+    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes by
+    level (none, selective, full); again_s: what recomputing every layer adds, selective and full.
+    relief_s_per_byte: the least time that recomputation takes for a byte it frees, of any layer
+    and level. freed: all that recomputation can free: [piece, (bytes, seconds a byte), point],
+    the cheapest piece first. working: the least that any choice uses. layers: the commonest kind;
+    first, last: (seconds, bytes kept) before the first layer and behind the last.
     """
 
     step_s: Floats
@@ -50,44 +56,90 @@ class Through:
     kept: tuple[Floats, Floats, Floats]
     again_s: tuple[Floats, Floats]
     relief_s_per_byte: Floats
+    freed: Floats
+    working: Floats
+    least_working: Floats
+    common: int
+    layer: Layers
+    first: tuple[Floats, Floats]
+    last: tuple[Floats, Floats]
 
 
 def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Through:
     """Add up the chain for a mesh's tp, cp kind and expert layout."""
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
-    layers = {costs.kind_of[i] for i in costs.chain.layers}
+    places = costs.chain.layers
+    of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
+    wide = 1 + costs.engine.fragmentation
     zero = np.zeros(len(costs.points))
     step, quickest = zero, np.full(len(costs.points), np.inf)
     ahead = np.full(len(costs.points), np.inf)
-    kept, again = [zero, zero, zero], [zero, zero]
-    relief = np.full(len(costs.points), np.inf)
+    kept, again, working = [zero, zero, zero], [zero, zero], zero
+    relief, least_working = np.full((2, len(costs.points)), np.inf)
+    freed, each, layers = [], [], {}
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
-        alone = found[0]
         one = sum(
-            c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
-            + sum(t.seconds - t.hidden_s for t in c.traffic)
-            for c in found
+            (c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
+             + sum(t.seconds - t.hidden_s for t in c.traffic)
+             for c in found), zero,
         )  # fmt: skip
+        holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
+        uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
         step = step + counts[k] * one
-        if k in layers:
+        each.append((one, holds[0]))
+        level = (0, 0, 0)
+        least = uses[0]
+        if of_layers[k]:
+            level, least = (0, 1, 2), np.minimum(np.minimum(uses[0], uses[1]), uses[2])
             quickest = np.minimum(quickest, one)
             whole = sum(
-                c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
-                for c in found
-            )
+                (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
+                 for c in found), zero,
+            )  # fmt: skip
+            light = sum((c.light_s for c in found), zero)
             ahead = np.minimum(ahead, whole)
-            none = alone.kept_bytes[0]
-            for spent, less in ((alone.light_s, 1), (whole, 2)):
-                freed = np.maximum(none - alone.kept_bytes[less], 1e-9)
-                relief = np.minimum(relief, spent / freed)
-            again = [again[0] + counts[k] * alone.light_s, again[1] + counts[k] * whole]
-        level = (0, 1, 2) if k in layers else (0, 0, 0)
-        kept = [a + counts[k] * alone.kept_bytes[n] for a, n in zip(kept, level)]
+            pieces = _freed(holds, light, whole)
+            layers[k] = Layers(
+                count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
+                freed=pieces,
+            )  # fmt: skip
+            freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
+            relief = np.minimum(relief, pieces[0, 1])
+            least_working = np.minimum(least_working, least)
+            again = [again[0] + of_layers[k] * light, again[1] + of_layers[k] * whole]
+        working = np.maximum(working, least)
+        beside = counts[k] - of_layers[k]
+        kept = [a + of_layers[k] * holds[n] + beside * holds[0] for a, n in zip(kept, level)]
+    common = max(layers, key=lambda k: layers[k].count)
+
+    def end(links: range) -> tuple[Floats, Floats]:
+        rows = [each[costs.kind_of[i]] for i in links]
+        return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
+
+    pieces = np.concatenate(freed)
+    pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
     return Through(
         step_s=step, quickest_s=quickest, forward_s=ahead, kept=(kept[0], kept[1], kept[2]),
-        again_s=(again[0], again[1]), relief_s_per_byte=relief,
+        again_s=(again[0], again[1]), relief_s_per_byte=relief, freed=pieces, working=working,
+        least_working=least_working, common=common, layer=layers[common],
+        first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
     )  # fmt: skip
+
+
+def _freed(holds: Sequence[Floats], light_s: Floats, whole_s: Floats) -> Floats:
+    """What recomputing one layer frees and at what price, [piece, (bytes, seconds a byte), point]:
+    the lower convex hull of (nothing, selective, full), so no mix of layers does better."""
+    a, b = (np.maximum(holds[0] - holds[n], 0.0) for n in (1, 2))
+    rate_a, rate_b = light_s / np.maximum(a, 1e-9), whole_s / np.maximum(b, 1e-9)
+    first = rate_a <= rate_b  # selective is the cheaper one
+    bytes_1, seconds_1 = np.where(first, a, b), np.where(first, light_s, whole_s)
+    bytes_2, seconds_2 = np.where(first, b, a), np.where(first, whole_s, light_s)
+    more = np.maximum(bytes_2 - bytes_1, 0.0)
+    rate = np.maximum(seconds_2 - seconds_1, 0.0) / np.maximum(more, 1e-9)
+    return np.stack([
+        np.stack([bytes_1, np.minimum(rate_a, rate_b)]), np.stack([more, rate])
+    ])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,218 +161,205 @@ def mesh_bounds_ps(
     *,
     most_virtual: int = 8,
     schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved"),
-    elsewhere: bool = False,
-    dp_outer: int | None = None,
+    pins: Pins | None = None,
+    below: Sequence[int] | None = None,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
-    schedules: any of them may run. elsewhere: what needs memory here is not
-    on the GPU, so memory forces nothing. dp_outer: as pinned.
+    schedules: any of them may run. pins: of how state is held. Where what needs memory here is
+    pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
+    these picoseconds.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
     for i, m in enumerate(candidates):
         key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
         groups.setdefault(key, []).append(i)
-    bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
-    layers = len(costs.chain.layers)
-    kinds = {(name in SPLIT_BACKWARD, name in V_SHAPED) for name in (*schedules, "1f1b")}
-    tails = _States(costs, dp_outer)
+    table, states = _Table(costs, candidates), States(costs, pins or Pins())
     for (tp, split, kind, ep, etp), members in groups.items():
-        d = replace(
-            Decisions(), tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp
-        )
+        d = replace(Decisions(), tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp)
         laid = assign(tp, split)
         through = through_chain(costs, d, laid)
-        rows = [candidates[i] for i in members]
-        at = np.array([point[m.micro_batch, m.cp] for m in rows])
-        pp, m = np.array([(row.pp, row.microbatches) for row in rows]).T
-        step, quickest = through.step_s[at], through.quickest_s[at]
-        fullest = -(-layers // pp)  # layers of the rank that has the most
-        tail = np.array([tails.least_s(row, laid, s) for row, s in zip(rows, step)])
-        state = np.array([tails.surely(r, laid) for r in rows])
-        gpu_bytes = costs.cluster.device.memory_bytes
-        through_all = np.full(len(rows), np.inf)
-        for split, folded in kinds:
-            room, most = _room(pp, m, folded)
-            over = through.kept[0][at] + np.maximum(
-                state - pp * gpu_bytes, state / most - room * gpu_bytes
-            )
-            over = np.maximum(over, 0.0) * (not elsewhere)
-            if split:  # nothing is recomputed: what does not fit cannot run
-                least = m * step / pp + through.forward_s[at] * (pp - 1) / 2
-                least = np.where((over > ROUNDING_BYTES) | (pp == 1), np.inf, least)
+        at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
+        table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
+    bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
+    limit = np.full(len(candidates), np.inf) if below is None else np.array(below) / 1e12
+    for pipeline in (False, True):
+        mine = np.flatnonzero((table.pp > 1) == pipeline)
+        if len(mine):
+            bounds[mine], tails, guess_bytes = table.least_s(mine, states, schedules, limit)
+            guesses[mine] = table.guess_s(mine, tails, guess_bytes, most_virtual)
+    guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
+    # one part in a million below: the rounding of sums to picoseconds stays above the bound
+    lower = np.minimum(np.floor(bounds * 1e12 * (1 - 1e-6)), NEVER_PS)
+    return Bounds(
+        lower_ps=lower.astype(np.int64), guess_ps=np.floor(guesses * 1e12).astype(np.int64)
+    )
+
+
+class _Table:
+    """Numbers of every candidate, by its place."""
+
+    def __init__(self, costs: Costs, candidates: Sequence[Mesh]) -> None:
+        self.costs, self.candidates = costs, candidates
+        self.pp, self.m = np.array([(c.pp, c.microbatches) for c in candidates]).T
+        self.chain: list[Through] = []
+        self.sizes: list[Sizes] = []
+        self._stacks: dict[tuple[str | int, ...], Floats] = {}
+        self.group = np.zeros((2, len(candidates)), dtype=np.int64)  # of chain, and its point
+        self.layers = len(costs.chain.layers)
+
+    def fill(self, members: list[int], through: Through, at: list[int], sizes: Sizes) -> None:
+        self.group[0, members], self.group[1, members] = len(self.chain), at
+        self.chain.append(through)
+        self.sizes.append(sizes)
+
+    def get(self, mine: Ints, name: str, *at: int) -> Floats:
+        """A number of these meshes' chains, [mesh, ...]: a field of `Through`, or a place in it."""
+        if (name, *at) not in self._stacks:
+            values = map(operator.attrgetter(name), self.chain)
+            self._stacks[name, *at] = np.stack([
+                np.moveaxis(np.asarray(v[at[0]] if at else v), -1, 0) for v in values
+            ])  # fmt: skip
+        found: Floats = self._stacks[name, *at][self.group[0, mine], self.group[1, mine]]
+        return found
+
+    def least_s(
+        self, mine: Ints, states: States, schedules: Sequence[str], limit: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        """(bound, least tail, a guess at a rank's bytes beside activations) of meshes that are
+        all pipelines or none."""
+        rows = [self.candidates[i] for i in mine]
+        sizes = [self.sizes[g] for g in self.group[0, mine]]
+        step, pp = self.get(mine, "step_s"), self.pp[mine]
+        reserved = np.array([states.reserved(r) for r in rows])
+        room = self.costs.cluster.device.memory_bytes - reserved
+        working = self.get(mine, "least_working")
+        kinds = {kind_of_schedule(name) for name in (*schedules, "1f1b")}
+        least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
+        for way in states.ways(bool(pp[0] > 1)):
+            held = states.of(way, rows, sizes, step)
+            tail = np.minimum(tail, held.tail_s / pp)
+            if "optimizer" not in dict(way.offload) or way.offload == states.pins.offload:
+                beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
+                held_bytes = np.minimum(held_bytes, reserved + working + beside)
+            if pp[0] == 1:
+                least = np.minimum(least, self._alone_s(mine, step, held, room, way))
             else:
-                forced = over * through.relief_s_per_byte[at]
-                least = m * (step + forced) / pp + quickest * (pp - 1) / 2
-            through_all = np.minimum(through_all, least)
-        bounds[members] = tail + np.maximum(through_all, m * fullest * quickest)
-        state = np.array([tails.state(r, laid) for r in rows])
-        again, beyond = _again_s(costs, through, at, pp, m, state)
-        guess = np.full(len(rows), np.inf)
+                at_most = np.minimum(least, limit[mine])
+                for kind in sorted(kinds):
+                    least = np.minimum(
+                        least, self._pipeline_s(mine, step, held, room, kind, way, at_most)
+                    )
+        return least, tail, held_bytes
+
+    def _elsewhere(self, way: Way) -> bool:
+        return bool({"params", "activations"} & dict(way.offload).keys())
+
+    def _alone_s(self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way) -> Floats:
+        """One rank has the whole chain. What its transfers take is hidden but for a share, or
+        beyond what it computes meanwhile."""
+        kept, working = self.get(mine, "kept", 0), self.get(mine, "working")
+        over = kept + held.state_bytes[:, 0] + working - room
+        over = over + 2 * self._wide(held.gathered_bytes[:, 1])
+        freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
+        again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
+        share, m = self.costs.engine.fsdp_interference, self.m[mine]
+        each = m * np.maximum(share * held.each_s, held.each_s - step)
+        found: Floats = m * (step + again) + each + held.tail_s
+        return found
+
+    def _wide(self, size_bytes: Floats) -> Floats:
+        return size_bytes * (1 + self.costs.engine.fragmentation)
+
+    def _pipeline_s(
+        self, mine: Ints, step: Floats, held: Held, room: Floats, kind: str, way: Way,
+        at_most: Floats,
+    ) -> Floats:  # fmt: skip
+        """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened."""
+        pp, m, split = self.pp[mine], self.m[mine], kind != "fused"
+        quickest = self.get(mine, "quickest_s")
+        way_s = self.get(mine, "forward_s") if split else quickest
+        if self._elsewhere(way):
+            again = np.zeros(len(mine))
+        else:
+            most, places = np.zeros(len(mine)), np.zeros(len(mine))
+            for p in np.unique(pp):
+                held_at_once = flight(int(p), m[pp == p], kind)
+                most[pp == p] = held_at_once.max(axis=1)
+                places[pp == p] = (1 / held_at_once).sum(axis=1)
+            left = room - self.get(mine, "least_working")
+            state = held.state_bytes[:, 0]
+            over = self.get(mine, "kept", 0)
+            over = over + np.maximum(state - pp * left, state / most - places * left)
+            freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
+            again = (
+                np.where(over > ROUNDING_BYTES, np.inf, 0.0) if split else (forced_s(freed, over))
+            )
+        least = m * (step + again) / pp + way_s * (pp - 1) / 2
+        fullest = -(-self.layers // pp)  # layers of the rank that has the most
+        least = np.maximum(least, m * fullest * quickest)
+        if not split:  # a micro-batch goes there and back
+            least = np.maximum(least, step + again)
+        tail = held.tail_s / pp
+        near = np.flatnonzero(least + tail < at_most)
+        if not self._elsewhere(way):
+            for p in np.unique(pp[near]):
+                some = near[pp[near] == p]
+                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p))
+                least[some] = np.maximum(least[some], sharper)
+        bound: Floats = least + tail
+        return bound
+
+    def _by_ranks(
+        self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int
+    ) -> Floats:
+        these, count = mine[some], self.chain[0].layer.count
+        working = self.get(these, "layer.working_bytes")
+        working = working + 2 * self._wide(held.gathered_bytes[some, 1])
+        seconds, kept = (
+            np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
+            for n in (0, 1)
+        )
+        rows = Rows(
+            m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
+            state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
+            freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
+            ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some],
+        )  # fmt: skip
+        return ranks_s(rows, pp, count, kind)
+
+    def guess_s(self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int) -> Floats:
+        """What a plan of the mesh may come to."""
+        pp, m, layers = self.pp[mine], self.m[mine], self.layers
+        step = self.get(mine, "step_s")
+        again, beyond = self._again_s(mine, pp, m, held_bytes)
+        guess = np.full(len(mine), np.inf)
         for v in range(1, most_virtual + 1):
             load = -(-layers // (pp * v)) * v * (step + again) / layers
             legal = (pp * v <= layers) & ((v == 1) | (m % pp == 0))
             guess = np.where(legal, np.minimum(guess, (m + (pp - 1) / v) * load), guess)
         late = LATE_S * (1 + np.minimum(beyond, MOST_BEYOND))
-        guesses[members] = np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
-    # one part in a million below: the rounding of sums to picoseconds stays above the bound
-    return Bounds(
-        lower_ps=np.floor(bounds * 1e12 * (1 - 1e-6)).astype(np.int64),
-        guess_ps=np.floor(guesses * 1e12).astype(np.int64),
-    )
+        return np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
+
+    def _again_s(self, mine: Ints, pp: Ints, m: Ints, held_bytes: Floats) -> tuple[Floats, Floats]:
+        """A guess at the recomputation that memory forces on the first rank under 1F1B, as seconds
+        of a micro-batch through the chain; and by how many GPUs' memory even all of it does not
+        do."""
+        gpu_bytes = self.costs.cluster.device.memory_bytes
+        room = gpu_bytes - held_bytes
+        held = np.minimum(m, pp) / pp
+        none, some, full = (held * self.get(mine, "kept", n) for n in range(3))
+        light, heavy = (self.get(mine, "again_s", n) for n in range(2))
+        in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
+        in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
+        by_part = np.where(some <= room, in_part * light, np.inf)
+        again = np.where(none <= room, 0.0, np.minimum(by_part, in_full * heavy))
+        return again, np.maximum(0.0, np.minimum(none, full) - room) / gpu_bytes
 
 
-def _room(pp: Ints, m: Ints, folded: bool) -> tuple[Floats, Floats]:
-    """(GPUs' worth of memory for one micro-batch's activations, the most in flight on a rank).
-
-    When it first goes backward, rank r holds min(m, p - r) micro-batches of every chunk or more,
-    under GPipe, 1F1B, interleaved and ZB-H1, whatever the sizes of its chunks; a schedule folded
-    in a V is taken to hold one.
-    """
-    if folded:
-        return pp.astype(float), np.ones(len(pp))
-    room = [sum(1 / min(int(n), k) for k in range(1, int(p) + 1)) for p, n in zip(pp, m)]
-    return np.array(room), np.minimum(m, pp).astype(float)
-
-
-def _again_s(
-    costs: Costs, through: Through, at: Ints, pp: Ints, m: Ints, state_bytes: Floats
-) -> tuple[Floats, Floats]:
-    """A guess at the recomputation that memory forces on the first rank under 1F1B, as seconds of
-    a micro-batch through the chain; and by how many GPUs' memory even all of it does not do."""
-    gpu_bytes = costs.cluster.device.memory_bytes
-    room = gpu_bytes - state_bytes
-    held = np.minimum(m, pp) / pp
-    none, some, full = (held * k[at] for k in through.kept)
-    light, heavy = (t[at] for t in through.again_s)
-    in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
-    in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
-    by_part = np.where(some <= room, in_part * light, np.inf)
-    again = np.where(none <= room, 0.0, np.minimum(by_part, in_full * heavy))
-    return again, np.maximum(0.0, np.minimum(none, full) - room) / gpu_bytes
-
-
-class _States:
-    """A mesh's state: the least data-parallel time, of all ZeRO stages and of the fullest rank,
-    and a guess at its bytes.
-
-    A rank's collectives take at least their summed bytes over the bandwidth, and some rank holds
-    the mean of the bytes.
-    """
-
-    def __init__(self, costs: Costs, dp_outer: int | None) -> None:
-        self.costs, self.dp_outer = costs, dp_outer
-        self.known: dict[tuple[int, ...], tuple[float, float, float]] = {}
-        self.sizes: dict[tuple[int, int, int], tuple[int, int]] = {}
-
-    def least_s(self, m: Mesh, laid: Assignments, step_s: float) -> float:
-        """Seconds a step, at least; step_s: a micro-batch through the chain.
-
-        The cheapest mode: everything once a step, or each micro-batch's traffic, of which a layer
-        pays a share though hidden, and all that is longer than its compute. Parameters that no
-        GPU holds whole are gathered twice each micro-batch.
-        """
-        if m.dp * m.cp == 1:
-            return 0.0
-        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp)
-        if key not in self.known:
-            self.known[key] = self._traffic_s(m, laid)
-        once, gather, reduce = self.known[key]
-        if m.pp > 1:
-            return once
-        share = self.costs.engine.fsdp_interference
-
-        def each(traffic_s: float) -> float:
-            return m.microbatches * max(share * traffic_s, traffic_s - step_s)
-
-        dense, expert = self._elements(m, laid)
-        compute = COMPUTE_BYTES[self.costs.workload.precision]
-        if compute * (dense + expert) > self.costs.cluster.device.memory_bytes:
-            return each(2 * gather + reduce)
-        return min(once, each(reduce), each(gather + reduce))
-
-    def state(self, m: Mesh, laid: Assignments) -> float:
-        """A guess at a rank's state and reserves, in bytes: parameters and gradients whole under
-        a pipeline, all sharded without."""
-        dense, expert = self._elements(m, laid)
-        grad = GRAD_BYTES[self.costs.engine.grad_dtype]
-        compute = COMPUTE_BYTES[self.costs.workload.precision]
-        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
-        shared = dense / (m.dp * m.cp) + expert / edp
-        whole = (compute + grad) * (dense + expert) if m.pp > 1 else (4 + grad) * shared
-        unit = (compute + grad) * 2 * (dense + expert) / len(self.costs.kind_of)
-        return (whole + 12 * shared) / m.pp + (unit if m.pp == 1 else 0.0) + 3e9
-
-    def surely(self, m: Mesh, laid: Assignments) -> float:
-        """Bytes that all pp ranks together hold beside activations, at least: gradients and the
-        parameters' copies in the leanest ZeRO stage, the optimizer's state elsewhere."""
-        dense, expert = self._elements(m, laid)
-        item = COMPUTE_BYTES[self.costs.workload.precision] + min(GRAD_BYTES.values())
-        if m.pp > 1:
-            return item * (dense + expert)
-        if m.dp * m.cp == m.microbatches == 1:  # gradients may leave as they are made
-            item -= min(GRAD_BYTES.values())
-        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
-        return item * (dense / (m.dp * m.cp) + expert / edp)
-
-    def _elements(self, m: Mesh, laid: Assignments) -> tuple[int, int]:
-        """(dense, expert) local elements of the whole chain, a tied alias left out."""
-        key = (m.tp, m.ep, m.etp)
-        if key not in self.sizes:
-            dense = expert = 0
-            for k in self.costs.kind_of:
-                unit, is_layer, earlier = self.costs.kinds[k]
-                for h in held(unit, laid[unit, is_layer], m.ep, m.etp):
-                    if h.name in earlier:
-                        continue
-                    dense, expert = dense + h.elements * (not h.expert), expert + (
-                        h.elements * h.expert
-                    )
-            self.sizes[key] = (dense, expert)
-        return self.sizes[key]
-
-    def _traffic_s(self, m: Mesh, laid: Assignments) -> tuple[float, float, float]:
-        """(everything once a step and exposed, one gather, one reduction) seconds of the mean
-        rank, at least: bytes over the group's bandwidth; no grouping of the ranks moves fewer."""
-        costs, engine = self.costs, self.costs.engine
-        dense, expert = self._elements(m, laid)
-        grad = 4 if costs.workload.precision == "fp32" else min(GRAD_BYTES.values())
-        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
-
-        dense_group = (dense, m.dp * m.cp, m.tp)
-        expert_group = (expert, edp, m.ep * m.etp)
-        gpus = m.pp * m.dp * m.cp * m.tp
-        outers = [n for n in outside(m, costs.cluster, self.dp_outer) if n > 1]
-
-        def once(kind: str, item: int, groups: tuple[tuple[int, int, int], ...]) -> float:
-            return sum(
-                n * item / m.pp * min(
-                    f.s_per_byte for layout in lying(size, stride)
-                    for f in explain(costs.network, kind, *layout).forms
-                )
-                for n, size, stride in groups if n and size > 1
-            )  # fmt: skip
-
-        def lying(size: int, stride: int) -> list[Layout]:
-            """A group in a row, and, where it is all of them, with some outside the pipeline."""
-            apart = outers if size * stride * m.pp == gpus else []
-            return [
-                (size, stride, (1, 1)),
-                *((size // n, stride, (n, gpus // n)) for n in apart),
-            ]
-
-        compute = COMPUTE_BYTES[costs.workload.precision]
-        whole = (dense_group, expert_group)
-        domain = costs.cluster.domain_ranks
-        # HSDP gathers inside a domain; where experts leave none of it, from nobody
-        inside = tuple(
-            (n, next(k for k in divisors(size)[::-1] if k == 1 or k * stride <= domain), stride)
-            for n, size, stride in whole
-        )
-        reduce = once("reduce_scatter", grad, whole)
-        gather = min(once("all_gather", compute, whole), once("all_gather", compute, inside))
-        all_reduce = once("all_reduce", grad, whole)
-        hidden = engine.dp_reduce_hidden or engine.dp_gather_hidden
-        share = engine.dp_exposed_least if hidden else 1.0
-        return share * min(all_reduce, reduce + gather), gather, reduce
+def kind_of_schedule(schedule: str) -> str:
+    """Schedules that hold memory alike, as `flight` has them."""
+    if schedule in V_SHAPED:
+        return "folded"
+    return "zbh1" if schedule in SPLIT_BACKWARD else "fused"

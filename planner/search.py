@@ -305,13 +305,14 @@ class Searcher:
             fixed_recompute=fixed, levels=levels,
         )  # fmt: skip
 
-    def bounds(self, candidates: Sequence[Mesh]) -> Bounds:
-        """Of every mesh a lower bound of its objective, and a guess at it."""
+    def bounds(
+        self, candidates: Sequence[Mesh], below: Sequence[int] | None = None
+    ) -> Bounds:
+        """Of every mesh a lower bound of its objective, and a guess at it. below: bounds are not
+        sharpened beyond these."""
         return mesh_bounds_ps(
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
-            schedules=self._schedules,
-            elsewhere=bool({"params", "activations"} & dict(self.pins.offload or ()).keys()),
-            dp_outer=self.pins.dp_outer,
+            schedules=self._schedules, pins=self.pins, below=below,
         )  # fmt: skip
 
     # --- the search --------------------------------------------------------------------------
@@ -324,7 +325,8 @@ class Searcher:
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        bounds = self.bounds(candidates)
+        below = [objective_below(out.best.score, c) for c in candidates] if out.best else None
+        bounds = self.bounds(candidates, below)
         lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
         guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
@@ -402,6 +404,8 @@ class Searcher:
             out.spent += 1 + d.pp * d.virtual_stages // 8
             if found.status == "INFEASIBLE":
                 assert found.nearest is not None
+                if problem.chunks > 1:  # layers were moved about before that was said
+                    out.spent += d.pp * d.virtual_stages // 2
                 out.misfits += 1
                 out.misfit = _nearer(out.misfit, Misfit(
                     decisions=replace(d, stages=found.nearest.stages,

@@ -8,14 +8,18 @@ takes longer than what s has to do meanwhile, that difference: this bounds the m
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.stage_problem import StageProblem, slow_of
+from cost_models.stage_problem import LEVELS, StageProblem, slow_of
 from planner.stage_arcs import INF, Arcs, Array
+
+ROUNDING = 1e-9  # of sums as floats, relative
 
 
 def sure_extra(p: StageProblem) -> tuple[int, ...]:
@@ -60,25 +64,104 @@ def load_ps(p: StageProblem) -> int:
     return load
 
 
+def forced_ps(p: StageProblem) -> int | None:
+    """Recompute time of a micro-batch on all ranks together, at least; None where nothing fits.
+
+    Rank r holds k_r micro-batches at least of each of its layers' activations at one moment, so
+    the sum of what ranks keep of a micro-batch is at most that of (capacity - state) / k_r. What is
+    beyond that is freed where a picosecond frees the most bytes, layers cut anywhere.
+    """
+    if p.fixed_recompute is not None or "none" not in p.levels:
+        return 0
+    flights = [max(min(counts) for counts in p.in_flight(r)) for r in range(p.pp)]
+    if min(flights) < 1:
+        return 0
+    ends = (p.first, p.last)
+    left = p.capacity_bytes - p.constant_bytes
+    left -= min(map(min, p.working_bytes)) + 2 * min(p.gathered_bytes)
+    state = sum(p.state_bytes) + sum(e.state_bytes for e in ends)
+    kept = sum(p.activation_bytes[0]) + sum(e.activation_bytes for e in ends)
+    over = kept + max(state - p.pp * left, state / max(flights) - sum(left / k for k in flights))
+    if over <= 0:
+        return 0
+    again = 0.0
+    for rate, size in _pieces(p.recompute_ps, p.activation_bytes, p.levels):
+        used = min(over, size)
+        again, over = again + used * rate, over - used
+        if over <= 0:
+            break
+    return None if over > 1 + kept * ROUNDING else max(0, int(again * (1 - ROUNDING)) - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _pieces(
+    again_ps: tuple[tuple[int, ...], ...], kept: tuple[tuple[int, ...], ...],
+    levels: tuple[str, ...],
+) -> tuple[tuple[float, int], ...]:  # fmt: skip
+    """(picoseconds a byte, bytes) that recomputation of the layers frees, the cheapest first: of
+    each layer the lower convex hull of nothing, selective and full."""
+    pieces: list[tuple[float, int]] = []
+    alike = Counter(zip(*again_ps, *kept))
+    for (full_ps, some_ps, none, some, full), count in alike.items():
+        ways = [(none - some, some_ps)] * ("selective" in levels)
+        ways += [(none - full, full_ps)] * ("full" in levels)
+        ways = sorted((w for w in ways if w[0] > 0), key=lambda w: (w[1] / w[0], -w[0]))
+        freed = spent = 0
+        for size, ps in ways:
+            if size > freed:
+                rate = (ps - spent) / (size - freed)
+                pieces.append((rate, count * (size - freed)))
+                freed, spent = size, ps
+    return tuple(sorted(pieces))
+
+
+def filled_ps(p: StageProblem, whole: int) -> int:
+    """The makespan of an interleaved schedule is at least this; whole: a micro-batch through all.
+
+    In rounds of p micro-batches, rank r runs p micro-batches of each chunk before c before the
+    first of chunk c, which comes through all stages before: it has idled X = (forwards of the
+    stages before it) - p (forwards of its own chunks before c) by then, and as much of backward
+    behind the last of chunk c. So T >= m t_r + X + Y for every r and c. In the mean over ranks and
+    chunks the chunks before c cancel, which leaves, t_j being the time of rank j,
+    T >= m whole / p + sum_j (p - 1 - j) t_j / (p v). No t_j is beyond T / m: that sum is least
+    where the last ranks have T / m each.
+    """
+    pp, m, v = p.pp, p.microbatches, p.chunks
+    low, high = m * whole // pp, 2 * m * whole
+    while low < high:
+        middle = (low + high) // 2
+        most = max(1, middle // m)
+        full = min(pp - 1, whole // most)
+        least = most * (full * (full - 1) // 2) + max(0, whole - full * most) * full
+        if middle >= m * whole // pp + least // (pp * v):
+            high = middle
+        else:
+            low = middle + 1
+    return max(0, low - 2 * m)
+
+
 def lower_bound_ps(problem: StageProblem) -> int:
-    """The step is at least this, whatever is chosen. Cheap: for screening, without recompute.
+    """The step is at least this, whatever is chosen. Cheap: for screening.
 
     1F1B, m > p, busiest stage M, all stages T: the path through the busiest stage s takes
     (m - 1) M + T less what is behind s beyond the idle time it causes, and what is before s is
     s M at most, which leaves (m - 1 - p) M + 2 T. Where m = p that needs a stage other than the
     first, so it is 2 T - M for the first stage's M, which itself takes T + (m - 1) M / 2.
+    Recomputation that memory forces is part of T, and its mean over ranks of M.
     """
     p = problem
     m, load, ends = p.microbatches, load_ps(p), (p.first, p.last)
+    again = forced_ps(p) or 0  # where nothing fits, surely_infeasible says so
     forward = sum(p.forward_ps) + p.count * p.rank_glue_forward_ps
     forward += sum(e.forward_ps for e in ends)
     back = sum(p.input_grad_ps) + sum(sure_extra(p)) + p.count * p.rank_glue_backward_ps
-    back += sum(e.input_grad_ps for e in ends)
+    back += sum(e.input_grad_ps for e in ends) + again
     weight = sum(p.weight_grad_ps) + sum(e.weight_grad_ps for e in ends)
     crossings = p.count - 1 - (p.schedule in V_SHAPED)
     slow = slow_of(p)
     once = forward + back + 2 * (p.p2p_ps * crossings + sum(more for more, _ in slow))
     whole = forward + back + weight
+    load = max(load, whole // p.pp)
     fused = p.schedule not in SPLIT_BACKWARD
     makespan = max([m * load, once + weight * fused, *(m * busy for _, busy in slow)])
     if p.schedule == "gpipe":
@@ -87,26 +170,35 @@ def lower_bound_ps(problem: StageProblem) -> int:
         makespan = max(makespan, (m - 1 - p.pp) * load + 2 * whole)
     elif p.schedule == "1f1b":
         makespan = max(makespan, 2 * whole * m // (m + 1))
+    elif p.schedule == "interleaved" and m % p.pp == 0:
+        makespan = max(makespan, filled_ps(p, whole))
     return makespan + mean_tail_ps(p)
 
 
 def surely_infeasible(problem: StageProblem) -> bool:
-    """True where no choice can fit, by count: each rank takes so many of the least layer."""
+    """True where no choice can fit: by count, as each rank takes so many of the least layer, or so
+    many of the commonest kind; or by the sum of all ranks."""
     p = problem
-    act, work = min(map(min, p.activation_bytes)), min(map(min, p.working_bytes))
+    free = p.fixed_recompute is None
+    allowed = [row for row, level in zip(p.activation_bytes, LEVELS) if level in p.levels]
+    least = tuple(map(min, zip(*(allowed if free else p.activation_bytes))))
+    act, work = min(least), min(map(min, p.working_bytes))
     state, gathered = min(p.state_bytes), min(p.gathered_bytes)
-    room = 0
+    (common_state, common_act), common = Counter(zip(p.state_bytes, least)).most_common(1)[0]
+    room = common_room = 0
     for rank in range(p.pp):
         ends = [e for k, e in ((0, p.first), (p.count - 1, p.last)) if p.rank_of(k) == rank]
-        flight = p.in_flight(rank)[0][0] if p.chunks == 1 else 1
+        flight = max(map(min, p.in_flight(rank)))  # of every chunk at one moment, at least
         left = p.capacity_bytes - p.constant_bytes
         left -= max([work, *(e.working_bytes for e in ends)])
         left -= 2 * max([gathered, *(e.gathered_bytes for e in ends)])
         left -= sum(e.state_bytes + flight * e.activation_bytes for e in ends)
         if left < p.chunks * (state + flight * act):
             return True
-        room += left // (state + flight * act) if state + act else p.layers
-    return room < p.layers
+        room += left // (state + flight * act) if state + flight * act else p.layers
+        each = common_state + flight * common_act
+        common_room += left // each if each else common
+    return room < p.layers or common_room < common or forced_ps(p) is None
 
 
 Times = tuple[Array, Array, Array]  # forward, backward, weight

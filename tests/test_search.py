@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_models import EXAMPLES, costs_of, graph_of
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.hardware import load_hardware
-from cost_models.schedule import schedule_illegal
+from cost_models.schedule import SCHEDULES, schedule_illegal
 from cost_models.stage_problem import LEVELS, evaluate, in_flight
-from planner.bounds import mesh_bounds_ps
+from planner.bound_ranks import flight
+from planner.bounds import kind_of_schedule, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh, meshes
 from planner.search import Searcher, score_of
@@ -379,13 +381,14 @@ def test_same_bytes_under_another_hash_seed(tmp_path):
     assert len(found[0]) == 4
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zbh1"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_the_memory_bound_rests_on(schedule):
-    """Rank r holds min(m, p - r) micro-batches of every chunk at one moment."""
+    """At one moment a rank holds so many micro-batches of every chunk; one chunk is its peak."""
     for pp, m, v in itertools.product(range(1, 7), range(1, 17), (1, 2, 3, 4)):
         legal = schedule_illegal(schedule, pp, m, v) is None
-        if not legal or (v == 1) == (schedule == "interleaved"):
+        if not legal or (v > 1) != (schedule in ("interleaved", "zbv", "dualpipev")):
             continue
+        least = flight(pp, np.array([m]), kind_of_schedule(schedule))[0]
         for rank in range(pp):
             moments = in_flight(schedule, pp, m, v, rank)
-            assert any(min(counts) >= min(m, pp - rank) for counts in moments), (pp, m, v, rank)
+            assert any(min(counts) >= least[rank] for counts in moments), (pp, m, v, rank)

@@ -10,6 +10,7 @@ import pytest
 
 from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
 from ir.errors import UsageError
+from planner.stage_bounds import filled_ps, forced_ps
 from planner.stage_cuts import bound_all
 from planner.stages import (
     Effort,
@@ -273,6 +274,42 @@ def test_bounds_hold_when_effort_runs_out(schedule):
             assert weigh(p, found.stages, found.recompute)[0] == found.step_ps
             if p.chunks > 1:
                 assert bound_all(p) <= best, seed
+
+
+def test_interleaved_bound_holds_for_uneven_stages():
+    """Stages of any times, in rounds of pp micro-batches: the bubble's share is not too much."""
+    rng, felt = random.Random(5), 0
+    for _ in range(200):
+        pp, v = rng.randint(2, 5), rng.randint(2, 4)
+        m, n = pp * rng.randint(1, 4), pp * v
+        rows = [tuple(rng.choice((1, 100, rng.randint(1, 1000))) for _ in range(n)) for _ in "fb"]
+        p = replace(
+            tiny(0, "interleaved"), pp=pp, virtual_stages=v, microbatches=m, forward_ps=rows[0],
+            input_grad_ps=rows[1], weight_grad_ps=(0,) * n, recompute_ps=((0,) * n,) * 2,
+            activation_bytes=((0,) * n,) * 3, working_bytes=((0,) * n,) * 3,
+            state_bytes=(0,) * n, gathered_bytes=(0,) * n, tail_comm_ps=(0,) * n,
+            tail_hide_ps=(0,) * n, tail_own_ps=(0,) * n, levels=("none",), capacity_bytes=1 << 40,
+        )  # fmt: skip
+        step, _, _ = evaluate(p, (1,) * n, ((0, 0),) * n)
+        assert lower_bound_ps(p) <= step
+        even = replace(p, forward_ps=(100,) * n, input_grad_ps=(200,) * n)
+        whole = 300 * n
+        felt += filled_ps(even, whole) > m * whole // pp
+    assert felt > 150
+
+
+def test_memory_forces_recomputation():
+    """The sum of ranks' memory: the bound feels it, and never beyond what enumeration finds."""
+    forced = refused = 0
+    for seed in range(400, 470):
+        for schedule in ("gpipe", "1f1b", "interleaved"):
+            p = replace(tiny(seed, schedule), levels=("none", "selective", "full"))
+            best, _ = brute(p)
+            again = forced_ps(p)
+            forced, refused = forced + bool(again), refused + (again is None)
+            assert (again is not None) or best is None, seed
+            assert best is None or lower_bound_ps(p) <= best, seed
+    assert forced > 5 and refused > 5
 
 
 def test_no_solver_is_imported_before_it_is_needed():

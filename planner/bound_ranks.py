@@ -1,0 +1,124 @@
+"""How many layers the ranks of a pipeline can take in a given time and memory: a bound of the step.
+
+Rank r that runs n layers of the commonest kind holds their state and, when it first goes backward,
+k_r micro-batches of their activations (`flight`). What does not fit is recomputed; a byte a
+micro-batch freed there is k_r bytes less. So n layers take rank r no less than
+m (n t + recomputation) + its way, r layers there and back. The ranks together take all L layers:
+the step is at least the L-th smallest of these times over all ranks and n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+CELLS = 500_000  # of (mesh, rank, layers) at once, to bound memory
+SLACK_BYTES = 1e4  # sums of bytes as floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The commonest kind of layer, by work point; freed: [piece, (bytes, seconds), point]."""
+
+    count: int
+    step_s: Floats
+    kept_bytes: Floats
+    working_bytes: Floats
+    freed: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Meshes with one number of stages, each under one way to hold its state.
+
+    m: micro-batches. state_bytes, layer_s, kept_bytes: of a layer; freed: [mesh, piece, (bytes,
+    seconds a byte)] of a layer. room_bytes: of a rank beside its layers. ends_s, ends_bytes,
+    ends_kept: [mesh, (before the first layer, behind the last)] seconds, state, activations.
+    way_s: from a rank to the next and back, at least.
+    """
+
+    m: Floats
+    layer_s: Floats
+    state_bytes: Floats
+    kept_bytes: Floats
+    freed: Floats
+    room_bytes: Floats
+    ends_s: Floats
+    ends_bytes: Floats
+    ends_kept: Floats
+    way_s: Floats
+
+    def part(self, some: NDArray[np.int64]) -> Rows:
+        return Rows(**{name: getattr(self, name)[some] for name in self.__slots__})
+
+
+def flight(pp: int, m: Floats, kind: str) -> Floats:
+    """[mesh, rank]: micro-batches of every layer that a rank holds at one moment, at least.
+
+    Under GPipe, 1F1B and interleaved rank r holds min(m, p - r) of every chunk when it first goes
+    backward; ZB-H1 holds min(m, p) on every rank; a V min(m, r + 1) of the chunk it has less of.
+    """
+    rank = np.arange(pp)
+    most = {"fused": pp - rank, "zbh1": np.full(pp, pp), "folded": rank + 1}[kind]
+    held: Floats = np.minimum(m[:, None], most[None, :])
+    return held
+
+
+def forced_s(freed: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -> Floats:
+    """Seconds of the cheapest recomputation that frees so many bytes; inf where nothing does.
+
+    freed: [piece, (bytes, seconds a byte), ...], the cheapest piece first, of one of `layers`.
+    """
+    seconds, left = np.zeros(np.shape(over_bytes)), np.maximum(over_bytes, 0.0)
+    for size, rate in freed:
+        used = np.minimum(left, size * layers)
+        left = left - used
+        seconds += used * np.where(size > 0, rate, 0.0)
+    seconds[left > SLACK_BYTES] = np.inf
+    return seconds
+
+
+def ranks_s(rows: Rows, pp: int, layers: int, kind: str) -> Floats:
+    """Seconds of the pipeline at least, with `layers` layers of the commonest kind."""
+    found = np.empty(len(rows.m))
+    most = min(layers, 2 * -(-layers // pp) + 1)
+    each = max(1, CELLS // (pp * most))
+    for at in range(0, len(found), each):
+        some = np.arange(at, min(at + each, len(found)))
+        found[some] = _ranks_s(rows.part(some), pp, layers, most, kind)
+    return found
+
+
+def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
+    m = rows.m
+    held = flight(pp, m, kind)
+    rank, number = np.arange(pp), np.arange(1, most + 1)
+    last = 0 if kind == "folded" else pp - 1
+    ends = np.zeros((3, len(m), pp))
+    for column, at in ((0, 0), (1, last)):
+        for row, table in enumerate((rows.ends_s, rows.ends_bytes, rows.ends_kept)):
+            ends[row, :, at] += table[:, column]
+    each = rows.state_bytes[:, None] + held * rows.kept_bytes[:, None]
+    room = rows.room_bytes[:, None] - ends[1] - held * ends[2]
+    over = (each[:, :, None] * number - room[:, :, None]) / held[:, :, None]
+    if kind == "fused":
+        freed = np.moveaxis(rows.freed, 0, -1)[..., None, None]
+        again = forced_s(freed, over, number.astype(float))
+    else:  # nothing is recomputed where backward is split
+        again = np.where(over > SLACK_BYTES, np.inf, 0.0)
+    time = (
+        m[:, None, None] * (number * rows.layer_s[:, None, None] + ends[0][:, :, None] + again)
+        + (rank * rows.way_s[:, None])[:, :, None]
+    )
+    flat = time.reshape(len(m), -1)
+    if flat.shape[1] <= layers - 1:
+        least = np.full(len(m), np.inf)
+    else:
+        least = np.partition(flat, layers - 1, axis=1)[:, layers - 1]
+    if most < layers:  # or some rank has more layers than were looked at
+        least = np.minimum(least, m * (most + 1) * rows.layer_s)
+    return least

@@ -1,0 +1,273 @@
+"""What every way to hold a mesh's state holds and takes at least, of many meshes at once.
+
+A way is a ZeRO stage, whether parameters are gathered again, and where the optimizer is. The more
+ranks share a state the less each holds, so bytes are those where all data ranks share it; seconds
+are the least of any sharing. Each way is bounded by its own bytes and its own seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.collectives import explain
+from cost_models.decisions import Decisions
+from cost_models.engines import ZeroMode
+from cost_models.offload import update_s
+from cost_models.state import (
+    COMPUTE_BYTES,
+    MASTER_BYTES,
+    MOMENT_BYTES,
+    Layout,
+    grad_bytes,
+    held,
+    in_torch,
+    reserved_of,
+    state_of,
+    update_bytes,
+)
+from cost_models.step import Assignments, Costs
+from planner.decisions import Pins
+from planner.legality import illegal
+from planner.mesh import Mesh, divisors, outside
+
+Floats = NDArray[np.float64]
+PARTS = 4  # of the chain: all of it, one layer of the commonest kind, before the layers, behind
+OPTIMIZER_BELOW = (("optimizer", "cpu"),)
+MANY = 10**9  # parameters of which a rate is taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How state is held. offload as in `Decisions`."""
+
+    zero: int
+    reshard: bool
+    offload: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Local elements of one mesh's parameters, [part, (dense, expert)]: all, and those learnt."""
+
+    held: Floats
+    learnt: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
+    of a step that all pp ranks together spend behind the last backward at least; and seconds that
+    a micro-batch's transfers take the whole chain, hidden or not."""
+
+    state_bytes: Floats
+    gathered_bytes: Floats
+    tail_s: Floats
+    each_s: Floats
+
+
+class States:
+    """The state of candidates, by way."""
+
+    def __init__(self, costs: Costs, pins: Pins) -> None:
+        self.costs, self.pins = costs, pins
+        self._traffic: dict[tuple[int, ...], tuple[float, float, float]] = {}
+        self._sent: dict[tuple[int, int, int, bool], int] = {}
+
+    def ways(self, pipeline: bool) -> tuple[Way, ...]:
+        """What the table and the pins allow, of those that hold and move the same the first: that
+        depends on there being a pipeline."""
+        pins, found = self.pins, {}  # type: ignore[var-annotated]
+        tiers = [t.name for t in self.costs.cluster.tiers]
+        offloads = ((), OPTIMIZER_BELOW) if "cpu" in tiers else ((),)
+        for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
+            for reshard in (False, True) if zero == 3 and not pipeline else (False,):
+                for offload in offloads if pins.offload is None else (pins.offload,):
+                    d = Decisions(
+                        pp=2 if pipeline else 1, zero=zero, reshard=reshard, offload=offload
+                    )
+                    allowed = pins.reshard in (None, reshard)
+                    if allowed and not illegal(d, self.costs.workload, scheduled=False):
+                        way = Way(zero=zero, reshard=reshard, offload=offload)
+                        mode = self.costs.engine.zero_mode(zero, reshard=reshard, pp=d.pp)
+                        alike = replace(
+                            mode, name="", call="", parameters_at_rest="", gradients_at_rest=""
+                        )
+                        found.setdefault((alike, zero > 0, in_torch(mode), offload), way)
+        return tuple(found.values())
+
+    def sizes(self, laid: Assignments, ep: int, etp: int, layer: int) -> Sizes:
+        """layer: the commonest kind of layer. A tied alias is left out."""
+        costs, layers = self.costs, self.costs.chain.layers
+        parts = np.zeros((2, PARTS, 2))
+        by_kind = []
+        for unit, is_layer, earlier in costs.kinds:
+            one = np.zeros((2, 2))
+            for h in held(unit, laid[unit, is_layer], ep, etp):
+                if h.name not in earlier:
+                    one[0, int(h.expert)] += h.elements
+                    one[1, int(h.expert)] += h.elements * (not h.frozen)
+            by_kind.append(one)
+        for i, kind in enumerate(costs.kind_of):
+            parts[:, 0] += by_kind[kind]
+            if i < layers[0]:
+                parts[:, 2] += by_kind[kind]
+            elif i > layers[-1]:
+                parts[:, 3] += by_kind[kind]
+        parts[:, 1] = by_kind[layer]
+        return Sizes(held=parts[0], learnt=parts[1])
+
+    def reserved(self, m: Mesh) -> float:
+        """Bytes that a rank holds besides, with as few virtual stages as there may be."""
+        key = (m.tp, m.cp, m.micro_batch, m.sequence_parallel)
+        d = Decisions(
+            pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, micro_batch=m.micro_batch,
+            microbatches=m.microbatches, sequence_parallel=m.sequence_parallel,
+        )  # fmt: skip
+        if m.pp > 1 and key not in self._sent:
+            self._sent[key] = sum(self.costs.boundary_bytes(d))
+        sent = self._sent[key] if m.pp > 1 else 0
+        return sum(size for _, size in reserved_of(self.costs.graph, d, self.costs.engine, sent))
+
+    def of(self, way: Way, meshes: Sequence[Mesh], sizes: Sequence[Sizes], step_s: Floats) -> Held:
+        """Bytes and seconds of a way, of meshes that are all pipelines or none.
+
+        step_s: a micro-batch through the chain.
+        """
+        costs, engine = self.costs, self.costs.engine
+        cp, pp, dp, m, tp, ep, etp = np.array([
+            (r.cp, r.pp, r.dp, r.microbatches, r.tp, r.ep, r.etp) for r in meshes
+        ], dtype=float).T  # fmt: skip
+        ranks, block = dp * cp, ep * etp
+        edp = ranks * tp / block
+        shards = ranks if way.zero else np.ones(len(ranks))
+        experts = np.where(
+            shards >= ranks, edp, np.minimum(edp, np.maximum(1.0, shards * tp // block))
+        )
+        share = 1 / np.stack([shards, experts], axis=-1)[:, None, :]
+        whole = np.stack([s.held for s in sizes])
+        learnt = np.stack([s.learnt for s in sizes])
+        some = Decisions(
+            pp=2 if pp[0] > 1 else 1, zero=way.zero, reshard=way.reshard, offload=way.offload,
+            grad_dtype=self.pins.grad_dtype or engine.grad_dtype,
+        )  # fmt: skip
+        mode = engine.zero_mode(way.zero, reshard=way.reshard, pp=some.pp)
+        accumulates = ((m > 1) | (pp > 1) | (not in_torch(mode)))[:, None]
+        state, gathered, updated = self._bytes(
+            some, mode, whole.sum(axis=2), (whole * share).sum(axis=2), learnt.sum(axis=2),
+            (learnt * share).sum(axis=2), accumulates,
+        )  # fmt: skip
+        grad = grad_bytes(some, costs.workload, engine)
+        traffic = [self._moved_s(r, s, grad) for r, s in zip(meshes, sizes)]
+        reduce_all, gather, reduce = np.array(traffic).T
+        once = mode.reduce_per_step * reduce + mode.gather_per_step * gather
+        once = once + mode.all_reduce_per_step * reduce_all
+        least = engine.dp_exposed_least
+        behind = engine.dp_reduce_hidden * bool(
+            mode.reduce_per_step or mode.all_reduce_per_step
+        ) + engine.dp_gather_hidden * bool(mode.gather_per_step)
+        tail = least * once + np.maximum(0.0, (1 - least) * once - behind * step_s)
+        each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
+        return Held(
+            state_bytes=state, gathered_bytes=gathered,
+            tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
+        )  # fmt: skip
+
+    def _bytes(
+        self, d: Decisions, mode: ZeroMode, whole: Floats, piece: Floats, learnt: Floats,
+        part: Floats, accumulates: NDArray[np.bool_],
+    ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
+        """`state_of` without the rounding to whole rows: (state, gathered, updated).
+
+        whole, piece: elements, and a rank's share of them; learnt, part: those with a gradient.
+        """
+        workload, engine = self.costs.workload, self.costs.engine
+        fsdp, wide = in_torch(mode), workload.precision == "fp32"
+        compute, grad = COMPUTE_BYTES[workload.precision], grad_bytes(d, workload, engine)
+        copy = engine.gradient_copy_bytes if grad > compute else 0
+        own = MASTER_BYTES if wide else engine.master_bytes or compute
+        master = 0 if (wide and not fsdp) or own < MASTER_BYTES else MASTER_BYTES
+        below = "params" in dict(d.offload)
+        offloaded = "optimizer" in dict(d.offload)
+        gathered = np.zeros_like(whole)
+        if mode.parameters_peak == "whole":
+            state = compute * whole
+        else:
+            state = (0 if below else compute if wide or offloaded else own) * piece
+            gathered = gathered + compute * whole
+        if offloaded and fsdp:
+            gathered = gathered + MASTER_BYTES * piece
+        reduced = (own if fsdp else grad) * part * (not (below or (offloaded and fsdp)))
+        summed = accumulates & (mode.gradients_peak == "whole")
+        state = state + np.where(summed, np.maximum(grad * learnt, reduced), reduced)
+        state = state + copy * np.where(summed, learnt, part)
+        if grad < MASTER_BYTES:
+            state = state + engine.shard_gradient_bytes * part
+        if mode.gradients_peak == "units":
+            gathered = gathered + grad * learnt
+        updated = part if mode.optimizer_at_rest == "shard" else learnt
+        if not offloaded:
+            moments = MOMENT_BYTES.get(workload.optimizer, 0.0)
+            moments *= 1.0 if wide else engine.moment_share
+            state = state + (master * (mode.parameters_peak == "whole") + moments) * updated
+        if engine.live_parameters:
+            gathered = np.minimum(gathered, (compute + grad) * engine.live_parameters // 2)
+        return state, gathered, updated
+
+    def _update_s(self, d: Decisions, way: Way) -> float:
+        """Seconds of an update, of one parameter, at least."""
+        costs, engine = self.costs, self.costs.engine
+        if not way.offload:
+            each = update_bytes(costs.workload.optimizer, engine.optimizer_bytes_per_parameter)
+            return float(costs.kernels.memory_bound_s(each * MANY, 0)) / MANY
+        if way.offload != OPTIMIZER_BELOW:
+            return 0.0
+        state = replace(state_of((), d, costs.workload, engine), updated=MANY)
+        return update_s(costs.cluster, engine, costs.workload, d, state) / MANY
+
+    def _moved_s(self, m: Mesh, sizes: Sizes, grad: int) -> tuple[float, float, float]:
+        """(an all-reduce, one gather, one reduction) of the whole chain, seconds at least: bytes
+        over the group's bandwidth; no grouping of the ranks moves fewer."""
+        if m.dp * m.cp == 1 and m.dp * m.cp * m.tp == m.ep * m.etp:
+            return 0.0, 0.0, 0.0
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp)
+        if key in self._traffic:
+            return self._traffic[key]
+        costs, domain = self.costs, self.costs.cluster.domain_ranks
+        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
+        whole = ((m.dp * m.cp, m.tp), (edp, m.ep * m.etp))
+
+        def once(kind: str, item: int, groups: tuple[tuple[int, int], ...]) -> float:
+            return sum(
+                float(n) * item * min(
+                    f.s_per_byte for layout in lying(size, stride)
+                    for f in explain(costs.network, kind, *layout).forms
+                )
+                for n, (size, stride) in zip(learnt_or_held, groups) if n and size > 1
+            )  # fmt: skip
+
+        gpus = m.pp * m.dp * m.cp * m.tp
+        outers = [n for n in outside(m, costs.cluster, self.pins.dp_outer) if n > 1]
+
+        def lying(size: int, stride: int) -> list[Layout]:
+            """A group in a row, and, where it is all of them, with some outside the pipeline."""
+            apart = outers if size * stride * m.pp == gpus else []
+            return [
+                (size, stride, (1, 1)),
+                *((size // n, stride, (n, gpus // n)) for n in apart),
+            ]
+
+        compute = COMPUTE_BYTES[costs.workload.precision]
+        # HSDP gathers inside a domain; where experts leave none of it, from nobody
+        inside = tuple(
+            (next(k for k in divisors(size)[::-1] if k == 1 or k * stride <= domain), stride)
+            for size, stride in whole
+        )
+        learnt_or_held = sizes.held[0]
+        gather = min(once("all_gather", compute, whole), once("all_gather", compute, inside))
+        reduce, reduce_all = once("reduce_scatter", grad, whole), once("all_reduce", grad, whole)
+        self._traffic[key] = reduce_all, gather, reduce
+        return self._traffic[key]
