@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.engines import load_engine
 from cost_models.estimate import estimate_step
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Assignments, Costs
 from planner.decisions import Pins
 from planner.mesh import meshes
+from planner.runnable import may_compile
 from planner.search import Outcome, Searcher
 
 
@@ -58,8 +58,7 @@ class Asking:
         is taken over where tp is inside a domain of both; beyond it is decided anew."""
         costs = self.searcher.costs
         cluster, workload = cluster or costs.cluster, workload or costs.workload
-        schedules = load_engine(workload.engine).compiled_schedules
-        compiled = pins.compile is not False and pins.schedule in (None, *schedules)
+        compiled = may_compile(workload, pins)
         key = (cluster.count, cluster.device.memory_bytes, workload, compiled, pins.place)
         wanted = dict.fromkeys(
             [(1, 1)] + [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.engines import load_engine
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.cuts import stub_fault
@@ -52,12 +53,18 @@ class GraphRule:
     compiled: bool = False
 
 
-def _draws(graph: Graph) -> str | None:
-    drawn = any(
+def drops(graph: Graph) -> bool:
+    """Whether any operation drops values at random."""
+    return any(
         n.op == "dropout" or (n.op == "attention" and n.attr("dropout"))
         for u in (*graph.units, graph.root) for n in u.nodes
-    )
-    return "torch compiles no dropout whose draws tp ranks share or split" if drawn else None
+    )  # fmt: skip
+
+
+def _draws(graph: Graph) -> str | None:
+    return "torch compiles no dropout whose draws tp ranks share or split" if (
+        drops(graph)
+    ) else None  # fmt: skip
 
 
 def _without_dropout(graph: Graph) -> str | None:
@@ -118,18 +125,23 @@ def refusals(
     return tuple((rule, reason) for rule, reason in found if reason)
 
 
-def whole_recomputation_fault(
-    graph: Graph, workload: Workload, tp: int, compiled: bool
-) -> str | None:
-    """Why no unit may be computed again whole beside this tp; None: it may.
+def whole_recomputation_fault(graph: Graph, workload: Workload, compiled: bool) -> str | None:
+    """Why no unit may be computed again whole beside a tp above 1; None: it may.
 
     torch 2.13 repeats a compiled routed unit on all tokens, not on a tp rank's own (pytorch issue
     166926); the runtime runs it eager then, which is not what a compiled plan costs.
     """
-    if tp == 1 or not compiled or workload.engine not in NATIVE:
+    if not compiled or workload.engine not in NATIVE:
         return None
     routed = any(n.op == "grouped_matmul" for u in graph.units for n in u.nodes)
     return "compiled experts under tp cannot be computed again whole" if routed else None
+
+
+def may_compile(workload: Workload, pins: Pins) -> bool:
+    """Whether units are costed as the engine compiles them: a schedule that it runs eager alone,
+    pinned, is costed so."""
+    schedules = load_engine(workload.engine).compiled_schedules
+    return pins.compile is not False and pins.schedule in (None, *schedules)
 
 
 def check_runnable(refused: Sequence[tuple[GraphRule, str]], pins: Pins) -> None:

@@ -220,7 +220,7 @@ class Searcher:
     def runs(self, mesh: Mesh | Decisions) -> bool:
         """Whether the engine can run the model so, where the engine is our own runtime."""
         recompute = self.pins.recompute
-        if recompute is not None and any(recompute.full) and self._never_whole(mesh.tp):
+        if recompute is not None and any(recompute.full) and mesh.tp > 1 and self._never_whole:
             return False
         return not any(rule.applies(mesh) for rule, _ in self._refused)
 
@@ -229,9 +229,11 @@ class Searcher:
         costs = self.costs
         return refusals(costs.graph, costs.workload, costs.engine.fused)
 
-    def _never_whole(self, tp: int) -> bool:
+    @functools.cached_property
+    def _never_whole(self) -> bool:
+        """Whether no unit may be computed again whole under tp."""
         costs = self.costs
-        fault = whole_recomputation_fault(costs.graph, costs.workload, tp, costs.engine.fused)
+        fault = whole_recomputation_fault(costs.graph, costs.workload, costs.engine.fused)
         return fault is not None
 
     def _shards(self, mesh: Mesh, zero: int, outer: int) -> tuple[int, ...]:
@@ -298,7 +300,7 @@ class Searcher:
         levels: tuple[str, ...] = ("none", "selective", "full")
         if d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload):
             levels = ("none",)
-        elif self._never_whole(d.tp):
+        elif d.tp > 1 and self._never_whole:
             levels = ("none", "selective")
         return stage_problem(
             self.costs, self.costs.rescheduled(step, d), fixed_stages=pins.stages,

@@ -24,7 +24,7 @@ from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.plan import Plan, Solver, load, make_plan, write_whole
-from planner.runnable import check_runnable, refusals, whole_recomputation_fault
+from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried
 from planner.stability import steady
 from planner.workload import inherit, precision_of, resolve
@@ -241,8 +241,8 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
     _check_places(graph, pins)
     compiled = load_engine(workload.engine).fused and pins.compile is not False
     check_runnable(refusals(graph, workload, compiled), pins)
-    again = whole_recomputation_fault(graph, workload, pins.tp or 1, compiled)
-    if again and pins.recompute is not None and any(pins.recompute.full):
+    again = whole_recomputation_fault(graph, workload, compiled)
+    if again and (pins.tp or 1) > 1 and pins.recompute is not None and any(pins.recompute.full):
         raise UsageError(
             f"--fix {pins.said('tp')} and --fix {pins.said('recompute')} cannot be run of this"
             " model", why=again, hints=("recompute=selective", "tp=1", "compile=off"),
@@ -278,12 +278,10 @@ def _searcher(
         (m.micro_batch, m.cp) for p in wide for m in meshes(chain, cluster, workload, p)
     )
     points[1, 1] = None
-    # a schedule that the engine runs eager alone is costed so
-    schedules = load_engine(workload.engine).compiled_schedules
-    compiled = pins.compile is not False and pins.schedule in (None, *schedules)
     costs = Costs(
-        graph=graph, cluster=cluster, workload=workload, points=tuple(points), compiled=compiled
-    )
+        graph=graph, cluster=cluster, workload=workload, points=tuple(points),
+        compiled=may_compile(workload, pins),
+    )  # fmt: skip
     return costs, Searcher(costs=costs, pins=pins, progress=progress)
 
 

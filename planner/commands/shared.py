@@ -25,6 +25,13 @@ Args = Annotated[
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="use the traced graph if nothing changed")
 ]
+Optimizer = Annotated[
+    str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
+]
 
 
 def parse_args(texts: Sequence[str], flag: str = "--arg") -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
-from planner.commands.shared import Args, Cache, Json, Verbose, parse_args, print_json
+from planner.commands.shared import (
+    Args,
+    Cache,
+    Engine,
+    Json,
+    Optimizer,
+    Verbose,
+    parse_args,
+    print_json,
+)
 from planner.console import progress, say
 
 
@@ -79,13 +88,8 @@ def size(
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, fp16, fp8, nvfp4; devices without it are left out")
     ] = "bf16",
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
-    ] = None,
+    optimizer: Optimizer = None,
+    engine: Engine = None,
     effort: Annotated[
         int, typer.Option(metavar="N", min=1, help="programs searched for each candidate")
     ] = 60,

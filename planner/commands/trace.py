@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ir.errors import UsageError
-from planner.commands.shared import Args, Cache, Json, Verbose, parse_args, print_json
+from planner.commands.shared import (
+    Args,
+    Cache,
+    Engine,
+    Json,
+    Optimizer,
+    Verbose,
+    parse_args,
+    print_json,
+)
 from planner.console import INTERRUPTED, progress, say
 
 if TYPE_CHECKING:
@@ -53,13 +62,8 @@ def trace(
         str | None,
         typer.Option(help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it)"),
     ] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
-    ] = None,
+    optimizer: Optimizer = None,
+    engine: Engine = None,
     base: Annotated[
         str,
         typer.Option(

@@ -30,7 +30,7 @@ from ir.graph import Graph, Tensor, Unit
 from ir.text import format_graph, graph_hash, parse_graph
 from planner.mesh import cp_reason, facts_of
 from planner.plan import Plan
-from planner.runnable import refusals
+from planner.runnable import drops, refusals
 from planner.runtime.verify import scale
 from planner.runtime.verify.sample import without_dropout
 
@@ -153,21 +153,14 @@ def capture_twin(recipe: Recipe, precision: str) -> Graph:
     else:
         source = load(recipe.spec, dict(recipe.args))
     graph = capture_graph(source, precision=precision)  # as the plan's: with its dropout
-    if _drops(graph):
+    if drops(graph):
         without_dropout(source.model)
-        if _drops(capture_graph(source, precision=precision)):
+        if drops(capture_graph(source, precision=precision)):
             raise PlanError(
                 "the twin drops values at random, and its dropout cannot be switched off",
                 hints=("--twin dropout=0, whatever the factory calls it",),
             )
     return parse_graph(format_graph(_in_fp32(graph)))
-
-
-def _drops(graph: Graph) -> bool:
-    return any(
-        n.op == "dropout" or (n.op == "attention" and n.attr("dropout"))
-        for unit in graph.units for n in unit.nodes
-    )  # fmt: skip
 
 
 def _in_fp32(graph: Graph) -> Graph:
