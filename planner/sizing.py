@@ -28,7 +28,8 @@ from planner.decisions import Pins
 from planner.limits import Limits, capped, uncapped
 from planner.mesh import Mesh, meshes
 from planner.options import Progress
-from planner.search import SEARCHED_SCHEDULES, Searcher
+from planner.search import Searcher
+from planner.space import SEARCHED_SCHEDULES
 
 SEARCH_EFFORT = 60  # `plan trace` has 2,500; this is within some percent of what that finds
 RETRY_EFFORT = 400  # where nothing was found that fits

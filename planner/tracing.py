@@ -19,10 +19,10 @@ from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
 from planner.infeasible import infeasible
-from planner.legality import check_pins
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
+from planner.pin_checks import check_pins
 from planner.plan import Plan, Solver, load, make_plan, write_whole
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried

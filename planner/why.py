@@ -20,8 +20,8 @@ from ir.errors import PlanError, UsageError
 from planner.asking import Answer, Asking, estimated
 from planner.check import Checked
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
-from planner.legality import check_pins
 from planner.mesh import Mesh, divisors, facts_of
+from planner.pin_checks import check_pins
 from planner.plan import Solver
 from planner.search import DEFAULT_EFFORT, Searcher, Tried
 from planner.tracing import check_model

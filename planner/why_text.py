@@ -10,7 +10,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
 from planner.decisions import decisions_json, summarise_recompute
-from planner.search import AXIS_MUST_EARN, axes_used
+from planner.score import AXIS_MUST_EARN, axes_used
 from planner.why import Alternative, Binding, refused_words
 
 SCHEMA = "why/1"

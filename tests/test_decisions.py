@@ -23,7 +23,8 @@ from planner.decisions import (
     pins_of,
     summarise_recompute,
 )
-from planner.legality import check_pins, illegal, inconsistent
+from planner.legality import illegal, inconsistent
+from planner.pin_checks import check_pins
 from planner.workload import Asked, resolve
 
 H100 = load_hardware("h100x64")

@@ -21,12 +21,14 @@ from cost_models.state import ranks_of
 from ir.errors import PlanError, UsageError
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
-from planner.legality import check_pins, illegal, inconsistent
+from planner.legality import illegal, inconsistent
 from planner.mesh import meshes as candidates
 from planner.mesh import outside
+from planner.pin_checks import check_pins
 from planner.runtime.meshes import laid_ranks
 from planner.runtime.verify.scale import cut_decisions, meshes
-from planner.search import Searcher, score_of
+from planner.score import score_of
+from planner.search import Searcher
 
 HARDWARE = Path(__file__).parents[1] / "examples" / "hardware"
 
@@ -306,7 +308,7 @@ def test_search_over_sites_equals_enumeration(tmp_path, megabytes, wide, latency
     searcher = Searcher(costs=costs, effort=10**9)
     least = least_of(costs, searcher, space)
     bounds = mesh_bounds_ps(
-        costs, space, searcher.assign, schedules=searcher._schedules
+        costs, space, searcher.assign, schedules=searcher.searched_schedules
     ).lower_ps
     assert all(low <= least[mesh] for mesh, low in zip(space, bounds) if mesh in least)
     out = searcher.run()

@@ -20,7 +20,8 @@ from planner.bound_ranks import flight
 from planner.bounds import kind_of_schedule, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh, meshes
-from planner.search import Searcher, score_of
+from planner.score import score_of
+from planner.search import Searcher
 
 SMALL = """
 name = "small"
@@ -288,7 +289,7 @@ def test_search_equals_enumeration(case):
 def test_bounds_hold_for_every_mesh(case):
     costs, searcher, space, least = case
     bounds = mesh_bounds_ps(
-        costs, space, searcher.assign, schedules=searcher._schedules
+        costs, space, searcher.assign, schedules=searcher.searched_schedules
     ).lower_ps
     broken = [
         (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)

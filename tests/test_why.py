@@ -13,7 +13,7 @@ from ir.errors import UsageError
 from planner import load
 from planner.check import Checked, examine
 from planner.plan import Solver, make_plan
-from planner.search import score_of
+from planner.score import score_of
 from planner.why import LEAST_GAIN, MOST_MEMORY, Why, parse_refused, refused_words
 from planner.why_layer import layer
 from planner.why_text import alternative_text, document, table_text

@@ -1,0 +1,179 @@
+"""Whether pins agree with each other, the hardware, the workload and the model."""
+
+from __future__ import annotations
+
+from math import prod
+
+from cost_models.decisions import Workload
+from cost_models.schedule import schedule_illegal
+from ir.errors import UsageError
+from planner.decisions import Pins
+from planner.legality import RULES, VIRTUAL_STAGES, Case
+from planner.mesh import divisors
+
+
+def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None = None) -> None:
+    """Raise UsageError where pins contradict each other, the hardware, workload or model."""
+    case = _case_of_pins(pins, workload)
+    for rule in RULES:
+        if rule.refused(case):
+            raise UsageError(_named(rule.keys, pins, workload), why=rule.reason, hints=(rule.fix,))
+    _check_mesh(pins, gpus)
+    _check_outer(pins)
+    _check_experts(pins, gpus)
+    _check_shard(pins, gpus)
+    _check_batch(pins, workload)
+    _check_schedule(pins, workload)
+    _check_stages(pins, layers)
+
+
+def _check_mesh(pins: Pins, gpus: int) -> None:
+    keys = [key for key in ("tp", "pp", "cp", "dp") if getattr(pins, key) is not None]
+    size = prod(getattr(pins, key) for key in keys)
+    if gpus % size == 0 and (len(keys) < 4 or size == gpus):
+        return
+    last = keys[-1]
+    rest = size // getattr(pins, last)
+    fits = [f"{last}={n}" for n in divisors(gpus // rest)] if gpus % rest == 0 else []
+    fits = fits[-1:] if len(keys) == 4 else fits[-6:]
+    raise UsageError(
+        f"{_joined(keys, pins)}: {'*'.join(keys)} = {size} "
+        + ("is not the hardware's" if len(keys) == 4 else "does not divide the hardware's")
+        + f" {gpus} GPUs",
+        why="pp*dp*cp*tp = GPUs",
+        hints=(f"--fix {' or '.join(fits)}",) if fits else ("leave one of them to the search",),
+    )
+
+
+def _check_outer(pins: Pins) -> None:
+    outer, dp = pins.dp_outer or 1, pins.dp
+    if dp is not None and dp % outer:
+        raise UsageError(
+            f"{_joined(['dp', 'dp_outer'], pins)}: dp_outer does not divide dp",
+            why="so many of the dp lie outside the pipeline",
+            hints=(f"dp_outer may be {', '.join(map(str, divisors(dp)))}",),
+        )
+    near = dp // outer * pins.cp if outer > 1 and dp and pins.cp else 0
+    if near and pins.shard and near % pins.shard and pins.shard % near:
+        raise UsageError(
+            f"{_joined(['dp', 'dp_outer', 'cp', 'shard'], pins)}: shards lie across pipelines",
+            why=f"{near} data ranks of a stage are in a row: shard divides them, or has all of"
+            " several rows",
+            hints=(f"shard={near}",),
+        )
+
+
+def _check_experts(pins: Pins, gpus: int) -> None:
+    block = (pins.ep or 1) * (pins.etp or 1)
+    known = pins.dp is not None and pins.cp is not None and pins.tp is not None
+    ranks = (pins.dp or 1) * (pins.cp or 1) * (pins.tp or 1) if known else gpus // (pins.pp or 1)
+    if ranks % block == 0:
+        return
+    keys = [k for k in ("ep", "etp", *(("dp", "cp", "tp") if known else ("pp",)))
+            if getattr(pins, k) is not None]  # fmt: skip
+    raise UsageError(
+        f"{_joined(keys, pins)}: ep*etp = {block} does not divide a stage's {ranks} GPUs",
+        why="expert layers re-factor a stage's ranks: dp*cp*tp = edp*ep*etp",
+        hints=(f"ep*etp may be {', '.join(map(str, divisors(ranks)))}",),
+    )
+
+
+def _check_shard(pins: Pins, gpus: int) -> None:
+    known = pins.dp is not None and pins.cp is not None
+    if known:
+        keys, ranks = ["shard", "dp", "cp"], (pins.dp or 1) * (pins.cp or 1)
+    else:
+        keys, ranks = ["shard", "pp", "tp"], gpus // ((pins.pp or 1) * (pins.tp or 1))
+    if pins.shard is None or ranks % pins.shard == 0:
+        return
+    keys = [key for key in keys if getattr(pins, key) is not None]
+    raise UsageError(
+        f"{_joined(keys, pins)}: shard does not divide the {ranks} data ranks",
+        why="shard divides dp*cp",
+        hints=(f"shard may be {', '.join(map(str, divisors(ranks)))}",),
+    )
+
+
+def _check_batch(pins: Pins, workload: Workload) -> None:
+    keys = [k for k in ("dp", "micro_batch", "microbatches") if getattr(pins, k) is not None]
+    size, batch = prod(getattr(pins, key) for key in keys), workload.global_batch
+    if batch % size == 0 and (len(keys) < 3 or size == batch):
+        return
+    below, above = batch // size * size, -(-batch // size) * size
+    near = [str(n) for n in dict.fromkeys((below, above)) if n] if len(keys) < 3 else [str(size)]
+    raise UsageError(
+        f"{_joined(keys, pins)}: a global batch of {batch} does not divide by {size}",
+        why="dp*micro_batch*microbatches = global batch",
+        hints=(f"--global-batch {' or '.join(near)}",),
+    )
+
+
+def _check_schedule(pins: Pins, workload: Workload) -> None:
+    if pins.schedule is None or pins.pp is None:
+        return
+    keys, count = ["schedule", "pp", "microbatches"], pins.microbatches
+    if count is None:
+        if pins.dp is None or pins.micro_batch is None:
+            return
+        keys = ["schedule", "pp", "dp", "micro_batch"]
+        count = workload.global_batch // (pins.dp * pins.micro_batch)
+    stages = pins.virtual_stages or VIRTUAL_STAGES[pins.schedule][0]
+    reason = schedule_illegal(pins.schedule, pins.pp, count, stages)
+    if reason:
+        raise UsageError(
+            f"{_joined(keys, pins)} contradict each other",
+            why=reason,
+            hints=("fewer dp or a smaller micro_batch make more micro-batches",),
+        )
+
+
+def _check_stages(pins: Pins, layers: int | None) -> None:
+    if pins.stages is not None and layers not in (None, sum(pins.stages)):
+        raise UsageError(
+            f"{_joined(['stages'], pins)} holds {sum(pins.stages)} layers, the model has {layers}",
+            hints=(f"layers per stage that sum to {layers}",),
+        )
+    if pins.pp is None:
+        return
+    count = pins.pp * pins.virtual_stages if pins.virtual_stages else None
+    found = None if pins.stages is None else len(pins.stages)
+    if found and (found % pins.pp if count is None else found != count):
+        keys = ["stages", "pp", *(["virtual_stages"] if count else [])]
+        raise UsageError(
+            f"{_joined(keys, pins)}: {found} stages",
+            why="there are pp*virtual_stages stages" + (f" = {count}" if count else ""),
+            hints=("one number a stage, in order",),
+        )
+    counts = pins.recompute and {len(pins.recompute.full), len(pins.recompute.selective)} - {1}
+    if counts and count and counts != {count}:
+        raise UsageError(
+            f"{_joined(['recompute', 'pp'], pins)} does not say it for {count} stages",
+            hints=("one number for all stages, or one a stage: full:4/4/3/2",),
+        )
+
+
+def _case_of_pins(p: Pins, workload: Workload) -> Case:
+    r = p.recompute
+    return Case(
+        engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
+        pp=p.pp, dp_outer=p.dp_outer, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard,
+        reshard=p.reshard, schedule=p.schedule, virtual_stages=p.virtual_stages,
+        recomputes=None if r is None else any((*r.full, *r.selective)),
+        selective=None if r is None else any(r.selective), offload=p.offload,
+        compile=p.compile, sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind,
+        weights=p.weights, place=bool(p.place),
+    )  # fmt: skip
+
+
+def _named(keys: tuple[str, ...], pins: Pins, workload: Workload) -> str:
+    """The pins of a refused rule, and the flags beside them, as the user wrote them."""
+    said = [f"--fix {pins.said(key)}" for key in keys
+            if key not in ("seq_len", "place") and getattr(pins, key) is not None]  # fmt: skip
+    said += [f"--fix place:{p}={s}" for p, s in pins.place[:1] if "place" in keys]
+    said += [f"--seq-len {workload.seq_len}"] if "seq_len" in keys else []
+    alone = f"cannot hold on --engine {workload.engine}"
+    return " and ".join(said) + " " + ("contradict each other" if len(said) > 1 else alone)
+
+
+def _joined(keys: list[str], pins: Pins) -> str:
+    return " and ".join(f"--fix {pins.said(key)}" for key in keys)
