@@ -1,0 +1,269 @@
+"""The space of plans, enumerated from its documentation: no bounds, no dominance, no order.
+
+A decision is a row of AXES: its name and, given what is decided before it, the values it may take.
+A new decision is a new row, or a value of one; what a stage may have is `stage_choices`'.
+docs/search.md has the space; `random_problems` makes problems small enough.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import stage_problem
+from cost_models.schedule import schedule_illegal
+from cost_models.stage_problem import LEVELS, evaluate
+from cost_models.step import Costs
+from planner.mesh import Mesh
+from planner.score import score_of
+from planner.search import Outcome, Searcher
+
+NATIVE = ("native", "native-compiled")
+TWO_CHUNKS = ("zbv", "dualpipev")
+SPLIT = ("zbh1", *TWO_CHUNKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiny:
+    """A problem. limits: what the model's axes divide, by hand: heads, experts, features."""
+
+    costs: Costs
+    searcher: Searcher
+    heads: tuple[int, ...] = ()
+    experts: int = 0
+    features: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()  # ranks in a unit of each level of the network, but the outermost
+
+    @property
+    def gpus(self) -> int:
+        return self.costs.cluster.count
+
+    @property
+    def layers(self) -> int:
+        return len(self.costs.chain.layers)
+
+    @property
+    def domain(self) -> int:
+        return min(self.costs.cluster.domain_size, self.gpus)
+
+
+def divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+# --- the decisions: (name, values given the problem and what is decided) -------------------------
+
+
+def _cp(p, d):
+    w = p.costs.workload
+    return [c for c in divisors(p.gpus // (d.pp * d.tp))
+            if w.seq_len % c == 0 and (c == 1 or w.seq_len // c >= 4096)]  # fmt: skip
+
+
+def _dp(p, d):
+    dp = p.gpus // (d.pp * d.tp * d.cp)
+    return [dp] * (p.costs.workload.global_batch % dp == 0)
+
+
+def _ep(p, d):
+    return [e for e in divisors(d.dp * d.cp * d.tp) if p.experts % e == 0] if p.experts else [1]
+
+
+def _etp(p, d):
+    ranks = d.dp * d.cp * d.tp
+    return [t for t in divisors(ranks) if t <= 8 and all(f % t == 0 for f in p.features)
+            and ranks % (d.ep * t) == 0] if p.experts else [1]  # fmt: skip
+
+
+def _micro_batch(p, d):
+    return [b for b in divisors(p.costs.workload.global_batch // d.dp) if b <= 64]
+
+
+def _sequence_parallel(p, d):
+    return [False] + [True] * (d.tp > 1 and p.costs.workload.seq_len // d.cp % d.tp == 0)
+
+
+def _cp_kind(p, d):
+    shares = ["ulysses"] * all(h % (d.tp * d.cp) == 0 for h in p.heads)
+    if d.cp == 1:
+        return ["ring"]
+    if p.costs.workload.engine == "deepspeed":
+        return shares
+    return ["ring"] * (p.costs.workload.seq_len % (2 * d.cp) == 0) + ["allgather", *shares]
+
+
+def _dp_outer(p, d):
+    parts = {p.gpus // span for span in p.units} if d.pp > 1 else set()
+    if p.costs.workload.engine not in NATIVE:
+        parts = set()
+    block = d.ep * d.etp
+    return [n for n in sorted({1, *parts})
+            if d.dp % n == 0 and d.dp // n * d.cp * d.tp % block == 0]  # fmt: skip
+
+
+def _zero(p, d):
+    return list(p.costs.engine.pp_zero) if d.pp > 1 else [0, 1, 2, 3]
+
+
+def _shard(p, d):
+    ranks = d.dp * d.cp
+    if d.zero == 0:
+        return [1]
+    spreads = {max(1, p.domain // d.tp) * k for k in (1, 2, 4, 8)}
+    spreads |= {span // d.tp for span in p.units[-1:] or [p.domain]}
+    near = ranks // d.dp_outer
+    if d.dp_outer > 1:
+        spreads = {near}
+    return [s for s in divisors(ranks)
+            if (s == ranks or s in spreads) and (s > 1 or ranks == 1)
+            and (near % s == 0 or s % near == 0)]  # fmt: skip
+
+
+def _reshard(p, d):
+    return [False, True] if d.zero == 3 and d.pp == 1 else [False]
+
+
+def _offload(p, d):
+    if not any(tier.name == "cpu" for tier in p.costs.cluster.tiers):
+        return [()]
+    fsdp = p.costs.engine.name not in ("megatron", "deepspeed")
+    with_parameters = fsdp and d.zero >= 2 and d.pp == 1  # FSDP2 keeps shards beside theirs
+    return [()] if with_parameters else [(), (("optimizer", "cpu"),)]
+
+
+def _schedule(p, d):
+    engine = p.costs.engine
+    runs = engine.compiled_schedules if engine.fused else engine.schedules
+    return list(runs) if d.pp > 1 else ["1f1b"]
+
+
+def _virtual_stages(p, d):
+    if d.schedule == "interleaved":
+        counts = range(2, 9)
+    else:
+        counts = [2] if d.schedule in TWO_CHUNKS else [1]
+    return [v for v in counts if d.pp * v <= p.layers
+            and schedule_illegal(d.schedule, d.pp, d.microbatches, v) is None]  # fmt: skip
+
+
+MESH_AXES = (
+    ("pp", lambda p, d: [n for n in divisors(p.gpus) if n <= p.layers]),
+    ("tp", lambda p, d: [n for n in divisors(p.gpus // d.pp) if n <= p.domain]),
+    ("cp", _cp),
+    ("dp", _dp),
+    ("ep", _ep),
+    ("etp", _etp),
+    ("micro_batch", _micro_batch),
+    ("microbatches", lambda p, d: [p.costs.workload.global_batch // d.dp // d.micro_batch]),
+    ("sequence_parallel", _sequence_parallel),
+    ("cp_kind", _cp_kind),
+)
+STATE_AXES = (
+    ("compile", lambda p, d: [p.costs.engine.fused]),
+    ("grad_dtype", lambda p, d: [p.costs.engine.grad_dtype]),
+    ("dp_outer", _dp_outer),
+    ("zero", _zero),
+    ("shard", _shard),
+    ("reshard", _reshard),
+    ("offload", _offload),
+)
+SCHEDULE_AXES = (("schedule", _schedule), ("virtual_stages", _virtual_stages))
+AXES = (*MESH_AXES, *STATE_AXES, *SCHEDULE_AXES)
+
+
+def product(p: Tiny, axes, chosen: dict | None = None, pins: dict | None = None) -> Iterator[dict]:
+    """Every combination of the axes' values that keeps the pins."""
+    chosen = chosen or {}
+    if not axes:
+        yield chosen
+        return
+    (name, values), *rest = axes
+    for value in values(p, SimpleNamespace(**chosen)):
+        if value == (pins or {}).get(name, value):
+            yield from product(p, rest, {**chosen, name: value}, pins)
+
+
+def every_mesh(p: Tiny) -> list[Mesh]:
+    names = [f.name for f in fields(Mesh)]
+    return [Mesh(**{name: d[name] for name in names}) for d in product(p, MESH_AXES)]
+
+
+# --- by stage: its layers, and what they compute again --------------------------------------------
+
+
+def cuts(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    for places in itertools.combinations(range(1, layers), stages - 1):
+        yield tuple(b - a for a, b in itertools.pairwise((0, *places, layers)))
+
+
+def stage_choices(problem, layers):
+    """(full, selective): the first so many layers of a stage, and the next."""
+    return [(full, some) for full in range(layers + 1) for some in range(layers + 1 - full)
+            if ("full" in problem.levels or not full)
+            and ("selective" in problem.levels or not some)]  # fmt: skip
+
+
+@functools.cache
+def best_of_problem(problem) -> int | None:
+    """The least step of every partition and recomputation that fits, by trying them all."""
+    found = []
+    for stages in cuts(problem.layers, problem.count):
+        for recompute in itertools.product(*(stage_choices(problem, n) for n in stages)):
+            step, _, fits = evaluate(problem, stages, recompute)
+            if fits:
+                found.append(step)
+    return min(found, default=None)
+
+
+def recomputed(p: Tiny, d: Decisions) -> tuple[str, ...]:
+    """The levels of recomputation that go with a schedule and an engine."""
+    if d.schedule in SPLIT:
+        return ("none",)
+    if p.experts and d.tp > 1 and p.costs.workload.engine == "native-compiled":
+        return ("none", "selective")  # torch cannot compute compiled experts again under tp
+    return LEVELS
+
+
+def least_by_mesh(p: Tiny, **pins) -> dict[Mesh, int | None]:
+    """The least objective of every mesh among what has the pinned values; None: nothing fits."""
+    found: dict[Mesh, int | None] = {}
+    names = [f.name for f in fields(Mesh)]
+    for d in product(p, MESH_AXES, pins=pins):
+        mesh = Mesh(**{name: d[name] for name in names})
+        laid = p.searcher.assign(mesh.tp, mesh.sequence_parallel)
+        objectives = []
+        for state in product(p, STATE_AXES, d, pins):
+            step = p.costs.step(Decisions(**state), laid)
+            for full in product(p, SCHEDULE_AXES, state, pins):
+                made = Decisions(**full)
+                problem = stage_problem(
+                    p.costs, p.costs.rescheduled(step, made), levels=recomputed(p, made)
+                )
+                objectives.append(best_of_problem(problem))
+        found[mesh] = min((x for x in objectives if x is not None), default=None)
+    return found
+
+
+def least_score(least: dict[Mesh, int | None]) -> int | None:
+    """The least score of all plans, or None: nothing fits."""
+    return min((score_of(x, mesh) for mesh, x in least.items() if x is not None), default=None)
+
+
+def difference(p: Tiny, by_mesh: dict[Mesh, int | None], out: Outcome) -> str:
+    """What a search says otherwise than enumeration (`least_by_mesh`); empty where nothing."""
+    least = least_score(by_mesh)
+    if least is None:
+        return f"found where none fits: {out.best.decisions}" if out.best else ""
+    if out.best is None:
+        return f"no plan was found, the best is {least}"
+    d, laid = out.best.decisions, out.best.assignments
+    problem = stage_problem(p.costs, p.costs.step(d, laid))
+    if evaluate(problem, d.stages, d.recompute)[::2] != (out.best.objective_ps, True):
+        return f"the plan is not what it was said to be: {d}"
+    if out.best.score != least:
+        return f"found {out.best.score}, enumeration {least}: {d}"
+    return "" if out.proved and out.gap == 0 else f"the best was found and not proved: {out.bound}"
