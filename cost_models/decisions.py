@@ -13,6 +13,7 @@ class Workload:
     """What is to be run. `global_batch` in samples a step, `seq_len` in tokens.
 
     expert_imbalance: load of the busiest ep rank over the mean, as training measured it.
+    allowed_formats: what layers' matmuls may be in beside the precision, if that is quicker.
     """
 
     task: str = "train"
@@ -22,6 +23,7 @@ class Workload:
     precision: str = "bf16"
     optimizer: str = "adamw"
     expert_imbalance: float = 1.0
+    allowed_formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +35,9 @@ class Decisions:
     stages: layers per global stage (pp * virtual_stages of them; stage k on rank k % pp, or folded
     in a V). recompute: per global stage (full, selective): the first `full` layers are computed
     again whole, the next `selective` all but their matmuls and attention, the rest nothing.
-    offload: pairs (what, tier). sharding: per unit class, the placements on tp that the per-op
-    program chose, as (parameter or edge, words) pairs; empty where tp = 1.
+    offload: pairs (what, tier). formats: pairs (group of layers' matmuls, format), in the order of
+    `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the placements
+    on tp that the per-op program chose, as (parameter or edge, words) pairs; empty where tp = 1.
     """
 
     pp: int = 1
@@ -56,6 +59,7 @@ class Decisions:
     cp_kind: str = "ring"
     grad_dtype: str = "fp32"
     offload: tuple[tuple[str, str], ...] = ()
+    formats: tuple[tuple[str, str], ...] = ()
     stages: tuple[int, ...] = ()
     recompute: tuple[tuple[int, int], ...] = ()
 

@@ -54,6 +54,8 @@ class Engine:
     fills_stages: where layers do not divide, the first stages get the most that any has; False:
     embedding and head count as layers. Of layouts that nobody chose: a plan's are searched.
     pp_zero: ZeRO stages that go with a pipeline. precisions: formats it computes in.
+    formats: of fewer bits that matmuls of layers may be in beside a 16-bit precision, those of
+    format_groups. formats_apart: a group may be in another format than the others.
     kernel_host_s, layer_host_s, moe_layer_host_s, expert_host_s (of each local
     expert), step_host_s: host time of each, per
     micro-batch (step: per step); a layer takes hypot(device, host).
@@ -98,6 +100,9 @@ class Engine:
     fills_stages: bool
     pp_zero: tuple[int, ...]
     precisions: tuple[str, ...]
+    formats: tuple[str, ...]
+    format_groups: tuple[str, ...]
+    formats_apart: bool
     grad_dtype: str
     kernel_host_s: float
     layer_host_s: float

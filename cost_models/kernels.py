@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cost_models.formats import decided
 from cost_models.layout import WHOLE, Option
 from cost_models.work import Floats, Work
 from ir.backward import storage_roots
@@ -32,11 +33,16 @@ class Heavy(NamedTuple):
 
 
 def compute_dtype(node: Node, unit: Unit, work: Work) -> str:
-    """The format a kernel computes in: the values', or the training format for layers' matmuls."""
+    """The format a kernel computes in: the values', or for layers' matmuls what is decided, or the
+    training format."""
     base = DTYPE_NAMES.get(unit.values[node.inputs[0]].dtype, "fp32")
     layer = work.is_layer or any(n.op == "attention" for n in unit.nodes)  # of further tokens too
-    narrow = work.precision in CAST_BYTES and layer and base == "bf16"
-    return work.precision if narrow and node.op in ("linear", "grouped_matmul") else base
+    asked = work.precision
+    if work.axes.formats:
+        by_name = decided(unit, work.axes.formats, work.axes.tp, work.axes.etp)
+        asked = by_name.get(node.name, asked)
+    narrow = asked in CAST_BYTES and layer and base == "bf16"
+    return asked if narrow and node.op in ("linear", "grouped_matmul") else base
 
 
 def _contraction(node: Node, unit: Unit, ins: list[Any]) -> tuple[Any, Any, Any, Any]:
@@ -137,7 +143,11 @@ def _casts(
     gradient's; weights once a step are left out."""
     if dtype not in CAST_BYTES:
         return work.zeros, work.zeros
-    first = next(n for n in unit.nodes if n.op == node.op and n.inputs[0] == node.inputs[0])
+    first = next(
+        n for n in unit.nodes
+        if n.op == node.op and n.inputs[0] == node.inputs[0]
+        and (n is node or compute_dtype(n, unit, work) == dtype)
+    )  # fmt: skip
     if work.engine.fused and first is not node:
         inputs = 0.0 * inputs
     read, grad = CAST_BYTES[dtype]

@@ -133,7 +133,7 @@ class Costs:
         self, unit: Unit, is_layer: bool, assignment: Assignment, d: Decisions
     ) -> tuple[UnitCost, ...]:
         """A unit at every point: alone, and what its experts and a shared sequence add."""
-        axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel)
+        axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel, formats=d.formats)
         work = self.work(axes, is_layer)
 
         def once(make: Callable[..., UnitCost | None], changed: Axes, *more: object) -> Any:
@@ -188,7 +188,8 @@ class Costs:
 
     def at(self, d: Decisions, unit: Unit, is_layer: bool, a: Assignment) -> Point:
         """A unit at the mesh's point."""
-        key = (unit, is_layer, a, d.sequence_parallel, d.cp_kind, d.ep, d.etp, d.micro_batch, d.cp)
+        key = (unit, is_layer, a, d.sequence_parallel, d.cp_kind, d.ep, d.etp, d.micro_batch, d.cp,
+               d.formats)  # fmt: skip
         if key not in self._points:
             self._points[key] = at_point(self.unit(unit, is_layer, a, d), self.point(d))
         return self._points[key]

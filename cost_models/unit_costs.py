@@ -282,7 +282,8 @@ def _host(
     experts = max((unit.values[n.inputs[1]].sizes(1, 1)[0] for n in grouped), default=0)
     local = experts / (work.axes.ep or experts or 1)  # at least one, where ep is not counted yet
     routed = engine.moe_layer_host_s + engine.expert_host_s * local
-    narrow = engine.narrow_host_ratio if work.precision in CAST_BYTES else 1.0
+    routed_in = dict(work.axes.formats).get("experts", work.precision)
+    narrow = engine.narrow_host_ratio if routed_in in CAST_BYTES else 1.0
     dense = engine.layer_host_s if work.is_layer else 0.0
     layer = routed * narrow if grouped else dense
     ahead = kernels * engine.kernel_host_s + 0.35 * layer

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cost_models.compute import Kernels
 from cost_models.engines import Engine
+from cost_models.formats import Formats
 from cost_models.hardware import Cluster
 from ir.graph import ITEM_BYTES, Tensor
 
@@ -22,7 +23,8 @@ class Axes:
     """Degrees that a unit's own cost depends on, beside what a work point says.
 
     ep, etp: where experts lie; None leaves grouped matmuls and expert traffic out, and an empty
-    cp_kind the traffic of attention: they are costed on their own and added.
+    cp_kind the traffic of attention: they are costed on their own and added. formats: of matmuls
+    by group, where not the plan's precision.
     """
 
     tp: int = 1
@@ -30,6 +32,7 @@ class Axes:
     cp_kind: str = ""
     ep: int | None = None
     etp: int = 1
+    formats: Formats = ()
 
 
 @dataclass(frozen=True, kw_only=True)

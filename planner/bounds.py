@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.decisions import Decisions
+from cost_models.formats import Formats
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.step import Assignments, Costs
 from planner.bound_ranks import Layers, Rows, flight, forced_s, ranks_s
@@ -163,12 +164,13 @@ def mesh_bounds_ps(
     schedules: Sequence[str] = ("gpipe", "1f1b", "interleaved"),
     pins: Pins | None = None,
     below: Sequence[int] | None = None,
+    formats: Formats = (),
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
     schedules: any of them may run. pins: of how state is held. Where what needs memory here is
     pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
-    these picoseconds.
+    these picoseconds. formats: of all of them.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
@@ -177,7 +179,9 @@ def mesh_bounds_ps(
         groups.setdefault(key, []).append(i)
     table, states = _Table(costs, candidates), States(costs, pins or Pins())
     for (tp, split, kind, ep, etp), members in groups.items():
-        d = replace(Decisions(), tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp)
+        d = Decisions(
+            tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
+        )
         laid = assign(tp, split)
         through = through_chain(costs, d, laid)
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]

@@ -46,7 +46,8 @@ def examine(plan: Plan, folder: Path) -> Checked:
     reason = inconsistent(plan.decisions, plan.workload, gpus=cluster.count)
     if reason:
         raise PlanError(f"the plan contradicts its hardware {plan.hardware}: {reason}")
-    cluster.device.peak(plan.workload.precision)
+    for word in (plan.workload.precision, *dict(plan.decisions.formats).values()):
+        cluster.device.peak(word)
     for _, tier in plan.decisions.offload:
         cluster.tier(tier)
     estimate = recost(plan, cluster)

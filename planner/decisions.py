@@ -12,11 +12,14 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from cost_models.decisions import Decisions
+from cost_models.formats import GROUPS
 from cost_models.schedule import SCHEDULES
 from ir.errors import PlanError, UsageError
 
 CP_KINDS = ("ring", "allgather", "ulysses")
 OFFLOADED = ("optimizer", "params", "activations")
+FORMATS = ("bf16", "fp16", "fp8", "nvfp4")
+WHOLE = "layers"  # every group of formats
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
@@ -70,6 +73,7 @@ class Pins:
     stages: tuple[int, ...] | None = None
     recompute: Recompute | None = None
     offload: tuple[tuple[str, str], ...] | None = None
+    formats: tuple[tuple[str, str], ...] | None = None
     sequence_parallel: bool | None = None
     compile: bool | None = None
     cp_kind: str | None = None
@@ -199,6 +203,29 @@ def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     return tuple((what, found[what]) for what in OFFLOADED if what in found)
 
 
+def _formats(text: str, value: str) -> tuple[tuple[str, str], ...]:
+    """Pairs (group, format) in the vocabulary's order; `layers` is every group."""
+    said = [] if value == "none" else [item.partition(":") for item in value.split(",")]
+    found = read_formats([(group, word) for group, _, word in said])
+    if found is None or any(word not in FORMATS for _, word in found):
+        _refuse(text, f"GROUP:FORMAT, of {' '.join((*GROUPS, WHOLE))} and {' '.join(FORMATS)},"
+                      " or none")  # fmt: skip
+    return found
+
+
+def read_formats(words: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...] | None:
+    """Pairs (group, format), `layers` every group that is not named; None where one is no group,
+    or said twice."""
+    said: dict[str, str] = {}
+    for group, word in words:
+        if group not in (*GROUPS, WHOLE) or group in said:
+            return None
+        said[group] = word
+    rest = dict.fromkeys(GROUPS, said[WHOLE]) if WHOLE in said else {}
+    found = rest | {group: word for group, word in said.items() if group != WHOLE}
+    return tuple((group, found[group]) for group in GROUPS if group in found)
+
+
 def _serving(text: str, value: str) -> NoReturn:
     raise UsageError(f"--fix {text} is a serving pin", why="this version plans training alone")
 
@@ -237,6 +264,9 @@ VOCABULARY = (
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
         meaning="what lies on which of the hardware's tiers; params needs zero=3"),
+    Key(name="formats", words="layers:fp8 attention:fp8,mlp:fp8 experts:fp8 none", parse=_formats,
+        meaning="of layers' matmuls by group, where not the precision",
+        default="searched among those that --precision bf16,fp8 allows, else none"),
     Key(name="sequence_parallel", words="on off", parse=_switch,
         meaning="the residual stream split by sequence over tp"),
     Key(name="compile", words="on off", parse=_switch, meaning="units run compiled",
@@ -254,7 +284,7 @@ VOCABULARY = (
 
 def decisions_json(decisions: Decisions) -> dict[str, Any]:
     """Decisions as JSON keys in the contract's order; stages and recompute are told apart, and a
-    dp_outer of 1 is not said."""
+    dp_outer of 1 is not said, nor are formats where all is in the precision."""
     d = decisions
     head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
             "microbatches", "schedule", "virtual_stages")  # fmt: skip
@@ -264,6 +294,7 @@ def decisions_json(decisions: Decisions) -> dict[str, Any]:
         "offload": dict(d.offload),
         **{key: getattr(d, key) for key in tail},
         **({"dp_outer": d.dp_outer} if d.dp_outer > 1 else {}),
+        **({"formats": dict(d.formats)} if d.formats else {}),
     }
 
 
@@ -271,8 +302,8 @@ def decisions_from_json(
     raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
 ) -> Decisions:
     """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
-    template = decisions_json(Decisions()) | {"dp_outer": 1}
-    raw = {"dp_outer": 1, **raw}
+    template = decisions_json(Decisions()) | {"dp_outer": 1, "formats": {}}
+    raw = {"dp_outer": 1, "formats": {}, **raw}
     for key in [*template, *raw]:
         where = f"decisions.{key}"
         if key not in template:
@@ -297,7 +328,12 @@ def decisions_from_json(
     if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
         raise PlanError("decisions.offload has params and no optimizer",
                         why="parameters are updated where they lie")  # fmt: skip
-    values = {**raw, "offload": tuple(
+    formats = read_formats([*raw["formats"].items()])
+    if formats is None or WHOLE in raw["formats"] or any(w not in FORMATS for _, w in formats):
+        raise PlanError(f"decisions.formats is {raw['formats']!r}",
+                        why=f"expected a format of {', '.join(FORMATS)} for some of"
+                            f" {', '.join(GROUPS)}")  # fmt: skip
+    values = {**raw, "formats": formats, "offload": tuple(
         (what, raw["offload"][what]) for what in OFFLOADED if what in raw["offload"]
     )}
     return Decisions(**values, stages=stages, recompute=recompute)

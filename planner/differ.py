@@ -150,6 +150,7 @@ def _decided(plan: Plan) -> dict[str, str]:
     words = {key: _plain(value) for key, value in decisions_json(plan.decisions).items()}
     words["recompute"] = str(summarise_recompute(plan.decisions))
     words.setdefault("dp_outer", "1")
+    words.setdefault("formats", "none")
     order = [key.name for key in VOCABULARY if key.name in words]
     return {key: words[key] for key in order}
 
@@ -177,7 +178,10 @@ def _given(plan: Plan) -> dict[str, str]:
         "model": f"{plan.graph.name} {plan.graph_hash[:15]}",
         "hardware": f"{plan.hardware} {plan.hardware_hash[:15]}",
         "constants": plan.constants_hash[:15],
-        **{key: str(value) for key, value in asdict(plan.workload).items()},
+        **{
+            key: ",".join(value) or "none" if isinstance(value, tuple) else str(value)
+            for key, value in asdict(plan.workload).items()
+        },
     }
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
+from cost_models.formats import NARROW
 from cost_models.schedule import rank_of
 from ir.errors import PlanError
 from ir.graph import Graph
 from planner.decisions import decisions_from_json, decisions_json
+from planner.formats import fault, settled
 from planner.legality import illegal, inconsistent
 from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
@@ -68,10 +70,13 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
 
 
 def workload_json(workload: Workload) -> dict[str, Any]:
-    """The workload, without the expert imbalance where there is none."""
+    """The workload, without the expert imbalance and the allowed formats where there are none."""
     found = asdict(workload)
     if workload.expert_imbalance == 1:
         del found["expert_imbalance"]
+    allowed = found.pop("allowed_formats")
+    if allowed:
+        found["allowed_formats"] = ",".join(allowed)
     return found
 
 
@@ -142,6 +147,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
         _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
     )
     _check_decisions(decisions, workload, raw)
+    _check_formats(decisions, workload, graph)
     estimate = _object(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
     return Plan(
         graph=graph,
@@ -222,14 +228,19 @@ def _typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
 
 
 def _workload(raw: dict[str, Any]) -> Workload:
-    """The workload, its expert imbalance 1 where it is not said."""
-    given = {"expert_imbalance": 1.0} | _object(raw, "workload")
-    skew = given.pop("expert_imbalance")
+    """The workload, its expert imbalance 1 and no format allowed where that is not said."""
+    given = {"expert_imbalance": 1.0, "allowed_formats": ""} | _object(raw, "workload")
+    skew, allowed = given.pop("expert_imbalance"), given.pop("allowed_formats")
     if not isinstance(skew, (int, float)) or isinstance(skew, bool) or not skew >= 1:
         raise PlanError(f"workload.expert_imbalance is {json.dumps(skew)}",
                         why="expected a number, 1 or more")  # fmt: skip
-    workload: Workload = _record({"workload": given}, "workload", Workload, ("expert_imbalance",))
-    workload = replace(workload, expert_imbalance=float(skew))
+    words = tuple(word for word in allowed.split(",") if word) if isinstance(allowed, str) else None
+    if words is None or any(word not in NARROW for word in words):
+        raise PlanError(f"workload.allowed_formats is {json.dumps(allowed)}",
+                        why=f"expected some of {', '.join(NARROW)}, as in \"fp8\"")  # fmt: skip
+    apart = ("expert_imbalance", "allowed_formats")
+    workload: Workload = _record({"workload": given}, "workload", Workload, apart)
+    workload = replace(workload, expert_imbalance=float(skew), allowed_formats=words)
     _check_workload(workload)
     return workload
 
@@ -328,6 +339,16 @@ def _check_workload(workload: Workload) -> None:
         if getattr(workload, key) not in known:
             raise PlanError(f"workload.{key} is {getattr(workload, key)!r}",
                             why=f"expected one of {' '.join(known)}")  # fmt: skip
+
+
+def _check_formats(decisions: Decisions, workload: Workload, graph: Graph) -> None:
+    own = settled(decisions.formats, graph, workload)
+    if own != decisions.formats:
+        raise PlanError(f"decisions.formats is {dict(decisions.formats)}",
+                        why=f"of this model, beside {workload.precision}, it is {dict(own)}")
+    found = fault(own, graph, workload)
+    if found:
+        raise PlanError(f"decisions.formats is {dict(own)}", why=found[0], hints=(found[1],))
 
 
 def _check_decisions(decisions: Decisions, workload: Workload, raw: dict[str, Any]) -> None:

@@ -120,23 +120,26 @@ class Searcher(Space):
         sharpened beyond these."""
         return mesh_bounds_ps(
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
-            schedules=self.searched_schedules, pins=self.pins, below=below,
+            schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
         )  # fmt: skip
 
     # --- the search --------------------------------------------------------------------------
 
     def run(self, incumbent: Tried | None = None) -> Outcome:
-        """Most promising first, by guess; bounds prune. incumbent: a plan of the space."""
+        """Most promising first, by guess; bounds prune. Every mesh is tried under every choice of
+        formats. incumbent: a plan of the space."""
         costs = self.costs
         found = meshes(costs.chain, costs.cluster, costs.workload, self.pins)
-        candidates = [m for m in found if self.runs(m)]
+        runs = [m for m in found if self.runs(m)]
+        spaces = [replace(self, formats=way) for way in self.format_ways()]
+        candidates = [(space, m) for space in spaces for m in runs]
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        below = [objective_below(out.best.score, c) for c in candidates] if out.best else None
-        bounds = self.bounds(candidates, below)
-        lower = [score_of(int(b), m) for b, m in zip(bounds.lower_ps, candidates)]
-        guess = [score_of(int(g), m) for g, m in zip(bounds.guess_ps, candidates)]
+        below = [objective_below(out.best.score, m) for m in runs] if out.best else None
+        bounds = [space.bounds(runs, below) for space in spaces]
+        lower = [score_of(int(x), m) for b in bounds for x, m in zip(b.lower_ps, runs)]
+        guess = [score_of(int(x), m) for b in bounds for x, m in zip(b.guess_ps, runs)]
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
@@ -148,7 +151,8 @@ class Searcher(Space):
                 if stopped() or out.spent >= self.effort:
                     out.interrupted = stopped()
                     break
-                self._expand(candidates[i], out, unsettled)
+                space, mesh = candidates[i]
+                space._expand(mesh, out, unsettled)
                 out.expanded += 1
                 tried[lower[i]] += 1
                 while left and tried[left[-1]]:

@@ -105,6 +105,7 @@ def _head(plan: Plan) -> list[str]:
         full, selective = (sum(counts) for counts in zip(*d.recompute))
         recompute = f"{full} layers in full, {selective} in part"
     offload = ", ".join(f"{what} on {tier}" for what, tier in d.offload)
+    allowed = "".join(f" ({word} allowed)" for word in w.allowed_formats)
     skew = f", expert imbalance {w.expert_imbalance:g}" if w.expert_imbalance != 1 else ""
     virtual = f" x {d.virtual_stages} virtual stages" if d.virtual_stages > 1 else ""
     words = [
@@ -115,10 +116,14 @@ def _head(plan: Plan) -> list[str]:
         *([f"cp by {d.cp_kind}"] if d.cp > 1 else []),
         "compiled" if d.compile else "eager",
         *([offload] if offload else []),
+        *(f"{group} in {word}" for group, word in d.formats),
     ]
     return [
         f"{graph.name}, {format_count(graph.parameter_count)} parameters, on {plan.hardware}",
-        _row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}{skew}"),
+        _row(
+            "workload",
+            f"batch {length}, {w.precision}{allowed}, {w.optimizer}, {w.engine}{skew}",
+        ),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
         _row("steps", f"micro-batches {d.microbatches} x {d.micro_batch}, {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),

@@ -283,6 +283,7 @@ class Sizer:
     def _peak(self, cluster: Cluster) -> float:
         """The most FLOPs a second of a device in the workload's format."""
         formats = {"fp32": ("fp32", "tf32")}.get(self.workload.precision, ())
+        formats = (*formats, *self.workload.allowed_formats)
         device = cluster.device
         return max(device.peak(p) for p in (self.workload.precision, *formats) if device.has(p))
 
@@ -335,8 +336,13 @@ class _Searches:
         if not found:
             return 0.0
         costs = searcher.costs
-        bounds = mesh_bounds_ps(costs, found, searcher.assign, schedules=SEARCHED_SCHEDULES)
-        step_ps = whole_step_ps(costs, int(bounds.lower_ps.min()))
+        least = min(
+            int(mesh_bounds_ps(
+                costs, found, searcher.assign, schedules=SEARCHED_SCHEDULES, formats=formats
+            ).lower_ps.min())
+            for formats in searcher.format_ways()
+        )  # fmt: skip
+        step_ps = whole_step_ps(costs, least)
         return costs.workload.global_batch * costs.workload.seq_len * 1e12 / step_ps
 
     def fastest(self, cluster: Cluster) -> tuple[Decisions, Estimate, float] | None:

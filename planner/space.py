@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
+from cost_models.formats import Formats
 from cost_models.layout import expert_parameters, placement
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.stage_problem import StageProblem
@@ -19,6 +20,7 @@ from cost_models.work import Axes
 from ir.errors import UsageError
 from ir.graph import Unit, full_name
 from planner.decisions import Pins
+from planner.formats import format_ways
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, outside
 from planner.names import matches
@@ -36,6 +38,7 @@ class Space:
 
     costs: Costs
     pins: Pins = field(default_factory=Pins)
+    formats: Formats = ()  # of the plans looked at now: one of `format_ways`
     _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
 
     def assign(self, tp: int, split: bool) -> Assignments:
@@ -76,6 +79,11 @@ class Space:
             for p in link.unit.parameters
         )
         return {name for name, count in counts.items() if count > 1}
+
+    def format_ways(self) -> tuple[Formats, ...]:
+        """Every choice of formats, of which each is searched by itself."""
+        return format_ways(self.costs.graph, self.costs.workload, self.pins.formats)
+
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         """Every way to hold a mesh's state that the table allows, simplest first."""
         pins, engine = self.pins, self.costs.engine
@@ -83,7 +91,7 @@ class Space:
             pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
             micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
-            compile=engine.fused,
+            compile=engine.fused, formats=self.formats,
             grad_dtype=pins.grad_dtype or engine.grad_dtype,
         )  # fmt: skip
         ranks = mesh.dp * mesh.cp

@@ -34,7 +34,7 @@ from planner.plan import Plan
 from planner.search import Outcome, Searcher, Tried
 from planner.stages import lower_bound_ps, solve
 
-STATE = ("zero", "offload", "grad_dtype")  # and the shard group
+STATE = ("zero", "offload", "grad_dtype", "formats")  # and the shard group
 PROGRAM = ("schedule", "virtual_stages", "micro_batch", "sequence_parallel", "reshard", "compile")
 AFTER = ("microbatches", "stages", "recompute", "shard", "cp_kind")  # follow, or are told apart
 Distance = tuple[int, int, int, int, int]
@@ -143,6 +143,7 @@ class Steadying:
         tiers = {tier.name for tier in costs.cluster.tiers}
         legal = (
             self.same_model and keeps(self.searcher.pins, d) and self.searcher.runs(d)
+            and d.formats in self.searcher.format_ways()
             and inconsistent(d, costs.workload, gpus=gpus, layers=layers) is None
             and illegal(d, costs.workload) is None and {t for _, t in d.offload} <= tiers
             and (d.micro_batch, d.cp) in costs.points and d.compile == costs.engine.fused
@@ -161,14 +162,15 @@ class Steadying:
         costs = searcher.costs
         found = meshes(costs.chain, costs.cluster, costs.workload, searcher.pins)
         candidates = [m for m in found if searcher.runs(m)]
-        lower = searcher.bounds(candidates).lower_ps.tolist() if candidates else []
         rows: list[tuple[tuple[int, int, int], int, int, Mesh, Decisions]] = []
-        for mesh, least in zip(candidates, lower):
-            if least > self.limit_ps:
-                continue
-            for held in searcher.variants(mesh):
-                for d in searcher.schedules(held):
-                    rows.append((self._coarse(old, d), least, len(rows), mesh, d))
+        for space in (replace(searcher, formats=way) for way in searcher.format_ways()):
+            lower = space.bounds(candidates).lower_ps.tolist() if candidates else []
+            for mesh, least in zip(candidates, lower):
+                if least > self.limit_ps:
+                    continue
+                for held in space.variants(mesh):
+                    for d in space.schedules(held):
+                        rows.append((self._coarse(old, d), least, len(rows), mesh, d))
         for far, _, _, _, d in sorted(rows, key=lambda row: row[:3]):
             if self.best is not None and far > self.best[0][:3]:
                 break
@@ -293,7 +295,7 @@ def keeps(pins: Pins, d: Decisions) -> bool:
         if key == "recompute":
             if value.counts(d.stages) != _pairs(d):
                 return False
-        elif key != "weights" and getattr(d, key) != value:
+        elif key not in ("weights", "formats") and getattr(d, key) != value:
             return False
     return not pins.place
 

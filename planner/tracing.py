@@ -18,6 +18,7 @@ from cost_models.words import sharding_of
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
+from planner.formats import check_formats
 from planner.infeasible import infeasible
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
@@ -47,7 +48,7 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
         graph = capture(options, cluster, clock, progress)
     else:
         graph = base.graph
-        if options.asked.precision != base.workload.precision:
+        if precision_of(options.asked, cluster)[0] != base.workload.precision:
             raise UsageError(f"{options.base} was traced in {base.workload.precision}",
                              hints=("name the model to trace it anew",))  # fmt: skip
     from planner.objectives import plan_within
@@ -239,6 +240,7 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
                 f"--fix {key}={degree}: it does not divide the {what} ({sizes or 'none'})"
             )
     _check_places(graph, pins)
+    check_formats(pins.formats, graph, cluster, workload)
     compiled = load_engine(workload.engine).fused and pins.compile is not False
     check_runnable(refusals(graph, workload, compiled), pins)
     again = whole_recomputation_fault(graph, workload, compiled)
@@ -288,7 +290,7 @@ def _searcher(
 def _recipes(graph: Graph, cluster: Cluster, pins: Pins) -> list[tuple[str, Pins]]:
     """The classic recipes as pins: what a team would run without a planner."""
     tp = cluster.domain_ranks if cluster.domain_ranks <= 8 else 8
-    plain = Pins(pp=1, tp=1, cp=1, ep=1, etp=1, offload=(), compile=pins.compile)
+    plain = Pins(pp=1, tp=1, cp=1, ep=1, etp=1, offload=(), formats=(), compile=pins.compile)
     full = cluster.count
     return [
         ("ddp", replace(plain, zero=0)),

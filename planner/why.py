@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cost_models.decisions import Decisions
+from cost_models.formats import Formats
 from cost_models.ledger import Estimate
 from cost_models.schedule import SPLIT_BACKWARD, rank_of
 from cost_models.stage_problem import StageProblem
@@ -20,6 +21,7 @@ from ir.errors import PlanError, UsageError
 from planner.asking import Answer, Asking, estimated
 from planner.check import Checked
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
+from planner.formats import settled
 from planner.mesh import Mesh, divisors, facts_of
 from planner.pin_checks import check_pins
 from planner.plan import Solver
@@ -32,7 +34,8 @@ MOST_MEMORY = 2.0  # where that gains nothing, memory does not bind
 LEAST_GAIN = 1000  # memory binds where more of it gains a 1000th of the step
 NOT_REFUSED = ("stages", "weights", "place", "kv")
 PIPELINED = ("schedule", "virtual_stages")
-ASKED = ("pp", "tp", "cp", "ep", "zero", "micro_batch", "recompute", "offload", "schedule")
+ASKED = ("pp", "tp", "cp", "ep", "zero", "micro_batch", "recompute", "offload", "formats",
+         "schedule")  # fmt: skip
 ROW_EFFORT = 100  # of each row, where all decisions are asked about
 
 
@@ -49,6 +52,15 @@ class Without(Searcher):
             if said and getattr(mesh, key) == value:
                 return False
         return super().runs(mesh)
+
+    def format_ways(self) -> tuple[Formats, ...]:
+        """Also without the refused formats."""
+        costs = self.costs
+        away = [
+            settled(value, costs.graph, costs.workload)
+            for key, value in self.refused if key == "formats"
+        ]  # fmt: skip
+        return tuple(way for way in super().format_ways() if way not in away)
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         """Also without the refused ways to hold state."""
@@ -164,6 +176,7 @@ class Why:
         self.pins = Pins(  # what is not searched stays as the plan has it
             compile=self.d.compile if self.d.compile != engine.fused else None,
             grad_dtype=self.d.grad_dtype if self.d.grad_dtype != engine.grad_dtype else None,
+            formats=None if plan.workload.allowed_formats else self.d.formats or None,
         )  # fmt: skip
 
     def alternative(self, refused: Refused, effort: int = DEFAULT_EFFORT) -> Alternative:
@@ -197,7 +210,7 @@ class Why:
                 pairs = d.recompute or ((0, 0),)
                 value = tuple(k for k, n in zip(("full", "selective"), map(sum, zip(*pairs))) if n)
             idle = (
-                (key in ("recompute", "offload") and not value)
+                (key in ("recompute", "offload", "formats") and not value)
                 or (key == "ep" and not experts) or (key == "schedule" and d.pp == 1)
             )  # fmt: skip
             if not idle:
@@ -214,6 +227,8 @@ class Why:
                 pins = replace(pins, compile=not value)
             elif key == "grad_dtype":
                 pins = replace(pins, grad_dtype="fp32" if value == "bf16" else "bf16")
+            elif key == "formats" and pins.formats:
+                pins = replace(pins, formats=())
         if memory != 1.0:
             device = cluster.device
             more = replace(device, memory_bytes=int(memory * device.memory_bytes))

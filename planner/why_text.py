@@ -130,6 +130,7 @@ def decided(d: Decisions) -> str:
     words += [f"{n} layers recomputed {how}" for n, how in
               ((full, "in full"), (selective, "in part")) if n]  # fmt: skip
     words += [f"{what} on {tier}" for what, tier in d.offload]
+    words += [f"{group} in {word}" for group, word in d.formats]
     return ", ".join(words)
 
 

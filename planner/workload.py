@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import gcd, prod
+from typing import Any
 
 from cost_models.decisions import Workload
 from cost_models.engines import engine_names, load_engine
+from cost_models.formats import NARROW
 from cost_models.hardware import Cluster
 from ir.errors import UsageError
 from ir.graph import Graph
@@ -28,7 +30,7 @@ class Asked:
     engine: str | None = None
     seq_len: int | None = None
     global_batch: int | None = None
-    precision: str | None = None
+    precision: str | None = None  # bf16,fp8: what may be used beside it after it
     optimizer: str | None = None
     expert_imbalance: float = 1.0
 
@@ -48,6 +50,7 @@ def resolve(
     optimizer = asked.optimizer or OPTIMIZERS[0]
     _one_of("--optimizer", optimizer, OPTIMIZERS)
     precision, precision_note = precision_of(asked, cluster)
+    allowed = allowed_formats(asked, cluster)
     if precision not in engine.precisions:
         others = [e for e in engine_names() if precision in load_engine(e).precisions]
         raise UsageError(f"--engine {engine.name} does not compute in {precision}",
@@ -63,14 +66,19 @@ def resolve(
     workload = Workload(
         task=asked.task, engine=engine.name, global_batch=batch, seq_len=seq_len,
         precision=precision, optimizer=optimizer, expert_imbalance=asked.expert_imbalance,
+        allowed_formats=allowed,
     )  # fmt: skip
     return workload, (*seq_notes, *batch_notes, *precision_note)
 
 
 def inherit(asked: Asked, base: Workload, source: str) -> tuple[Asked, tuple[str, ...]]:
     """What was asked, the rest as in another plan's workload, and a line for each of those."""
-    keys = ("engine", "seq_len", "global_batch", "precision", "optimizer")
-    taken = {key: getattr(base, key) for key in keys if getattr(asked, key) is None}
+    known = {
+        "engine": base.engine, "seq_len": base.seq_len, "global_batch": base.global_batch,
+        "precision": ",".join((base.precision, *base.allowed_formats)),
+        "optimizer": base.optimizer,
+    }  # fmt: skip
+    taken: dict[str, Any] = {k: v for k, v in known.items() if getattr(asked, k) is None}
     lines = (f"--{key.replace('_', '-')} {value} (of {source})" for key, value in taken.items())
     return replace(asked, **taken), tuple(lines)
 
@@ -88,13 +96,27 @@ def _one_of(flag: str, value: str, words: tuple[str, ...]) -> None:
 def precision_of(asked: Asked, cluster: Cluster) -> tuple[str, tuple[str, ...]]:
     """The precision asked for; or bf16, and where the device has none, fp16."""
     if asked.precision is not None:
-        _one_of("--precision", asked.precision, PRECISIONS)
-        cluster.device.peak(asked.precision)
-        return asked.precision, ()
+        precision = asked.precision.partition(",")[0]
+        _one_of("--precision", precision, PRECISIONS)
+        cluster.device.peak(precision)
+        return precision, ()
     choice = next((p for p in ("bf16", "fp16", "fp32") if cluster.device.has(p)), "fp32")
     if choice == "bf16":
         return choice, ()
     return choice, (f"--precision {choice} (default here: {cluster.device.name} has no bf16)",)
+
+
+def allowed_formats(asked: Asked, cluster: Cluster) -> tuple[str, ...]:
+    """What `--precision bf16,fp8` allows beside the precision, which is named first."""
+    words = (asked.precision or "").split(",")[1:]
+    for word in words:
+        if word not in NARROW or words.count(word) > 1:
+            raise UsageError(
+                f"--precision {asked.precision}: {word} cannot be allowed",
+                why=f"beside the first, matmuls of layers may be in {' or '.join(NARROW)}",
+            )
+        cluster.device.peak(word)
+    return tuple(word for word in NARROW if word in words)
 
 
 def _seq_len(graph: Graph, asked: Asked) -> tuple[int, tuple[str, ...]]:

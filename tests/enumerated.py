@@ -150,6 +150,16 @@ def _virtual_stages(p, d):
             and schedule_illegal(d.schedule, d.pp, d.microbatches, v) is None]  # fmt: skip
 
 
+def _formats(p, d):
+    w, groups = p.costs.workload, ("attention", "experts" if p.experts else "mlp")
+    found = []
+    for words in itertools.product(("", *w.allowed_formats), repeat=len(groups)):
+        together = w.engine in ("megatron", "deepspeed") and len(set(words)) > 1
+        if not together:
+            found.append(tuple((g, word) for g, word in zip(groups, words) if word))
+    return found
+
+
 MESH_AXES = (
     ("pp", lambda p, d: [n for n in divisors(p.gpus) if n <= p.layers]),
     ("tp", lambda p, d: [n for n in divisors(p.gpus // d.pp) if n <= p.domain]),
@@ -170,6 +180,7 @@ STATE_AXES = (
     ("shard", _shard),
     ("reshard", _reshard),
     ("offload", _offload),
+    ("formats", _formats),
 )
 SCHEDULE_AXES = (("schedule", _schedule), ("virtual_stages", _virtual_stages))
 AXES = (*MESH_AXES, *STATE_AXES, *SCHEDULE_AXES)

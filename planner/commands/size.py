@@ -86,7 +86,10 @@ def size(
         int | None, typer.Option(help="samples a step, the same for all (default: 4M tokens)")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, bf16, fp16, fp8, nvfp4; devices without it are left out")
+        str,
+        typer.Option(
+            help="fp32, bf16, fp16, fp8, nvfp4, or bf16,fp8; devices without it are left out"
+        ),
     ] = "bf16",
     optimizer: Optimizer = None,
     engine: Engine = None,
@@ -130,7 +133,7 @@ def size(
             "--objective cost and --max-cost need prices",
             hints=("--prices FILE", "docs/size.md has the format"),
         )
-    able = tuple(c for c in devices if c.device.has(precision))
+    able = tuple(c for c in devices if all(map(c.device.has, precision.split(","))))
     if not able:
         raise UsageError(f"none of the devices computes in {precision}")
     with progress() as report:
@@ -152,7 +155,7 @@ def size(
             objective=objective or ("cost" if prices else "gpus"),
             without=((
                 f"without {precision}",
-                tuple(c.name for c in devices if not c.device.has(precision)),
+                tuple(c.name for c in devices if c not in able),
             ),),
         )  # fmt: skip
         sizer = Sizer(

@@ -60,7 +60,10 @@ def trace(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it)"),
+        typer.Option(
+            help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it); bf16,fp8: "
+            "matmuls of layers in fp8 where that is quicker"
+        ),
     ] = None,
     optimizer: Optimizer = None,
     engine: Engine = None,

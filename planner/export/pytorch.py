@@ -43,6 +43,7 @@ def beyond_torch(d: Decisions) -> tuple[str, ...]:
         (d.cp > 1, "context parallelism: torch's is experimental and has no choice of kind"),
         (d.ep * d.etp > 1, "expert parallelism: torch has no dispatch"),
         (bool(d.offload), "offload"),
+        (bool(d.formats), "matmuls in fewer bits"),
     )
     return tuple(reason for holds, reason in cases if holds)
 
