@@ -1,0 +1,204 @@
+"""Serving, whole: a step's seconds by part, then what requests see at a concurrency, and memory.
+
+A closed loop keeps `batch` requests in flight. Each is answered in `output` decode steps, between
+which the prompts of the others are read, so TPOT is a decode step and its share of those; TTFT is
+a prompt's own steps behind what is queued before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cost_models.collectives import collective_s
+from cost_models.hardware import Cluster
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
+from cost_models.serving_engines import ServingEngine
+from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
+from cost_models.serving_shapes import LayerShape, ServedModel
+
+CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL and graphs of a process, as serving engines report it
+WORKSPACE_BYTES = 2.0e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest rank. kv: of one sequence at the load's full length."""
+
+    weights_bytes: float
+    kv_bytes_per_sequence: float
+    kv_bytes_per_token: float
+    workspace_bytes: float
+    context_bytes: float
+    capacity_bytes: float
+
+    @property
+    def room_bytes(self) -> float:
+        """What the cache may take."""
+        fixed = self.weights_bytes + self.workspace_bytes + self.context_bytes
+        return self.capacity_bytes - fixed
+
+
+def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatArray]:
+    """Seconds of one step of one replica, all stages passed, by part; they sum to the step.
+
+    step: of the whole replica; attention replicas and pipeline stages have equal shares.
+    """
+    s, engine = costs.serving, costs.engine
+    share = s.attention_dp * s.pp
+    mine = replace(step, sequences=step.sequences / share, prompts=step.prompts / s.attention_dp)
+    total = {part: np.zeros(np.shape(step.sequences)) for part in PARTS}
+    for layer in model.layers:
+        for part, seconds in layer_s(costs, layer, model.hidden, mine).items():
+            total[part] = total[part] + layer.count * seconds
+    rows = mine.sequences + mine.prompts  # the last token of each
+    for matrix in model.head:
+        total["gemm"] = total["gemm"] + costs.matrix_s(matrix, rows)
+        if s.tp > 1:
+            size = rows * matrix.n * 2
+            gathered = collective_s(costs.cluster, "all_gather", size, s.tp)
+            total["tp_comm"] = total["tp_comm"] + gathered
+    tokens = mine.sequences + mine.prompts * mine.new
+    if s.tp > 1:  # a table of tokens split over the vocabulary
+        total["tp_comm"] = total["tp_comm"] + costs.all_reduce_s(tokens * model.hidden * 2)
+    if s.pp > 1:
+        sent = collective_s(costs.cluster, "p2p", tokens * model.hidden * 2, 2)
+        total["pp_comm"] = (s.pp - 1) * sent
+    total["host"] = engine.step_host_s + engine.sequence_host_s * step.sequences
+    return total
+
+
+def step_s(costs: Costs, model: ServedModel, step: Step) -> FloatArray:
+    """Seconds of one step."""
+    return np.asarray(sum(step_parts(costs, model, step).values()))
+
+
+def kv_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatArray:
+    """Bytes that sequences of so many tokens keep on one rank: caches, windows and states."""
+    found = np.zeros(np.shape(tokens))
+    for layer in model.layers:
+        for attend in layer.attention:
+            held = np.minimum(tokens, attend.window) if attend.window else tokens
+            found = found + layer.count * held * attend.cached(s.tp) * KV_BYTES[s.kv]
+        for one in layer.recurrences:
+            found = found + layer.count * one.state_bytes / s.tp
+    return found / s.pp
+
+
+def weight_bytes(model: ServedModel, s: Serving) -> float:
+    """Bytes of weights on the fullest rank."""
+
+    def size(block: str) -> float:
+        return WEIGHT_BYTES[s.format_of(block)]
+
+    def layer_bytes(layer: LayerShape) -> float:
+        found = sum(m.held(s.tp) * size(m.block) for m in layer.matrices)
+        experts = sum(e.elements for e in layer.experts)
+        return found + experts / (s.ep * s.expert_tp) * size("routed_experts")
+
+    body = sum(layer.count * layer_bytes(layer) for layer in model.layers) / s.pp
+    ends = model.embedding_elements / s.tp * size("embeddings")
+    if not model.tied:
+        ends += sum(m.held(s.tp) for m in model.head) * size("head")
+    return body + ends + 2.0 * model.other_elements
+
+
+def memory_of(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
+) -> Memory:
+    """The fullest rank's memory."""
+    length = load.prompt + load.output
+    whole = float(kv_bytes(model, s, np.asarray(length)))
+    return Memory(
+        weights_bytes=weight_bytes(model, s), kv_bytes_per_sequence=whole,
+        kv_bytes_per_token=whole / length, workspace_bytes=WORKSPACE_BYTES,
+        context_bytes=CONTEXT_BYTES,
+        capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
+    )  # fmt: skip
+
+
+def admitted(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
+) -> float:
+    """Sequences of one replica that the cache has room for at once; 0 where weights do not fit."""
+    room = memory_of(model, cluster, engine, s, load).room_bytes
+    written = load.output if engine.reserves else load.output / 2
+    each = float(kv_bytes(model, s, np.asarray(load.prompt + written)))
+    return max(np.floor(room / each), 0.0) * s.attention_dp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What requests see, arrays over the concurrencies asked for.
+
+    running: sequences of a replica that decode at once. tokens_per_s: of all replicas.
+    """
+
+    ttft_s: FloatArray
+    tpot_s: FloatArray
+    tokens_per_s: FloatArray
+    running: FloatArray
+    decode_s: FloatArray
+    prefill_s: FloatArray
+    parts: dict[str, FloatArray]
+
+
+def prompt_steps(
+    costs: Costs, model: ServedModel, running: FloatArray, context: FloatArray,
+    prompt: FloatArray, prompts: FloatArray,
+) -> FloatArray:  # fmt: skip
+    """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode."""
+    chunk = costs.serving.prefill_chunk or costs.engine.chunk_tokens
+    most = int(np.max(np.ceil(prompts * prompt / chunk)))
+    found = np.zeros(np.shape(running))
+    left = prompt * 1.0
+    for _ in range(most):
+        room = np.maximum(chunk / prompts, 1.0)
+        new = np.minimum(left, room)
+        past = prompt - left
+        step = step_of(running, context, np.where(new > 0, prompts, 0.0), new, past)
+        found = found + np.where(new > 0, step_s(costs, model, step), 0.0)
+        left = np.maximum(left - new, 0.0)
+    return found
+
+
+def serve(
+    costs: Costs, model: ServedModel, prompt: FloatArray, output: FloatArray,
+    batch: FloatArray, room: FloatArray, waves: float = 0.0,
+) -> Served:  # fmt: skip
+    """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits."""
+    s, engine = costs.serving, costs.engine
+    each = np.maximum(batch / s.replicas, 1.0)
+    running = np.minimum(each, np.maximum(room, 1.0))
+    context = prompt + output / 2
+    parts = step_parts(costs, model, step_of(running, context))
+    decode_s = np.asarray(sum(parts.values()))
+    others, none, one = np.maximum(running - 1, 0.0), 0.0 * running, np.ones(np.shape(running))
+    chunk = s.prefill_chunk or engine.chunk_tokens
+    steps = np.ceil(prompt / chunk)
+    alone_s = prompt_steps(costs, model, none, context, prompt, one)
+    if engine.mixes:
+        own_s = prompt_steps(costs, model, others, context, prompt, one)
+        delay_s = own_s - steps * decode_s
+    else:
+        own_s, delay_s = alone_s, alone_s
+    # A request of the first wave waits for those behind it alone, half of the others.
+    behind = others * (1 - (0.5 / waves if waves else 0.0))
+    tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
+    # Half a step that is running, and the prompts of those that came at about the same time.
+    queued_s = np.minimum(engine.wait_prompts, others / 2) * own_s
+    steady_s = queued_s + own_s + 0.5 * decode_s
+    # The first wave arrives at once: in groups of as many prompts as a step takes.
+    group = np.minimum(np.maximum(np.floor(chunk / prompt), 1.0), running)
+    batch_s = prompt_steps(costs, model, none, context, prompt, group)
+    burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
+    first = 1 / waves if waves else 0.0
+    ttft_s = engine.request_host_s + first * burst_s + (1 - first) * steady_s
+    residence_s = ttft_s + output * tpot_s
+    ttft_s = ttft_s + (each - running) / running * residence_s
+    rate = s.replicas * running * output / residence_s
+    return Served(
+        ttft_s=ttft_s, tpot_s=tpot_s, tokens_per_s=rate, running=running, decode_s=decode_s,
+        prefill_s=alone_s, parts=parts,
+    )  # fmt: skip

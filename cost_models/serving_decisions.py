@@ -1,0 +1,92 @@
+"""What is decided about serving a model, and the load that it is to bear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.serving_shapes import BLOCKS
+from ir.errors import UsageError
+
+# Bytes a weight, scales included: int4 in groups of 128 with two-byte scales, fp4 in groups of 16
+# with one-byte scales (NVFP4; MXFP4's groups of 32 come to .53). fp8_block has a scale for each
+# 128 x 128 weights and 128 activations, as DeepSeek's checkpoints have; fp8 one a matrix.
+WEIGHT_BYTES = {
+    "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0,
+    "int4": 0.53, "fp4": 0.5625,
+}  # fmt: skip
+KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Decisions.
+
+    tp, pp: of every layer; ep x etp: ranks of the routed experts, tp * attention_dp by default
+    (ep = 1, etp = all). attention_dp: replicas of attention inside one group of experts, each with
+    its own sequences. replicas: whole copies. batch: sequences in flight, of all replicas.
+    prefill_chunk: tokens of prompts a step, 0 is the engine's own. weights: formats by block class,
+    `default` of those not named; kv: format of the cache.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 0
+    attention_dp: int = 1
+    replicas: int = 1
+    batch: int = 1
+    prefill_chunk: int = 0
+    default: str = "bf16"
+    weights: tuple[tuple[str, str], ...] = ()
+    kv: str = "bf16"
+
+    def __post_init__(self) -> None:
+        sizes = (self.tp, self.pp, self.ep, self.attention_dp, self.replicas, self.batch)
+        if min(sizes) < 1 or min(self.prefill_chunk, self.etp) < 0:
+            raise UsageError("a degree or a batch of less than one", why=str(self))
+        if self.etp and self.ep * self.etp != self.ranks:
+            raise UsageError(
+                f"ep={self.ep} x etp={self.etp} is not tp={self.tp} x"
+                f" attention_dp={self.attention_dp}",
+                why="experts lie on the ranks that attention lies on",
+            )
+        if self.ranks % self.ep:
+            raise UsageError(f"ep={self.ep} does not divide {self.ranks} ranks of a stage")
+        for block, _ in self.weights:
+            if block not in BLOCKS:
+                raise UsageError(f"unknown block {block!r}", why=f"one of {', '.join(BLOCKS)}")
+        for block, name in (*self.weights, ("default", self.default)):
+            if name not in WEIGHT_BYTES:
+                known = ", ".join(WEIGHT_BYTES)
+                raise UsageError(f"unknown format {name!r} of {block}", why=f"one of {known}")
+        if self.kv not in KV_BYTES:
+            raise UsageError(f"unknown KV format {self.kv!r}", why=f"one of {', '.join(KV_BYTES)}")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a stage: those that attention, and the experts, lie on."""
+        return self.tp * self.attention_dp
+
+    @property
+    def devices(self) -> int:
+        return self.ranks * self.pp * self.replicas
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or self.ranks // self.ep
+
+    def format_of(self, block: str) -> str:
+        return dict(self.weights).get(block, self.default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeLoad:
+    """Requests of `prompt` tokens that are answered with `output` tokens; means where they vary.
+
+    waves: how many times the concurrency is sent in all by who measured; the first arrives at
+    once, so a share 1/waves of the requests queues behind one another. 0: a steady state alone.
+    """
+
+    prompt: float
+    output: float
+    waves: float = 0.0

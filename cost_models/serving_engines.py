@@ -1,0 +1,85 @@
+"""What serves a model: an engine's host time, its scheduling of prompts, the kernels it uses.
+
+One table, `serving_engines.toml`; each constant with its source, samples and errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cost_models.checked_toml import read_toml
+from cost_models.constants_table import FIT_WORDS
+from ir.errors import UsageError
+
+_TABLE = Path(__file__).with_name("serving_engines.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingEngine:
+    """One engine.
+
+    start_share: of a kernel's start and end, as benchmarks of single kernels see it, what a step
+    pays: inside a CUDA graph one kernel starts while the last ends. step_host_s: host time of a
+    step that the device waits for (scheduling, sampling). sequence_host_s: of each sequence of it.
+    request_host_s: host time of a request before its first step (tokenizing, transport).
+    chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
+    waits. wait_prompts: prompts that are read between
+    a request's arrival and its own, in a steady state: arrivals come in groups.
+    memory_share: of the device's memory that it takes. reserves: a sequence is admitted with room
+    for all it will write; else for what it has, and half of what it will write.
+    all_reduce: kernel family; library is NCCL's. skew: exponent of the power law of experts' loads
+    under the prompts of benchmarks (0: uniform at random).
+    """
+
+    name: str
+    title: str
+    start_share: float
+    step_host_s: float
+    sequence_host_s: float
+    request_host_s: float
+    chunk_tokens: int
+    mixes: bool
+    wait_prompts: float
+    memory_share: float
+    reserves: bool
+    all_reduce: str
+    skew: float
+    source: str
+
+
+_WORDS = ("median_error", "p90_error", "samples", *FIT_WORDS)
+
+
+@functools.cache
+def _engines() -> dict[str, ServingEngine]:
+    raw: dict[str, Any] = read_toml(_TABLE, "table of serving engines")
+    keys = {f.name for f in fields(ServingEngine)} - {"name"}
+    found = {}
+    for name, row in raw.items():
+        given = {key: value for key, value in row.items() if key not in _WORDS}
+        if given.keys() != keys:
+            odd = ", ".join(sorted(given.keys() ^ keys))
+            raise UsageError(f"serving engine {name} has not the keys it should: {odd}")
+        found[name] = ServingEngine(name=name, **given)
+    return found
+
+
+def serving_engines() -> tuple[str, ...]:
+    """Names of the engines there are, in order."""
+    return tuple(sorted(_engines()))
+
+
+def load_serving_engine(name: str) -> ServingEngine:
+    """The engine of that name. Raises UsageError listing those there are."""
+    found = _engines().get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, _engines(), n=1)
+        raise UsageError(
+            f"unknown serving engine {name!r}", why=f"one of {', '.join(serving_engines())}",
+            hints=tuple(f"did you mean {word}?" for word in near),
+        )  # fmt: skip
+    return found

@@ -1,0 +1,300 @@
+"""Seconds of a served model's kernels at one step: decoding sequences, and prompts beside them.
+
+Each kernel is costed by the models that were fitted on single kernels (`gemm.py`, `attention.py`,
+`moe.py`, `links.py`, `collectives.py`), with two differences: nothing that a layer reads is in the
+cache still, for all other layers ran since; and of a kernel's start a step pays the engine's share.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.attention import decode_seconds, prefill_seconds
+from cost_models.collectives import collective_s
+from cost_models.compute import load_kernels
+from cost_models.constants_table import load_constants
+from cost_models.gemm import gemm_seconds
+from cost_models.hardware import Cluster, Device
+from cost_models.links import custom_all_reduce_seconds
+from cost_models.moe import moe_seconds, rows_of_experts
+from cost_models.op_models import constant, peak_of
+from cost_models.op_rows import constants_name
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Serving
+from cost_models.serving_engines import ServingEngine
+from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, Recurrence
+
+FloatArray: TypeAlias = NDArray[np.float64]
+
+PARTS = ("gemm", "attention", "moe", "elementwise", "tp_comm", "ep_comm", "pp_comm", "host")
+_CUSTOM_BYTES = 8 << 20  # engines give larger sums to the library (vLLM's and SGLang's limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step's work, arrays of one shape: `sequences` that decode a token each, with `context`
+    keys in the cache; `prompts` of `new` tokens each, behind `past` ones. Of one model replica."""
+
+    sequences: FloatArray
+    context: FloatArray
+    prompts: FloatArray
+    new: FloatArray
+    past: FloatArray
+
+
+def step_of(
+    sequences: object, context: object, prompts: object = 0.0, new: object = 0.0,
+    past: object = 0.0,
+) -> Step:  # fmt: skip
+    """A step of numbers or arrays, broadcast."""
+    values = (np.asarray(x, dtype=np.float64) for x in (sequences, context, prompts, new, past))
+    s, c, p, n, o = np.broadcast_arrays(*values)
+    return Step(sequences=s, context=c, prompts=p, new=n, past=o)
+
+
+# Kernels of a format where the tensor cores have it: constants, bytes an activation, its type.
+_NATIVE = {
+    "fp8": ("fp8_cutlass", 1.0, "fp8"), "fp8_block": ("fp8_block", 1.0, "fp8"),
+    "fp4": ("fp4_flashinfer", 0.5625, "nvfp4"),
+}  # fmt: skip
+# Elsewhere weights are unpacked to 16 bits; 8-bit ones alike, 4-bit ones alike.
+_UNPACKED = {"fp8": "int8_weight", "fp8_block": "int8_weight", "int8": "int8_weight",
+             "int4": "int4_weight", "fp4": "int4_weight"}  # fmt: skip
+
+
+def _gemm_family(device: Device, name: str) -> tuple[str, float, str]:
+    """(constants, bytes an activation, type that the tensor cores multiply) of a format."""
+    native = _NATIVE.get(name)
+    if native and device.has(native[2]):
+        return native
+    return _UNPACKED.get(name, "bf16"), 2.0, "bf16"
+
+
+_NATIVE_MOE = {
+    "fp8": (("cutlass_fp8",), "fp8"), "fp8_block": (("deepgemm_fp8_block",), "fp8"),
+    "fp4": (("cutlass_nvfp4", "min_latency_nvfp4"), "nvfp4"),
+}  # fmt: skip
+_UNPACKED_MOE = {"fp4": "triton_oai_w4a16_mxfp4", "int4": "marlin_int4_wo",
+                 "bf16": "triton_vllm_bfloat16", "fp16": "triton_vllm_bfloat16"}  # fmt: skip
+
+
+def _moe_families(device: Device, name: str) -> tuple[tuple[str, ...], str]:
+    """(kernel families, the quickest being taken; type that the tensor cores multiply)."""
+    native = _NATIVE_MOE.get(name)
+    if native and device.has(native[1]):
+        return native
+    return (_UNPACKED_MOE.get(name, "triton_vllm_bfloat16"),), "bf16"
+
+
+_ATTENTION = {"hopper": "fa3", "blackwell": "trtllm"}
+_STARTS = ("overhead_s",)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(
+    device: Device, model: str, family: str, start_share: float
+) -> dict[str, FloatArray]:
+    """The constants of an op class by name; starts are paid in part."""
+    prefix = model + "."
+    meta = ("samples", "median_error", "p90_error", "held_out_median_error", "held_out_p90_error")
+    names = [c.name.removeprefix(prefix) for c in load_constants("common").items
+             if c.name.startswith(prefix)]  # fmt: skip
+    table = constants_name(device)
+    return {
+        name: np.asarray(
+            constant(table, model, family, name) * (start_share if name in _STARTS else 1.0)
+        )
+        for name in names if "." not in name and name not in meta
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What kernels take for one engine on one cluster under one set of decisions."""
+
+    cluster: Cluster
+    engine: ServingEngine
+    serving: Serving
+
+    @property
+    def device(self) -> Device:
+        return self.cluster.device
+
+    @property
+    def clock(self) -> float:
+        """Of the rated clock, what a steady load of large matrices keeps."""
+        return load_kernels(self.device).clock
+
+    def _facts(self, peak: str) -> dict[str, FloatArray]:
+        device = self.device
+        numbers = {
+            "flop_per_s": peak_of(device, peak) * self.clock, "sm": float(device.sm_count),
+            "bytes_per_s": device.memory_bandwidth_bytes_per_s, "l2_bytes": 1.0,
+        }  # fmt: skip
+        return {name: np.asarray(value) for name, value in numbers.items()}
+
+    def _known(self, model: str, family: str) -> dict[str, FloatArray]:
+        return _constants(self.device, model, family, self.engine.start_share)
+
+    def matrix_s(self, matrix: Matrix, tokens: FloatArray, fmt: str | None = None) -> FloatArray:
+        """One kernel of matrices for `tokens` tokens."""
+        name = fmt or self.serving.format_of(matrix.block)
+        family, width, peak = _gemm_family(self.device, name)
+        facts = self._facts(peak)
+        sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
+        facts |= {key: np.asarray(value) for key, value in sizes.items()}
+        tp = self.serving.tp
+        m = np.maximum(tokens * matrix.rows, 1.0)
+        n, k = np.asarray(matrix.columns(tp)), np.asarray(matrix.inner(tp))
+        known = self._known(f"gemm.{family}", family)
+        return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
+                            narrow=family != "bf16")  # fmt: skip
+
+    def attention_s(self, attend: Attend, step: Step) -> FloatArray:
+        """Attention of a step: the sequences that decode, and the prompts."""
+        tp, device = self.serving.tp, self.device
+        facts = self._facts("bf16")
+        facts["kv_bytes"] = np.asarray(KV_BYTES[self.serving.kv])
+        heads = np.asarray(max(attend.heads / tp, 1.0))
+        kv_heads = np.asarray(max(attend.kv_heads / tp, 1.0))
+        qk, v = np.asarray(float(attend.dim_qk)), np.asarray(float(attend.dim_v))
+        window, none = np.asarray(float(attend.window)), np.asarray(0.0)
+        one = np.asarray(1.0)
+        family = _ATTENTION.get(device.family, "fa2")
+        family += "_fp8" if KV_BYTES[self.serving.kv] == 1 else ""
+        if attend.latent:
+            latent = np.asarray(float(attend.latent))
+            known = self._known("mla_decode", "absorbed")
+            decode = decode_seconds(
+                known, facts, step.sequences, step.context, heads, one,
+                latent + attend.rope, latent, none, latent,
+            )  # fmt: skip
+            decode = decode + self._absorb_s(attend, heads, step.sequences)
+            known, many = self._known("mla_prefill", "separate"), heads
+        else:
+            decode = decode_seconds(
+                self._known("decode", family), facts, step.sequences, step.context, heads,
+                kv_heads, qk, v, window, none,
+            )  # fmt: skip
+            known, many = self._known("prefill", family), kv_heads
+
+        def prompts(queries: FloatArray) -> FloatArray:
+            return prefill_seconds(
+                known, facts, step.prompts, np.maximum(queries, 1.0), heads, many, qk, v, window,
+                steady=True,
+            )  # fmt: skip
+
+        behind = np.where(step.past > 0, prompts(step.past) - known["overhead_s"], 0.0)
+        fresh = prompts(step.new + step.past) - behind
+        found = np.where(step.sequences > 0, decode, 0.0)
+        return np.asarray(found + np.where(step.new > 0, fresh, 0.0))
+
+    def _absorb_s(self, attend: Attend, heads: FloatArray, tokens: FloatArray) -> FloatArray:
+        """Queries into the latent space and results out of it: a product a head each (MLA)."""
+        facts = self._facts("bf16")
+        facts |= {k: np.asarray(2.0) for k in ("weight_bytes", "in_bytes", "out_bytes")}
+        known = self._known("gemm.bf16", "bf16")
+        inner = np.asarray(float(attend.dim_qk - attend.rope))
+        latent, m = np.asarray(float(attend.latent)), np.maximum(tokens, 1.0)
+        into = gemm_seconds(known, facts, m, latent, inner, heads, copies=1.0, steady=True)
+        back = np.asarray(float(attend.dim_v))
+        out = gemm_seconds(known, facts, m, back, latent, heads, copies=1.0, steady=True)
+        return into + out
+
+    def experts_s(self, experts: Experts, tokens: FloatArray) -> FloatArray:
+        """The routed experts of one rank, `tokens` being of all ranks that share them."""
+        s = self.serving
+        name = s.format_of("routed_experts")
+        families, peak = _moe_families(self.device, name)
+        flat = np.maximum(np.round(np.ravel(tokens)), 1.0)
+        unique, back = np.unique(flat, return_inverse=True)
+        loads = [self._rows(int(t), experts) for t in unique]
+        facts = self._facts(peak)
+        facts["weight_bytes"] = np.asarray(WEIGHT_BYTES[name])
+        shape = np.ones(len(unique))
+
+        def seconds(family: str) -> FloatArray:
+            known = self._known("moe", family) | {"elsewhere": np.asarray(0.0)}
+            return moe_seconds(
+                known, facts, loads, unique, shape * experts.topk, shape * experts.hidden,
+                shape * (experts.inter / s.expert_tp), shape > 0,
+                np.full((2, len(unique)), 64, dtype=np.int64), steady=True,
+            )  # fmt: skip
+
+        found = functools.reduce(np.minimum, map(seconds, families))
+        return np.asarray(found[back].reshape(np.shape(tokens)))
+
+    def _rows(self, tokens: int, experts: Experts) -> tuple[float, ...]:
+        """Rows of each expert of the busiest rank that is given any."""
+        ep, skew = self.serving.ep, self.engine.skew
+        if skew:
+            return rows_of_experts(tokens, experts.experts, experts.topk, ep, skew)
+        local = experts.experts / ep
+        hit = local * (1 - (1 - experts.topk / experts.experts) ** tokens)
+        count = max(1, round(hit))
+        return (tokens * experts.topk / ep / count,) * count
+
+    def light_s(self, light: Light, tokens: FloatArray) -> FloatArray:
+        """Norms, rotations, activations: kernels that stream."""
+        kernels = load_kernels(self.device)
+        moved = tokens * (light.whole_bytes + light.split_bytes / self.serving.tp)
+        start_s = self.engine.start_share * kernels.gap_s
+        return np.asarray(kernels.memory_bound_s(moved, 0) + light.kernels * start_s)
+
+    def recurrence_s(self, one: Recurrence, step: Step) -> FloatArray:
+        """Decode reads and writes each sequence's state; prompts run in chunks."""
+        kernels, tp = load_kernels(self.device), self.serving.tp
+        state = 2 * one.state_bytes / tp * step.sequences
+        decode = kernels.memory_bound_s(state, 1)
+        tokens = step.prompts * step.new
+        scan = kernels.scan_s("bf16", tokens * one.flop / tp, tokens * one.moved_bytes / tp)
+        found = np.where(step.sequences > 0, decode, 0.0)
+        return np.asarray(found + np.where(tokens > 0, scan, 0.0))
+
+    def all_reduce_s(self, size_bytes: FloatArray) -> FloatArray:
+        """Sum over the tp ranks."""
+        tp, cluster = self.serving.tp, self.cluster
+        library = collective_s(cluster, "all_reduce", size_bytes, tp)
+        if self.engine.all_reduce == "library" or tp > cluster.domain_ranks:
+            return library
+        known = _constants(self.device, "custom_all_reduce", self.engine.all_reduce, 1.0)
+        line = np.asarray(cluster.intra.bytes_per_s)
+        ranks = np.asarray(float(tp))
+        custom = custom_all_reduce_seconds(known, size_bytes, ranks, line, library)
+        return np.where(size_bytes <= _CUSTOM_BYTES, custom, library)
+
+    def exchange_s(self, size_bytes: FloatArray) -> FloatArray:
+        """Tokens of all attention replicas to the experts' ranks and back: gathered, reduced."""
+        ranks = self.serving.ranks
+        gathered = collective_s(self.cluster, "all_gather", size_bytes, ranks)
+        return gathered + collective_s(self.cluster, "reduce_scatter", size_bytes, ranks)
+
+
+def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[str, FloatArray]:
+    """Seconds of one layer by part; `step` is of one attention replica."""
+    s = costs.serving
+    tokens = step.sequences + step.prompts * step.new
+    shared = tokens * s.attention_dp  # what the experts' ranks see
+    parts = {part: np.zeros(np.shape(tokens)) for part in PARTS}
+    for matrix in layer.matrices:
+        parts["gemm"] = parts["gemm"] + costs.matrix_s(matrix, tokens)
+    for attend in layer.attention:
+        parts["attention"] = parts["attention"] + costs.attention_s(attend, step)
+    for one in layer.recurrences:
+        parts["attention"] = parts["attention"] + costs.recurrence_s(one, step)
+    for experts in layer.experts:
+        parts["moe"] = parts["moe"] + costs.experts_s(experts, shared)
+    parts["elementwise"] = costs.light_s(layer.light, tokens)
+    if s.tp > 1:
+        size = tokens * hidden * 2
+        sums = len(layer.reductions) - (bool(layer.experts) and s.attention_dp > 1)
+        parts["tp_comm"] = sums * costs.all_reduce_s(size)
+        if layer.norm_reductions:
+            parts["tp_comm"] = parts["tp_comm"] + costs.all_reduce_s(tokens * 8)
+    if layer.experts and s.attention_dp > 1:
+        parts["ep_comm"] = costs.exchange_s(shared * hidden * 2)
+    return parts
