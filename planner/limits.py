@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 from cost_models.hardware import Cluster
@@ -19,6 +20,12 @@ class Limits:
     memory_bytes: int | None = None
     usd_per_million_tokens: float | None = None
     gpus: int | None = None
+
+    @property
+    def usd(self) -> float:
+        """USD for a million tokens at most; infinite without a limit."""
+        limit = self.usd_per_million_tokens
+        return math.inf if limit is None else limit
 
 
 def capped(cluster: Cluster, memory_bytes: int | None) -> Cluster:

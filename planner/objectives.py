@@ -1,4 +1,4 @@
-"""`plan trace --objective`: what a plan is chosen for, beside its time.
+"""`plan trace`, whole: what a plan is chosen for, beside its time, and what it may not exceed.
 
 At a given number of GPUs the fastest plan costs least and takes least energy a token: time, cost
 and energy have one search. The others are made of that search under other limits.
@@ -9,16 +9,42 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from cost_models.hardware import Cluster, catalogue
+from cost_models.hardware import Cluster, catalogue, load_hardware
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
+from planner.charges import charges, charges_said
 from planner.options import Progress, TraceOptions, TraceResult
+from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
-from planner.tracing import Clock, attempt, plan_graph
-from planner.workload import resolve
+from planner.tracing import Clock, attempt, capture, plan_graph
+from planner.workload import inherit, precision_of, resolve
 
 RESOLVED = 100  # memory is minimised to 1/100 of a GPU's
+
+
+def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
+    """Plan a model. progress: takes a line now and then.
+
+    Raises PlanError for a model that cannot be read or traced, UsageError for flags and pins that
+    cannot be meant, InfeasibleError naming what binds where nothing fits or keeps the limits.
+    """
+    clock = Clock()
+    echo: tuple[str, ...] = ()
+    cluster = load_hardware(options.hardware)
+    base = load(options.base) if options.base else None
+    if base is not None:
+        asked, echo = inherit(options.asked, base.workload, options.base)
+        options = replace(options, asked=asked, old=base)
+    if base is None or options.model:
+        graph = capture(options, cluster, clock, progress)
+    else:
+        graph = base.graph
+        if precision_of(options.asked, cluster)[0] != base.workload.precision:
+            raise UsageError(f"{options.base} was traced in {base.workload.precision}",
+                             hints=("name the model to trace it anew",))  # fmt: skip
+    result = plan_within(graph, options, cluster, clock, progress)
+    return replace(result, echo=(*echo, *result.echo))
 
 
 def plan_within(
@@ -71,16 +97,152 @@ def plan_for(
     clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:
-    """Plan a graph for the objective of the options. Raises as `planner.tracing.run` does."""
+    """Plan a graph for the objective of the options, within their limits.
+
+    Below --max-gpus the counts of `plan size` are tried, the most first, the batch being that of
+    the whole cluster. Raises as `run` does.
+    """
+    limits, most = options.limits, min(options.limits.gpus or cluster.count, cluster.count)
+    if options.objective != "gpus" and most == cluster.count:
+        found = _charged(_planned(graph, options, cluster, clock, progress), options, cluster)
+        if _usd(found) <= limits.usd:
+            return found
+        raise _unmet(graph, options, cluster, most, [(found, cluster)])
+    asked, over = _same_batch(graph, options, cluster), []
+    sizes = [*_fewer(cluster, most), *([cluster] if most == cluster.count else [])]
+    for fewer in sizes if options.objective == "gpus" else reversed(sizes):
+        tried = asked if fewer is cluster else _on(asked, fewer)
+        fits = _try(graph, tried, fewer, clock, progress)
+        if fits is None:
+            continue
+        if _usd(fits) <= limits.usd:
+            of = f"{fewer.count} of {cluster.count} GPUs hold it"
+            line = "--objective gpus" if options.objective == "gpus" else f"--max-gpus {most}"
+            if fewer.count < cluster.count:
+                fits = replace(fits, echo=(*fits.echo, f"{line}: {of}"))
+            return fits
+        over.append((fits, fewer))
+    if not over and most == cluster.count:
+        return plan_graph(graph, asked, cluster, clock, progress)  # says what binds
+    raise _unmet(graph, asked, cluster, most, over)
+
+
+def _planned(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    clock: Clock,
+    progress: Progress | None,
+) -> TraceResult:
+    """The plan of one cluster, for any objective but its size."""
     if options.objective == "memory":
         return _least_memory(graph, options, cluster, clock, progress)
-    if options.objective == "gpus":
-        return _fewest_gpus(graph, options, cluster, clock, progress)
     found = plan_graph(graph, options, cluster, clock, progress)
-    if options.objective == "time":
+    if options.objective in ("time", "gpus"):
         return found
     line = f"--objective {options.objective}: on {cluster.count} GPUs the fastest plan has least"
     return replace(found, echo=(*found.echo, line))
+
+
+# --- limits of GPUs and USD ----------------------------------------------------------------------
+
+
+def _try(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    clock: Clock,
+    progress: Progress | None,
+) -> TraceResult | None:
+    """The plan of a smaller cluster, or None: a short search found none that fits, or the pins or
+    the batch do not suit the count."""
+    short = replace(options, effort=RETRY_EFFORT)
+    try:
+        found, _, _ = attempt(graph, short, cluster, clock, progress)
+        if found is None:
+            return None
+        return _charged(_planned(graph, options, cluster, clock, progress), options, cluster)
+    except (UsageError, InfeasibleError):
+        return None
+
+
+def _on(options: TraceOptions, cluster: Cluster) -> TraceOptions:
+    return replace(options, hardware=cluster.spec)
+
+
+def _fewer(cluster: Cluster, most: int) -> list[Cluster]:
+    """The sizes below the whole that are tried, ascending. Raises UsageError for a file."""
+    if cluster.name not in catalogue():
+        raise UsageError("a number of GPUs is chosen, and a hardware file says its own",
+                         hints=("--hardware NAMExCOUNT: COUNT at most",))  # fmt: skip
+    sizes = [n for n in counts(cluster, most) if n < cluster.count]
+    return [replace(cluster, count=n) for n in sizes]
+
+
+def _same_batch(graph: Graph, options: TraceOptions, cluster: Cluster) -> TraceOptions:
+    """The options with the whole cluster's batch, for parts of it."""
+    workload, _ = resolve(graph, cluster, options.asked, options.pins)
+    return replace(options, asked=replace(options.asked, global_batch=workload.global_batch))
+
+
+def _charged(found: TraceResult, options: TraceOptions, cluster: Cluster) -> TraceResult:
+    """With what it costs, where the options have prices."""
+    if options.price is None:
+        return found
+    plan, e = found.plan, found.estimate
+    cost = charges(
+        plan.graph, cluster, plan.workload, plan.decisions, e, options.operations, options.price
+    )
+    unit = "tokens" if plan.graph.seq_in_input else "samples"
+    said = charges_said(cost, options.price, unit)
+    return replace(found, charges=cost, echo=(*found.echo, *said))
+
+
+def _usd(found: TraceResult) -> float:
+    return found.charges.least_usd if found.charges else 0.0
+
+
+def _unmet(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    most: int,
+    over: list[tuple[TraceResult, Cluster]],
+) -> InfeasibleError:
+    """Why no plan keeps the limits of GPUs and USD: by how much, and the nearest that can."""
+    clock, limit = Clock(), options.limits.usd
+    if not over:  # none holds it on so few
+        more = [*(c for c in _fewer(cluster, cluster.count) if c.count > most), cluster]
+        asked = replace(options, effort=RETRY_EFFORT)
+        holds = next((c for c in more if _try(graph, _on(asked, c), c, clock, None)), None)
+        if holds is None:
+            return InfeasibleError(f"no plan was found that fits {cluster.spec}, nor fewer GPUs",
+                                   hints=("without --max-gpus it is said what binds",))  # fmt: skip
+        return InfeasibleError(
+            f"no plan was found that fits {most} GPUs or fewer (--max-gpus {most})",
+            why=f"the fewest that hold it are {holds.count}: {holds.count - most} more",
+            hints=(f"--max-gpus {holds.count}",),
+        )
+    hints, below = [], min(c.count for _, c in over)
+    if options.limits.gpus is None and cluster.name in catalogue():
+        asked = replace(_same_batch(graph, options, cluster), effort=RETRY_EFFORT)
+        for fewer in reversed(_fewer(cluster, below)):
+            found = _try(graph, _on(asked, fewer), fewer, clock, None)
+            if found is not None:
+                over.append((found, fewer))
+                if _usd(found) <= limit:
+                    hints.append(f"--max-gpus {fewer.count}: {_usd(found):.4g} USD on {fewer.spec}")
+                    break
+    nearest, where = min(over, key=lambda row: _usd(row[0]))
+    usd = _usd(nearest)
+    hints = hints or [f"--max-cost {usd:.4g} on {where.spec}: the least that was found"]
+    first, here = over[0]
+    return InfeasibleError(
+        f"no plan of {here.spec} costs {limit:g} USD a million tokens or less",
+        why=f"the fastest costs {_usd(first):.4g}, {_usd(first) / limit - 1:.1%} over --max-cost"
+        if limit else f"the fastest costs {_usd(first):.4g}",
+        hints=tuple(hints),
+    )
 
 
 def _least_memory(
@@ -113,34 +275,3 @@ def _least_memory(
         f" {format_seconds(fastest.estimate.step_time_s)} (--slack {options.slack:.0%})"
     )
     return replace(best, echo=(*fastest.echo, line), timing=clock.timing())
-
-
-def _fewest_gpus(
-    graph: Graph,
-    options: TraceOptions,
-    cluster: Cluster,
-    clock: Clock,
-    progress: Progress | None,
-) -> TraceResult:
-    """The fastest plan on the fewest GPUs that were found to hold one, the batch being the same.
-
-    Raises InfeasibleError where the whole cluster holds none.
-    """
-    if cluster.name not in catalogue():
-        raise UsageError("--objective gpus chooses a count, and a file says its own",
-                         hints=("--hardware NAMExCOUNT: COUNT at most",))  # fmt: skip
-    workload, _ = resolve(graph, cluster, options.asked, options.pins)
-    asked = replace(options.asked, global_batch=workload.global_batch)
-    for count in [n for n in counts(cluster, cluster.count) if n < cluster.count]:
-        fewer = replace(cluster, count=count)
-        tried = replace(options, asked=asked, hardware=fewer.spec, effort=RETRY_EFFORT)
-        try:
-            found, _, _ = attempt(graph, tried, fewer, clock, progress)
-        except (UsageError, InfeasibleError):  # the pins or the batch do not suit that count
-            continue
-        if found is not None:
-            tried = replace(tried, effort=options.effort)
-            found = plan_graph(graph, tried, fewer, clock, progress)
-            line = f"--objective gpus: {count} of {cluster.count} GPUs hold it"
-            return replace(found, echo=(*found.echo, line))
-    return plan_graph(graph, replace(options, asked=asked), cluster, clock, progress)

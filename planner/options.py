@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cost_models.ledger import Estimate
+from cost_models.operations import Operations
+from cost_models.prices import Price
+from planner.charges import Charges
 from planner.decisions import Pins
 from planner.limits import Limits
 from planner.plan import Plan
@@ -24,7 +27,8 @@ class TraceOptions:
     may be that changes less of it, as a share of the step; None: the best is taken.
     cache: use the traced graph if nothing it depends on changed. fold: trace one unit a class.
     objective: a word of `planner.objectives`. slack: with "memory", the share that a step may be
-    longer than the fastest. batches, seq_lens: what the workload may have, where that is open.
+    longer than the fastest. price: of the hardware's device, with the operations that its rate is
+    expected under. batches, seq_lens: what the workload may have, where that is open.
     """
 
     model: str
@@ -41,6 +45,8 @@ class TraceOptions:
     objective: str = "time"
     limits: Limits = field(default_factory=Limits)
     slack: float = 0.05
+    price: Price | None = None
+    operations: Operations = field(default_factory=Operations)
     batches: tuple[int, ...] = ()
     seq_lens: tuple[int, ...] = ()
 
@@ -67,7 +73,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceResult:
-    """A plan with its estimate. echo: a line a default used. interrupted: Ctrl-C ended it."""
+    """A plan with its estimate. echo: a line a default used. interrupted: Ctrl-C ended it.
+    charges: what it comes to, where a price is known."""
 
     plan: Plan
     estimate: Estimate
@@ -75,3 +82,4 @@ class TraceResult:
     timing: Timing = field(default_factory=Timing)
     echo: tuple[str, ...] = ()
     interrupted: bool = False
+    charges: Charges | None = None

@@ -10,6 +10,7 @@ from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import UsageError
+from planner.charges import Charges
 from planner.decisions import decisions_json, summarise_recompute
 from planner.names import fold, fold_text
 from planner.options import Baseline, Timing
@@ -31,8 +32,9 @@ def document(
     *,
     timing: Timing | None = None,
     baselines: Sequence[Baseline] | None = None,
+    charges: Charges | None = None,
 ) -> dict[str, Any]:
-    """The plan as cli.md's JSON, base units. timing and baselines are trace's alone."""
+    """The plan as cli.md's JSON, base units. timing, baselines and charges are trace's alone."""
     keys = decisions_json(plan.decisions)
     recompute = {"recompute": str(summarise_recompute(plan.decisions))}
     place = list(keys).index("offload")
@@ -52,6 +54,9 @@ def document(
             "meshes_solved": plan.solver.meshes_solved,
         },
     }
+    if charges is not None:
+        prices = ("usd_per_million_tokens", "spot_usd_per_million_tokens")
+        found["estimate"] |= {key: getattr(charges, key) for key in prices}
     if timing is not None:
         found["timing"] = asdict(timing)
     if baselines is not None:

@@ -9,15 +9,17 @@ from typing import Any
 
 from cost_models.goodput import Goodput, goodput, inputs
 from cost_models.operations import SOURCES, Operations
+from cost_models.prices import Price
 from cost_models.units import format_bytes, format_bytes_per_s, format_seconds
+from planner.charges import Charges, charges, charges_said
 from planner.check import Checked
 
 WIDTH = 80
 DAY_S, HOUR_S = 86_400, 3600
 
 
-def goodput_text(checked: Checked, operations: Operations) -> str:
-    """Checkpoints on each tier, what failures leave, and what a node reads."""
+def goodput_text(checked: Checked, operations: Operations, price: Price | None = None) -> str:
+    """Checkpoints on each tier, what failures leave, what a node reads, and what it costs."""
     plan, cluster, e = checked.plan, checked.cluster, checked.estimate
     rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
     reads = inputs(plan.graph, cluster, plan.workload, plan.decisions, e.step_time_s, operations)
@@ -45,12 +47,15 @@ def goodput_text(checked: Checked, operations: Operations) -> str:
     lines += [
         "",
         f"  input       a node reads {format_bytes_per_s(reads.node_bytes_per_s)}{share}",
+        *_costs(checked, operations, price, unit),
         *_defaults(operations),
     ]
     return "\n".join(lines)
 
 
-def goodput_json(checked: Checked, operations: Operations) -> dict[str, Any]:
+def goodput_json(
+    checked: Checked, operations: Operations, price: Price | None = None
+) -> dict[str, Any]:
     """The same in base units; an interval where nothing fails is null."""
     plan, cluster, e = checked.plan, checked.cluster, checked.estimate
     rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
@@ -68,7 +73,33 @@ def goodput_json(checked: Checked, operations: Operations) -> dict[str, Any]:
         ],
         "input": asdict(reads),
         "assumed": asdict(operations),
+        **({"cost": _cost_json(checked, operations, price)} if price else {}),
     }
+
+
+def _charges(checked: Checked, operations: Operations, price: Price) -> Charges:
+    plan = checked.plan
+    return charges(
+        plan.graph, checked.cluster, plan.workload, plan.decisions, checked.estimate,
+        operations, price,
+    )  # fmt: skip
+
+
+def _costs(
+    checked: Checked, operations: Operations, price: Price | None, unit: str
+) -> list[str]:
+    """A line a price, on the tier that the job is counted on."""
+    if price is None:
+        return []
+    said = charges_said(_charges(checked, operations, price), price, unit)
+    return [f"  {'' if i else 'cost':12}{line}" for i, line in enumerate(said)]
+
+
+def _cost_json(checked: Checked, operations: Operations, price: Price) -> dict[str, Any]:
+    found = _charges(checked, operations, price)
+    keys = ("expected_tokens_per_s", "usd_per_million_tokens", "spot_expected_tokens_per_s",
+            "spot_usd_per_million_tokens")  # fmt: skip
+    return {key: getattr(found, key) for key in keys}
 
 
 def _tier(row: Goodput, step_s: float, rate: float) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.estimate import estimate_step, whole_step_ps
-from cost_models.goodput import Goodput, Inputs, chosen, goodput, inputs
+from cost_models.goodput import Goodput, Inputs, inputs
 from cost_models.hardware import Cluster, catalogue
 from cost_models.ledger import Estimate
 from cost_models.operations import Operations
@@ -24,6 +24,7 @@ from cost_models.step import Costs
 from ir.errors import InfeasibleError
 from ir.graph import Graph
 from planner.bounds import mesh_bounds_ps
+from planner.charges import charges, usd_per_million
 from planner.decisions import Pins
 from planner.limits import Limits, capped, uncapped
 from planner.mesh import Mesh, meshes
@@ -207,7 +208,7 @@ class Sizer:
         if not self.target.reached(row):
             self.missed.append(row)
             self._leave(cluster, "slow")
-        elif usd > (self.limits.usd_per_million_tokens or math.inf):
+        elif usd > self.limits.usd:
             self.missed.append(row)
             self._leave(cluster, "cost")
         else:
@@ -216,44 +217,21 @@ class Sizer:
 
     def _priced(self, cluster: Cluster, d: Decisions, e: Estimate, gap: float) -> Sized:
         """What a plan comes to: useful time, energy, USD."""
-        price = self.prices.get(cluster.name)
-        kept = self._kept(cluster, d, e, self.operations)
-        rate = e.tokens / e.step_time_s
-        expected = rate * (kept.useful if kept else 1.0)
-        watts = cluster.count * cluster.device.power_w * self.operations.pue
-        row = Sized(
-            cluster=cluster, decisions=d, estimate=e, gap=gap, goodput=kept,
+        found = charges(
+            self.graph, cluster, self.workload, d, e, self.operations,
+            self.prices.get(cluster.name),
+        )  # fmt: skip
+        return Sized(
+            cluster=cluster, decisions=d, estimate=e, gap=gap, goodput=found.goodput,
             inputs=inputs(
                 self.graph, cluster, self.workload, d, e.step_time_s, self.operations
             ),
-            tokens_per_s=rate, expected_tokens_per_s=expected,
-            joules_per_token=watts / expected if expected else math.inf,
+            tokens_per_s=found.tokens_per_s, expected_tokens_per_s=found.expected_tokens_per_s,
+            joules_per_token=found.joules_per_token,
+            usd_per_million_tokens=found.usd_per_million_tokens,
+            spot_expected_tokens_per_s=found.spot_expected_tokens_per_s,
+            spot_usd_per_million_tokens=found.spot_usd_per_million_tokens,
         )  # fmt: skip
-        if price is None:
-            return row
-        if price.usd_per_gpu_hour is not None:
-            usd = usd_per_million(price.usd_per_gpu_hour, cluster.count, expected)
-            row = replace(row, usd_per_million_tokens=usd)
-        if price.spot_usd_per_gpu_hour is None:
-            return row
-        taken = self.operations.preemptions_per_gpu_hour + (
-            price.spot_preemptions_per_gpu_hour or 0.0
-        )
-        risky = replace(self.operations, preemptions_per_gpu_hour=taken)
-        kept = self._kept(cluster, d, e, risky)
-        expected = rate * (kept.useful if kept else 1.0)
-        return replace(
-            row, spot_expected_tokens_per_s=expected,
-            spot_usd_per_million_tokens=usd_per_million(
-                price.spot_usd_per_gpu_hour, cluster.count, expected
-            ),
-        )  # fmt: skip
-
-    def _kept(
-        self, cluster: Cluster, d: Decisions, e: Estimate, operations: Operations
-    ) -> Goodput | None:
-        rows = goodput(self.graph, cluster, self.workload, d, e, operations)
-        return chosen(rows, cluster, operations)
 
     def _beaten(self, cluster: Cluster, most: float) -> bool:
         """Whether a row is better by every axis than any plan of at most so many tokens a second
@@ -306,13 +284,6 @@ class Sizer:
             f"none of {len(devices)} devices reaches the target on {most} GPUs or fewer", why=why,
             hints=("a larger --max-gpus or --global-batch, another --hardware or a lower target",),
         )  # fmt: skip
-
-
-def usd_per_million(usd_per_gpu_hour: float | None, gpus: int, tokens_per_s: float) -> float:
-    """USD for a million tokens at that rate; infinite where there is no price, or no rate."""
-    if usd_per_gpu_hour is None or not tokens_per_s:
-        return math.inf
-    return usd_per_gpu_hour * gpus / 3600 / tokens_per_s * 1e6
 
 
 class _Searches:

@@ -1,4 +1,4 @@
-"""`plan trace`, whole: capture (or the cache), workload, search, baselines, plan."""
+"""`plan trace`, of one cluster: capture (or the cache), workload, search, baselines, plan."""
 
 from __future__ import annotations
 
@@ -24,37 +24,11 @@ from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.pin_checks import check_pins
-from planner.plan import Plan, Solver, load, make_plan, write_whole
+from planner.plan import Plan, Solver, make_plan, write_whole
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried
 from planner.stability import steady
-from planner.workload import inherit, precision_of, resolve
-
-
-def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
-    """Plan a model. progress: takes a line now and then.
-
-    Raises PlanError for a model that cannot be read or traced, UsageError for flags and pins that
-    cannot be meant, InfeasibleError naming what binds where nothing fits.
-    """
-    clock = Clock()
-    echo: tuple[str, ...] = ()
-    cluster = load_hardware(options.hardware)
-    base = load(options.base) if options.base else None
-    if base is not None:
-        asked, echo = inherit(options.asked, base.workload, options.base)
-        options = replace(options, asked=asked, old=base)
-    if base is None or options.model:
-        graph = capture(options, cluster, clock, progress)
-    else:
-        graph = base.graph
-        if precision_of(options.asked, cluster)[0] != base.workload.precision:
-            raise UsageError(f"{options.base} was traced in {base.workload.precision}",
-                             hints=("name the model to trace it anew",))  # fmt: skip
-    from planner.objectives import plan_within
-
-    result = plan_within(graph, options, cluster, clock, progress)
-    return replace(result, echo=(*echo, *result.echo))
+from planner.workload import precision_of, resolve
 
 
 def plan_graph(
@@ -241,7 +215,7 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
             )
     _check_places(graph, pins)
     check_formats(pins.formats, graph, cluster, workload)
-    compiled = load_engine(workload.engine).fused and pins.compile is not False
+    compiled = load_engine(workload.engine).fused and may_compile(workload, pins)
     check_runnable(refusals(graph, workload, compiled), pins)
     again = whole_recomputation_fault(graph, workload, compiled)
     if again and (pins.tp or 1) > 1 and pins.recompute is not None and any(pins.recompute.full):

@@ -13,6 +13,8 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.hardware import Cluster, load_hardware
 from cost_models.stage_problem import evaluate
+from planner.decisions import Pins
+from planner.mesh import meshes
 from planner.search import Searcher
 
 INTER = """
@@ -89,7 +91,8 @@ def make(example, args, limits, cluster: Cluster, units=(), **workload) -> Tiny:
     costs = costs_of(graph, cluster, **{"seq_len": 8192, **workload})
     searcher = Searcher(costs=costs, effort=10**9)
     tiny = Tiny(costs=costs, searcher=searcher, units=units, **limits)
-    points = ((1, 1), *((m.micro_batch, m.cp) for m in every_mesh(tiny)))
+    found = meshes(costs.chain, cluster, costs.workload, Pins())
+    points = ((1, 1), *((m.micro_batch, m.cp) for m in (*found, *every_mesh(tiny))))
     costs.points = tuple(dict.fromkeys(points))
     return tiny
 

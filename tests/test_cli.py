@@ -59,7 +59,8 @@ def search(monkeypatch):
         )  # fmt: skip
 
     fake = SimpleNamespace(run=run, capture=lambda *given: seen.graph)
-    monkeypatch.setitem(sys.modules, "planner.tracing", fake)
+    for name in ("planner.objectives", "planner.tracing"):
+        monkeypatch.setitem(sys.modules, name, fake)
     return seen
 
 

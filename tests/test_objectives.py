@@ -2,17 +2,21 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_models import EXAMPLES, graph_of
 
 from cost_models.hardware import load_hardware
+from cost_models.operations import Operations
+from cost_models.prices import Price
 from ir.errors import InfeasibleError, UsageError
+from planner.decisions import Pins
 from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped
 from planner.objectives import RESOLVED, plan_for, plan_within
 from planner.options import TraceOptions
-from planner.tracing import Clock, attempt, plan_graph
-from planner.workload import Asked
+from planner.tracing import Clock, attempt, check_model, plan_graph
+from planner.workload import Asked, resolve
 
 LLAMA = str(EXAMPLES / "llama.py")
 GRAPH = {"size": "small", "n_layers": 8}
@@ -154,3 +158,108 @@ def test_the_command_takes_a_range(plan):
     assert "most tokens/s of the ranges" in err
     code, out, err = plan("trace", LLAMA, *tiny, "--global-batch", "many")
     assert code == 64 and "--global-batch many" in err
+
+
+# --- limits of GPUs and USD ----------------------------------------------------------------------
+
+PRICE = Price(
+    device="h100", usd_per_gpu_hour=2.0, spot_usd_per_gpu_hour=1.0,
+    spot_preemptions_per_gpu_hour=0.05,
+)  # fmt: skip
+
+
+def within(**more):
+    return traced(options(price=PRICE, limits=Limits(**more)))
+
+
+def test_what_a_plan_costs_is_its_price_by_the_rate_that_failures_leave():
+    """Spot machines are taken away beside failing; the share left is Daly's."""
+    cluster, found = load_hardware("h100x8"), within()
+    e, cost = found.estimate, found.charges
+    rate = e.tokens / e.step_time_s
+    sure, spot = cost.goodput, cost.spot_goodput
+    assert sure.mtbf_s == pytest.approx(3600 / (8 * Operations().failures_per_gpu_hour))
+    taken = Operations().failures_per_gpu_hour + 0.05
+    assert spot.mtbf_s == pytest.approx(3600 / (8 * taken))
+    assert spot.useful < sure.useful < 1
+    assert cost.usd_per_million_tokens == pytest.approx(
+        2.0 * cluster.count / 3600 / (rate * sure.useful) * 1e6
+    )
+    assert cost.spot_usd_per_million_tokens == pytest.approx(
+        1.0 * cluster.count / 3600 / (rate * spot.useful) * 1e6
+    )
+    assert cost.least_usd == cost.spot_usd_per_million_tokens
+    assert sum("USD a million tokens" in line for line in found.echo) == 2
+    assert traced(options()).charges is None
+
+
+def test_fewer_gpus_where_more_cost_too_much():
+    """The most GPUs of those allowed whose plan keeps the limit of cost; the batch is the same."""
+    alone = {n: traced(options(hardware=f"h100x{n}", price=PRICE)) for n in (1, 2, 4)}
+    usd = {n: found.charges.least_usd for n, found in alone.items()}
+    most = within(gpus=4)
+    assert most.plan.hardware == "h100x4" and "--max-gpus 4: 4 of 8" in most.echo[-1]
+    assert most.charges.least_usd == usd[4]
+    assert usd[1] < usd[4]
+    limit = (usd[1] + usd[2]) / 2 if usd[1] < usd[2] else (usd[2] + usd[4]) / 2
+    kept = [n for n, cost in usd.items() if cost <= limit]
+    found = within(gpus=4, usd_per_million_tokens=limit)
+    assert found.plan.decisions.gpus == max(kept) and found.plan.workload.global_batch == 32
+    fewest = traced(options(objective="gpus", price=PRICE,
+                            limits=Limits(usd_per_million_tokens=limit)))  # fmt: skip
+    assert fewest.plan.decisions.gpus == min(kept)
+
+
+def test_a_limit_that_cannot_be_met_says_by_how_much_and_the_nearest_that_can():
+    free = within().charges.least_usd
+    with pytest.raises(InfeasibleError) as raised:
+        within(usd_per_million_tokens=free / 1000)
+    fault = raised.value
+    assert "99900.0% over --max-cost" in fault.why and "the least that was found" in fault.hints[0]
+    one = traced(options(hardware="h100x1", price=PRICE)).charges.least_usd
+    with pytest.raises(InfeasibleError) as raised:
+        within(usd_per_million_tokens=(one + free) / 2)
+    assert "--max-gpus" in raised.value.hints[0] and "USD on h100x" in raised.value.hints[0]
+    graph, cluster = graph_of("llama", size="8b", n_layers=2), load_hardware("h100x4")
+    tight = Limits(memory_bytes=10_000_000_000, gpus=1)
+    with pytest.raises(InfeasibleError) as raised:
+        plan_for(graph, options(hardware="h100x4", limits=tight), cluster, Clock())
+    assert "--max-gpus 1" in str(raised.value) and "more" in raised.value.why
+    (hint,) = raised.value.hints
+    held = replace(tight, gpus=int(hint.split()[-1]))
+    found = plan_for(graph, options(hardware="h100x4", limits=held), cluster, Clock())
+    assert found.plan.decisions.gpus == held.gpus > 1
+
+
+def test_the_command_takes_limits_of_cost_and_gpus(plan, tmp_path):
+    (tmp_path / "prices.toml").write_text("[h100]\nusd_per_gpu_hour = 2.0\n")
+    tiny = ("--arg", "size=tiny", "--global-batch", "32", "--hardware", "h100x4")
+    priced = ("--prices", "prices.toml")
+    code, out, err = plan("trace", LLAMA, *tiny, *priced, "--max-gpus", "2", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["hardware"] == "h100x2" and said["estimate"]["usd_per_million_tokens"] > 0
+    code, out, err = plan("show", "--goodput", *priced)
+    assert code == 0 and "on demand:" in out, err
+    code, out, err = plan("show", "--goodput", *priced, "--json")
+    usd = json.loads(out)["cost"]["usd_per_million_tokens"]
+    assert usd == pytest.approx(said["estimate"]["usd_per_million_tokens"])
+    code, out, err = plan("trace", LLAMA, *tiny, *priced, "--max-cost", "1e-9")
+    assert code == 3 and "over --max-cost" in err
+    for bad in (("--max-cost", "1"), ("--assume", "pue=1.2")):
+        code, out, err = plan("trace", LLAMA, *tiny, *bad)
+        assert code == 64 and "--prices" in err
+    (tmp_path / "prices.toml").write_text("[b200]\nusd_per_gpu_hour = 2.0\n")
+    code, out, err = plan("trace", LLAMA, *tiny, *priced)
+    assert code == 64 and "has no price of h100" in err
+
+
+def test_a_schedule_that_runs_eager_is_not_refused_for_what_compiles_not():
+    """zbv runs eager under native-compiled, where tp ranks may drop values."""
+    graph = graph_of("gpt", dropout=0.1, n_layers=4)
+    cluster, asked = load_hardware("h100x4"), Asked(global_batch=8, seq_len=128)
+    workload, _ = resolve(graph, cluster, asked, Pins())
+    with pytest.raises(UsageError, match="tp=2"):
+        check_model(graph, cluster, workload, Pins(pp=2, tp=2))
+    check_model(graph, cluster, workload, Pins(pp=2, tp=2, schedule="zbv"))
+    check_model(graph, cluster, workload, Pins(pp=2, tp=2, compile=False))

@@ -11,8 +11,8 @@ import torch
 from cost_models.sharding import Edge, Sharding
 from planner import trace
 from planner.decisions import parse_pins
+from planner.objectives import run
 from planner.options import TraceOptions
-from planner.tracing import run
 from planner.workload import Asked
 
 # Megatron-LM's layout (arXiv:2205.05198): columns, rows, and the sequence between them

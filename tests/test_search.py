@@ -189,7 +189,7 @@ PLAN_BYTES = """
 import sys
 from pathlib import Path
 from planner.options import TraceOptions
-from planner.tracing import run
+from planner.objectives import run
 from planner.workload import Asked
 for name in ("llama", "moe"):
     options = TraceOptions(

@@ -10,13 +10,16 @@ import typer
 from ir.errors import UsageError
 from planner.commands.shared import (
     Args,
+    Assume,
     Cache,
     Json,
     Plan_,
+    Prices,
     Verbose,
     examine,
     folder_of,
     parse_args,
+    price_of,
     print_json,
 )
 from planner.console import say
@@ -35,19 +38,15 @@ def show(
     goodput: Annotated[
         bool, typer.Option("--goodput", help="what checkpoints and failures leave; input rates")
     ] = False,
-    assume: Annotated[
-        list[str],
-        typer.Option(
-            metavar="K=V", help="of --goodput: restart_s, failures_per_gpu_hour, ... (docs/size.md)"
-        ),
-    ] = [],  # noqa: B006
+    assume: Assume = [],  # noqa: B006
+    prices: Prices = "",
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> int:
     """\b
     plan show
     plan show HEAD~1:plan.json --stage 3
-    plan show --goodput --assume restart_s=300
+    plan show --goodput --assume restart_s=300 --prices prices.toml
 
     Say what a plan decides, what it will cost, and how sure that is.
     """
@@ -56,15 +55,17 @@ def show(
     from planner.show_goodput import goodput_json, goodput_text
 
     operations = parse_operations(assume)
-    if assume and not goodput:
-        raise UsageError("--assume is of --goodput", hints=("plan show --goodput ...",))
+    if (assume or prices) and not goodput:
+        flag = "--assume" if assume else "--prices"
+        raise UsageError(f"{flag} is of --goodput", hints=("plan show --goodput ...",))
     checked = examine(plan)
     found, estimate = checked.plan, checked.estimate
     if goodput:
+        price = price_of(prices, checked.cluster)
         if as_json:
-            print_json(goodput_json(checked, operations))
+            print_json(goodput_json(checked, operations, price))
         else:
-            print(goodput_text(checked, operations))
+            print(goodput_text(checked, operations, price))
     elif as_json:
         print_json(view.document(found, estimate))
     elif layers:

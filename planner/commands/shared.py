@@ -12,6 +12,8 @@ import typer
 from ir.errors import UsageError
 
 if TYPE_CHECKING:
+    from cost_models.hardware import Cluster
+    from cost_models.prices import Price
     from planner.check import Checked
 
 Plan_ = Annotated[str, typer.Argument(metavar="PLAN", help="a path, '-' (stdin), or REV:path")]
@@ -32,6 +34,32 @@ Engine = Annotated[
     str | None,
     typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="model.py, model.py:factory, config.json or its folder",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
+]
+MaxCost = Annotated[
+    float | None,
+    typer.Option(metavar="USD", min=0, help="for a million tokens at the lesser price"),
+]
+Prices = Annotated[
+    str,
+    typer.Option(metavar="FILE", show_default=False, help="USD a GPU hour: docs/size.md"),
+]
+Assume = Annotated[
+    list[str],
+    typer.Option(
+        metavar="K=V",
+        help="pue, restart_s, failures_per_gpu_hour, preemptions_per_gpu_hour, tier, sample_bytes",
+    ),
+]
 
 
 def parse_args(texts: Sequence[str], flag: str = "--arg") -> tuple[tuple[str, str], ...]:
@@ -43,6 +71,33 @@ def parse_args(texts: Sequence[str], flag: str = "--arg") -> tuple[tuple[str, st
         if [n for n, _ in pairs].count(name) > 1:
             raise UsageError(f"{flag} {name} is given twice")
     return pairs
+
+
+def check_objective(objective: str, prices: str, max_cost: float | None) -> None:
+    """Raise UsageError for an objective that is none, or a limit of cost without prices."""
+    from planner.limits import OBJECTIVES
+
+    if objective and objective not in OBJECTIVES:
+        raise UsageError(
+            f"--objective {objective} is not known", why=f"known: {', '.join(OBJECTIVES)}"
+        )
+    if max_cost is not None and not prices:
+        raise UsageError(
+            "--max-cost needs prices", hints=("--prices FILE", "docs/size.md has the format")
+        )
+
+
+def price_of(path: str, cluster: Cluster) -> Price | None:
+    """What the cluster's device costs; None without a file. Raises UsageError where the file has
+    no price of it."""
+    from cost_models.prices import load_prices
+
+    if not path:
+        return None
+    found = load_prices(path, [cluster.name]).get(cluster.name)
+    if found is None:
+        raise UsageError(f"{path} has no price of {cluster.name}", hints=(f"[{cluster.name}]",))
+    return found
 
 
 def examine(source: str) -> Checked:

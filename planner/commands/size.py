@@ -10,11 +10,17 @@ import typer
 from ir.errors import UsageError
 from planner.commands.shared import (
     Args,
+    Assume,
     Cache,
     Engine,
     Json,
+    MaxCost,
+    MaxMemory,
+    Model,
     Optimizer,
+    Prices,
     Verbose,
+    check_objective,
     parse_args,
     print_json,
 )
@@ -22,14 +28,7 @@ from planner.console import progress, say
 
 
 def size(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="model.py, model.py:factory, config.json or its folder",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     target: Annotated[
         list[str],
         typer.Option(
@@ -47,10 +46,7 @@ def size(
             help="devices, by commas, and .toml files (default: the catalogue)",
         ),
     ] = "",
-    prices: Annotated[
-        str,
-        typer.Option(metavar="FILE", show_default=False, help="USD a GPU hour: docs/size.md"),
-    ] = "",
+    prices: Prices = "",
     objective: Annotated[
         str,
         typer.Option(
@@ -60,21 +56,9 @@ def size(
         ),
     ] = "",
     max_gpus: Annotated[int, typer.Option(min=1, help="GPUs at most")] = 16384,
-    max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
-    ] = "",
-    max_cost: Annotated[
-        float | None,
-        typer.Option(metavar="USD", min=0, help="for a million tokens at the lesser price"),
-    ] = None,
-    assume: Annotated[
-        list[str],
-        typer.Option(
-            metavar="K=V",
-            help="pue, restart_s, failures_per_gpu_hour, preemptions_per_gpu_hour, tier,"
-            " sample_bytes",
-        ),
-    ] = [],  # noqa: B006
+    max_memory: MaxMemory = "",
+    max_cost: MaxCost = None,
+    assume: Assume = [],  # noqa: B006
     every: Annotated[
         bool, typer.Option("--all", help="search and show also what others beat in everything")
     ] = False,
@@ -113,7 +97,7 @@ def size(
     from cost_models.prices import load_prices
     from cost_models.units import parse_bytes, parse_count
     from planner.decisions import Pins
-    from planner.limits import OBJECTIVES, Limits
+    from planner.limits import Limits
     from planner.options import TraceOptions
     from planner.show_size import ordered, size_json, size_text
     from planner.sizing import Sizer
@@ -125,14 +109,10 @@ def size(
     goal, operations = parse_target(target, total), parse_operations(assume)
     devices = parse_devices(hardware)
     priced = load_prices(prices, [c.name for c in devices]) if prices else {}
-    if objective and objective not in OBJECTIVES:
-        raise UsageError(f"--objective {objective} is not known",
-                         why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip
-    if not prices and (objective == "cost" or max_cost is not None):
-        raise UsageError(
-            "--objective cost and --max-cost need prices",
-            hints=("--prices FILE", "docs/size.md has the format"),
-        )
+    check_objective(objective, prices, max_cost)
+    if objective == "cost" and not prices:
+        raise UsageError("--objective cost and --max-cost need prices",
+                         hints=("--prices FILE", "docs/size.md has the format"))  # fmt: skip
     able = tuple(c for c in devices if all(map(c.device.has, precision.split(","))))
     if not able:
         raise UsageError(f"none of the devices computes in {precision}")

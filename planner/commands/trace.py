@@ -12,12 +12,19 @@ import typer
 from ir.errors import UsageError
 from planner.commands.shared import (
     Args,
+    Assume,
     Cache,
     Engine,
     Json,
+    MaxCost,
+    MaxMemory,
+    Model,
     Optimizer,
+    Prices,
     Verbose,
+    check_objective,
     parse_args,
+    price_of,
     print_json,
 )
 from planner.console import INTERRUPTED, progress, say
@@ -27,14 +34,7 @@ if TYPE_CHECKING:
 
 
 def trace(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="model.py, model.py:factory, config.json or its folder",
-            show_default=False,
-        ),
-    ] = "",
+    model: Model = "",
     hardware: Annotated[
         str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, or a .toml file")
     ] = "",
@@ -99,9 +99,14 @@ def trace(
         str,
         typer.Option(metavar="X%", help="how much longer a step may be with --objective memory"),
     ] = "5%",
-    max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
-    ] = "",
+    max_memory: MaxMemory = "",
+    max_cost: MaxCost = None,
+    max_gpus: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="of --hardware's at most: the count is then open"),
+    ] = None,
+    prices: Prices = "",
+    assume: Assume = [],  # noqa: B006
     effort: Annotated[
         int,
         typer.Option(
@@ -130,9 +135,10 @@ def trace(
     Trace a model, cost and search its layouts on the hardware, and write the plan.
     """
     from cost_models.hardware import load_hardware
+    from cost_models.operations import parse_operations
     from cost_models.units import parse_bytes
     from planner.decisions import parse_pins
-    from planner.limits import OBJECTIVES, Limits, parse_share, parse_sizes
+    from planner.limits import Limits, parse_share, parse_sizes
     from planner.options import TraceOptions
     from planner.workload import Asked
 
@@ -149,17 +155,16 @@ def trace(
         )
     if not hardware:
         raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
-    if objective not in OBJECTIVES:
-        raise UsageError(
-            f"--objective {objective} is not known", why=f"known: {', '.join(OBJECTIVES)}"
-        )
+    check_objective(objective, prices, max_cost)
     if stability and not base:
         raise UsageError("--stability has nothing to stay with", hints=("--base old.json",))
     if stability and objective in ("memory", "gpus"):
         raise UsageError(f"--stability is of the step time, --objective {objective} is not")
+    if assume and not prices:
+        raise UsageError("--assume is of what --prices cost", hints=("--prices FILE",))
     batches = parse_sizes(global_batch, "--global-batch")
     seq_lens = parse_sizes(seq_len, "--seq-len")
-    load_hardware(hardware)
+    cluster = load_hardware(hardware)
     options = TraceOptions(
         model=model,
         hardware=hardware,
@@ -180,12 +185,18 @@ def trace(
         fold=fold,
         effort=effort,
         objective=objective,
-        limits=Limits(memory_bytes=parse_bytes(max_memory) if max_memory else None),
+        limits=Limits(
+            memory_bytes=parse_bytes(max_memory) if max_memory else None,
+            usd_per_million_tokens=max_cost,
+            gpus=max_gpus,
+        ),
+        price=price_of(prices, cluster),
+        operations=parse_operations(assume),
         slack=parse_share(slack, "--slack"),
         batches=batches if len(batches) > 1 else (),
         seq_lens=seq_lens if len(seq_lens) > 1 else (),
     )
-    from planner.tracing import run as search
+    from planner.objectives import run as search
 
     with progress() as report:
         result: TraceResult = search(options, progress=report)
@@ -204,7 +215,12 @@ def _print(result: TraceResult, output: str, *, as_json: bool) -> None:
     if as_json:
         for line in result.echo:
             say(line)
-        print_json(document(plan, estimate, timing=result.timing, baselines=result.baselines))
+        print_json(
+            document(
+                plan, estimate, timing=result.timing, baselines=result.baselines,
+                charges=result.charges,
+            )
+        )  # fmt: skip
     else:
         text = summary(plan, estimate, notes=result.echo, baselines=result.baselines)
         print(text, file=sys.stderr if output == "-" else sys.stdout)
