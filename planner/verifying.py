@@ -83,12 +83,14 @@ def verify(plan: Plan, options: VerifyOptions, report: Progress | None = None) -
     require_model(plan, traced, options.model)
     from planner.runtime.verify.run import verify_twin
     from planner.runtime.verify.twin import make_twins
-    from planner.runtime.world import RankFailure, local_world
+    from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, RankFailure, local_world
 
     say("making the twin")
     twins = make_twins(plan, options.model, options.args, options.changes, options.processes)
     found = []
-    preload = ("ir.capture.hf",) if twins[0].recipe.config else ()
+    preload: tuple[str, ...] = PRELOAD_HF if twins[0].recipe.config else ()
+    if plan.decisions.compile:
+        preload += PRELOAD_COMPILED
     with local_world(preload) as world:
         for number, twin in enumerate(twins, 1):
             say(f"twin {number} of {len(twins)}: {twin.plan.decisions.gpus} processes")

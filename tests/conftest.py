@@ -28,9 +28,12 @@ def update_golden(request):
 @pytest.fixture(scope="session")
 def world():
     """Local gloo processes, kept warm for the session: `world.run(ranks, function, *args)`."""
-    from planner.runtime.world import local_world
+    from multiprocessing import forkserver
 
-    with local_world(["ir.capture.hf"]) as found:
+    from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, local_world
+
+    with local_world(PRELOAD_HF + PRELOAD_COMPILED) as found:
+        forkserver.ensure_running()  # a process has one: that of a later `plan verify` is this
         yield found
 
 

@@ -302,7 +302,7 @@ def run(world, cell: Cell, compile_backend: str = "inductor") -> Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    from planner.runtime.world import local_world
+    from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, local_world
 
     wanted = [a for a in arguments if not a.startswith("-")]
     chosen = subset() if "--subset" in arguments else cells()
@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> int:
         chosen = tuple(c for c in cells() if any(_named(c, w) for w in wanted))
     counts = dict.fromkeys(("passed", "refused", "FAILED"), 0)
     start = time.perf_counter()
-    with local_world(["ir.capture.hf"]) as world:
+    with local_world(PRELOAD_HF + PRELOAD_COMPILED) as world:
         for cell in chosen:
             found = run(world, cell)
             counts[found.status] += 1

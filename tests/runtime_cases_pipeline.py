@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,8 @@ def neighbours(rank: int, plan: Any) -> list[int]:
 
     meshes = make_meshes(plan.decisions, "cpu")
     return dist.get_process_group_ranks(meshes.pp.get_group())
+
+
+def not_loaded(rank, names):
+    """Those of the modules that this worker was not forked with."""
+    return [name for name in names if name not in sys.modules]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ir.capture import capture_graph, fold, hf
+from ir.capture import capture_graph, export, fold, hf
 from ir.capture.index_probe import subscripts_by
 from ir.capture.load import Source, load
 from ir.capture.sizes import recover
@@ -240,6 +240,20 @@ def test_sources_are_the_users_lines() -> None:
     assert file == "gpt.py" and "self.lm_head(" in lines[int(line) - 1]
     for unit in (*graph.units, graph.root):
         assert {n.source.partition(":")[0] for n in unit.nodes} <= {"gpt.py", ""}
+
+
+def test_the_lines_that_torch_notes_are_those_it_reads_itself() -> None:
+    def noted() -> list[str | None]:
+        given = (torch.zeros(2, 8, device="meta"),)
+        program = torch.export.export(two_layers, given, strict=False)
+        return [node.meta.get("stack_trace") for node in program.graph.nodes]
+
+    with torch.device("meta"):
+        two_layers = nn.Sequential(Layer(0, lambda m, x: x.relu()), nn.Linear(8, 8))
+    theirs = noted()
+    with export._lines_unread():
+        assert noted() == theirs
+    assert any("self.rule(self, self.linear(x))" in lines for lines in theirs if lines)
 
 
 def test_the_hash_is_stable_over_hash_seeds() -> None:

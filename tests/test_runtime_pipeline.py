@@ -11,7 +11,7 @@ from cost_models.chain import chain_of
 from planner import trace
 from planner.cuts import crossings, first_links, stub_fault
 from planner.runtime.tied import shared_parameters
-from planner.runtime.world import RankFailure
+from planner.runtime.world import PRELOAD, PRELOAD_COMPILED, PRELOAD_HF, RankFailure
 
 EXACT = {"loss": 1e-6, "norm": 1e-6, "gradient": 1e-5, "parameter": 1e-5}
 
@@ -146,6 +146,11 @@ def test_the_stages_that_wait_for_a_lost_rank_say_so(world, tmp_path):
         world.run(2, cases.lose_a_rank, planned("llama", (2, 2)), str(tmp_path / "heard"),
                   timeout_s=20)  # fmt: skip
     assert "stage 0 cannot go on" in (tmp_path / "heard").read_text()
+
+
+def test_workers_are_forked_with_what_they_import(world):
+    """multiprocessing leaves out, and does not say, a module that it cannot import."""
+    assert world.run(1, cases.not_loaded, (*PRELOAD, *PRELOAD_HF, *PRELOAD_COMPILED)) == [[]]
 
 
 def test_another_sequence_length_than_planned_is_refused(world):

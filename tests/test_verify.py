@@ -28,6 +28,8 @@ from planner.runtime.verify import scale
 from planner.runtime.verify.compare import Compared, Number, Part, RankFound, Whole, together
 from planner.runtime.verify.sample import draw_batch, draw_constants, ties, without_dropout
 
+pytestmark = pytest.mark.usefixtures("world")  # whose server forks the workers of `plan verify`
+
 # --- the smaller mesh ---------------------------------------------------------------------------
 
 

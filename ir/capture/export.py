@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+import torch.utils._traceback
 from torch import nn
 from torch._export.utils import _compiling_state_context
 
@@ -254,11 +256,34 @@ def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:
     try:
         with warnings.catch_warnings():  # advice to who exports: nothing that is run here
             warnings.simplefilter("ignore")
-            return torch.export.export(step, given, strict=False)
+            with _lines_unread():
+                return torch.export.export(step, given, strict=False)
     except PlanError:
         raise
     except Exception as fault:
         raise _untraceable(fault, where) from fault
+
+
+@contextlib.contextmanager
+def _lines_unread() -> Iterator[None]:
+    """torch notes where each node was made: of some hundred frames, the few of the model. Read the
+    source of those alone; what is noted is the same.
+    """
+
+    def extract(found: list[dict[str, Any]], skip: int) -> traceback.StackSummary:
+        frames = traceback.StackSummary()
+        for f in reversed(found[skip:]):
+            where = f["filename"], f["line"], f["name"]
+            frames.append(traceback.FrameSummary(*where, lookup_line=False))
+        return frames
+
+    module: Any = torch.utils._traceback
+    theirs = module._extract_symbolized_tb
+    module._extract_symbolized_tb = extract
+    try:
+        yield
+    finally:
+        module._extract_symbolized_tb = theirs
 
 
 def _first_line(fault: BaseException) -> str:

@@ -23,7 +23,7 @@ def conversions_of(model: nn.Module) -> Convert | None:
     None for a model that is not transformers'. What is none of the model's is left under its name,
     but what the model's class says to leave out.
     """
-    if "transformers" not in sys.modules:
+    if "transformers.modeling_utils" not in sys.modules:  # where its models' class is: slow to load
         return None
     from transformers import PreTrainedModel
 

@@ -29,7 +29,13 @@ GRACE_S = 3.0  # for idle workers to end, so that what they hold of the system i
 PRELOAD = (
     "torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp",
     "torch.distributed.pipelining", "torch.distributed.checkpoint", "planner.runtime.world",
+    "planner.runtime.verify.run",
 )  # fmt: skip
+# what building a model of transformers imports: a second in every worker that is not forked with it
+PRELOAD_HF = (
+    "ir.capture.hf", "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
+)  # fmt: skip
+PRELOAD_COMPILED = ("torch._inductor.compile_fx",)  # the same of what compiles
 
 
 class RankFailure(PlanError):
