@@ -65,6 +65,8 @@ class Engine:
     traffic that is not hidden.
     ep_dedupe: a token goes once to each rank, and once to each node, that has experts of its own.
     cast_traffic: bytes that casts to narrow formats move, over those of one scale a tensor.
+    cast_beyond: bytes that they move beside: of each element of an input (forward, backward), of
+    a gradient, of a weight (forward, backward).
     loss_traffic: bytes a logit that a fused cross-entropy moves, both ways; 0: op by op.
     network_share: share of a node's network ports that a collective drives.
     p2p_scatter: a tp rank sends its share of a value that all have, gathered again on arrival.
@@ -117,6 +119,7 @@ class Engine:
     ep_exposed: float
     ep_dedupe: bool
     cast_traffic: float
+    cast_beyond: tuple[float, ...]
     loss_traffic: float
     network_share: float
     cp_exposed: float

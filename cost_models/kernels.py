@@ -78,7 +78,7 @@ def heavy_s(
         backward = k.gemm_s(dtype, m, inner, n, batch) if needs[0] else none
         weight = k.gemm_s(dtype, inner, n, m, batch) if any(needs[1:2]) else none
         flop = work.zeros + 2.0 * m * n * inner * batch
-        cast = _casts(node, unit, dtype, m * inner, m * n, work)
+        cast = _casts(node, unit, dtype, m * inner, m * n, n * inner, work)
         return Heavy(
             forward + cast[0], backward + weight + cast[1], weight, flop,
             flop * sum(map(bool, needs[:2])),
@@ -137,10 +137,10 @@ def _moved(node: Node, unit: Unit, option: Option, work: Work) -> Floats:
 
 
 def _casts(
-    node: Node, unit: Unit, dtype: str, inputs: Any, results: Any, work: Work
+    node: Node, unit: Unit, dtype: str, inputs: Any, results: Any, weights: Any, work: Work
 ) -> tuple[Floats, Floats]:
     """Quantizing a matmul's input, once for all that read it where modules are fused, and its
-    gradient's; weights once a step are left out."""
+    gradient's; weights once a step are left out, but those that the engine casts more often."""
     if dtype not in CAST_BYTES:
         return work.zeros, work.zeros
     first = next(
@@ -153,7 +153,13 @@ def _casts(
     read, grad = CAST_BYTES[dtype]
     k = work.kernels
     scale = work.engine.cast_traffic
-    return k.memory_bound_s(scale * read * inputs), k.memory_bound_s(scale * grad * results)
+    of_input, again, of_grad, of_weight, weight_again = work.engine.cast_beyond
+    return (
+        k.memory_bound_s(scale * read * inputs + of_input * inputs + of_weight * weights),
+        k.memory_bound_s(
+            scale * grad * results + again * inputs + of_grad * results + weight_again * weights
+        ),
+    )
 
 
 def _grouped(
@@ -169,7 +175,7 @@ def _grouped(
     forward = k.grouped_gemm_s(dtype, rows, groups, n, inner)
     dgrad = k.grouped_gemm_s(dtype, rows, groups, inner, n)
     flop = work.zeros + 2.0 * rows * n * inner
-    cast = _casts(node, unit, dtype, rows * inner, rows * n, work)
+    cast = _casts(node, unit, dtype, rows * inner, rows * n, groups * n * inner, work)
     weight = forward if needs[1] else work.zeros
     backward = weight + (dgrad if needs[0] else 0) + cast[1]
     return Heavy(forward + cast[0], backward, weight, flop, flop * sum(map(bool, needs[:2])))

@@ -73,7 +73,7 @@ def fault(formats: Formats, graph: Graph, workload: Workload) -> tuple[str, str]
             return (
                 f"--engine {engine.name} does not run {group} in {word}"
                 + (f"; it runs {runs}" if engine.formats else ""),
-                "--engine torchtitan, or no formats",
+                "formats=none, or --engine torchtitan",
             )  # fmt: skip
     base = dict.fromkeys(_groups(graph), workload.precision)
     if not engine.formats_apart and len(set((base | said).values())) > 1:

@@ -43,6 +43,7 @@ class Case:
     selective: bool | None
     offload: tuple[tuple[str, str], ...] | None
     compile: bool | None
+    formats: bool
     sequence_parallel: bool | None
     cp_kind: str | None
     weights: str | None
@@ -204,6 +205,12 @@ RULES = (
         fix="cp_kind=ulysses, or another --engine",
     ),
     Rule(
+        keys=("formats", "compile"),
+        refused=lambda c: c.formats and c.compile is False and c.engine in NATIVE,
+        reason="uncompiled, the casts of an 8-bit matmul are ten kernels, and take what it saves",
+        fix="compile=on, or formats=none",
+    ),
+    Rule(
         keys=("weights",),
         refused=lambda c: c.weights not in (None, c.precision),
         reason="this version plans training with the weights in the workload's precision",
@@ -266,6 +273,6 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
         reshard=d.reshard, schedule=d.schedule, virtual_stages=d.virtual_stages,
         recomputes=any(full or selective for full, selective in d.recompute),
         selective=any(selective for _, selective in d.recompute), offload=d.offload,
-        compile=d.compile, sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind,
-        weights=None, place=False,
+        compile=d.compile, formats=bool(d.formats), sequence_parallel=d.sequence_parallel,
+        cp_kind=d.cp_kind, weights=None, place=False,
     )  # fmt: skip

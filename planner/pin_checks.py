@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from cost_models.decisions import Workload
+from cost_models.formats import NARROW
 from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
 from planner.decisions import Pins
@@ -160,8 +161,9 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
         reshard=p.reshard, schedule=p.schedule, virtual_stages=p.virtual_stages,
         recomputes=None if r is None else any((*r.full, *r.selective)),
         selective=None if r is None else any(r.selective), offload=p.offload,
-        compile=p.compile, sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind,
-        weights=p.weights, place=bool(p.place),
+        compile=p.compile, formats=any(word in NARROW for _, word in p.formats or ()),
+        sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind, weights=p.weights,
+        place=bool(p.place),
     )  # fmt: skip
 
 

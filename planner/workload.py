@@ -53,9 +53,10 @@ def resolve(
     allowed = allowed_formats(asked, cluster)
     if precision not in engine.precisions:
         others = [e for e in engine_names() if precision in load_engine(e).precisions]
+        beside = (f"--precision bf16,{precision}",) * (precision in engine.formats)
         raise UsageError(f"--engine {engine.name} does not compute in {precision}",
                          why=f"it has {', '.join(engine.precisions)}",
-                         hints=(f"--engine {' or '.join(others)}",))  # fmt: skip
+                         hints=(f"--engine {' or '.join(others)}", *beside))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
     batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
     if not asked.expert_imbalance >= 1:

@@ -13,12 +13,14 @@ from tiny_models import EXAMPLES, costs_of, graph_of
 
 from cost_models.compute import load_kernels
 from cost_models.decisions import Decisions, Workload
+from cost_models.engines import load_engine
 from cost_models.formats import decided, groups_in, groups_of
 from cost_models.hardware import load_hardware
 from cost_models.step import replicated
 from ir.errors import PlanError, UsageError
 from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
 from planner.formats import check_formats, fault, format_ways, settled
+from planner.pin_checks import check_pins
 from planner.plan import load
 from planner.workload import Asked, allowed_formats, precision_of
 
@@ -79,6 +81,29 @@ def test_one_group_costs_what_its_kernels_and_casts_do():
     )
     assert [list(x) for x in narrow.kept_bytes] == [list(x) for x in base.kept_bytes]
     assert [list(x) for x in narrow.working_bytes] == [list(x) for x in base.working_bytes]
+
+
+def test_our_runtime_casts_more():
+    """Largest values are read first, weights are cast each micro-batch, and all but gradients
+    again in backward: 2, 3, 3 bytes of an input and a gradient, 5 and 3 of a weight."""
+    graph, formats = graph_of("llama", **BIG), (("mlp", "fp8"),)
+    tokens, wide, inner = 8192, 4096, 14336
+    found = {}
+    for beyond in ((0.0,) * 5, load_engine("native-compiled").cast_beyond):
+        engine = replace(load_engine("native-compiled"), cast_beyond=beyond)
+        costs = replace(costs_of(graph, "h100x2", seq_len=8192), variant=engine)
+        found[beyond] = unit_cost_at(costs, layer_of(graph), formats=formats), costs.kernels
+    (less, k), (more, _) = found.values()
+
+    def moved(size_bytes):
+        return float(k.memory_bound_s(size_bytes)) - float(k.memory_bound_s(0))
+
+    inputs, results = (wide + inner) * tokens, (2 * inner + wide) * tokens
+    weights = 3 * wide * inner
+    assert more.forward_s[0] - less.forward_s[0] == pytest.approx(moved(2 * inputs + 5 * weights))
+    assert more.backward_s[0] - less.backward_s[0] == pytest.approx(
+        moved(3 * inputs + 3 * results + 3 * weights)
+    )
 
 
 @pytest.mark.parametrize("engine", ["torchtitan", "megatron"])
@@ -186,6 +211,7 @@ def test_pins_say_groups_in_any_order():
         ((("mlp", "fp16"),), {"engine": "torchtitan"}, "bytes and the speed of bf16"),
         ((("mlp", "fp8"),), {"engine": "torchtitan", "precision": "fp16"}, "given bf16 values"),
         ((("experts", "fp8"),), {"engine": "torchtitan"}, "no experts"),
+        ((("mlp", "fp8"),), {"engine": "native"}, "--engine native does not run mlp in fp8"),
     ],
 )
 def test_what_cannot_be_run_is_refused_and_says_why(formats, workload, words):
@@ -193,6 +219,15 @@ def test_what_cannot_be_run_is_refused_and_says_why(formats, workload, words):
     with pytest.raises(UsageError) as error:
         check_formats(formats, graph, load_hardware("h100x2"), Workload(**workload))
     assert words in "\n".join(error.value.lines())
+
+
+def test_our_runtime_runs_linears_compiled():
+    moe, native = graph_of("moe", **BIG_MOE), Workload(allowed_formats=("fp8",))
+    assert format_ways(moe, native, None) == ((("attention", "fp8"),), ())
+    pins = parse_pins(["formats=layers:fp8", "compile=off"])
+    with pytest.raises(UsageError, match="contradict each other"):
+        check_pins(pins, native, gpus=2)
+    check_pins(replace(pins, formats=()), native, gpus=2)
 
 
 def test_a_device_without_fp8_is_refused():

@@ -35,7 +35,7 @@ def precision_policy(workload: Workload, d: Decisions) -> MixedPrecisionPolicy:
     if workload.precision not in COMPUTE:
         raise PlanError(
             f"precision {workload.precision} is not run by the native engine",
-            hints=("--precision bf16", "--engine megatron, and plan export"),
+            hints=("--precision bf16,fp8", "--engine megatron"),
         )
     if workload.precision == "fp32":
         return MixedPrecisionPolicy()

@@ -15,7 +15,15 @@ from torch import nn
 
 from ir.errors import PlanError
 from planner.plan import Plan
-from planner.runtime import compiled, context_parallel, experts, offload, recompute, tensor
+from planner.runtime import (
+    compiled,
+    context_parallel,
+    experts,
+    narrow,
+    offload,
+    recompute,
+    tensor,
+)
 from planner.runtime.context import Context, Report
 from planner.runtime.data import precision_policy, shard_over_data
 from planner.runtime.init import refuse_without_values
@@ -80,6 +88,7 @@ def prepare(
     sites: Sequence[Site], stage: nn.Module, context: Context, compile_backend: str
 ) -> None:
     """Everything but data parallelism, for the units of one stage: inner parts first."""
+    narrow.apply(sites, stage, context)
     for part in (experts.apply, tensor.apply, context_parallel.apply, recompute.apply_in_part):
         part(sites, stage, context)
     compiled.apply(sites, stage, context, backend=compile_backend)

@@ -116,7 +116,9 @@ def _shortened(plan: Plan, microbatches: int) -> Plan:
     schedule = "gpipe" if d.schedule == "1f1b" and microbatches < d.pp else d.schedule
     return replace(
         plan,
-        decisions=replace(d, microbatches=microbatches, schedule=schedule, compile=False),
+        decisions=replace(
+            d, microbatches=microbatches, schedule=schedule, compile=False, formats=()
+        ),
         workload=replace(plan.workload, global_batch=d.micro_batch * microbatches * d.dp),
     )
 

@@ -128,6 +128,8 @@ def lost(d: Decisions, small: Decisions) -> tuple[str, ...]:
     asked = {level for row in _levels(d) for level in row}
     kept = {level for row in _levels(small) for level in row}
     found += [f"no layer of the twin has recompute {level}" for level in sorted(asked - kept)]
+    if d.formats:
+        found.append("the twin's matmuls are in fp32, the plan's in fewer bits")
     return tuple(found)
 
 
@@ -143,7 +145,7 @@ def cut_decisions(
     batches = many if d.pp > 1 else min(2, d.microbatches)
     small = replace(
         small, stages=cut, recompute=cut_recompute(d, cut), virtual_stages=count // small.pp,
-        micro_batch=min(2, d.micro_batch), microbatches=batches,
+        micro_batch=min(2, d.micro_batch), microbatches=batches, formats=(),
     )  # fmt: skip
     engine = workload.engine
     if engine not in ("native", "native-compiled"):
