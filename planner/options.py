@@ -12,6 +12,7 @@ from planner.charges import Charges
 from planner.decisions import Pins
 from planner.limits import Limits
 from planner.plan import Plan
+from planner.score import AXIS_GAIN_PPM
 from planner.workload import Asked
 
 Progress = Callable[[str], None]  # takes one line: what is going on, best, bound, gap
@@ -41,6 +42,7 @@ class TraceOptions:
     stability: float | None = None
     cache: bool = True
     fold: bool = True
+    gain_ppm: int = AXIS_GAIN_PPM  # of the step that each axis beside dp must earn
     effort: int = 0  # how much is searched at most; 0 is the search's own default
     objective: str = "time"
     limits: Limits = field(default_factory=Limits)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from cost_models.decisions import Decisions
 from planner.mesh import Mesh
 
-AXIS_MUST_EARN = 50  # each axis beside data parallelism must earn 1/50 of the step: the model's
+PPM = 1_000_000
+AXIS_GAIN_PPM = 20_000  # of the step that each axis beside data parallelism must earn: the model's
 # error is several times that, and a plan with fewer axes is simpler to run and to trust
 
 
@@ -14,12 +15,11 @@ def axes_used(mesh: Mesh | Decisions) -> int:
     return sum((mesh.pp > 1, mesh.tp > 1, mesh.cp > 1, max(mesh.ep, mesh.etp) > 1))
 
 
-def score_of(objective_ps: int, mesh: Mesh | Decisions) -> int:
+def score_of(objective_ps: int, mesh: Mesh | Decisions, gain_ppm: int = AXIS_GAIN_PPM) -> int:
     """What plans are ordered by: the step, with what its axes must earn."""
-    return objective_ps * (AXIS_MUST_EARN + axes_used(mesh)) // AXIS_MUST_EARN
+    return objective_ps * (PPM + gain_ppm * axes_used(mesh)) // PPM
 
 
-def objective_below(score: int, mesh: Mesh | Decisions) -> int:
+def objective_below(score: int, mesh: Mesh | Decisions, gain_ppm: int = AXIS_GAIN_PPM) -> int:
     """The least objective whose score is not below `score`."""
-    weight = AXIS_MUST_EARN + axes_used(mesh)
-    return -(-AXIS_MUST_EARN * score // weight)
+    return -(-PPM * score // (PPM + gain_ppm * axes_used(mesh)))

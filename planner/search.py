@@ -20,7 +20,7 @@ from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh, meshes
 from planner.room import least_bytes, state_bytes
-from planner.score import objective_below, score_of
+from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
 
@@ -38,10 +38,15 @@ class Tried:
     decisions: Decisions
     assignments: Assignments
     objective_ps: int
+    gain_ppm: int = AXIS_GAIN_PPM
 
     @property
     def score(self) -> int:
-        return score_of(self.objective_ps, self.decisions)
+        return score_of(self.objective_ps, self.decisions, self.gain_ppm)
+
+    def below(self, score: int) -> int:
+        """The least objective of a plan of as many axes whose score is not below that."""
+        return objective_below(score, self.decisions, self.gain_ppm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ class Outcome:
         """The bound as a step objective of the best plan's kind."""
         if self.best is None:
             return 0
-        return min(self.best.objective_ps, objective_below(self.bound, self.best.decisions))
+        return min(self.best.objective_ps, self.best.below(self.bound))
 
 
 @dataclass(kw_only=True)
@@ -103,6 +108,7 @@ class Searcher(Space):
 
     progress: Callable[[str], None] | None = None
     effort: int = DEFAULT_EFFORT
+    gain_ppm: int = AXIS_GAIN_PPM  # of the step that an axis must earn
     _over: dict[tuple[object, ...], bool] = field(default_factory=dict)  # state alone is too much
 
     def under(self, pins: Pins) -> Searcher:
@@ -110,7 +116,8 @@ class Searcher(Space):
         laid = self._laid if pins.place == self.pins.place else {}
         over = self._over if pins.place == self.pins.place else {}
         return Searcher(
-            costs=self.costs, pins=pins, effort=self.effort, _laid=laid, _over=over
+            costs=self.costs, pins=pins, effort=self.effort, gain_ppm=self.gain_ppm,
+            _laid=laid, _over=over,
         )
 
     def bounds(
@@ -122,6 +129,13 @@ class Searcher(Space):
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
             schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
         )  # fmt: skip
+
+    def _score(self, objective_ps: int, mesh: Mesh | Decisions) -> int:
+        return score_of(objective_ps, mesh, self.gain_ppm)
+
+    def _below(self, best: Tried, mesh: Mesh) -> int:
+        """The least objective of a mesh that is no better than the best."""
+        return objective_below(best.score, mesh, self.gain_ppm)
 
     # --- the search --------------------------------------------------------------------------
 
@@ -136,10 +150,10 @@ class Searcher(Space):
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:
             return out
-        below = [objective_below(out.best.score, m) for m in runs] if out.best else None
+        below = [self._below(out.best, m) for m in runs] if out.best else None
         bounds = [space.bounds(runs, below) for space in spaces]
-        lower = [score_of(int(x), m) for b in bounds for x, m in zip(b.lower_ps, runs)]
-        guess = [score_of(int(x), m) for b in bounds for x, m in zip(b.guess_ps, runs)]
+        lower = [self._score(int(x), m) for b in bounds for x, m in zip(b.lower_ps, runs)]
+        guess = [self._score(int(x), m) for b in bounds for x, m in zip(b.guess_ps, runs)]
         order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
@@ -178,7 +192,7 @@ class Searcher(Space):
                 continue
             proved = max(known.bound_ps, certify(weakest.problem, incumbent_ps=known.step_ps))
             if proved > weakest.bound_ps:
-                score = score_of(proved, weakest.decisions)
+                score = self._score(proved, weakest.decisions)
                 unsettled.append(replace(weakest, bound=score, bound_ps=proved))
             else:
                 unsettled.append(weakest)
@@ -208,7 +222,7 @@ class Searcher(Space):
                 todo.append((lower_bound_ps(problem), len(todo), made, problem))
         out.spent += bool(ways) + len(todo) // 4
         for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
-            best = objective_below(out.best.score, mesh) if out.best else None
+            best = self._below(out.best, mesh) if out.best else None
             if best is not None and bound >= best:
                 break
             found = solve(problem, incumbent_ps=best)
@@ -228,6 +242,7 @@ class Searcher(Space):
                 out.best = Tried(
                     decisions=replace(d, stages=found.stages, recompute=found.recompute),
                     assignments=laid, objective_ps=found.step_ps,
+                    gain_ppm=self.gain_ppm,
                 )  # fmt: skip
             settled = found.status == "OPTIMAL" or (
                 found.status == "INFEASIBLE" and refutes(problem)
@@ -235,7 +250,7 @@ class Searcher(Space):
             proved = bound if found.status == "INFEASIBLE" else found.bound_ps
             if not settled and (best is None or proved < best):
                 unsettled.append(Unsettled(
-                    bound=score_of(proved, mesh), bound_ps=proved,
+                    bound=self._score(proved, mesh), bound_ps=proved,
                     order=out.solved, decisions=d, problem=problem,
                 ))  # fmt: skip
 

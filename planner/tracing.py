@@ -59,7 +59,7 @@ def attempt(
     check_model(graph, cluster, workload, options.pins)
     usable = capped(cluster, options.limits.memory_bytes)
     costs, searcher = _searcher(graph, usable, workload, options.pins, progress)
-    searcher.effort = options.effort or searcher.effort
+    searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
     clock.mark("cost_s")
     baselines, stopped = _baselines(costs, searcher)
     known = _best_of(baselines, options.pins)

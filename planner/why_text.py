@@ -10,7 +10,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
 from planner.decisions import decisions_json, summarise_recompute
-from planner.score import AXIS_MUST_EARN, axes_used
+from planner.score import AXIS_GAIN_PPM, PPM, axes_used
 from planner.why import Alternative, Binding, refused_words
 
 SCHEMA = "why/1"
@@ -159,7 +159,7 @@ def _no_slower(found: Alternative, base: Checked) -> str:
     assert found.decisions is not None
     more = axes_used(found.decisions) - axes_used(base.plan.decisions)
     if more > 0:
-        return f"quicker by less than {more} more axes must earn ({1 / AXIS_MUST_EARN:.0%} each)"
+        return f"quicker by less than {more} more axes must earn ({AXIS_GAIN_PPM / PPM:.0%} each)"
     return "as quick; the plan was pinned, or made with other constants or effort"
 
 

@@ -27,7 +27,8 @@ from cost_models.stage_problem import in_flight
 from planner.bound_ranks import flight
 from planner.bounds import kind_of_schedule, mesh_bounds_ps
 from planner.decisions import Pins
-from planner.mesh import meshes
+from planner.mesh import Mesh, meshes
+from planner.score import score_of
 
 # --- cases -------------------------------------------------------------------------------------
 
@@ -230,3 +231,18 @@ def test_what_the_memory_bound_rests_on(schedule):
         for rank in range(pp):
             moments = in_flight(schedule, pp, m, v, rank)
             assert any(min(counts) >= least[rank] for counts in moments), (pp, m, v, rank)
+
+
+def test_what_an_axis_must_earn(tmp_path):
+    """With nothing to earn the quickest plan of all is found; else the least score."""
+    problem = searched("tp", tmp_path)
+    least = {m: x for m, x in least_by_mesh(problem).items() if x is not None}
+    for gain_ppm in (0, 20_000, 500_000):
+        problem.searcher.gain_ppm = gain_ppm
+        out = problem.searcher.run()
+        assert out.proved and out.best.score == min(
+            score_of(x, m, gain_ppm) for m, x in least.items()
+        )
+        if not gain_ppm:
+            assert out.best.score == out.best.objective_ps == min(least.values())
+    assert score_of(1000, Mesh(2, 2, 1, 1, 1, 1, 1, 1, False, "ring")) == 1040

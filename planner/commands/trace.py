@@ -107,6 +107,12 @@ def trace(
     ] = None,
     prices: Prices = "",
     assume: Assume = [],  # noqa: B006
+    axis_gain: Annotated[
+        str,
+        typer.Option(
+            metavar="P%", help="of the step that each of pp, tp, cp and experts must earn: 0%: none"
+        ),
+    ] = "2%",
     effort: Annotated[
         int,
         typer.Option(
@@ -140,6 +146,7 @@ def trace(
     from planner.decisions import parse_pins
     from planner.limits import Limits, parse_share, parse_sizes
     from planner.options import TraceOptions
+    from planner.score import AXIS_GAIN_PPM, PPM
     from planner.workload import Asked
 
     if as_json and output == "-":
@@ -162,6 +169,8 @@ def trace(
         raise UsageError(f"--stability is of the step time, --objective {objective} is not")
     if assume and not prices:
         raise UsageError("--assume is of what --prices cost", hints=("--prices FILE",))
+    if stability and parse_share(axis_gain, "--axis-gain") != AXIS_GAIN_PPM / PPM:
+        raise UsageError("--stability and --axis-gain are two ways to choose among like plans")
     batches = parse_sizes(global_batch, "--global-batch")
     seq_lens = parse_sizes(seq_len, "--seq-len")
     cluster = load_hardware(hardware)
@@ -183,6 +192,7 @@ def trace(
         stability=parse_share(stability, "--stability") if stability else None,
         cache=cache,
         fold=fold,
+        gain_ppm=round(parse_share(axis_gain, "--axis-gain") * 1e6),
         effort=effort,
         objective=objective,
         limits=Limits(
