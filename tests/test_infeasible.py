@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_search import best_of_problem, cuts, pairs, searched
+from enumerated import best_of_problem, cuts, every_mesh, stage_choices
+from test_search import searched
 from tiny_models import EXAMPLES, costs_of, graph_of, with_memory
 
 from cost_models.hardware import load_hardware
@@ -38,7 +39,8 @@ def small(megabytes, *texts, count=4, layers=2, **workload):
 @pytest.mark.parametrize("name", ["recompute", "offload", "slow, tight", "moe, least", "groups"])
 def test_no_rank_holds_less(name, tmp_path):
     """Of every variant and every cut, the fullest rank."""
-    costs, searcher, space = searched(name, tmp_path)
+    problem = searched(name, tmp_path)
+    costs, searcher, space = problem.costs, problem.searcher, every_mesh(problem)
     checked = 0
     for mesh in space[:: max(1, len(space) // 12)]:
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
@@ -49,8 +51,7 @@ def test_no_rank_holds_less(name, tmp_path):
                 held = [
                     max(rank_bytes(p, stages, again))
                     for stages in cuts(p.layers, p.count)
-                    for again in itertools.product(*map(pairs, stages))
-                    if "full" in p.levels or not any(map(any, again))
+                    for again in itertools.product(*(stage_choices(p, n) for n in stages))
                 ]
                 plain = max(rank_bytes(p, (s := next(cuts(p.layers, p.count))), [(0, 0)] * len(s)))
                 assert state_bytes(step) <= least_bytes(step, recomputes=True) <= min(held)
@@ -64,7 +65,7 @@ def test_leaving_out_what_cannot_fit_changes_nothing(tmp_path, monkeypatch):
     from planner import search
 
     for name in ("offload", "slow, tight", "both", "moe, tight"):
-        _, searcher, _ = searched(name, tmp_path)
+        searcher = searched(name, tmp_path).searcher
         fast = searcher.run()
         monkeypatch.setattr(search, "least_bytes", lambda step, recomputes: 0)
         monkeypatch.setattr(search, "state_bytes", lambda step: 0)

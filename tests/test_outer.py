@@ -7,27 +7,25 @@ from pathlib import Path
 import pytest
 import runtime_cases_pipeline as cases
 import test_runtime_pipeline as pipelines
-import test_search as enumeration
 import test_verify_ledger as ledgers
+from enumerated import difference, least_by_mesh
+from random_problems import SMALL, WIDE, make
 from tiny_models import costs_of, graph_of
 
 from cost_models.crossing import boundary_levels
 from cost_models.decisions import Decisions, Workload
-from cost_models.estimate import estimate_step, stage_problem
+from cost_models.estimate import estimate_step
 from cost_models.hardware import load_hardware
 from cost_models.schedule import global_stage, order, rank_of, schedule_illegal, simulate
-from cost_models.stage_problem import LEVELS, evaluate
 from cost_models.state import ranks_of
 from ir.errors import PlanError, UsageError
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
 from planner.legality import illegal, inconsistent
 from planner.mesh import meshes as candidates
-from planner.mesh import outside
 from planner.pin_checks import check_pins
 from planner.runtime.meshes import laid_ranks
 from planner.runtime.verify.scale import cut_decisions, meshes
-from planner.score import score_of
 from planner.search import Searcher
 
 HARDWARE = Path(__file__).parents[1] / "examples" / "hardware"
@@ -254,45 +252,12 @@ efficiency = 0.8
 
 def two_sites(folder, megabytes, wide, latency):
     """Four small devices, two at each end of a long line."""
-    text = enumeration.SMALL.format(memory=megabytes * 1_000_000).replace("_size = 2", "_size = 1")
-    inter = text[text.index("[cluster.inter]") : text.index("[[cluster.tiers]]")]
     levels = LEVELS_OF.format(wide=wide, latency=latency)
-    text = text.replace(inter, "").replace("[[cluster.tiers]]", levels, 1)
+    text = SMALL.format(memory=megabytes * 1_000_000, inter="").replace("_size = 2", "_size = 1")
+    text = text.replace("[[cluster.tiers]]", levels, 1)
     path = folder / "sites.toml"
     path.write_text("count = 4\n" + text)
     return load_hardware(str(path))
-
-
-def least_of(costs, searcher, space):
-    """The least score of the whole space by trying all, and the meshes' least objectives."""
-    layers, least = len(costs.chain.layers), {}
-    for mesh in space:
-        laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
-        for zero, _, reshard, offload in enumeration.held_ways(mesh, costs.cluster):
-            if mesh.pp > 1 and zero not in costs.engine.pp_zero:
-                continue
-            for outer in outside(mesh, costs.cluster, None):
-                for shard in searcher._shards(mesh, zero, outer):
-                    if zero and shard == 1 < mesh.dp * mesh.cp:
-                        continue
-                    d = Decisions(
-                        pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, zero=zero, shard=shard,
-                        reshard=reshard, offload=offload, micro_batch=mesh.micro_batch,
-                        microbatches=mesh.microbatches, compile=costs.engine.fused,
-                        sequence_parallel=mesh.sequence_parallel, dp_outer=outer,
-                    )  # fmt: skip
-                    for name, v in enumeration.schedules(mesh, layers):
-                        runs = costs.engine.compiled_schedules
-                        if mesh.pp * v > layers or name not in runs or schedule_illegal(
-                            name, mesh.pp, mesh.microbatches, v
-                        ):
-                            continue
-                        made = costs.step(replace(d, schedule=name, virtual_stages=v), laid)
-                        problem = stage_problem(costs, made, levels=LEVELS)
-                        found = enumeration.best_of_problem(problem)
-                        if found is not None:
-                            least[mesh] = min(least.get(mesh, found), found)
-    return least
 
 
 @pytest.mark.parametrize(
@@ -300,23 +265,15 @@ def least_of(costs, searcher, space):
     [(30_000, 2e8, 1e-3), (14_000, 5e7, 1e-2), (14_000, 2e9, 1e-5), (14_000, 2e7, 1e-4)],
 )
 def test_search_over_sites_equals_enumeration(tmp_path, megabytes, wide, latency) -> None:
-    graph = graph_of("llama", size="8b", n_layers=3)
     cluster = two_sites(tmp_path, megabytes, wide, latency)
-    costs = costs_of(graph, cluster, global_batch=8, seq_len=2048)
-    space = list(enumeration.all_meshes(costs, 3, **enumeration.WIDE))
-    costs.points = tuple(dict.fromkeys((m.micro_batch, m.cp) for m in space))
-    searcher = Searcher(costs=costs, effort=10**9)
-    least = least_of(costs, searcher, space)
+    problem = make("llama", {"size": "8b", "n_layers": 3}, WIDE, cluster, units=(2,),
+                   global_batch=8, seq_len=2048)  # fmt: skip
+    least, searcher = least_by_mesh(problem), problem.searcher
     bounds = mesh_bounds_ps(
-        costs, space, searcher.assign, schedules=searcher.searched_schedules
+        problem.costs, list(least), searcher.assign, schedules=searcher.searched_schedules
     ).lower_ps
-    assert all(low <= least[mesh] for mesh, low in zip(space, bounds) if mesh in least)
-    out = searcher.run()
-    assert out.best.score == min(score_of(x, mesh) for mesh, x in least.items())
-    d = out.best.decisions
-    problem = stage_problem(costs, costs.step(d, out.best.assignments))
-    assert evaluate(problem, d.stages, d.recompute)[::2] == (out.best.objective_ps, True)
-    assert out.bound <= out.best.score
+    assert all(low <= x for x, low in zip(least.values(), bounds) if x is not None)
+    assert difference(problem, least, searcher.run()) == ""
 
 
 def test_what_crosses_an_ocean_depends_on_it(tmp_path) -> None:

@@ -4,7 +4,8 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from test_search import best_of_problem, searched
+from enumerated import best_of_problem, every_mesh
+from test_search import searched
 from tiny_models import EXAMPLES
 
 from cost_models.estimate import estimate_step, stage_problem, whole_step_ps
@@ -39,7 +40,8 @@ OLD = [
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 3.0])
 @pytest.mark.parametrize(("name", "pins"), OLD)
 def test_no_plan_within_the_share_is_nearer(name, pins, share, tmp_path):
-    costs, searcher, space = searched(name, tmp_path)
+    problem = searched(name, tmp_path)
+    costs, searcher, space = problem.costs, problem.searcher, every_mesh(problem)
     old = searcher.under(Pins(**pins)).run().best
     if old is None:
         pytest.skip("nothing fits so")
@@ -70,7 +72,8 @@ def test_no_plan_within_the_share_is_nearer(name, pins, share, tmp_path):
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_the_proof_stays_of_time(share, tmp_path):
     """The bound is the search's; the gap is what the choice gave up, and more if it was open."""
-    costs, searcher, _ = searched("four", tmp_path)
+    problem = searched("four", tmp_path)
+    costs, searcher = problem.costs, problem.searcher
     old = searcher.under(Pins(tp=2)).run().best
     out = searcher.run()
     kept = steady(searcher, out, plan_of(costs, old), share).outcome
@@ -98,7 +101,8 @@ def test_distances():
 
 
 def test_limit_is_the_largest_within_the_share(tmp_path):
-    costs, searcher, _ = searched("four", tmp_path)
+    problem = searched("four", tmp_path)
+    costs, searcher = problem.costs, problem.searcher
     best = searcher.run().best.objective_ps
     for share in (0.0, 0.02, 0.5):
         limit = objective_limit(costs, best, share)
@@ -108,7 +112,8 @@ def test_limit_is_the_largest_within_the_share(tmp_path):
 
 
 def test_pins_are_kept(tmp_path):
-    costs, searcher, _ = searched("four", tmp_path)
+    problem = searched("four", tmp_path)
+    costs, searcher = problem.costs, problem.searcher
     old = searcher.under(Pins(tp=2)).run().best
     pinned = searcher.under(Pins(tp=1, zero=2))
     found = steady(pinned, pinned.run(), plan_of(costs, old), 10.0).outcome.best.decisions

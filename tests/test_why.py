@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_search import every_mesh, searched
+from enumerated import every_mesh, least_by_mesh
+from test_search import searched
 from tiny_models import EXAMPLES, with_memory
 
 from cost_models.estimate import estimate_step, whole_step_ps
@@ -22,8 +23,9 @@ LLAMA = str(EXAMPLES / "llama.py")
 
 
 def best_of(name, folder):
-    """(costs, searcher, space, the best plan as `plan why` reads it) of a case."""
-    costs, searcher, space = searched(name, folder)
+    """(the problem, the best plan as `plan why` reads it) of a case."""
+    problem = searched(name, folder)
+    costs, searcher = problem.costs, problem.searcher
     best = searcher.run().best
     step = costs.step(best.decisions, best.assignments)
     made = estimate_step(costs, step, best.decisions)
@@ -31,7 +33,7 @@ def best_of(name, folder):
         costs.graph, "h100x8", costs.cluster, costs.workload, best.decisions, {}, made, Solver()
     )
     checked = Checked(plan=plan, cluster=costs.cluster, estimate=made, inputs=(), stale=False)
-    return costs, searcher, space, checked
+    return problem, checked
 
 
 REFUSED = [
@@ -44,11 +46,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "texts"), REFUSED)
 def test_an_alternative_equals_enumeration(name, texts, tmp_path):
-    costs, searcher, space, base = best_of(name, tmp_path)
-    refused, layers = parse_refused(texts), len(costs.chain.layers)
+    problem, base = best_of(name, tmp_path)
+    costs, searcher, space = problem.costs, problem.searcher, every_mesh(problem)
+    refused = parse_refused(texts)
     found = Why(base).alternative(refused, 10**9)
     on_mesh = [(k, v) for k, v in refused if hasattr(space[0], k)]
-    left = [m for m in space if not any(getattr(m, k) == v for k, v in on_mesh)]
+    left = {m for m in space if not any(getattr(m, k) == v for k, v in on_mesh)}
     ways = [{}]
     for key, others in (
         ("zero", (0, 1, 2, 3)), ("offload", ((), (("optimizer", "cpu"),))),
@@ -57,7 +60,8 @@ def test_an_alternative_equals_enumeration(name, texts, tmp_path):
         away = [v for k, v in refused if k == key]
         if away:
             ways = [{**way, key: v} for way in ways for v in others if v not in away]
-    least = [every_mesh(costs, searcher, left, layers, **way) for way in ways]
+    least = [{m: x for m, x in least_by_mesh(problem, **way).items() if m in left}
+             for way in ways]  # fmt: skip
     scores = [score_of(x, m) for rows in least for m, x in rows.items() if x is not None]
     if not scores:
         assert found.estimate is None and found.binding.kind in ("memory", "rule")
@@ -91,14 +95,14 @@ def test_memory_binds_where_more_of_it_gains(tmp_path):
     """The told plan is over by what is told, and would be quicker; else twice gains nothing."""
     seen = set()
     for name, text in (("tp", "tp=2"), ("both", "cp=2"), ("four", "dp=4"), ("recompute", "pp=2")):
-        costs, _, _, base = best_of(name, tmp_path)
+        problem, base = best_of(name, tmp_path)
         found = Why(base).alternative(parse_refused([text]), 10**9)
         if found.estimate is None:
             continue
         b = found.binding
         seen.add(b.kind)
-        memory = costs.cluster.device.memory_bytes
-        roomy = with_memory(costs.cluster, int(MOST_MEMORY * memory))
+        memory = problem.costs.cluster.device.memory_bytes
+        roomy = with_memory(problem.costs.cluster, int(MOST_MEMORY * memory))
         freed = Why(replace(base, cluster=roomy)).alternative(parse_refused([text]), 10**9)
         quicker = freed.estimate.step_time_s < found.estimate.step_time_s * (1 - 1 / LEAST_GAIN)
         if b.kind == "memory":
