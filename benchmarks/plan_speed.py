@@ -91,6 +91,8 @@ def rows(folder: Path, data: Path, runs: int) -> Iterator[Row]:
     warm = folder / "warm"
     trace(LLAMA, "h100x64", cache=warm)
     yield timed("8B from a file, h100x64, cached", 3, trace(LLAMA, "h100x64", cache=warm))
+    mixed = trace(LLAMA, "h100x64+a100x64")
+    yield timed("8B from a file, h100x64+a100x64, cold", 15, mixed)
     for name, config, hardware, most_s in (
         ("8B config, h100x64, cold", "meta-llama--Meta-Llama-3.1-8B", "h100x64", 10),
         ("405B config, h100x16384, cold", "meta-llama--Meta-Llama-3.1-405B", "h100x16384", 20),

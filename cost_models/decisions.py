@@ -38,6 +38,8 @@ class Decisions:
     offload: pairs (what, tier). formats: pairs (group of layers' matmuls, format), in the order of
     `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the placements
     on tp that the per-op program chose, as (parameter or edge, words) pairs; empty where tp = 1.
+    parts: where the hardware has parts, (name, its pp ranks) of those that are used, in the order
+    of ranks; empty where it is of one kind.
     """
 
     pp: int = 1
@@ -62,6 +64,12 @@ class Decisions:
     formats: tuple[tuple[str, str], ...] = ()
     stages: tuple[int, ...] = ()
     recompute: tuple[tuple[int, int], ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def part_of_rank(self) -> tuple[str, ...]:
+        """The part that each pp rank lies on; empty where the hardware is of one kind."""
+        return tuple(name for name, ranks in self.parts for _ in range(ranks))
 
     @property
     def gpus(self) -> int:

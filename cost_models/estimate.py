@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.hardware import Cluster
+from cost_models.fleet import RULE, Hardware, used_parts
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
+from cost_models.mixed import MixedCosts, join, sides_of, together
 from cost_models.rank_ledger import (
     exposed_send_ps,
     levels_of,
@@ -41,7 +43,7 @@ DTYPE_OF_PRECISION = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp
 
 def estimate(
     graph: Graph,
-    cluster: Cluster,
+    hardware: Hardware,
     workload: Workload,
     decisions: Decisions,
     shardings: Mapping[str, Sharding],
@@ -50,10 +52,13 @@ def estimate(
 
     Raises PlanError where placements contradict the graph, UsageError for a missing format.
     """
-    costs = Costs(
-        graph=graph, cluster=cluster, workload=workload,
-        points=((decisions.micro_batch, decisions.cp),), compiled=decisions.compile,
-    )
+    points = ((decisions.micro_batch, decisions.cp),)
+    made = [
+        Costs(graph=graph, cluster=part, workload=workload, points=points,
+              compiled=decisions.compile)
+        for part in used_parts(hardware, decisions)
+    ]  # fmt: skip
+    costs = together(hardware, made)
     assignments = read_assignments(costs, decisions, shardings)
     return estimate_step(costs, costs.step(decisions, assignments), decisions)
 
@@ -86,7 +91,21 @@ def stage_problem(
     fixed_recompute: tuple[Pair, ...] | None = None,
     levels: tuple[str, ...] = LEVELS,
 ) -> StageProblem:
-    """What the stage solver needs to know of a mesh; the pins are `StageProblem`'s.
+    """What the stage solver needs to know of a mesh; the pins are `StageProblem`'s."""
+    def alone(costs: Costs, step: Step) -> StageProblem:
+        return _alike(costs, step, fixed_stages, fixed_recompute, levels)
+
+    if not isinstance(costs, MixedCosts):
+        return alone(costs, step)
+    steps = (replace(step, beside=()), *step.beside)
+    return join(costs, step, [alone(c, s) for c, s in zip(costs.sides, steps)])
+
+
+def _alike(
+    costs: Costs, step: Step, fixed_stages: tuple[int, ...] | None,
+    fixed_recompute: tuple[Pair, ...] | None, levels: tuple[str, ...],
+) -> StageProblem:  # fmt: skip
+    """The problem where all ranks are of one kind.
 
     What stands between two layers goes with the first of them, and is never recomputed.
     """
@@ -174,7 +193,10 @@ def _extra(step: Step, links: range, split: bool) -> Extra:
 
 def step_overhead(costs: Costs) -> tuple[int, float]:
     """(host picoseconds a step, jitter as a share of the step): both for any mesh."""
-    engine, gpus = costs.engine, costs.cluster.count
+    engine = costs.engine
+    gpus = sum(c.cluster.count for c in costs.sides) if isinstance(costs, MixedCosts) else (
+        costs.cluster.count
+    )  # fmt: skip
     doublings = max(0.0, math.log2(gpus / engine.jitter_from_gpus))
     return ps(engine.step_host_s), engine.jitter_per_doubling * doublings
 
@@ -193,25 +215,34 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     problem = stage_problem(costs, step)
     objective, memory, _ = evaluate(problem, d.stages, d.recompute)
     total = whole_step_ps(costs, objective)
-    breakdown = _breakdown(costs, step, problem, d, objective, total)
+    sides = sides_of(costs, step)
+    kinds = costs.sides if isinstance(costs, MixedCosts) else (costs,)
+    breakdown = _breakdown(costs, sides, problem, d, objective, total)
     ranks = tuple(
         RankLedger(
-            pp_rank=rank, parameters=_elements(step, problem, d, rank),
-            in_flight=_in_flight(step, problem, d, rank)[0],
-            memory_bytes=_memory(step, problem, d, rank, memory[rank]),
-            collectives=rank_collectives(costs, step, problem, d, rank),
+            pp_rank=rank, parameters=_elements(one, problem, d, rank),
+            in_flight=_in_flight(one, problem, d, rank)[0],
+            memory_bytes=_memory(one, problem, d, rank, memory[rank]),
+            collectives=rank_collectives(side, one, problem, d, rank),
+            capacity_bytes=side.cluster.device.memory_bytes if step.beside else None,
         )
-        for rank in range(d.pp)
+        for rank, (side, one) in enumerate(sides)
     )  # fmt: skip
     model = 3 * sum(step.row(i).model_flop for i in range(len(step.chain.links)))
+    dtype = DTYPE_OF_PRECISION[costs.workload.precision]
+    capacities = [side.cluster.device.memory_bytes for side, _ in sides]
+    left = [capacity - used for capacity, used in zip(capacities, memory)]
     return Estimate(
         step_time_ps=total, breakdown_ps=tuple(breakdown.items()),
-        error=costs.kernels.error(_is_moe(step)),
-        tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=costs.cluster.count,
+        error=max(side.kernels.error(_is_moe(step)) for side in kinds),
+        tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=d.gpus,
         model_flop=model * d.microbatches * d.dp, executed_flop=_executed(step, d),
-        peak_flop_per_s=costs.cluster.device.peak(DTYPE_OF_PRECISION[costs.workload.precision]),
-        capacity_bytes=costs.cluster.device.memory_bytes, ranks=ranks,
-        assumptions=_assumptions(costs, d),
+        peak_flop_per_s=fmean(side.cluster.device.peak(dtype) for side, _ in sides),
+        capacity_bytes=capacities[left.index(min(left))], ranks=ranks,
+        assumptions=tuple(dict.fromkeys([
+            *([RULE] if isinstance(costs, MixedCosts) and not costs.said else []),
+            *(note for side in kinds for note in _assumptions(side, d)),
+        ])),
     )  # fmt: skip
 
 
@@ -248,15 +279,16 @@ def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> d
 
 
 def _breakdown(
-    costs: Costs, step: Step, problem: StageProblem, d: Decisions, objective: int, total: int
+    costs: Costs, sides: Sequence[tuple[Costs, Step]], problem: StageProblem, d: Decisions,
+    objective: int, total: int,
 ) -> dict[str, int]:
     """Exposed time of the busiest rank by name; what it waits for sends is pp_comm, the rest of
     its idle time bubble; the parts sum to the step."""
-    by_rank = [_rank_parts(step, d, problem, r) for r in range(d.pp)]
-    sent = 2 * d.microbatches * d.virtual_stages * exposed_send_ps(costs, step, d)
+    by_rank = [_rank_parts(one, d, problem, r) for r, (_, one) in enumerate(sides)]
     busiest = max(range(d.pp), key=lambda r: (sum(by_rank[r].values()), -r))
+    sent = 2 * d.microbatches * d.virtual_stages * exposed_send_ps(*sides[busiest], d)
     parts = by_rank[busiest]
-    tails = [tail_parts(step, d, problem, r) for r in range(d.pp)]
+    tails = [tail_parts(one, d, problem, r) for r, (_, one) in enumerate(sides)]
     slowest = max(range(d.pp), key=lambda r: (sum(tails[r]), -r))
     reduce, update, offload = tails[slowest]
     busy = sum(parts.values()) + sent
@@ -278,7 +310,7 @@ def _breakdown(
 
 def _no_latency_ps(problem: StageProblem, d: Decisions) -> int:
     """The makespan if sends arrived at once."""
-    at_once = replace(problem, p2p_ps=0, slow_sends=())
+    at_once = replace(problem, p2p_ps=0, slow_sends=())  # ranks' own sends are not looked at
     return step_ps(at_once, d.stages, d.recompute) - tail_ps(at_once, d.stages)
 
 

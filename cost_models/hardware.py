@@ -189,7 +189,7 @@ _DEVICE_KEYS = {
     "memory_bandwidth_bytes_per_s": float, "peak_flop_per_s": dict, "power_w": float,
     "sm_count": int, "host_link_bytes_per_s": float,
 }  # fmt: skip
-_LINK_KEYS = {
+LINK_KEYS = {
     "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
 }  # fmt: skip
 _TIER_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
@@ -231,7 +231,7 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
     if levels:
         body["inter"] = _innermost(levels[0])
     links = [
-        Link(**table(body.pop(name), _LINK_KEYS, where, f"cluster.{name}."))
+        Link(**table(body.pop(name), LINK_KEYS, where, f"cluster.{name}."))
         for name in ("intra", "inter")
     ]
     for link in links:
@@ -334,6 +334,8 @@ def recognise(driver_name: str, memory_bytes: int) -> str | None:
 def _load_file(path: Path) -> Cluster:
     """A user's file: all keys, or `base` (a catalogue name) and the keys that differ; `count`."""
     raw = read_toml(path)
+    if "parts" in raw:
+        raise UsageError(f"{path.name} lists parts, and here one kind is meant", where=str(path))
     base, count = raw.pop("base", None), raw.pop("count", None)
     if count is None:
         raise UsageError("missing key count", where=str(path), why="the number of devices")
@@ -366,14 +368,17 @@ def describe(name: str) -> Cluster:
 
 
 def load_hardware(spec: str) -> Cluster:
-    """Read `NAMExCOUNT`, or a path that ends in .toml. Raises UsageError, saying what is near."""
-    if spec.endswith(".toml"):
+    """Read `NAMExCOUNT`, or a path that ends in .toml. Raises UsageError, saying what is near.
+
+    Sums and files of parts are `cost_models.fleet`'s.
+    """
+    if spec.endswith(".toml") and "+" not in spec:
         return _load_file(Path(spec))
     if "+" in spec:
         parts = [part.strip() for part in spec.split("+")]
         raise UsageError(
-            f"{spec} mixes devices; clusters of more than one kind are not planned yet",
-            hints=tuple(f"plan each alone: --hardware {part}" for part in parts),
+            f"{spec} mixes devices, and here one kind is meant",
+            hints=tuple(f"each alone: --hardware {part}" for part in parts),
         )
     if spec == "local":
         raise UsageError(

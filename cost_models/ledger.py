@@ -38,6 +38,7 @@ class RankLedger:
 
     parameters: elements of the units it runs, split over tp and experts, before the data ranks
     share them; in_flight: micro-batches whose activations it holds at the peak, by chunk.
+    capacity_bytes: what its GPU has, where ranks' GPUs are of several kinds.
     """
 
     pp_rank: int
@@ -45,6 +46,11 @@ class RankLedger:
     in_flight: tuple[int, ...]
     memory_bytes: tuple[tuple[str, int], ...]
     collectives: tuple[Collective, ...]
+    capacity_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(size for _, size in self.memory_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,8 @@ class Estimate:
 
     `breakdown_ps` has the keys of `BREAKDOWN` and sums to `step_time_ps`: exposed time of the
     busiest pp rank. `error` is the expected relative error. `model_flop` counts 6N + full
-    attention for the whole step and job, `executed_flop` what the devices run.
+    attention for the whole step and job, `executed_flop` what the devices run. peak_flop_per_s,
+    capacity_bytes: of a GPU; where these are of several kinds the mean, and the fullest rank's.
     """
 
     step_time_ps: int
@@ -74,11 +81,20 @@ class Estimate:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return max(sum(size for _, size in rank.memory_bytes) for rank in self.ranks)
+        """Of the fullest rank."""
+        return self.fullest.peak_bytes
+
+    def capacity_of(self, rank: RankLedger) -> int:
+        return self.capacity_bytes if rank.capacity_bytes is None else rank.capacity_bytes
+
+    @property
+    def fullest(self) -> RankLedger:
+        """The pp rank with the least memory left; the first of equals."""
+        return max(self.ranks, key=lambda rank: rank.peak_bytes - self.capacity_of(rank))
 
     @property
     def fits(self) -> bool:
-        return self.peak_memory_bytes <= self.capacity_bytes
+        return all(rank.peak_bytes <= self.capacity_of(rank) for rank in self.ranks)
 
     @property
     def model_flop_per_s_per_gpu(self) -> float:

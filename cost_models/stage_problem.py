@@ -7,6 +7,7 @@ layers compute everything again, the next `selective` in part, the rest nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,8 @@ class StageProblem:
     tail: what a rank does after its last backward, max(0, comm - hide) + own.
     fixed_recompute: one (full, selective) a stage, or a level for every layer, or (level, layers
     a stage); counts are cut to the stage, a negative one means all of its layers.
+    ranks: where ranks are not alike, of each the problem as if all were as it is, one object a
+    kind, kinds in a row; this one's numbers are then the least of theirs, its capacity the most.
     """
 
     schedule: str
@@ -73,6 +76,19 @@ class StageProblem:
     fixed_stages: tuple[int, ...] | None = None
     fixed_recompute: tuple[Pair, ...] | str | tuple[str, int] | None = None
     levels: tuple[str, ...] = LEVELS
+    ranks: tuple[StageProblem, ...] = ()
+
+    def at(self, rank: int) -> StageProblem:
+        """The problem as this rank has it."""
+        return self.ranks[rank] if self.ranks else self
+
+    @property
+    def sides(self) -> tuple[tuple[StageProblem, int], ...]:
+        """The kinds of ranks in order, each with how many there are."""
+        if not self.ranks:
+            return ((self, self.pp),)
+        return tuple((next(group), 1 + sum(1 for _ in group))
+                     for _, group in itertools.groupby(self.ranks, key=id))  # fmt: skip
 
     @property
     def layers(self) -> int:
@@ -170,9 +186,8 @@ def evaluate(
     assert len(stages) == len(recompute) == problem.count
     assert sum(stages) == problem.layers and min(stages) >= 1
     memory = rank_bytes(problem, stages, recompute)
-    return (
-        step_ps(problem, stages, recompute), memory, max(memory) <= problem.capacity_bytes
-    )  # fmt: skip
+    fits = all(used <= problem.at(r).capacity_bytes for r, used in enumerate(memory))
+    return step_ps(problem, stages, recompute), memory, fits
 
 
 def slow_of(problem: StageProblem) -> list[tuple[int, int]]:
@@ -191,19 +206,19 @@ def slow_of(problem: StageProblem) -> list[tuple[int, int]]:
 
 def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
     """The schedule simulated plus the longest tail of a rank."""
-    again = problem.recompute_ps
     forward: list[int] = []
     backward: list[int] = []
     weight: list[int] = []
     for k, (i, n, pair) in enumerate(zip(starts_of(stages), stages, recompute)):
         full, middle = i + pair[0], i + pair[0] + pair[1]
-        more = problem.extras(k)
-        forward.append(sum(problem.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
-                        + problem.rank_glue_forward_ps)  # fmt: skip
-        backward.append(sum(problem.input_grad_ps[i : i + n]) + problem.rank_glue_backward_ps
+        q = problem.at(problem.rank_of(k))
+        more, again = q.extras(k), q.recompute_ps
+        forward.append(sum(q.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
+                        + q.rank_glue_forward_ps)  # fmt: skip
+        backward.append(sum(q.input_grad_ps[i : i + n]) + q.rank_glue_backward_ps
                         + sum(again[0][i:full]) + sum(again[1][full:middle])
                         + sum(e.input_grad_ps for e in more))  # fmt: skip
-        weight.append(sum(problem.weight_grad_ps[i : i + n])
+        weight.append(sum(q.weight_grad_ps[i : i + n])
                         + sum(e.weight_grad_ps for e in more))  # fmt: skip
     slow = slow_of(problem)
     line = simulate(
@@ -220,12 +235,13 @@ def tail_ps(problem: StageProblem, stages: Sequence[int]) -> int:
     starts, longest = starts_of(stages), 0
     for rank in range(problem.pp):
         comm = own = 0
+        q = problem.at(rank)
         for k in problem.stages_of(rank):
             i, j = starts[k], starts[k] + stages[k]
-            comm += sum(problem.tail_comm_ps[i:j]) - sum(problem.tail_hide_ps[i:j])
-            own += sum(problem.tail_own_ps[i:j])
-            comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in problem.extras(k))
-            own += sum(e.tail_own_ps for e in problem.extras(k))
+            comm += sum(q.tail_comm_ps[i:j]) - sum(q.tail_hide_ps[i:j])
+            own += sum(q.tail_own_ps[i:j])
+            comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in q.extras(k))
+            own += sum(e.tail_own_ps for e in q.extras(k))
         longest = max(longest, max(0, comm) + own)
     return longest
 
@@ -236,16 +252,17 @@ def rank_bytes(
     """Bytes at the peak, per rank: constant, state, stash, working space, gathered units."""
     starts, found = starts_of(stages), []
     for rank in range(problem.pp):
-        state, working, gathered, held = problem.constant_bytes, 0, 0, []
+        q = problem.at(rank)
+        state, working, gathered, held = q.constant_bytes, 0, 0, []
         for k in problem.stages_of(rank):
             act = 0
             for place in range(stages[k]):
                 layer, level = starts[k] + place, _level(recompute[k], place)
-                act += problem.activation_bytes[level][layer]
-                working = max(working, problem.working_bytes[level][layer])
-                gathered = max(gathered, problem.gathered_bytes[layer])
-                state += problem.state_bytes[layer]
-            for e in problem.extras(k):
+                act += q.activation_bytes[level][layer]
+                working = max(working, q.working_bytes[level][layer])
+                gathered = max(gathered, q.gathered_bytes[layer])
+                state += q.state_bytes[layer]
+            for e in q.extras(k):
                 act += e.activation_bytes
                 working = max(working, e.working_bytes)
                 gathered = max(gathered, e.gathered_bytes)
@@ -276,11 +293,12 @@ class Nearest:
         cls, problem: StageProblem, stages: tuple[int, ...], recompute: tuple[Pair, ...]
     ) -> Nearest:
         memory = rank_bytes(problem, stages, recompute)
-        rank = memory.index(max(memory))
+        over = [used - problem.at(r).capacity_bytes for r, used in enumerate(memory)]
+        rank = over.index(max(over))
         return cls(
             stages=stages, recompute=recompute, peak_bytes=memory, rank=rank,
             stage=max(problem.stages_of(rank), key=lambda k: stages[k]),
-            overflow_bytes=max(memory) - problem.capacity_bytes,
+            overflow_bytes=over[rank],
         )  # fmt: skip
 
 

@@ -53,7 +53,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """All rows of one mesh: `rows` by kind of link, `kinds` the row of each link in order."""
+    """All rows of one mesh: `rows` by kind of link, `kinds` the row of each link in order.
+
+    beside: where the pipeline goes over several kinds of GPUs, the mesh's steps on the others.
+    """
 
     chain: Chain
     decisions: Decisions
@@ -65,6 +68,7 @@ class Step:
     slow_sends: tuple[tuple[int, int], ...] = ()  # StageProblem's
     reserved: tuple[tuple[str, int], ...]  # context, workspace, comm_buffers, buffers: bytes
     fragmentation: float
+    beside: tuple[Step, ...] = ()
 
     def wide(self, size_bytes: int) -> int:
         """Bytes with what the allocator loses around them."""

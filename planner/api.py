@@ -35,22 +35,23 @@ def trace(
     expert_imbalance.
     Raises as `plan trace` fails: PlanError, UsageError, InfeasibleError.
     """
-    from cost_models.hardware import load_hardware
+    from cost_models.fleet import load_any
     from ir.capture import capture_graph
     from ir.capture.module import source_of
     from planner.decisions import parse_pins
+    from planner.objectives import plan_for
     from planner.options import TraceOptions
-    from planner.tracing import Clock, plan_graph
+    from planner.tracing import Clock
     from planner.workload import Asked, precision_of
 
-    cluster, asked = load_hardware(hardware), Asked(**workload)
-    precision, _ = precision_of(asked, cluster)
+    found, asked = load_any(hardware), Asked(**workload)
+    precision, _ = precision_of(asked, found)
     source = source_of(model, inputs, loss, max_seq_len)
     options = TraceOptions(
         model=source.name, hardware=hardware, pins=parse_pins(fix), asked=asked, cache=False
     )
     graph = capture_graph(source, precision=precision)
-    return plan_graph(graph, options, cluster, Clock()).plan
+    return plan_for(graph, options, found, Clock()).plan
 
 
 def load(path: str | Path) -> Plan:

@@ -48,7 +48,8 @@ class Through:
     relief_s_per_byte: the least time that recomputation takes for a byte it frees, of any layer
     and level. freed: all that recomputation can free: [piece, (bytes, seconds a byte), point],
     the cheapest piece first. working: the least that any choice uses. layers: the commonest kind;
-    first, last: (seconds, bytes kept) before the first layer and behind the last.
+    first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s: one
+    link of each kind.
     """
 
     step_s: Floats
@@ -64,6 +65,7 @@ class Through:
     layer: Layers
     first: tuple[Floats, Floats]
     last: tuple[Floats, Floats]
+    kinds_s: tuple[Floats, ...]
 
 
 def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Through:
@@ -125,6 +127,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
         again_s=(again[0], again[1]), relief_s_per_byte=relief, freed=pieces, working=working,
         least_working=least_working, common=common, layer=layers[common],
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
+        kinds_s=tuple(one for one, _ in each),
     )  # fmt: skip
 
 

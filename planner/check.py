@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cost_models.decisions import Decisions
+from cost_models.fleet import Fleet, Hardware, used_parts
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
-from ir.errors import GateError, InfeasibleError, PlanError
+from ir.errors import GateError, InfeasibleError, PlanError, UsageError
 from ir.graph import Graph, Unit
 from planner.legality import inconsistent
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
@@ -22,10 +24,20 @@ class Checked:
     """
 
     plan: Plan
-    cluster: Cluster
+    hardware: Hardware
     estimate: Estimate
     inputs: tuple[tuple[str, str, str], ...]
     stale: bool
+
+    @property
+    def cluster(self) -> Cluster:
+        """Hardware of one kind. Raises UsageError where it has parts."""
+        if isinstance(self.hardware, Fleet):
+            raise UsageError(
+                f"the plan is for {self.plan.hardware}, and this is for hardware of one kind",
+                hints=("plan show, check and diff take any plan",),
+            )
+        return self.hardware
 
     @property
     def moved(self) -> tuple[str, ...]:
@@ -42,27 +54,46 @@ class Checked:
 
 def examine(plan: Plan, folder: Path) -> Checked:
     """Re-cost a plan. Raises PlanError where its decisions contradict its hardware."""
-    cluster = load_cluster(plan, folder)
-    reason = inconsistent(plan.decisions, plan.workload, gpus=cluster.count)
+    hardware, d = load_cluster(plan, folder), plan.decisions
+    reason = fault_of_parts(d, hardware)
+    if not isinstance(hardware, Fleet):
+        reason = reason or inconsistent(d, plan.workload, gpus=hardware.count)
     if reason:
         raise PlanError(f"the plan contradicts its hardware {plan.hardware}: {reason}")
-    for word in (plan.workload.precision, *dict(plan.decisions.formats).values()):
-        cluster.device.peak(word)
-    for _, tier in plan.decisions.offload:
-        cluster.tier(tier)
-    estimate = recost(plan, cluster)
+    for part in used_parts(hardware, d):
+        for word in (plan.workload.precision, *dict(d.formats).values()):
+            part.device.peak(word)
+        for _, tier in d.offload:
+            part.tier(tier)
+    estimate = recost(plan, hardware)
     pairs = (
-        (f"hardware {plan.hardware}", plan.hardware_hash, cluster.digest),
-        ("cost constants", plan.constants_hash, constants_hash(cluster)),
+        (f"hardware {plan.hardware}", plan.hardware_hash, hardware.digest),
+        ("cost constants", plan.constants_hash, constants_hash(hardware)),
     )
     found = (step_time_us(estimate), estimate.peak_memory_bytes)
     return Checked(
         plan=plan,
-        cluster=cluster,
+        hardware=hardware,
         estimate=estimate,
         inputs=tuple(pair for pair in pairs if pair[1] != pair[2]),
         stale=found != (plan.step_time_us, plan.peak_memory_bytes),
     )
+
+
+def fault_of_parts(d: Decisions, hardware: Hardware) -> str | None:
+    """Why a plan's stages do not lie on the hardware's parts, or None."""
+    if not isinstance(hardware, Fleet):
+        return "its stages name parts, and the hardware has none" if d.parts else None
+    if not d.parts:
+        return "its stages name no parts"
+    each = d.dp * d.cp * d.tp
+    for name, ranks in d.parts:
+        found = next((part for part in hardware.parts if part.name == name), None)
+        if found is None:
+            return f"it has no part {name}"
+        if found.count != ranks * each:
+            return f"{ranks} stages of {each} GPUs lie on {found.spec}"
+    return None
 
 
 def require_fit(checked: Checked) -> None:
@@ -70,7 +101,7 @@ def require_fit(checked: Checked) -> None:
     estimate = checked.estimate
     if estimate.fits:
         return
-    rank = max(estimate.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    rank = estimate.fullest
     items = sorted(rank.memory_bytes, key=lambda item: -item[1])
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in items if size >= 5e7)
     raise InfeasibleError(
@@ -119,8 +150,8 @@ def updated(checked: Checked) -> Plan:
     us = step_time_us(checked.estimate)
     return replace(
         checked.plan,
-        hardware_hash=checked.cluster.digest,
-        constants_hash=constants_hash(checked.cluster),
+        hardware_hash=checked.hardware.digest,
+        constants_hash=constants_hash(checked.hardware),
         step_time_us=us,
         peak_memory_bytes=checked.estimate.peak_memory_bytes,
         solver=Solver(),

@@ -189,6 +189,7 @@ def _stage_words(plan: Plan) -> dict[str, str]:
     """Where each unit runs and what is computed again, by module path."""
     words = {
         path: f"pp rank {record['pp_rank']}, stage {record['stage']}"
+        + (f" on {record['part']}" if "part" in record else "")
         for record in stage_records(plan.decisions, plan.graph)
         for path in expand_text(record["units"])
     }

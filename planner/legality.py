@@ -261,6 +261,10 @@ def inconsistent(
         (len(d.stages) == count, f"{len(d.stages)} stages, but pp*virtual_stages is {count}"),
         (layers in (None, sum(d.stages)),
          f"the stages hold {sum(d.stages)} layers, the model has {layers}"),
+        (not d.parts or sum(n for _, n in d.parts) == d.pp,
+         f"parts have {sum(n for _, n in d.parts)} pipeline ranks, pp is {d.pp}"),
+        (len(d.parts) < 2 or d.virtual_stages == d.dp_outer == 1,
+         "over several kinds of GPUs a rank has one stage, and dp lies inside the pipeline"),
         (len(d.recompute) in (0, count), f"recompute of {len(d.recompute)} stages of {count}"),
     )  # fmt: skip
     return next((reason for holds, reason in checks if not holds), None)

@@ -106,11 +106,18 @@ def _choices(pinned: int | None, found: tuple[int, ...]) -> tuple[int, ...]:
 
 def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> Iterator[Mesh]:
     """Every candidate that the pins, the model and the cluster allow, in a fixed order."""
-    facts, gpus = facts_of(chain), cluster.count
+    return laid_out(chain, cluster.count, cluster.domain_ranks, workload, pins)
+
+
+def laid_out(
+    chain: Chain, gpus: int, domain_ranks: int, workload: Workload, pins: Pins
+) -> Iterator[Mesh]:
+    """Every candidate on so many GPUs, tp inside a domain of so many unless pinned."""
+    facts = facts_of(chain)
     most_pp = 1 if facts.pipeline_reason else facts.layers
     tps = _choices(pins.tp, tuple(
         t for t in divisors(gpus)
-        if t == 1 or (t <= cluster.domain_ranks and splits_something(chain, t))
+        if t == 1 or (t <= domain_ranks and splits_something(chain, t))
     ))  # fmt: skip
     cps = _choices(pins.cp, tuple(
         c for c in divisors(gpus)

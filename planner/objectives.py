@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from cost_models.hardware import Cluster, catalogue, load_hardware
+from cost_models.fleet import Fleet, Hardware, load_any
+from cost_models.hardware import Cluster, catalogue
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.charges import charges, charges_said
+from planner.fleet_planning import plan_fleet
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
@@ -31,26 +33,26 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
     """
     clock = Clock()
     echo: tuple[str, ...] = ()
-    cluster = load_hardware(options.hardware)
+    hardware = load_any(options.hardware)
     base = load(options.base) if options.base else None
     if base is not None:
         asked, echo = inherit(options.asked, base.workload, options.base)
         options = replace(options, asked=asked, old=base)
     if base is None or options.model:
-        graph = capture(options, cluster, clock, progress)
+        graph = capture(options, hardware, clock, progress)
     else:
         graph = base.graph
-        if precision_of(options.asked, cluster)[0] != base.workload.precision:
+        if precision_of(options.asked, hardware)[0] != base.workload.precision:
             raise UsageError(f"{options.base} was traced in {base.workload.precision}",
                              hints=("name the model to trace it anew",))  # fmt: skip
-    result = plan_within(graph, options, cluster, clock, progress)
+    result = plan_within(graph, options, hardware, clock, progress)
     return replace(result, echo=(*echo, *result.echo))
 
 
 def plan_within(
     graph: Graph,
     options: TraceOptions,
-    cluster: Cluster,
+    hardware: Hardware,
     clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:
@@ -59,7 +61,7 @@ def plan_within(
     A batch that no plan divides or fits is left out; the first fault is raised if all are.
     """
     if not options.batches and not options.seq_lens:
-        return plan_for(graph, options, cluster, clock, progress)
+        return plan_for(graph, options, hardware, clock, progress)
     if options.objective in ("memory", "gpus"):
         raise UsageError(f"--objective {options.objective} is for one batch and one length",
                          hints=("a range is searched for time, cost or energy",))  # fmt: skip
@@ -70,7 +72,7 @@ def plan_within(
     for batch, seq_len in pairs:
         asked = replace(options.asked, global_batch=batch, seq_len=seq_len)
         try:
-            found = plan_for(graph, replace(options, asked=asked), cluster, clock, progress)
+            found = plan_for(graph, replace(options, asked=asked), hardware, clock, progress)
         except (UsageError, InfeasibleError) as raised:
             fault = fault or raised
             continue
@@ -93,11 +95,24 @@ def _tokens_per_s(found: TraceResult) -> float:
 def plan_for(
     graph: Graph,
     options: TraceOptions,
-    cluster: Cluster,
+    hardware: Hardware,
     clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:
-    """Plan a graph for the objective of the options, within their limits.
+    """Plan a graph for the objective of the options, within their limits. Raises as `run` does."""
+    if isinstance(hardware, Fleet):
+        return plan_fleet(graph, options, hardware, clock, progress)
+    return _of_one_kind(graph, options, hardware, clock, progress)
+
+
+def _of_one_kind(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    clock: Clock,
+    progress: Progress | None,
+) -> TraceResult:
+    """The plan of one cluster, or of fewer of its GPUs.
 
     Below --max-gpus the counts of `plan size` are tried, the most first, the batch being that of
     the whole cluster. Raises as `run` does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.hardware import Cluster, load_hardware
+from cost_models.fleet import Hardware, load_any, parts_of
 from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
 from ir.graph import Graph
@@ -76,30 +77,37 @@ class Plan:
 
 def hardware_name(spec: str) -> str:
     """The hardware's name as a plan keeps it: a file's path relative, never absolute."""
+    if "+" in spec:
+        return "+".join(hardware_name(part.strip()) for part in spec.split("+"))
     if not spec.endswith(".toml"):
         return spec.lower()
     path = os.path.relpath(spec)
     return Path(spec).name if path.startswith("..") else Path(path).as_posix()
 
 
-def load_cluster(plan: Plan, folder: Path) -> Cluster:
+def load_cluster(plan: Plan, folder: Path) -> Hardware:
     """The plan's hardware as it is today; a file is sought here, then beside the plan."""
-    spec = plan.hardware
-    beside = folder / spec
-    if spec.endswith(".toml") and not Path(spec).exists() and beside.exists():
-        spec = str(beside)
+
+    def found(spec: str) -> str:
+        beside = folder / spec
+        near = spec.endswith(".toml") and not Path(spec).exists() and beside.exists()
+        return str(beside) if near else spec
+
     try:
-        return load_hardware(spec)
+        return load_any("+".join(found(spec) for spec in plan.hardware.split("+")))
     except UsageError as fault:
         raise PlanError(f"the plan's hardware {plan.hardware!r} cannot be read: {fault.what}",
                         where=fault.where, why=fault.why, hints=fault.hints) from fault  # fmt: skip
 
 
-def constants_hash(cluster: Cluster) -> str:
+def constants_hash(hardware: Hardware) -> str:
     """The hash of today's cost constants for that hardware."""
     from cost_models.constants_table import load_constants
 
-    return load_constants(cluster.device.constants).digest
+    digests = [load_constants(part.device.constants).digest for part in parts_of(hardware)]
+    if len(digests) == 1:
+        return digests[0]
+    return "sha256:" + hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def step_time_us(estimate: Estimate) -> int:
@@ -110,7 +118,7 @@ def step_time_us(estimate: Estimate) -> int:
 def make_plan(
     graph: Graph,
     spec: str,
-    cluster: Cluster,
+    hardware: Hardware,
     workload: Workload,
     decisions: Decisions,
     shardings: Mapping[str, Sharding],
@@ -124,8 +132,8 @@ def make_plan(
         graph=graph,
         graph_hash=graph_hash(format_graph(graph)),
         hardware=hardware_name(spec),
-        hardware_hash=cluster.digest,
-        constants_hash=constants_hash(cluster),
+        hardware_hash=hardware.digest,
+        constants_hash=constants_hash(hardware),
         workload=workload,
         decisions=decisions,
         shardings=tuple(shardings.items()) if decisions.tp > 1 else (),
@@ -135,12 +143,12 @@ def make_plan(
     )
 
 
-def recost(plan: Plan, cluster: Cluster) -> Estimate:
+def recost(plan: Plan, hardware: Hardware) -> Estimate:
     """Estimate the plan's decisions with today's hardware data and constants."""
     from cost_models.estimate import estimate
 
     found: Estimate = estimate(
-        plan.graph, cluster, plan.workload, plan.decisions, plan.sharding_by_unit
+        plan.graph, hardware, plan.workload, plan.decisions, plan.sharding_by_unit
     )
     return found
 

@@ -6,6 +6,7 @@ and raises PlanError with the path of what is wrong.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -91,14 +92,12 @@ def stage_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]]:
     """Which units each global stage runs."""
     from planner.chain import stage_units
 
-    return [
-        {
-            "stage": stage,
-            "pp_rank": rank_of(decisions.schedule, decisions.pp, stage),
-            "units": fold_text(units),
-        }
-        for stage, units in enumerate(stage_units(graph, decisions.stages))
-    ]
+    found, parts = [], decisions.part_of_rank
+    for stage, units in enumerate(stage_units(graph, decisions.stages)):
+        rank = rank_of(decisions.schedule, decisions.pp, stage)
+        part = {"part": parts[rank]} if parts else {}
+        found.append({"stage": stage, "pp_rank": rank, **part, "units": fold_text(units)})
+    return found
 
 
 def recompute_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]]:
@@ -146,6 +145,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     decisions = decisions_from_json(
         _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
     )
+    decisions = replace(decisions, parts=_parts(raw))
     _check_decisions(decisions, workload, raw)
     _check_formats(decisions, workload, graph)
     estimate = _object(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
@@ -278,9 +278,15 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
         raise PlanError("stages is not a list of objects")
     layers, units = frozenset(layer_paths(graph)), []
     for index, row in enumerate(rows):
-        if sorted(row) != ["pp_rank", "stage", "units"] or not isinstance(row["units"], str):
+        words = [value for key, value in row.items() if key in ("part", "units")]
+        if (
+            sorted(row.keys() - {"part"}) != ["pp_rank", "stage", "units"]
+            or not all(isinstance(word, str) for word in words)
+            or ("part" in row) != ("part" in rows[0])
+        ):
             raise PlanError(f"stages[{index}] is {json.dumps(row)}",
-                            why="expected stage, pp_rank and units")  # fmt: skip
+                            why="expected stage, pp_rank and units; on hardware with parts, the"
+                            " part of each")  # fmt: skip
         units.append(expand_text(row["units"]))
     counts = tuple(sum(path in layers for path in paths) for paths in units)
     known = [path for paths in stage_units(graph, (len(layers),)) for path in paths]
@@ -299,6 +305,23 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
                 why=f"in the model's order it would hold {fold_text(expected)}",
             )
     return counts
+
+
+def _parts(raw: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The parts that the stages lie on and their pp ranks; none where the hardware has none."""
+    of_rank: dict[int, str] = {}
+    for index, row in enumerate(raw["stages"]):
+        rank, part = row["pp_rank"], row.get("part")
+        if not isinstance(rank, int):
+            return ()  # `_check_decisions` says so
+        if part is not None and of_rank.setdefault(rank, part) != part:
+            raise PlanError(f"stages[{index}] puts pp_rank {rank} on {part}",
+                            why=f"an earlier stage puts it on {of_rank[rank]}")  # fmt: skip
+    names = [of_rank[rank] for rank in sorted(of_rank)]
+    runs = [(name, sum(1 for _ in run)) for name, run in itertools.groupby(names)]
+    if len({name for name, _ in runs}) < len(runs):
+        raise PlanError("stages go back to a part that they left", why=" ".join(names))
+    return tuple(runs)
 
 
 def _recompute(

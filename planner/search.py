@@ -18,7 +18,7 @@ from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.step import Assignments, Step
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
-from planner.mesh import Mesh, meshes
+from planner.mesh import Mesh
 from planner.room import least_bytes, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
@@ -142,9 +142,7 @@ class Searcher(Space):
     def run(self, incumbent: Tried | None = None) -> Outcome:
         """Most promising first, by guess; bounds prune. Every mesh is tried under every choice of
         formats. incumbent: a plan of the space."""
-        costs = self.costs
-        found = meshes(costs.chain, costs.cluster, costs.workload, self.pins)
-        runs = [m for m in found if self.runs(m)]
+        runs = [m for m in self.meshes() if self.runs(m)]
         spaces = [replace(self, formats=way) for way in self.format_ways()]
         candidates = [(space, m) for space in spaces for m in runs]
         out = Outcome(best=incumbent, meshes=len(candidates))
@@ -257,10 +255,11 @@ class Searcher(Space):
 
     def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
         """Whether a state may fit; where none was found that does, the closest are kept."""
-        again, capacity = self.pins.recompute, self.costs.cluster.device.memory_bytes
+        again, capacity = self.pins.recompute, self.capacity_bytes
         recomputes = again is None or any((*again.full, *again.selective))
-        self._over[_state_key(d)] = state_bytes(step) > capacity
-        least = least_bytes(step, recomputes=recomputes)
+        steps = (step, *step.beside)
+        self._over[_state_key(d)] = min(map(state_bytes, steps)) > capacity
+        least = min(least_bytes(one, recomputes=recomputes) for one in steps)
         if least > capacity and out.best is None:
             out.closest = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
             del out.closest[CLOSEST:]
@@ -294,7 +293,8 @@ def _nearer(old: Misfit | None, new: Misfit) -> Misfit:
 
 def _profile(step: Step) -> tuple[int, ...]:
     """What a variant costs and holds, each number better when smaller."""
-    numbers: list[int] = [sum(size for _, size in step.reserved), step.p2p_ps]
+    numbers: list[int] = [n for one in step.beside for n in _profile(one)]
+    numbers += [sum(size for _, size in step.reserved), step.p2p_ps]
     slow = step.slow_sends or ((0, 0),) * step.decisions.pp
     numbers += [number for boundary in slow for number in boundary]
     for r in step.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -130,6 +130,7 @@ def _head(plan: Plan) -> list[str]:
             f"batch {length}, {w.precision}{allowed}, {w.optimizer}, {w.engine}{skew}",
         ),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
+        *([_row("parts", _parts(plan))] if d.parts else []),
         _row("steps", f"micro-batches {d.microbatches} x {d.micro_batch}, {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
     ]
@@ -141,10 +142,27 @@ def _mesh(plan: Plan) -> list[tuple[str, int]]:
     return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp), *experts]
 
 
+def _parts(plan: Plan) -> str:
+    """Which GPUs run which stages, where the hardware is of several kinds."""
+    d, at, words = plan.decisions, 0, []
+    for name, ranks in d.parts:
+        gpus = ranks * d.dp * d.cp * d.tp
+        here = f"stages {at} to {at + ranks - 1}" if ranks > 1 else f"stage {at}"
+        words.append(f"{gpus} {name}: {here if len(d.parts) > 1 else 'all stages'}")
+        at += ranks
+    return "; ".join(words) + ("" if len(d.parts) > 1 else "; all others idle")
+
+
+def _stage_words(record: Mapping[str, Any]) -> str:
+    """A stage, where it runs and what."""
+    part = f", {record['part']}" if "part" in record else ""
+    return f"stage {record['stage']} (pp rank {record['pp_rank']}{part}): {record['units']}"
+
+
 def _stages(plan: Plan) -> list[str]:
     """Stages with their layers; the middle ones left out where there are many."""
     records = stage_records(plan.decisions, plan.graph)
-    rows = [f"stage {r['stage']} (pp rank {r['pp_rank']}): {r['units']}" for r in records]
+    rows = [_stage_words(record) for record in records]
     if len(rows) > MOST_STAGES:
         left = len(rows) - MOST_STAGES + 1
         half = (MOST_STAGES - 1) // 2
@@ -155,8 +173,8 @@ def _stages(plan: Plan) -> list[str]:
 
 def _memory(e: Estimate) -> list[str]:
     """The fullest rank's memory by name, as bars against the capacity."""
-    rank = fullest(e)
-    total = sum(size for _, size in rank.memory_bytes)
+    rank = e.fullest
+    total = rank.peak_bytes
     share = total / e.capacity_bytes
     head = f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
     lines = [head + f"{format_bytes(e.capacity_bytes)} ({share:.0%})"]
@@ -178,11 +196,6 @@ def _arithmetic(rank: RankLedger) -> str:
         f"  {format_count(rank.parameters)} params x ({' + '.join(each)}) bytes of weights,"
         " gradients, optimizer"
     )
-
-
-def fullest(e: Estimate) -> RankLedger:
-    """The pp rank that holds most; the first of equals."""
-    return max(e.ranks, key=lambda rank: sum(size for _, size in rank.memory_bytes))
 
 
 def _time(e: Estimate, has_tokens: bool) -> list[str]:
@@ -243,8 +256,7 @@ def layers_text(plan: Plan) -> str:
     groups: dict[str, list[str]] = {}
     for name, placement in placements(plan.sharding_by_unit, plan.graph).items():
         groups.setdefault(placement, []).append(name)
-    lines = [f"stage {r['stage']} (pp rank {r['pp_rank']}): {r['units']}"
-             for r in stage_records(plan.decisions, plan.graph)]  # fmt: skip
+    lines = [_stage_words(r) for r in stage_records(plan.decisions, plan.graph)]
     lines += [f"recompute {r['recompute']}: {r['units']}"
               for r in recompute_records(plan.decisions, plan.graph)]  # fmt: skip
     for placement, names in groups.items():
@@ -261,7 +273,7 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
         raise UsageError(f"--stage {stage}: there are stages 0 to {len(d.stages) - 1}")
     full, selective = d.recompute[stage] if d.recompute else (0, 0)
     rank = e.ranks[rank_of(d.schedule, d.pp, stage)]
-    total = sum(size for _, size in rank.memory_bytes)
+    total, capacity = rank.peak_bytes, e.capacity_of(rank)
     moved = sorted(rank.collectives, key=lambda c: (-c.exposed_s, c.kind, c.where))
     return "\n".join(
         [
@@ -270,9 +282,9 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
             _row("recompute", f"{full} layers in full, {selective} in part"),
             "",
             f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
-            f"{format_bytes(e.capacity_bytes)}",
+            f"{format_bytes(capacity)}",
             *(
-                _bar(name, format_bytes(size), size / e.capacity_bytes)
+                _bar(name, format_bytes(size), size / capacity)
                 for name, size in rank.memory_bytes
                 if size
             ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from cost_models.collectives import quickest
 from cost_models.constants_table import load_constants
+from cost_models.fleet import RULE, Fleet, Hardware
 from cost_models.hardware import Cluster, aliases, catalogue, describe
 from cost_models.units import (
     format_bytes,
@@ -58,6 +59,31 @@ def _wrapped(text: str, indent: int = 0) -> list[str]:
         text, COLUMNS, subsequent_indent=" " * indent, break_on_hyphens=False,
         break_long_words=False,
     )  # fmt: skip
+
+
+def hardware_text(hardware: Hardware) -> str:
+    """A cluster, or the parts of several kinds and what joins them."""
+    if not isinstance(hardware, Fleet):
+        return cluster_text(hardware)
+    link = hardware.between
+    between = RULE if link is None else (
+        f"{link.name}, {format_bytes_per_s(link.bytes_per_s)} a GPU and direction,"
+        f" {link.efficiency:.0%} of it reached, {format_seconds(link.latency_s)}"
+    )  # fmt: skip
+    lines = [hardware.spec, *_wrapped(f"  {'between':10}{between}", 12)]
+    return "\n".join([*lines, *(f"\n{cluster_text(part)}" for part in hardware.parts)])
+
+
+def hardware_json(hardware: Hardware) -> dict[str, Any]:
+    """The hardware's values, base units, under their names; parts, where there are several."""
+    if not isinstance(hardware, Fleet):
+        return cluster_json(hardware)
+    link = hardware.between
+    return {
+        "schema": "hardware/1", "spec": hardware.spec, "digest": hardware.digest,
+        "name": hardware.name, "parts": [cluster_json(part) for part in hardware.parts],
+        "between": None if link is None else asdict(link),
+    }  # fmt: skip
 
 
 def cluster_text(c: Cluster) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.formats import Formats
+from cost_models.hardware import Cluster
 from cost_models.layout import expert_parameters, placement
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.stage_problem import StageProblem
@@ -22,7 +23,7 @@ from ir.graph import Unit, full_name
 from planner.decisions import Pins
 from planner.formats import format_ways
 from planner.legality import illegal
-from planner.mesh import Mesh, divisors, outside
+from planner.mesh import Mesh, divisors, meshes, outside
 from planner.names import matches
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
@@ -84,6 +85,21 @@ class Space:
         """Every choice of formats, of which each is searched by itself."""
         return format_ways(self.costs.graph, self.costs.workload, self.pins.formats)
 
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """What the plans lie on."""
+        return (self.costs.cluster,)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The most memory that a GPU has."""
+        return max(cluster.device.memory_bytes for cluster in self.clusters)
+
+    def meshes(self) -> Iterator[Mesh]:
+        """Every candidate that the pins, the model and the hardware allow."""
+        costs = self.costs
+        return meshes(costs.chain, costs.cluster, costs.workload, self.pins)
+
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         """Every way to hold a mesh's state that the table allows, simplest first."""
         pins, engine = self.pins, self.costs.engine
@@ -139,10 +155,11 @@ class Space:
             return (self.pins.shard,) if self.pins.shard in nested else ()
         if zero == 0:
             return (1,)
-        cluster = self.costs.cluster
-        inside = max(1, cluster.domain_ranks // mesh.tp)
-        spreads = {inside * k for k in SHARD_SPREADS}
-        spreads |= {cluster.spans[-2] // mesh.tp}
+        spreads: set[int] = set()
+        for cluster in self.clusters:
+            inside = max(1, cluster.domain_ranks // mesh.tp)
+            spreads |= {inside * k for k in SHARD_SPREADS}
+            spreads |= {cluster.spans[-2] // mesh.tp}
         if outer > 1:  # laid apart to keep shards together, or where no shards are apart
             spreads = {near}
         return tuple(s for s in nested if s == ranks or s in spreads)
@@ -150,7 +167,7 @@ class Space:
     def _offloads(self) -> tuple[tuple[tuple[str, str], ...], ...]:
         if self.pins.offload is not None:
             return (self.pins.offload,)
-        tiers = [t.name for t in self.costs.cluster.tiers]
+        tiers = set.intersection(*({t.name for t in c.tiers} for c in self.clusters))
         return ((), (("optimizer", "cpu"),)) if "cpu" in tiers else ((),)
 
     @functools.cached_property

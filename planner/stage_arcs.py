@@ -5,8 +5,8 @@ Of each arc the times, and the least recompute time by which its rank fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cost_models.stage_problem import Pair, StageProblem, allowed_pairs, pinned_
 
 INF = 1 << 60
 Array = Any  # of int64, or of bool
+Rows = tuple[tuple[int, ...], ...]  # by level, of every layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +38,13 @@ class Windows:
         self._class = tuple(names.setdefault(row, len(names)) for row in rows)
         self._rows = np.array(rows, dtype=np.int64).T
         self._found: dict[tuple[tuple[int, ...], Pair | None], Options] = {}
+        self._sides: tuple[Windows, ...] = ()  # of each rank, where they are not alike
+        if p.ranks:
+            self._sides = tuple(w for q, n in p.sides for w in (Windows(q),) * n)
 
     def options(self, stage: int, start: int, count: int) -> Options:
+        if self._sides:
+            return self._sides[stage].options(stage, start, count)
         pin = pinned_pair(self.problem, stage, count)
         key = self._class[start : start + count], pin
         if key not in self._found:
@@ -93,7 +99,8 @@ def _most(rows: Array, selective: bool) -> tuple[Array, Array, Array]:
 class Arcs:
     """All arcs, [stage, first layer, layers - 1]: times per micro-batch, INF where none fits.
 
-    least_bytes: the rank needs so many at least; INF where the arc cannot be.
+    least_bytes: the rank needs so many at least, with what its capacity is below the most of any;
+    INF where the arc cannot be.
     pick: index into the allowed pairs, the least extra time that fits.
     """
 
@@ -129,19 +136,24 @@ def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool =
         cuts = np.concatenate(([0], np.cumsum(p.fixed_stages)))
         exists &= (start == cuts[:-1, None, None]) & (end == cuts[1:, None, None])
 
-    def summed(values: tuple[int, ...], name: str, glue: int = 0) -> Array:
-        sums = _prefix(values)
-        table = np.broadcast_to(sums[inside] - sums[start] + glue, (S, L, most)).copy()
-        table[0] += getattr(p.first, name)
-        table[-1] += getattr(p.last, name)
+    def summed(name: str, glue: str = "") -> Array:
+        """Of each arc the sum of its layers', by what its rank has of them, and its extras'."""
+        table, at = np.empty((S, L, most), dtype=np.int64), 0
+        for q, count in p.sides:
+            sums = _prefix(getattr(q, name))
+            beside = getattr(q, glue) if glue else 0
+            table[at : at + count] = sums[inside] - sums[start] + beside
+            at += count
+        table[0] += getattr(p.at(0).first, name)
+        table[-1] += getattr(p.at(S - 1).last, name)
         return table
 
-    forward = summed(p.forward_ps, "forward_ps", p.rank_glue_forward_ps)
-    backward = summed(p.input_grad_ps, "input_grad_ps", p.rank_glue_backward_ps)
-    weight = summed(p.weight_grad_ps, "weight_grad_ps")
-    comm = summed(p.tail_comm_ps, "tail_comm_ps") - summed(p.tail_hide_ps, "tail_hide_ps")
-    tail = np.maximum(comm, 0) + summed(p.tail_own_ps, "tail_own_ps")
-    fixed = summed(p.state_bytes, "state_bytes", p.constant_bytes)
+    forward = summed("forward_ps", "rank_glue_forward_ps")
+    backward = summed("input_grad_ps", "rank_glue_backward_ps")
+    weight = summed("weight_grad_ps")
+    comm = summed("tail_comm_ps") - summed("tail_hide_ps")
+    tail = np.maximum(comm, 0) + summed("tail_own_ps")
+    fixed = summed("state_bytes", "constant_bytes")
     extra, least, pick = _recompute(problem, windows if priced else None, exists, fixed)
     prefix, suffix = _around(problem)
     return Arcs(
@@ -151,21 +163,46 @@ def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool =
 
 
 def _around(p: StageProblem) -> tuple[Array, Array]:
-    """Times of what lies before and behind a stage, [kind, stage, layer], without recompute."""
-    S, L = p.count, p.layers
-    stage = np.arange(S)[:, None]
-    before, behind = np.zeros((2, 3, S, L + 1), dtype=np.int64)
+    """Times of what lies before and behind a stage, [kind, stage, layer], without recompute: the
+    least that they can be, where ranks are not alike."""
     kinds = (
-        (p.forward_ps, "forward_ps", p.rank_glue_forward_ps),
-        (p.input_grad_ps, "input_grad_ps", p.rank_glue_backward_ps),
-        (p.weight_grad_ps, "weight_grad_ps", 0),
-    )
-    for kind, (values, name, glue) in enumerate(kinds):
-        sums = _prefix(values)
-        before[kind] = sums + stage * glue + (stage > 0) * getattr(p.first, name)
-        behind[kind] = sums[-1] - sums + (S - 1 - stage) * glue
-        behind[kind] += (stage < S - 1) * getattr(p.last, name)
+        ("forward_ps", "rank_glue_forward_ps"), ("input_grad_ps", "rank_glue_backward_ps"),
+        ("weight_grad_ps", ""),
+    )  # fmt: skip
+    turned = [(_turned(q), n) for q, n in p.sides[::-1]]
+    before = np.array([_before(p.sides, name, glue) for name, glue in kinds])
+    behind = np.array([_before(turned, name, glue) for name, glue in kinds])[:, ::-1, ::-1]
+    for kind, (name, _) in enumerate(kinds):
+        before[kind, 1:] += getattr(p.at(0).first, name)
+        behind[kind, :-1] += getattr(p.at(p.count - 1).last, name)
     return before, behind
+
+
+def _turned(q: StageProblem) -> StageProblem:
+    """The problem from its last layer to its first, as far as times go."""
+    return replace(
+        q, forward_ps=q.forward_ps[::-1], input_grad_ps=q.input_grad_ps[::-1],
+        weight_grad_ps=q.weight_grad_ps[::-1],
+    )  # fmt: skip
+
+
+def _before(sides: Sequence[tuple[StageProblem, int]], name: str, glue: str) -> Array:
+    """[stage, layers before it]: their least time; 0 where there is no way to have so many."""
+    L = sides[0][0].layers
+    ends = np.where(np.arange(L + 1) == 0, 0, INF)  # by layers on the sides before
+    rows = []
+    for q, count in sides:
+        sums, each = _prefix(getattr(q, name)), getattr(q, glue) if glue else 0
+        least = np.minimum.accumulate(ends - sums)
+        for k in range(count + 1):
+            row = ends
+            if k:
+                row = np.full(L + 1, INF)
+                row[k:] = np.minimum(least[: L + 1 - k] + sums[k:] + k * each, INF)
+            if k < count:
+                rows.append(np.where(row < INF // 2, row, 0))
+        ends = np.where(row < INF // 2, row, INF)
+    return np.array(rows)
 
 
 def _recompute(
@@ -178,26 +215,28 @@ def _recompute(
     extra = np.full(exists.shape, INF, dtype=np.int64)
     pick = np.zeros(exists.shape, dtype=np.int64)
     column = np.arange(p.count)[:, None, None]
+    beyond = np.array([p.capacity_bytes - p.at(s).capacity_bytes for s in range(p.count)])
     flight = np.array([p.in_flight(r)[0][0] for r in range(p.count)])
-    more = [p.extras(s) for s in range(p.count)]
+    more = [p.at(s).extras(s) for s in range(p.count)]
     act0 = np.array([sum(e.activation_bytes for e in es) for es in more])
     work0 = np.array([max((e.working_bytes for e in es), default=0) for es in more])
     gather0 = np.array([max((e.gathered_bytes for e in es), default=0) for es in more])
     most = exists.shape[2]
-    gathered = np.maximum(_running_most(p.gathered_bytes, most), gather0[column])
-    fixed = fixed + 2 * gathered + (flight * act0)[:, None, None]
+    wide = [(_running_most(q.gathered_bytes, most), n) for q, n in p.sides]
+    fixed = fixed + 2 * np.maximum(_by_stage(wide), gather0[column])
+    fixed += (flight * act0 + beyond)[:, None, None]
 
-    def needed(act: tuple[int, ...], work: tuple[int, ...]) -> Array:
-        sums = _prefix(act)
+    def needed(of: Callable[[Rows], tuple[int, ...]]) -> Array:
         end = np.minimum(np.arange(p.layers)[:, None] + np.arange(1, most + 1), p.layers)
-        held = flight[column] * (sums[end] - sums[:-1, None])
-        return fixed + held + np.maximum(_running_most(work, most), work0[column])
+        sums = [(_prefix(of(q.activation_bytes)), n) for q, n in p.sides]
+        used = [(_running_most(of(q.working_bytes), most), n) for q, n in p.sides]
+        held = flight[column] * _by_stage([(s[end] - s[:-1, None], n) for s, n in sums])
+        return fixed + held + np.maximum(_by_stage(used), work0[column])
 
-    least = needed(tuple(map(min, zip(*p.activation_bytes))),
-                   tuple(map(min, zip(*p.working_bytes))))  # fmt: skip
+    least = needed(lambda rows: tuple(map(min, zip(*rows))))
     rest = exists & (least <= p.capacity_bytes)
     if p.fixed_recompute is None and "none" in p.levels:
-        free = exists & (needed(p.activation_bytes[0], p.working_bytes[0]) <= p.capacity_bytes)
+        free = exists & (needed(lambda rows: rows[0]) <= p.capacity_bytes)
         extra[free] = 0
         rest &= ~free
     for o, s, i, n in windows.grouped(rest) if windows is not None else ():
@@ -214,3 +253,10 @@ def _running_most(values: tuple[int, ...], most: int) -> Array:
     """[first layer, layers - 1]: the most of a run of layers; past the end, of the last layers."""
     at = np.minimum(np.arange(len(values))[:, None] + np.arange(most), len(values) - 1)
     return np.maximum.accumulate(np.array(values, dtype=np.int64)[at], axis=1)
+
+
+def _by_stage(tables: Sequence[tuple[Array, int]]) -> Array:
+    """[stage, ...] of the tables of the kinds of ranks, in a row; one for all where it is one."""
+    if len(tables) == 1:
+        return tables[0][0]
+    return np.concatenate([np.broadcast_to(t, (n, *t.shape)) for t, n in tables])

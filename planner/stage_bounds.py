@@ -18,6 +18,7 @@ import numpy as np
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.stage_problem import LEVELS, StageProblem, slow_of
 from planner.stage_arcs import INF, Arcs, Array
+from planner.stage_sides import least_spread_ps
 
 ROUNDING = 1e-9  # of sums as floats, relative
 
@@ -73,15 +74,18 @@ def forced_ps(p: StageProblem) -> int | None:
     """
     if p.fixed_recompute is not None or "none" not in p.levels:
         return 0
+    if any(q.activation_bytes != p.activation_bytes for q, _ in p.sides):
+        return 0
     flights = [max(min(counts) for counts in p.in_flight(r)) for r in range(p.pp)]
     if min(flights) < 1:
         return 0
     ends = (p.first, p.last)
-    left = p.capacity_bytes - p.constant_bytes
-    left -= min(map(min, p.working_bytes)) + 2 * min(p.gathered_bytes)
+    least = min(map(min, p.working_bytes)) + 2 * min(p.gathered_bytes)
+    left = [p.at(r).capacity_bytes - p.at(r).constant_bytes - least for r in range(p.pp)]
     state = sum(p.state_bytes) + sum(e.state_bytes for e in ends)
     kept = sum(p.activation_bytes[0]) + sum(e.activation_bytes for e in ends)
-    over = kept + max(state - p.pp * left, state / max(flights) - sum(left / k for k in flights))
+    places = sum(room / k for room, k in zip(left, flights))
+    over = kept + max(state - sum(left), state / max(flights) - places)
     if over <= 0:
         return 0
     again = 0.0
@@ -172,6 +176,8 @@ def lower_bound_ps(problem: StageProblem) -> int:
         makespan = max(makespan, 2 * whole * m // (m + 1))
     elif p.schedule == "interleaved" and m % p.pp == 0:
         makespan = max(makespan, filled_ps(p, whole))
+    if p.ranks:
+        makespan = max(makespan, least_spread_ps(p, again, sure_extra))
     return makespan + mean_tail_ps(p)
 
 
@@ -187,9 +193,10 @@ def surely_infeasible(problem: StageProblem) -> bool:
     (common_state, common_act), common = Counter(zip(p.state_bytes, least)).most_common(1)[0]
     room = common_room = 0
     for rank in range(p.pp):
-        ends = [e for k, e in ((0, p.first), (p.count - 1, p.last)) if p.rank_of(k) == rank]
+        q = p.at(rank)
+        ends = [e for k, e in ((0, q.first), (p.count - 1, q.last)) if p.rank_of(k) == rank]
         flight = max(map(min, p.in_flight(rank)))  # of every chunk at one moment, at least
-        left = p.capacity_bytes - p.constant_bytes
+        left = q.capacity_bytes - q.constant_bytes
         left -= max([work, *(e.working_bytes for e in ends)])
         left -= 2 * max([gathered, *(e.gathered_bytes for e in ends)])
         left -= sum(e.state_bytes + flight * e.activation_bytes for e in ends)

@@ -20,6 +20,7 @@ from cost_models.stage_problem import (
 )
 from planner.stage_arcs import INF, Arcs, Windows, make_arcs
 from planner.stage_bounds import Band, Chain, Grid, path_bound, propagate
+from planner.stage_sides import share_of_layers
 
 BANDS = 12  # intervals of the longest tail, each with a search of its own
 NEAREST_ARCS = 2000  # so many arcs are weighed exactly to say what is nearest
@@ -29,7 +30,7 @@ def solve_chain(p: StageProblem, below: int, nodes: int, operations: int) -> Fou
     """One stage a rank: arcs long enough for any cut that can win, then the search."""
     windows = Windows(p)
     widest = p.layers - p.count + 1
-    most = min(widest, -(-p.layers // p.count) + 2)
+    most = min(widest, -(-p.layers // p.count) + 2 if not p.ranks else share_of_layers(p) + 2)
     if p.fixed_stages is not None:
         most = widest = max(p.fixed_stages)
     while True:
@@ -219,11 +220,13 @@ def _nearest(p: StageProblem, windows: Windows, arcs: Arcs, chain: Chain) -> Nea
 
 def _least_pair(p: StageProblem, windows: Windows, s: int, i: int, n: int) -> tuple[int, Pair]:
     """The pair by which a stage alone on its rank needs the fewest bytes, and how many."""
-    o, more = windows.options(s, i, n), p.extras(s)
+    o, q = windows.options(s, i, n), p.at(s)
+    more = q.extras(s)
     used = np.maximum(o.work_bytes, max((e.working_bytes for e in more), default=0))
     needs = p.in_flight(s)[0][0] * (o.act_bytes + sum(e.activation_bytes for e in more)) + used
     best = int(needs.argmin())
-    fixed = p.constant_bytes + sum(p.state_bytes[i : i + n]) + sum(e.state_bytes for e in more)
-    gathered = max([*p.gathered_bytes[i : i + n], *(e.gathered_bytes for e in more)])
+    fixed = q.constant_bytes + sum(q.state_bytes[i : i + n]) + sum(e.state_bytes for e in more)
+    fixed += p.capacity_bytes - q.capacity_bytes
+    gathered = max([*q.gathered_bytes[i : i + n], *(e.gathered_bytes for e in more)])
     return int(needs[best]) + fixed + 2 * gathered, o.pairs[best]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from cost_models.decisions import Workload
 from cost_models.engines import load_engine
 from cost_models.estimate import estimate_step, whole_step_ps
-from cost_models.hardware import Cluster, load_hardware
+from cost_models.fleet import Hardware, load_any
+from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Costs
 from cost_models.words import sharding_of
@@ -109,7 +110,7 @@ class Clock:
 
 def capture(
     options: TraceOptions,
-    cluster: Cluster | None = None,
+    hardware: Hardware | None = None,
     clock: Clock | None = None,
     progress: Progress | None = None,
 ) -> Graph:
@@ -118,8 +119,8 @@ def capture(
     from ir.text import format_graph, parse_graph
 
     clock = clock or Clock()
-    cluster = cluster or load_hardware(options.hardware)
-    precision, _ = precision_of(options.asked, cluster)
+    hardware = hardware or load_any(options.hardware)
+    precision, _ = precision_of(options.asked, hardware)
     args = dict(options.args)
     key = f"{source_key(options.model, args)} {precision} {options.fold} {_own_digest()}"
     path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.graph"

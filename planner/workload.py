@@ -8,8 +8,8 @@ from typing import Any
 
 from cost_models.decisions import Workload
 from cost_models.engines import engine_names, load_engine
+from cost_models.fleet import Hardware, parts_of
 from cost_models.formats import NARROW
-from cost_models.hardware import Cluster
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
@@ -36,12 +36,13 @@ class Asked:
 
 
 def resolve(
-    graph: Graph, cluster: Cluster, asked: Asked, pins: Pins
+    graph: Graph, hardware: Hardware, asked: Asked, pins: Pins
 ) -> tuple[Workload, tuple[str, ...]]:
     """Return the whole workload and a line for each default that was used.
 
     Raises UsageError for a word that is none, a precision the device lacks, and a batch that no
-    legal number of data-parallel ranks divides, with the nearest batches that would do.
+    legal number of data-parallel ranks divides, with the nearest batches that would do. Where the
+    hardware has parts, data-parallel ranks are those of the largest.
     """
     if asked.task != "train":
         raise UsageError(f"--task {asked.task} is not planned by this version",
@@ -49,8 +50,8 @@ def resolve(
     engine = load_engine(asked.engine or ENGINE)
     optimizer = asked.optimizer or OPTIMIZERS[0]
     _one_of("--optimizer", optimizer, OPTIMIZERS)
-    precision, precision_note = precision_of(asked, cluster)
-    allowed = allowed_formats(asked, cluster)
+    precision, precision_note = precision_of(asked, hardware)
+    allowed = allowed_formats(asked, hardware)
     if precision not in engine.precisions:
         others = [e for e in engine_names() if precision in load_engine(e).precisions]
         beside = (f"--precision bf16,{precision}",) * (precision in engine.formats)
@@ -58,7 +59,8 @@ def resolve(
                          why=f"it has {', '.join(engine.precisions)}",
                          hints=(f"--engine {' or '.join(others)}", *beside))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
-    batch, batch_notes = _batch(graph, cluster.count, asked, pins, seq_len)
+    widest = max(part.count for part in parts_of(hardware))
+    batch, batch_notes = _batch(graph, widest, asked, pins, seq_len)
     if not asked.expert_imbalance >= 1:
         raise UsageError(
             f"--expert-imbalance {asked.expert_imbalance:g} is no imbalance",
@@ -94,20 +96,25 @@ def _one_of(flag: str, value: str, words: tuple[str, ...]) -> None:
                      hints=tuple(f"{flag} {word}" for word in near))  # fmt: skip
 
 
-def precision_of(asked: Asked, cluster: Cluster) -> tuple[str, tuple[str, ...]]:
-    """The precision asked for; or bf16, and where the device has none, fp16."""
+def precision_of(asked: Asked, hardware: Hardware) -> tuple[str, tuple[str, ...]]:
+    """The precision asked for; or bf16, and where a device has none, fp16."""
+    devices = [part.device for part in parts_of(hardware)]
     if asked.precision is not None:
         precision = asked.precision.partition(",")[0]
         _one_of("--precision", precision, PRECISIONS)
-        cluster.device.peak(precision)
+        for device in devices:
+            device.peak(precision)
         return precision, ()
-    choice = next((p for p in ("bf16", "fp16", "fp32") if cluster.device.has(p)), "fp32")
+    choice = next(
+        (p for p in ("bf16", "fp16", "fp32") if all(d.has(p) for d in devices)), "fp32"
+    )
     if choice == "bf16":
         return choice, ()
-    return choice, (f"--precision {choice} (default here: {cluster.device.name} has no bf16)",)
+    lacks = next(device.name for device in devices if not device.has("bf16"))
+    return choice, (f"--precision {choice} (default here: {lacks} has no bf16)",)
 
 
-def allowed_formats(asked: Asked, cluster: Cluster) -> tuple[str, ...]:
+def allowed_formats(asked: Asked, hardware: Hardware) -> tuple[str, ...]:
     """What `--precision bf16,fp8` allows beside the precision, which is named first."""
     words = (asked.precision or "").split(",")[1:]
     for word in words:
@@ -116,7 +123,8 @@ def allowed_formats(asked: Asked, cluster: Cluster) -> tuple[str, ...]:
                 f"--precision {asked.precision}: {word} cannot be allowed",
                 why=f"beside the first, matmuls of layers may be in {' or '.join(NARROW)}",
             )
-        cluster.device.peak(word)
+        for part in parts_of(hardware):
+            part.device.peak(word)
     return tuple(word for word in NARROW if word in words)
 
 

@@ -23,7 +23,7 @@ def checked(plan, **estimate):
     if "step_time_us" not in estimate:
         plan = replace(plan, step_time_us=step_time_us(e))
     e = replace(e, **{k: v for k, v in estimate.items() if k != "step_time_us"})
-    return Checked(plan=plan, cluster=CLUSTER, estimate=e, inputs=(), stale=False)
+    return Checked(plan=plan, hardware=CLUSTER, estimate=e, inputs=(), stale=False)
 
 
 OLD = checked(toy_plan())

@@ -222,7 +222,7 @@ def test_a_group_is_placed_as_its_worst_ranks_are() -> None:
         ("h100", ["no count", "h100x8"]),
         ("h100x12", ["whole nodes", "h100x8", "h100x16"]),
         ("h100x0", ["no device"]),
-        ("h100x32+a100x64", ["not planned yet", "--hardware h100x32", "--hardware a100x64"]),
+        ("h100x32+a100x64", ["one kind", "--hardware h100x32", "--hardware a100x64"]),
         ("local", ["plan calibrate"]),
         ("missing.toml", ["cannot read", "missing.toml"]),
         ("", ["unknown device"]),

@@ -32,7 +32,7 @@ def best_of(name, folder):
     plan = make_plan(
         costs.graph, "h100x8", costs.cluster, costs.workload, best.decisions, {}, made, Solver()
     )
-    checked = Checked(plan=plan, cluster=costs.cluster, estimate=made, inputs=(), stale=False)
+    checked = Checked(plan=plan, hardware=costs.cluster, estimate=made, inputs=(), stale=False)
     return problem, checked
 
 
@@ -103,7 +103,7 @@ def test_memory_binds_where_more_of_it_gains(tmp_path):
         seen.add(b.kind)
         memory = problem.costs.cluster.device.memory_bytes
         roomy = with_memory(problem.costs.cluster, int(MOST_MEMORY * memory))
-        freed = Why(replace(base, cluster=roomy)).alternative(parse_refused([text]), 10**9)
+        freed = Why(replace(base, hardware=roomy)).alternative(parse_refused([text]), 10**9)
         quicker = freed.estimate.step_time_s < found.estimate.step_time_s * (1 - 1 / LEAST_GAIN)
         if b.kind == "memory":
             assert b.over_bytes > 0 and b.step_s < found.estimate.step_time_s

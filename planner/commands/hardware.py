@@ -26,7 +26,7 @@ def hardware_list(as_json: Json = False, verbose: Verbose = 0) -> int:
 
 
 def hardware_show(
-    hardware: Annotated[str, typer.Argument(metavar="HW", help="NAME, NAMExCOUNT or a .toml file")],
+    hardware: Annotated[str, typer.Argument(metavar="HW", help="NAME, or as --hardware")],
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> int:
@@ -35,12 +35,13 @@ def hardware_show(
 
     Show what a hardware name means, every number with its source.
     """
-    from cost_models.hardware import catalogue, describe, load_hardware
-    from planner.show_hardware import cluster_json, cluster_text
+    from cost_models.fleet import load_any
+    from cost_models.hardware import catalogue, describe
+    from planner.show_hardware import hardware_json, hardware_text
 
-    cluster = describe(hardware) if hardware in catalogue() else load_hardware(hardware)
+    found = describe(hardware) if hardware in catalogue() else load_any(hardware)
     if as_json:
-        print_json(cluster_json(cluster))
+        print_json(hardware_json(found))
     else:
-        print(cluster_text(cluster))
+        print(hardware_text(found))
     return 0

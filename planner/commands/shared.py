@@ -12,7 +12,7 @@ import typer
 from ir.errors import UsageError
 
 if TYPE_CHECKING:
-    from cost_models.hardware import Cluster
+    from cost_models.fleet import Hardware
     from cost_models.prices import Price
     from planner.check import Checked
 
@@ -87,16 +87,20 @@ def check_objective(objective: str, prices: str, max_cost: float | None) -> None
         )
 
 
-def price_of(path: str, cluster: Cluster) -> Price | None:
+def price_of(path: str, hardware: Hardware) -> Price | None:
     """What the cluster's device costs; None without a file. Raises UsageError where the file has
     no price of it."""
+    from cost_models.fleet import parts_of
     from cost_models.prices import load_prices
 
     if not path:
         return None
-    found = load_prices(path, [cluster.name]).get(cluster.name)
+    if len(parts_of(hardware)) > 1:
+        raise UsageError("--prices is for hardware of one kind", why=f"{hardware.spec} has several")
+    name = hardware.name
+    found = load_prices(path, [name]).get(name)
     if found is None:
-        raise UsageError(f"{path} has no price of {cluster.name}", hints=(f"[{cluster.name}]",))
+        raise UsageError(f"{path} has no price of {name}", hints=(f"[{name}]",))
     return found
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def trace(
     model: Model = "",
     hardware: Annotated[
-        str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, or a .toml file")
+        str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, a .toml file, or a sum")
     ] = "",
     fix: Annotated[
         list[str],
@@ -140,7 +140,7 @@ def trace(
 
     Trace a model, cost and search its layouts on the hardware, and write the plan.
     """
-    from cost_models.hardware import load_hardware
+    from cost_models.fleet import load_any
     from cost_models.operations import parse_operations
     from cost_models.units import parse_bytes
     from planner.decisions import parse_pins
@@ -173,7 +173,7 @@ def trace(
         raise UsageError("--stability and --axis-gain are two ways to choose among like plans")
     batches = parse_sizes(global_batch, "--global-batch")
     seq_lens = parse_sizes(seq_len, "--seq-len")
-    cluster = load_hardware(hardware)
+    found = load_any(hardware)
     options = TraceOptions(
         model=model,
         hardware=hardware,
@@ -200,7 +200,7 @@ def trace(
             usd_per_million_tokens=max_cost,
             gpus=max_gpus,
         ),
-        price=price_of(prices, cluster),
+        price=price_of(prices, found),
         operations=parse_operations(assume),
         slack=parse_share(slack, "--slack"),
         batches=batches if len(batches) > 1 else (),

@@ -138,7 +138,7 @@ def cut_decisions(
 ) -> tuple[Decisions, Workload]:
     """The decisions on a small mesh: fewer micro-batches, samples, layers a stage."""
     keys = (*AXES, "ep", "etp", "dp_outer", "shard")
-    small = replace(d, **{key: getattr(mesh, key) for key in keys})
+    small = replace(d, parts=(), **{key: getattr(mesh, key) for key in keys})
     count = stage_count(small)
     cut = cut_stages(d.stages, count, layers)
     many = 2 * small.pp if d.microbatches >= 2 * d.pp else small.pp

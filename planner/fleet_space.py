@@ -1,0 +1,95 @@
+"""The plans of one model on several kinds of GPUs: pipelines whose stages lie on all of them.
+
+A stage has as many ranks on every part; layers are cut by what each part takes for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cost_models.decisions import Decisions
+from cost_models.hardware import Cluster
+from cost_models.mixed import MixedCosts
+from planner.bounds import Bounds, Through, through_chain
+from planner.mesh import Mesh, laid_out
+from planner.search import Searcher
+from planner.stage_sides import least_spread
+
+SCHEDULES = ("1f1b", "gpipe", "zbh1")  # one stage a rank: a chunk's part would change within a rank
+ROUNDING = 1e-6  # of sums as floats, relative: what is proved stays below
+
+
+@dataclass(kw_only=True)
+class FleetSearcher(Searcher):
+    """The search of pipelines over all parts, in one order."""
+
+    costs: MixedCosts
+
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        return tuple(side.cluster for side in self.costs.sides)
+
+    def meshes(self) -> Iterator[Mesh]:
+        """Meshes of which every part has whole stages, one at least."""
+        costs, parts = self.costs, self.clusters
+        widest = math.gcd(*(part.count for part in parts))
+        if self.pins.dp_outer not in (None, 1):
+            return
+        domain = min(part.domain_ranks for part in parts)
+        gpus = sum(part.count for part in parts)
+        for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
+            if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
+                yield mesh
+
+    def variants(self, mesh: Mesh) -> Iterator[Decisions]:
+        for d in super().variants(mesh):
+            if d.dp_outer == 1:
+                parts = tuple((side.cluster.name, side.stages(d)) for side in self.costs.sides)
+                yield replace(d, parts=parts)
+
+    @property
+    def searched_schedules(self) -> tuple[str, ...]:
+        return tuple(s for s in super().searched_schedules if s in SCHEDULES)
+
+    def bounds(self, candidates: Sequence[Mesh], below: Sequence[int] | None = None) -> Bounds:
+        """As `mesh_bounds_ps`, without what data parallelism and memory add.
+
+        Of the busiest rank as `least_spread` has it; under 1F1B, of the way there and back too.
+        """
+        found = np.zeros((2, len(candidates)))
+        known: dict[tuple[object, ...], list[Through]] = {}
+        point = {p: i for i, p in enumerate(self.costs.points)}
+        for i, m in enumerate(candidates):
+            key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
+            if key not in known:
+                d = Decisions(tp=m.tp, sequence_parallel=m.sequence_parallel, cp_kind=m.cp_kind,
+                              ep=m.ep, etp=m.etp, formats=self.formats)  # fmt: skip
+                laid = self.assign(m.tp, m.sequence_parallel)
+                known[key] = [through_chain(side, d, laid) for side in self.costs.sides]
+            found[:, i] = self._mesh_s(m, known[key], point[m.micro_batch, m.cp])
+        lower, guess = np.floor(found * 1e12 * (1 - ROUNDING)).astype(np.int64)
+        return Bounds(lower_ps=lower, guess_ps=guess)
+
+    def _mesh_s(self, m: Mesh, through: Sequence[Through], at: int) -> tuple[float, float]:
+        """Seconds of the step at least, and a guess at it."""
+        costs = self.costs
+        layers, kind_of = costs.chain.layers, costs.kind_of
+        ranks = m.dp * m.cp * m.tp
+        counts = [part.count // ranks for part in self.clusters]
+        repeats = Counter(kind_of[layers[0] : layers[-1] + 1])
+        each = [[n * float(t.kinds_s[k][at]) for k, n in repeats.items()] for t in through]
+        for row, t in zip(each, through):
+            row += [float(t.first[0][at]), float(t.last[0][at])]
+        only = [*[None] * len(repeats), 0, len(counts) - 1]
+        busy, whole = (least_spread(each, only, counts, c, e) for c, e in ((1.0, 0.0), (0.0, 1.0)))
+        least = m.microbatches * busy
+        if set(self.searched_schedules) <= {"1f1b", "gpipe"}:
+            c, e = (m.microbatches - 1 - m.pp, 2.0)
+            if c > 0:
+                least = max(least, least_spread(each, only, counts, c, e))
+        return least, (m.microbatches + m.pp - 1) * max(busy, whole / m.pp)

@@ -1,0 +1,384 @@
+"""Hardware of several kinds: read, costed from first principles, searched against enumeration."""
+
+import itertools
+import json
+import random
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import enumerated
+import pytest
+import test_runtime_pipeline as pipelines
+import test_stages as stages
+from tiny_models import EXAMPLES, graph_of, with_memory
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import stage_problem, whole_step_ps
+from cost_models.fleet import Fleet, load_any
+from cost_models.hardware import load_hardware
+from cost_models.mixed import MixedCosts, border_form, mixed
+from cost_models.schedule import simulate
+from cost_models.stage_problem import evaluate
+from ir.errors import PlanError, UsageError
+from planner import trace
+from planner.decisions import Pins
+from planner.fleet_planning import FleetSearch, _searchers
+from planner.mesh import Mesh
+from planner.options import TraceOptions
+from planner.plan import load
+from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
+from planner.workload import Asked, resolve
+
+LLAMA = str(EXAMPLES / "llama.py")
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_a_sum_is_its_parts_in_order() -> None:
+    fleet = load_any("h100x32+a100x64")
+    assert isinstance(fleet, Fleet)
+    assert [part.spec for part in fleet.parts] == ["h100x32", "a100x64"]
+    assert fleet.parts[1] == load_hardware("a100x64")
+    assert (fleet.spec, fleet.count, fleet.between) == ("h100x32+a100x64", 96, None)
+    digests = {load_any(spec).digest for spec in
+               ("h100x32+a100x64", "a100x64+h100x32", "h100x64+a100x64", "h100x32")}  # fmt: skip
+    assert len(digests) == 4
+    assert load_any(" h100x32 + a100x64 ".replace(" ", "")) == fleet
+
+
+def test_a_file_says_the_link_between_parts(tmp_path) -> None:
+    (tmp_path / "own.toml").write_text('base = "a100"\ncount = 8\n')
+    text = 'parts = ["h100x8", "own.toml"]\n[between]\nname = "WAN"\nkind = "network"\n'
+    path = tmp_path / "two.toml"
+    path.write_text(text + "bytes_per_s = 1e9\nlatency_s = 1e-3\nefficiency = 0.5\n")
+    fleet = load_any(str(path))
+    assert [part.name for part in fleet.parts] == ["h100", "own"] and fleet.name == "two"
+    alone = replace(fleet, between=None)
+    assert alone.digest != fleet.digest
+    own, said = (border_form(f.parts, f.between, 1.0) for f in (alone, fleet))
+    assert said.s_per_byte == 1 / 5e8
+    slow = min(part.inter.useful_bytes_per_s for part in fleet.parts)
+    assert own.s_per_byte == 1 / slow
+    known = max(part.inter.latency_s for part in fleet.parts)
+    assert said.overhead_s - own.overhead_s == pytest.approx(1e-3 - known)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("h100x8+h100x16", ["twice", "one part"]),
+        ("h100x8+", ["unknown device"]),
+        ("h100x8+h10x8", ["h10", "h100"]),
+        ("h100x12+a100x8", ["whole nodes"]),
+    ],
+)
+def test_sums_that_cannot_be_meant(spec, words) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_any(spec)
+    text = "\n".join(caught.value.lines())
+    assert caught.value.exit_code == 64 and all(word in text for word in words), text
+
+
+# --- stages ------------------------------------------------------------------------------------
+
+ONE_STAGE = ("1f1b", "gpipe", "zbh1")
+
+
+def two_kinds(seed, schedule):
+    """A random problem whose first ranks are of one kind, the others of another."""
+    rng = random.Random(seed)
+    while True:
+        a = stages.tiny(rng.randint(0, 10**6), schedule)
+        if a.pp > 1:
+            break
+    counts = [n := rng.randint(1, a.pp - 1), a.pp - n]
+    kept = {} if rng.random() < 0.5 else {"activation_bytes": a.activation_bytes}
+    while True:
+        b = stages.tiny(rng.randint(0, 10**6), schedule)
+        if b.layers == a.layers:
+            break
+    slower = rng.choice((1, 3))
+    b = replace(
+        b, pp=a.pp, microbatches=a.microbatches, levels=a.levels, **kept,
+        forward_ps=tuple(slower * t for t in b.forward_ps),
+        input_grad_ps=tuple(slower * t for t in b.input_grad_ps),
+    )  # fmt: skip
+    pair = [a, b] if rng.random() < 0.5 else [b, a]
+    sends = [(rng.choice((0, 3, 15)), 0) for _ in range(a.pp)]
+    return mixed(list(zip(pair, counts)), sends), pair, counts, sends
+
+
+def weigh_kinds(pair, counts, sends, stages_, recompute):
+    """The objective from each kind's own problem: a rank's bytes and stage times are its kind's."""
+    kinds = [p for p, n in zip(pair, counts) for _ in range(n)]
+    f, b, w, memory, tails = [], [], [], [], []
+    layer = 0
+    for r, (p, n, (full, some)) in enumerate(zip(kinds, stages_, recompute)):
+        times, act, work, gathered = [p.rank_glue_forward_ps, p.rank_glue_backward_ps, 0], 0, 0, 0
+        state, comm, own = p.constant_bytes, 0, 0
+        for place in range(n):
+            level = 2 if place < full else 1 if place < full + some else 0
+            times[0] += p.forward_ps[layer]
+            times[1] += p.input_grad_ps[layer]
+            times[1] += (0, p.recompute_ps[1][layer], p.recompute_ps[0][layer])[level]
+            times[2] += p.weight_grad_ps[layer]
+            act += p.activation_bytes[level][layer]
+            work = max(work, p.working_bytes[level][layer])
+            gathered = max(gathered, p.gathered_bytes[layer])
+            state += p.state_bytes[layer]
+            comm += p.tail_comm_ps[layer] - p.tail_hide_ps[layer]
+            own += p.tail_own_ps[layer]
+            layer += 1
+        for e in [p.first] * (r == 0) + [p.last] * (r == len(kinds) - 1):
+            times = [times[0] + e.forward_ps, times[1] + e.input_grad_ps,
+                     times[2] + e.weight_grad_ps]  # fmt: skip
+            act, state = act + e.activation_bytes, state + e.state_bytes
+            work, gathered = max(work, e.working_bytes), max(gathered, e.gathered_bytes)
+            comm, own = comm + e.tail_comm_ps - e.tail_hide_ps, own + e.tail_own_ps
+        for line, t in zip((f, b, w), times):
+            line.append(t)
+        flight = p.in_flight(r)[0][0]
+        memory.append(state + flight * act + work + 2 * gathered)
+        tails.append(max(0, comm) + own)
+    p = pair[0]
+    line = simulate(p.schedule, f, b, w, [took for took, _ in sends[:-1]], p.microbatches, p.pp)
+    fits = all(used <= kind.capacity_bytes for used, kind in zip(memory, kinds))
+    return line.makespan_ps + max(tails), tuple(memory), fits
+
+
+@pytest.mark.parametrize("schedule", ONE_STAGE)
+def test_stages_on_two_kinds_equal_enumeration(schedule):
+    proved = 0
+    for seed in range(15):
+        p, pair, counts, sends = two_kinds(seed, schedule)
+        weighed = {choice: weigh_kinds(pair, counts, sends, *choice)
+                   for choice in stages.choices(p)}  # fmt: skip
+        for choice in itertools.islice(weighed, 12):
+            assert evaluate(p, *choice) == weighed[choice]
+        best = min((step for step, _, fits in weighed.values() if fits), default=None)
+        found = solve(p)
+        if best is None:
+            over = min(max(used - p.at(r).capacity_bytes for r, used in enumerate(memory))
+                       for _, memory, _ in weighed.values())  # fmt: skip
+            assert found.status == "INFEASIBLE" and found.nearest.overflow_bytes == over > 0, seed
+            continue
+        assert (found.status, found.step_ps) == ("OPTIMAL", best), seed
+        assert weighed[found.stages, found.recompute] == (best, found.peak_bytes, True)
+        assert lower_bound_ps(p) <= best and not surely_infeasible(p), seed
+        assert solve(p, incumbent_ps=best).status == "CUTOFF"
+        if seed < 4:
+            assert certify(p, incumbent_ps=best) <= best
+        proved += 1
+    assert proved > 5
+
+
+def test_kinds_that_are_alike_cost_what_one_kind_does():
+    for seed in range(30):
+        p = stages.tiny(seed, "1f1b")
+        if p.pp == 1:
+            continue
+        sends = [(p.p2p_ps, 0)] * p.pp
+        both = mixed([(p, 1), (replace(p, levels=p.levels), p.pp - 1)], sends)
+        found, alone = solve(both), solve(p)
+        assert (found.status, found.stages, found.step_ps, found.bound_ps) == (
+            alone.status, alone.stages, alone.step_ps, alone.bound_ps,
+        )  # fmt: skip
+        assert lower_bound_ps(both) >= lower_bound_ps(p)
+
+
+# --- the search --------------------------------------------------------------------------------
+
+
+def tiny_fleet(seed, folder):
+    """A random pair of small clusters, a batch, and the layers of a model for them."""
+    rng = random.Random(seed)
+    counts = rng.choice(((1, 1), (2, 2), (2, 1), (1, 2)))
+    parts = []
+    for name, count, base in zip(("quick", "slow"), counts, ("h100x2", "a100x2")):
+        memory = rng.choice((16_000, 30_000, 60_000)) * 10**6
+        part = replace(load_hardware(base), name=name, count=count)
+        parts.append(with_memory(part, memory))
+    fleet = Fleet(name="two", parts=tuple(parts))
+    engine = rng.choice(("native", "native-compiled"))
+    asked = Asked(engine=engine, seq_len=2048, global_batch=rng.choice((2, 4)))
+    graph = graph_of("llama", size="8b", n_layers=rng.choice((2, 3)))
+    return graph, fleet, asked
+
+
+def over_parts(searcher, fleet):
+    """What `enumerated` needs of a problem, each axis on all GPUs."""
+    return SimpleNamespace(
+        costs=searcher.costs, searcher=searcher, gpus=fleet.count, heads=(32, 8), experts=0,
+        layers=len(searcher.costs.chain.layers), units=(), features=(),
+        domain=min(part.count for part in fleet.parts),
+    )  # fmt: skip
+
+
+def least_over_parts(p, fleet):
+    """The least objective of every mesh of which each part has whole stages, one a rank."""
+    found = {}
+    names = [f.name for f in fields(Mesh)]
+    for d in enumerated.product(p, enumerated.MESH_AXES):
+        ranks = d["dp"] * d["cp"] * d["tp"]
+        if d["pp"] == 1 or any(part.count % ranks for part in fleet.parts):
+            continue
+        laid, objectives = p.searcher.assign(d["tp"], d["sequence_parallel"]), []
+        for made in enumerated.product(p, (*enumerated.STATE_AXES, *enumerated.SCHEDULE_AXES), d):
+            if made["virtual_stages"] == 1:
+                decided = Decisions(**made)
+                problem = stage_problem(p.costs, p.costs.step(decided, laid),
+                                        levels=enumerated.recomputed(p, decided))  # fmt: skip
+                objectives.append(enumerated.best_of_problem(problem))
+        mesh = Mesh(**{name: d[name] for name in names})
+        found[mesh] = min((x for x in objectives if x is not None), default=None)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_search_of_pipelines_over_parts_equals_enumeration(seed, tmp_path):
+    graph, fleet, asked = tiny_fleet(seed, tmp_path)
+    workload, _ = resolve(graph, fleet, asked, Pins())
+    options = TraceOptions(model="", asked=asked, effort=10**9)
+    searchers = list(_searchers(graph, fleet, workload, options))
+    assert len(searchers) == 4
+    for searcher in searchers[2:]:
+        assert isinstance(searcher.costs, MixedCosts)
+        p = over_parts(searcher, fleet)
+        least = least_over_parts(p, fleet)
+        assert set(searcher.meshes()) == set(least)
+        assert enumerated.difference(p, least, searcher.run()) == ""
+        for mesh, low in zip(least, searcher.bounds(list(least)).lower_ps):
+            assert least[mesh] is None or low <= least[mesh], mesh
+
+
+@pytest.mark.parametrize("seed", range(8, 12))
+def test_no_plan_is_slower_than_the_best_part_alone(seed, tmp_path):
+    graph, fleet, asked = tiny_fleet(seed, tmp_path)
+    workload, _ = resolve(graph, fleet, asked, Pins())
+    options = TraceOptions(model="", asked=asked)
+    found = FleetSearch(fleet=fleet, workload=workload)
+    alone = []
+    for searcher in _searchers(graph, fleet, workload, options):
+        found.search(searcher)
+        if not isinstance(searcher.costs, MixedCosts):
+            out = replace(searcher).run()  # without what was found elsewhere
+            if out.best is not None:
+                alone.append(whole_step_ps(searcher.costs, out.best.objective_ps))
+    assert (found.best is not None) or not alone
+    if alone:
+        assert found.step_ps <= min(alone) and found.bound_ps() <= found.step_ps
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def test_a_pipeline_over_parts_gives_the_gradients_of_the_whole_model(world):
+    """Two stages on one kind and one on the other; then two data ranks a stage."""
+    model, loss = pipelines.cases.example("llama")
+
+    def planned(hardware, *fix):
+        return trace(
+            model, pipelines.inputs, loss=loss, hardware=hardware, seq_len=16, global_batch=8,
+            precision="fp32", engine="native", fix=("tp=1", "cp=1", "schedule=1f1b", *fix),
+        )  # fmt: skip
+
+    three = planned("h100x2+a100x1", "pp=3", "micro_batch=2")
+    assert sorted(three.decisions.parts) == [("a100", 1), ("h100", 2)]
+    pipelines.run(world, 3, [("llama", three)])
+    four = planned("h100x2+a100x2", "pp=2", "zero=1", "micro_batch=1", "stages=3,1")
+    assert [n for _, n in four.decisions.parts] == [1, 1] and four.decisions.dp == 2
+    pipelines.run(world, 4, [("llama", four)])
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+TINY = ("--arg", "size=8b", "--arg", "n_layers=6", "--global-batch", "32", "--seq-len", "4096")
+
+
+@pytest.fixture
+def two(plan):
+    """The output of `plan trace` for two kinds of GPUs; its plan lies in the folder."""
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY)
+    assert code == 0, err
+    return out
+
+
+def test_a_plan_over_parts_is_written_read_shown_and_checked(plan, two, tmp_path):
+    assert "the plan uses" in two and "h100x8 alone" in two
+    path = tmp_path / "plan.json"
+    found, raw = load(str(path)), json.loads(path.read_text())
+    d = found.decisions
+    assert [row["part"] for row in raw["stages"]] == list(d.part_of_rank)
+    assert {name for name, _ in d.parts} == {"h100", "a100"}
+    assert d.dp * d.cp * d.tp * d.pp == 16
+    layers = {name: sum(n for n, part in zip(d.stages, d.part_of_rank) if part == name)
+              for name, _ in d.parts}  # fmt: skip
+    assert layers["h100"] > layers["a100"] > 0
+    assert plan("check")[0] == 0
+    shown = plan("show")[1]
+    assert "8 a100: stage" in shown and "8 h100: stage" in shown and ", a100): " in shown
+    assert plan("show", "--stage", "0")[0] == plan("show", "--json")[0] == 0
+    assert plan("diff", "plan.json")[0] == 0
+    again = path.read_bytes()
+    assert plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY)[0] == 0
+    assert path.read_bytes() == again
+    for words in (("why",), ("show", "--goodput"), ("why", "--layer", "layers.0")):
+        code, _, err = plan(*words)
+        assert code == 64 and "hardware of one kind" in err
+
+
+def test_stages_that_do_not_lie_on_the_parts_are_refused(plan, two, tmp_path):
+    path = tmp_path / "plan.json"
+    text = path.read_text()
+    for old, new, word in (
+        ('"part": "a100"', '"part": "b200"', "no part b200"),
+        ("h100x8+a100x8", "h100x8+a100x16", "a100x16"),
+        ('"part": "a100", ', "", "stages"),
+        ("h100x8+a100x8", "h100x16", "parts"),
+    ):
+        path.write_text(text.replace(old, new))
+        code, _, err = plan("check")
+        assert code == 1 and word in err, err
+    back = json.loads(text)
+    assert len(back["stages"]) >= 2
+
+
+def test_one_part_is_used_where_the_others_make_no_step_shorter(plan, tmp_path):
+    """A model whose step a slow border would only lengthen."""
+    (tmp_path / "far.toml").write_text(
+        'parts = ["h100x8", "a100x8"]\n[between]\nname = "WAN"\nkind = "network"\n'
+        "bytes_per_s = 1e6\nlatency_s = 0.1\nefficiency = 1.0\n"
+    )
+    code, out, err = plan("trace", LLAMA, "--hardware", "far.toml", *TINY)
+    assert code == 0, err
+    d = load("plan.json").decisions
+    assert d.parts == (("h100", d.pp),) and d.gpus == 8
+    assert "the plan uses h100x8; a100x8" in out and "all others idle" in out
+    assert plan("check")[0] == 0
+    step = json.loads((tmp_path / "plan.json").read_text())["estimate"]
+    assert plan("trace", LLAMA, "--hardware", "h100x8", *TINY, "-o", "alone.json")[0] == 0
+    assert json.loads((tmp_path / "alone.json").read_text())["estimate"] == step
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--objective", "memory"), 64, "hardware of one kind"),
+        (("--fix", "dp=5"), 64, "5"),
+        (("--max-memory", "3GB"), 3, "no plan fits h100x8+a100x8"),
+        (("--fix", "pp=4", "--fix", "schedule=gpipe"), 0, ""),
+    ],
+)
+def test_what_is_refused_and_why(plan, words, code, said):
+    found, _, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *words)
+    assert found == code and said in err, err
+
+
+def test_a_plan_of_one_kind_names_no_parts(plan, tmp_path):
+    assert plan("trace", LLAMA, "--hardware", "h100x8", *TINY)[0] == 0
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    assert all("part" not in row for row in raw["stages"]) and "parts" not in raw["decisions"]
+    assert load("plan.json").decisions.parts == ()
+    with pytest.raises(PlanError):
+        load("missing.json")
