@@ -5,9 +5,9 @@
 
 For each group of runs of one model, cluster and workload on so many GPUs or more: the predicted
 step of every published configuration, and of the plan chosen for the same model, cluster, workload,
-engine and switches. What is compared is predicted time, so an axis need earn nothing unless
---axis-gain says so (`plan trace` has 2%). A row says by how much the plan is quicker than the
-quickest published configuration that fits by prediction. Exit 1 where one is slower.
+engine, switches and format of gradients. What is compared is predicted time, so an axis need earn
+nothing unless --axis-gain says so (`plan trace` has 2%). A row says by how much the plan is quicker
+than the quickest published configuration that fits by prediction. Exit 1 where one is slower.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def groups_of(path: Path, gpus: int) -> dict[tuple[str, ...], list[Case]]:
             continue
         if case.cluster.count >= gpus and not run.oom:
             key = (run.group, repr(case.args), case.cluster.spec, repr(case.workload),
-                   case.engine.name, repr(case.switches))  # fmt: skip
+                   case.engine.name, repr(case.switches), case.decisions.grad_dtype)  # fmt: skip
             found[key].append(case)
     return found
 
@@ -83,7 +83,8 @@ def compare(cases: list[Case], effort: int | None, gain_ppm: int) -> dict[str, A
     best = min(published, key=lambda row: (not row[1], row[0]))
     first = best[2]
     costs = costs_of_all(first.case, first.graph)
-    searcher = Searcher(costs=costs, pins=Pins())
+    numerics = Pins(grad_dtype=first.case.decisions.grad_dtype)  # theirs to choose, as precision
+    searcher = Searcher(costs=costs, pins=numerics)
     searcher.effort, searcher.gain_ppm = effort or searcher.effort, gain_ppm
     start = time.perf_counter()
     out = searcher.run()
