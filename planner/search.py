@@ -19,16 +19,23 @@ from cost_models.step import Assignments, Step
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh
+from planner.proving import FIRST, Proof, Unsettled
 from planner.room import least_bytes, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
-from planner.stages import certify, lower_bound_ps, refutes, solve, surely_infeasible
+from planner.stage_planes import Effort, Shapes, applies, refute
+from planner.stages import (
+    StageSolution,
+    lower_bound_ps,
+    refutes,
+    solve,
+    surely_infeasible,
+)
 
 DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages; a mesh one, if
 # its state may fit, and one for every 4 programs it has: some 6 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
-CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +63,6 @@ class Misfit:
     decisions: Decisions
     assignments: Assignments
     nearest: Nearest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unsettled:
-    """A stage program that was not proved: its bound as a score and as an objective."""
-
-    bound: int
-    bound_ps: int
-    order: int
-    decisions: Decisions
-    problem: StageProblem
 
 
 @dataclass(kw_only=True)
@@ -110,6 +106,7 @@ class Searcher(Space):
     effort: int = DEFAULT_EFFORT
     gain_ppm: int = AXIS_GAIN_PPM  # of the step that an axis must earn
     _over: dict[tuple[object, ...], bool] = field(default_factory=dict)  # state alone is too much
+    _shapes: Shapes = field(default_factory=Shapes)
 
     def under(self, pins: Pins) -> Searcher:
         """The same model and costs under other pins."""
@@ -142,6 +139,7 @@ class Searcher(Space):
     def run(self, incumbent: Tried | None = None) -> Outcome:
         """Most promising first, by guess; bounds prune. Every mesh is tried under every choice of
         formats. incumbent: a plan of the space."""
+        self._shapes = Shapes()  # the same paths whatever was searched before
         runs = [m for m in self.meshes() if self.runs(m)]
         spaces = [replace(self, formats=way) for way in self.format_ways()]
         candidates = [(space, m) for space in spaces for m in runs]
@@ -173,28 +171,28 @@ class Searcher(Space):
         if out.best is None and out.misfit is None:
             self._weigh_closest(out)
         if not out.interrupted:
-            self._certify(out, unsettled, left[-1] if left else 1 << 62)
+            unsettled = self._prove(out, unsettled, left[-1] if left else 1 << 62)
         rest = [*left[-1:], *(u.bound for u in unsettled)]
         out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
 
-    def _certify(self, out: Outcome, unsettled: list[Unsettled], untried: int) -> None:
-        """Raise the bounds of finalists by CP-SAT, least first, while that raises the whole."""
-        for _ in range(CERTIFIED):
-            weakest = min(unsettled, key=lambda u: (u.bound, u.order), default=None)
-            if not out.best or not weakest or weakest.bound >= min(untried, out.best.score):
-                return
-            unsettled.remove(weakest)
-            known = solve(weakest.problem)
-            if known.status not in ("OPTIMAL", "FEASIBLE"):
-                continue
-            proved = max(known.bound_ps, certify(weakest.problem, incumbent_ps=known.step_ps))
-            if proved > weakest.bound_ps:
-                score = self._score(proved, weakest.decisions)
-                unsettled.append(replace(weakest, bound=score, bound_ps=proved))
-            else:
-                unsettled.append(weakest)
-                return
+    def _prove(self, out: Outcome, unsettled: list[Unsettled], untried: int) -> list[Unsettled]:
+        """Raise the bounds of what is unsettled, least first; returns what is left."""
+        if out.best is None:
+            return unsettled
+
+        def found(one: Unsettled, better: StageSolution) -> int:
+            d = replace(one.decisions, stages=better.stages, recompute=better.recompute)
+            out.best = Tried(
+                decisions=d, assignments=one.assignments, objective_ps=better.step_ps,
+                gain_ppm=self.gain_ppm,
+            )  # fmt: skip
+            return out.best.score
+
+        return Proof(
+            best=out.best.score, untried=untried, left=list(unsettled), found=found,
+            shapes=self._shapes, gain_ppm=self.gain_ppm,
+        ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:
         if self.progress and out.best:
@@ -223,6 +221,8 @@ class Searcher(Space):
             best = self._below(out.best, mesh) if out.best else None
             if best is not None and bound >= best:
                 break
+            if best is not None and self._refuted(problem, best, out):
+                continue
             found = solve(problem, incumbent_ps=best)
             out.solved += 1
             out.spent += 1 + d.pp * d.virtual_stages // 8
@@ -249,9 +249,18 @@ class Searcher(Space):
             if not settled and (best is None or proved < best):
                 unsettled.append(Unsettled(
                     bound=self._score(proved, mesh), bound_ps=proved,
-                    order=out.solved, decisions=d, problem=problem,
+                    order=out.solved, decisions=d, assignments=laid, problem=problem,
                 ))  # fmt: skip
 
+    def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
+        """Whether a few linear programs show that a program with several stages a rank has nothing
+        better; cheaper than to solve it."""
+        if problem.chunks == 1 or not applies(problem):
+            return False
+        effort = Effort(programs=FIRST)
+        refuted, _ = refute(problem, best, self._shapes.of(problem), effort)
+        out.spent += 1 + (FIRST - effort.programs) * problem.count // 256
+        return refuted
 
     def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
         """Whether a state may fit; where none was found that does, the closest are kept."""

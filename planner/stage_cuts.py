@@ -177,12 +177,23 @@ def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Cand
     return Candidate(bound_ps=chunks.bound(stages, extra), stages=stages, pairs=pairs)
 
 
-def _some(p: StageProblem, chunks: Chunks, bound: int, below: int, operations: int) -> Found:
-    """Near-even cuts, balanced; then single layers moved between neighbours while it pays.
+def search_near(
+    p: StageProblem, cuts: Sequence[tuple[int, ...]], below: int, operations: int
+) -> Found:
+    """The best step found from these cuts on; it proves nothing of the others."""
+    return _some(p, Chunks(p), 0, below, operations, cuts)
+
+
+def _some(
+    p: StageProblem, chunks: Chunks, bound: int, below: int, operations: int,
+    starts: Sequence[tuple[int, ...]] = (),
+) -> Found:  # fmt: skip
+    """Near-even cuts, balanced, or those given; then single layers moved between neighbours while
+    it pays.
 
     That nothing fits is found by moving layers off the fullest rank; it is not proved.
     """
-    starts = list(dict.fromkeys(_near_even(p, chunks)))
+    starts = list(dict.fromkeys(starts or _near_even(p, chunks)))
     pool = sorted(c for c in (_candidate(p, chunks, s) for s in starts) if c is not None)
     if not pool:
         relieved = [_relieved(p, chunks, stages) for stages in starts[:2]]

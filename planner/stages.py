@@ -8,6 +8,7 @@ Effort is counted in nodes and operations simulated, never in seconds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -15,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule import schedule_illegal
-from cost_models.stage_problem import Extra, Nearest, Pair, StageProblem, evaluate, rank_bytes
+from cost_models.stage_problem import (
+    Extra,
+    Found,
+    Nearest,
+    Pair,
+    StageProblem,
+    evaluate,
+    rank_bytes,
+)
 from ir.errors import UsageError
 from planner.stage_arcs import INF, Windows, make_arcs
 from planner.stage_bounds import (
@@ -28,11 +37,11 @@ from planner.stage_bounds import (
 )
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
-from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, solve_chunks
+from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, search_near, solve_chunks
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
-    "lower_bound_ps", "refutes", "solve", "surely_infeasible",
+    "lower_bound_ps", "near", "refutes", "solve", "surely_infeasible",
 ]  # fmt: skip
 
 
@@ -93,6 +102,22 @@ def solve(
         status="OPTIMAL" if bound >= found.step_ps else "FEASIBLE", stages=found.stages,
         recompute=found.recompute, step_ps=found.step_ps, bound_ps=min(bound, found.step_ps),
         peak_bytes=rank_bytes(p, found.stages, found.recompute),
+    )  # fmt: skip
+
+
+def near(
+    problem: StageProblem, cuts: Sequence[tuple[int, ...]], *, incumbent_ps: int,
+    effort: Effort | None = None,
+) -> StageSolution:  # fmt: skip
+    """A step below the incumbent's from these cuts on, of several stages a rank; else CUTOFF."""
+    found = Found()
+    if cuts:
+        found = search_near(problem, cuts, incumbent_ps, (effort or Effort()).operations)
+    if not found.stages:
+        return StageSolution(status="CUTOFF")
+    return StageSolution(
+        status="FEASIBLE", stages=found.stages, recompute=found.recompute, step_ps=found.step_ps,
+        peak_bytes=rank_bytes(problem, found.stages, found.recompute),
     )  # fmt: skip
 
 

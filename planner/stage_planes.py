@@ -1,0 +1,352 @@
+"""A bound of stage programs by cutting planes: linear programs over layers by stage and class.
+
+Every path through the schedule is a linear bound of the makespan (`cost_models/schedule_paths`).
+The relaxation: how many layers of each class a stage has and recomputes, in fractions; each rank's
+memory at its peaks; the paths that were violated so far. It is asked whether any choice has a step
+below some time: first in fractions; then the most layers that each rank can take in that time are
+rounded down, until all together cannot take the model's layers; then by halves of a rank's number.
+Paths are of the schedule's shape alone, so programs of one shape share them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cost_models.schedule_paths import Paths, critical_path, rank_paths
+from cost_models.stage_problem import StageProblem, slow_of
+from planner.stage_arcs import Array
+
+TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
+WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
+JOIN = 3  # paths that join a program at once
+COLUMNS = 4_000  # programs with more variables are not bounded so
+
+
+@dataclass(slots=True)
+class Known:
+    """The paths known of one shape of schedule, a row each: those of one rank, and critical ones
+    as they were met."""
+
+    runs: Array  # [path, kind * stage]
+    sends: Array
+
+    @classmethod
+    def of(cls, p: StageProblem) -> Known:
+        some = rank_paths(p.schedule, p.pp, p.microbatches, p.virtual_stages)
+        runs = some.runs.reshape(len(some.runs), -1).astype(float)
+        return cls(runs, some.sends.astype(float))
+
+    def add(self, more: Paths) -> None:
+        self.runs = np.concatenate([self.runs, more.runs.reshape(1, -1)])
+        self.sends = np.concatenate([self.sends, more.sends])
+
+
+@dataclass(slots=True, kw_only=True)
+class Effort:
+    """Linear programs that may still be solved."""
+
+    programs: int = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A solution: times by kind and stage in ps, the tail, layers by rank and by stage."""
+
+    times: Array
+    tail_ps: float
+    ranks: list[float]
+    stages: list[float]
+
+
+def applies(p: StageProblem) -> bool:
+    """Whether a program is of the kind that is bounded here: nothing of it pinned, ranks alike."""
+    free = p.fixed_stages is None and p.fixed_recompute is None and "none" in p.levels
+    return free and not p.ranks and p.count * len(set(_rows(p))) * len(p.levels) <= COLUMNS
+
+
+def _rows(p: StageProblem) -> list[tuple[int, ...]]:
+    """What the program knows of each layer."""
+    return list(zip(
+        p.forward_ps, p.input_grad_ps, p.weight_grad_ps, p.state_bytes, p.gathered_bytes,
+        p.tail_comm_ps, p.tail_hide_ps, p.tail_own_ps, *p.recompute_ps, *p.activation_bytes,
+        *p.working_bytes,
+    ))  # fmt: skip
+
+
+def refute(
+    p: StageProblem, below_ps: int, known: Known, effort: Effort
+) -> tuple[bool, list[tuple[int, ...]]]:
+    """Whether no choice has a step below this; if not, cuts that may have, best guess first."""
+    planes = _Planes(p, below_ps, known, effort)
+    refuted = planes.empty()
+    return refuted, [] if refuted else planes.cuts
+
+
+class _Planes:
+    """The linear program. Times are shares of the time that is asked about."""
+
+    def __init__(self, p: StageProblem, below_ps: int, known: Known, effort: Effort) -> None:
+        from ortools.linear_solver import pywraplp
+
+        self.p, self.known, self.effort = p, known, effort
+        self.unit = float(below_ps)
+        self.inf = pywraplp.Solver.infinity()
+        self.solver: Any = pywraplp.Solver.CreateSolver("CLP")
+        self.cuts: list[tuple[int, ...]] = []
+        self.joined: set[int] = set()
+        rows = _rows(p)
+        self.kinds = sorted(set(rows), key=rows.index)
+        self.kind_of = [self.kinds.index(row) for row in rows]
+        self.of = np.array(self.kinds, dtype=float).T  # [number, class]
+        each = self.of[:3].sum(axis=0)
+        most = int(below_ps * (1 + TOLERANCE) / max(1.0, p.microbatches * each.min()))
+        self.fixed = self._fixed()
+        most = max(p.chunks, min(p.layers, most))
+        self.number = [self.solver.NumVar(p.chunks, most, "") for _ in range(p.pp)]
+        self.span, self.tail = (self.solver.NumVar(0, 1 + TOLERANCE, "") for _ in range(2))
+        self.columns: list[tuple[int, int, int, Any]] = []  # stage, class, level, variable
+        self._add_columns()
+        self._add_memory()
+        self._add_tails()
+        together = self.solver.Constraint(-self.inf, 1 + TOLERANCE)
+        for x in (self.span, self.tail):
+            together.SetCoefficient(x, 1)
+        s, k, level = np.array([c[:3] for c in self.columns]).T
+        self.at = s, k, level
+        stages = p.count
+        # what a unit of each variable adds to (forward, input gradient, weight gradient) of stages
+        adds = np.zeros((3, stages, len(self.columns)))
+        own = level == 0
+        for kind in range(3):
+            adds[kind, s[own], np.flatnonzero(own)] = self.of[kind, k[own]]
+        for place, row in ((1, 9), (2, 8)):
+            some = level == place
+            adds[1, s[some], np.flatnonzero(some)] = self.of[row, k[some]]
+        self.adds: Array = adds.reshape(3 * stages, -1)
+        slow = slow_of(p)
+        self.latency = np.array([
+            (p.p2p_ps + (slow[b][0] if slow else 0)) * (p.rank_of(b) != p.rank_of(b + 1))
+            for b in range(stages - 1)
+        ], dtype=float)  # fmt: skip
+        self.constant: Array = np.zeros(0)
+        self._price()
+
+    def _fixed(self) -> Array:
+        """[kind, stage]: times of a stage beside its layers."""
+        p, found = self.p, np.zeros((3, self.p.count))
+        found[0], found[1] = p.rank_glue_forward_ps, p.rank_glue_backward_ps
+        for k, e in ((0, p.first), (p.count - 1, p.last)):
+            found[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
+        return found
+
+    def _price(self) -> None:
+        """What each path known takes beside the layers."""
+        done = len(self.constant)
+        runs, sends = self.known.runs[done:], self.known.sends[done:]
+        more = runs @ self.fixed.reshape(-1) + sends @ self.latency
+        self.constant = np.concatenate([self.constant, more])
+
+    def _may_be(self, stage: int, kind: int) -> bool:
+        """Whether a layer of this class can lie on this stage: each stage has a layer at least."""
+        p = self.p
+        last = p.layers - 1 if stage == p.count - 1 else p.layers - p.count + stage
+        places = range(stage, last + 1) if stage else range(p.layers - p.count + 1)
+        return any(self.kind_of[i] == kind for i in places)
+
+    def _add_columns(self) -> None:
+        p, s = self.p, self.solver
+        counts = [self.kind_of.count(k) for k in range(len(self.kinds))]
+        again = [level for level, name in ((1, "selective"), (2, "full")) if name in p.levels]
+        of_class = [s.Constraint(n, n) for n in counts]
+        of_rank = [s.Constraint(0, 0) for _ in range(p.pp)]
+        for row, x in zip(of_rank, self.number):
+            row.SetCoefficient(x, -1)
+        for stage in range(p.count):
+            some = s.Constraint(1, self.inf)
+            for k, n in enumerate(counts):
+                if not self._may_be(stage, k):
+                    continue
+                x = s.NumVar(0, n, "")
+                self.columns.append((stage, k, 0, x))
+                for row in (some, of_class[k], of_rank[p.rank_of(stage)]):
+                    row.SetCoefficient(x, 1)
+                saved = [level for level in again if self.of[10 + level, k] < self.of[10, k]]
+                if saved:
+                    within = s.Constraint(-self.inf, 0)
+                    within.SetCoefficient(x, -1)
+                for level in saved:
+                    y = s.NumVar(0, n, "")
+                    self.columns.append((stage, k, level, y))
+                    within.SetCoefficient(y, 1)
+
+    def _add_memory(self) -> None:
+        """Of every rank at every moment that can be its peak, in shares of the capacity."""
+        p, capacity = self.p, float(self.p.capacity_bytes)
+        levels = [at for at, name in enumerate(("none", "selective", "full")) if name in p.levels]
+        work = min(float(self.of[13 + level].min()) for level in levels)
+        for rank in range(p.pp):
+            stages = p.stages_of(rank)
+            ends = [e for k in stages for e in p.extras(k)]
+            used = float(p.constant_bytes + sum(e.state_bytes for e in ends))
+            used += max([work, *(e.working_bytes for e in ends)])
+            used += 2 * max([self.of[4].min(), *(e.gathered_bytes for e in ends)])
+            mine = [c for c in self.columns if c[0] in stages]
+            for counts in p.in_flight(rank):
+                held = dict(zip(stages, counts))
+                beside = sum(held[k] * e.activation_bytes for k in stages for e in p.extras(k))
+                row = self.solver.Constraint(-self.inf, (capacity - used - beside) / capacity)
+                for k, kind, level, x in mine:
+                    size = held[k] * self.of[10 + level, kind]
+                    size -= held[k] * self.of[10, kind] if level else -self.of[3, kind]
+                    row.SetCoefficient(x, size / capacity)
+
+    def _add_tails(self) -> None:
+        p = self.p
+        comm, own = self.of[5] - self.of[6], self.of[7]
+        for rank in range(p.pp):
+            stages = p.stages_of(rank)
+            ends = [e for k in stages for e in p.extras(k)]
+            mine = [c for c in self.columns if c[0] in stages and c[2] == 0]
+            for share in (0, 1):
+                fixed = sum(e.tail_own_ps + share * (e.tail_comm_ps - e.tail_hide_ps)
+                            for e in ends)  # fmt: skip
+                row = self.solver.Constraint(fixed / self.unit, self.inf)
+                row.SetCoefficient(self.tail, 1)
+                for _, kind, _, x in mine:
+                    row.SetCoefficient(x, -(own[kind] + share * comm[kind]) / self.unit)
+
+    def _join(self, path: int) -> None:
+        """A row: the makespan is at least this path."""
+        self.joined.add(path)
+        prices = self.known.runs[path] @ self.adds / self.unit
+        row = self.solver.Constraint(self.constant[path] / self.unit, self.inf)
+        row.SetCoefficient(self.span, 1)
+        for at in np.flatnonzero(prices).tolist():
+            row.SetCoefficient(self.columns[at][3], -float(prices[at]))
+
+    def _solved(self, variable: Any, most: bool) -> Point | None:
+        """The least or the most of a variable; None where nothing is left."""
+        self.effort.programs -= 1
+        objective = self.solver.Objective()
+        objective.Clear()
+        objective.SetCoefficient(variable, 1)
+        objective.SetOptimizationDirection(most)
+        status = self.solver.Solve()
+        if status == self.solver.INFEASIBLE:
+            return None
+        if status != self.solver.OPTIMAL:  # it gave up: nothing is proved
+            self.effort.programs = 0
+            return Point(times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[])
+        values = np.array([c[3].solution_value() for c in self.columns])
+        layers = np.zeros(self.p.count)
+        own = self.at[2] == 0
+        np.add.at(layers, self.at[0][own], values[own])
+        return Point(
+            times=self.fixed.reshape(-1) + self.adds @ values,
+            tail_ps=self.tail.solution_value() * self.unit,
+            ranks=[x.solution_value() for x in self.number], stages=layers.tolist(),
+        )  # fmt: skip
+
+    def _holds(self, point: Point) -> bool:
+        """Whether no path takes a solution beyond the time; those that do join."""
+        p, limit = self.p, self.unit * (1 + 2 * TOLERANCE) - point.tail_ps
+        takes = self.known.runs @ point.times + self.known.sends @ self.latency
+        worst = np.argsort(-takes, kind="stable")[:JOIN]
+        beyond = [int(i) for i in worst if takes[i] > limit]
+        fresh = [i for i in beyond if i not in self.joined]
+        if not beyond:
+            forward, back, weight = np.rint(point.times).astype(np.int64).reshape(3, -1).tolist()
+            span, path = critical_path(
+                p.schedule, forward, back, weight,
+                np.rint(self.latency).astype(np.int64).tolist(),
+                p.microbatches, p.pp, p.virtual_stages,
+            )  # fmt: skip
+            if span <= limit:
+                return True
+            self.known.add(path)
+            self._price()
+            fresh = [len(self.constant) - 1]
+        for path_at in fresh:
+            self._join(path_at)
+        return not fresh
+
+    def _least(self, variable: Any, most: bool) -> Point | None:
+        """As `_solved`, where every path holds; or the last one where the effort ran out."""
+        while True:
+            point = self._solved(variable, most)
+            if point is None or self.effort.programs <= 0 or self._holds(point):
+                return point
+
+    def empty(self) -> bool:
+        """Whether nothing is left: told by the ranks' numbers, or of both halves of one."""
+        point = self._least(self.span, False)
+        while point is not None and self.effort.programs > 0:
+            before = [x.ub() for x in self.number]
+            ranks = point.ranks
+            order = sorted(range(self.p.pp), key=lambda r: (-ranks[r], r))
+            for rank in order:
+                x = self.number[rank]
+                found = self._least(x, True)
+                if found is None:
+                    return True
+                if self.effort.programs <= 0:
+                    self._guess(found)
+                    return False
+                x.SetUb(min(x.ub(), math.floor(found.ranks[rank] + WHOLE)))
+                if sum(y.ub() for y in self.number) < self.p.layers or x.ub() < x.lb():
+                    return True
+            point = self._least(self.span, False)
+            if before == [x.ub() for x in self.number]:
+                break
+        if point is None:
+            return True
+        self._guess(point)
+        return self.effort.programs > 0 and self._halves(point)
+
+    def _guess(self, point: Point) -> None:
+        """A cut near a point where the time may be kept, unless the solver gave up."""
+        if point.stages:
+            self.cuts.append(_rounded(point.stages, self.p.layers))
+
+    def _halves(self, point: Point) -> bool:
+        part = [abs(n - round(n)) for n in point.ranks]
+        rank = max(range(self.p.pp), key=lambda r: (part[r], -r))
+        if part[rank] <= WHOLE:
+            return False
+        x, at = self.number[rank], math.floor(point.ranks[rank])
+        kept = [(y.lb(), y.ub()) for y in self.number]
+        for low, high in ((x.lb(), at), (at + 1, x.ub())):
+            x.SetBounds(low, high)
+            refuted = low > high or self.empty()
+            for y, bounds in zip(self.number, kept):
+                y.SetBounds(*bounds)
+            if not refuted:
+                return False
+        return True
+
+
+def _rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:
+    """Whole stages of one layer at least, their ends the nearest to those given."""
+    ends, count = [0], len(stages)
+    for k, end in enumerate(np.cumsum(stages).tolist(), 1):
+        ends.append(min(max(round(end), ends[-1] + 1), layers - count + k))
+    return tuple(b - a for a, b in itertools.pairwise(ends))
+
+
+@dataclass(slots=True)
+class Shapes:
+    """Paths by shape of schedule, shared by the programs of one search."""
+
+    found: dict[tuple[str, int, int, int], Known] = field(default_factory=dict)
+
+    def of(self, p: StageProblem) -> Known:
+        key = p.schedule, p.pp, p.microbatches, p.virtual_stages
+        if key not in self.found:
+            self.found[key] = Known.of(p)
+        return self.found[key]

@@ -1,0 +1,120 @@
+"""Paths through schedules, the bounds made of them, and what a search does with both."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_stages import brute, large, tiny
+
+from cost_models.decisions import Decisions
+from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal, simulate
+from cost_models.schedule_paths import critical_path, rank_paths
+from planner.proving import Proof, Unsettled
+from planner.stage_planes import Effort, Known, applies, refute
+from planner.stages import evaluate, lower_bound_ps, solve
+
+
+def taken(paths, times, sends):
+    """What each path takes."""
+    return (paths.runs * np.array(times)).sum(axis=(1, 2)) + paths.sends @ np.array(sends)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_paths_are_bounds_and_the_critical_one_is_the_makespan(schedule):
+    rng, seen, exact = random.Random(schedule), 0, 0
+    while seen < 40:
+        pp, m = rng.randint(2, 5), rng.randint(1, 12)
+        v = 2 if schedule in ("zbv", "dualpipev") else rng.randint(2, 3)
+        v = v if chunks_of(schedule, 2) > 1 else 1
+        if schedule_illegal(schedule, pp, m, v):
+            continue
+        stages, seen = pp * v, seen + 1
+        times = [[rng.randint(0, 20) for _ in range(stages)] for _ in range(3)]
+        sends = [rng.randint(0, 5) for _ in range(stages - 1)]
+        makespan = simulate(schedule, *times, sends, m, pp, v).makespan_ps
+        between = [size * (rank_of(schedule, pp, k) != rank_of(schedule, pp, k + 1))
+                   for k, size in enumerate(sends)]  # fmt: skip
+        found, path = critical_path(schedule, *times, sends, m, pp, v)
+        assert found == makespan == taken(path, times, between)[0]
+        most = taken(rank_paths(schedule, pp, m, v), times, between).max()
+        assert most <= makespan
+        exact += most == makespan
+    assert exact > 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_is_refuted_that_exists(schedule):
+    """No step at or below the best of all choices; and most of the way up to it is."""
+    shares = []
+    for seed in range(12):
+        p = tiny(seed, schedule)
+        best = brute(p)[0] if applies(p) else None
+        if best is None:
+            continue
+        known, low = Known.of(p), lower_bound_ps(p)
+        assert not refute(p, best + 1, known, Effort(programs=50))[0], seed
+        while low < best and refute(p, low + best // 20, known, Effort(programs=50))[0]:
+            low += best // 20
+        assert low <= best
+        shares.append(low / best)
+    assert len(shares) > 4 and np.mean(shares) > 0.9
+
+
+def test_whole_layers_and_recomputation_are_in_the_bound():
+    """126 equal layers on 16 ranks of 2 stages, some of which must recompute: the mean rank and
+    half of the bubble are 15% below what is found, the linear programs 10% at most, each time."""
+    p = large(schedule="interleaved", virtual_stages=2, microbatches=32)
+    found, known = solve(p), Known.of(p)
+    assert lower_bound_ps(p) < 0.85 * found.step_ps
+    spent = []
+    for shared in (known, Known.of(p)):
+        effort = Effort(programs=40)
+        assert refute(p, int(0.9 * found.step_ps), shared, effort)[0]
+        spent.append(effort.programs)
+    assert spent[0] == spent[1] > 0
+    paths = len(known.runs)
+    assert refute(p, int(0.9 * found.step_ps), known, Effort(programs=40))[0]
+    assert len(known.runs) <= paths + 2  # what is known already need not be found again
+
+
+def test_what_is_pinned_is_left_to_others():
+    p = large(schedule="interleaved", virtual_stages=2)
+    assert applies(p)
+    assert not applies(replace(p, fixed_stages=(4,) * 30 + (3,) * 2))
+    assert not applies(replace(p, fixed_recompute="full"))
+    assert not applies(replace(p, levels=("full",)))
+
+
+def cut_short(p, layers):
+    """The same problem with fewer layers."""
+    def short(row):
+        return tuple(map(short, row)) if isinstance(row[0], tuple) else row[:layers]
+
+    names = ("forward_ps", "input_grad_ps", "weight_grad_ps", "recompute_ps", "activation_bytes",
+             "working_bytes", "state_bytes", "gathered_bytes", "tail_comm_ps", "tail_hide_ps",
+             "tail_own_ps")  # fmt: skip
+    return replace(p, **{name: short(getattr(p, name)) for name in names})
+
+
+def test_a_proof_raises_bounds_and_finds_what_they_point_at():
+    """From a poor plan, the last step finds a better one and a bound that it keeps to."""
+    p = large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=16,
+              capacity_bytes=60 * 2**30)  # fmt: skip
+    p, d = cut_short(p, 18), Decisions(pp=4, schedule="interleaved", virtual_stages=2)
+    low, seen = lower_bound_ps(p), []
+
+    def found(one, better):
+        fits = evaluate(p, better.stages, better.recompute)
+        assert fits == (better.step_ps, better.peak_bytes, True)
+        seen.append(better.step_ps)
+        return better.step_ps * 51 // 50
+
+    one = Unsettled(bound=low * 51 // 50, bound_ps=low, order=0, decisions=d,
+                    assignments={}, problem=p)  # fmt: skip
+    proof = Proof(best=2 * low, untried=1 << 62, left=[one], found=found, programs=200)
+    left = proof.run()
+    assert seen and proof.best == seen[-1] * 51 // 50
+    assert seen == sorted(seen, reverse=True)
+    bound = min([proof.best, *(u.bound for u in left)])
+    assert 1.03 * low * 51 // 50 < bound <= proof.best < 1.03 * bound
