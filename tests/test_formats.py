@@ -22,6 +22,7 @@ from planner.decisions import Pins, decisions_from_json, decisions_json, parse_p
 from planner.formats import check_formats, fault, format_ways, settled
 from planner.pin_checks import check_pins
 from planner.plan import load
+from planner.runtime.verify.scale import cut_decisions, lost
 from planner.workload import Asked, allowed_formats, precision_of
 
 FP8 = {"attention": "fp8", "mlp": "fp8", "experts": "fp8"}
@@ -228,6 +229,14 @@ def test_our_runtime_runs_linears_compiled():
     with pytest.raises(UsageError, match="contradict each other"):
         check_pins(pins, native, gpus=2)
     check_pins(replace(pins, formats=()), native, gpus=2)
+
+
+def test_a_twin_is_verified_without_them():
+    """It computes what the model does, and the model knows no fp8; `plan verify` says so."""
+    d = Decisions(stages=(2,), recompute=((0, 0),), formats=(("mlp", "fp8"),))
+    small, _ = cut_decisions(d, Workload(), d, 2, 32)
+    assert small.formats == ()
+    assert lost(d, small) == ("the twin's matmuls are in fp32, the plan's in fewer bits",)
 
 
 def test_a_device_without_fp8_is_refused():
