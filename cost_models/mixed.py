@@ -6,7 +6,7 @@ Every stage has as many ranks on every part, so a part has the stages that its G
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,18 @@ from cost_models.step import Assignments, Costs, Step
 class PartCosts(Costs):
     """The costs of one part's GPUs, its stages a run of a longer pipeline's.
 
-    border: a send to another part.
+    border: a send to another part. known: steps by mesh, each with the assignments that it is of;
+    no step depends on where in the pipeline the part lies, so orders of parts share them.
     """
 
     border: Form
+    known: dict[tuple[Decisions, int], tuple[Assignments, Step]] = field(default_factory=dict)
+
+    def step(self, d: Decisions, assignments: Assignments) -> Step:
+        key = replace(d, parts=()), id(assignments)
+        if key not in self.known:
+            self.known[key] = assignments, super().step(d, assignments)
+        return replace(self.known[key][1], decisions=d)
 
     def own(self, d: Decisions) -> Decisions:
         """The mesh as far as this part has it: its own stages."""

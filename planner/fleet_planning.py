@@ -15,7 +15,7 @@ from cost_models.fleet import Fleet
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.mixed import MixedCosts, together
-from cost_models.step import Costs
+from cost_models.step import Assignments, Costs
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
@@ -141,7 +141,7 @@ def plan_fleet(
         raise _infeasible(found)
     plan, made = _planned(graph, options.hardware, found)
     return TraceResult(
-        plan=plan, estimate=made, echo=(*echo, _used(plan, fleet)), interrupted=stopped,
+        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet)), interrupted=stopped,
         baselines=found.baselines, timing=clock.timing(),
     )  # fmt: skip
 
@@ -182,12 +182,21 @@ def _searchers(
         else:
             searchers.append(Searcher(costs=costs, pins=pins))
     points = dict.fromkeys((m.micro_batch, m.cp) for s in searchers for m in s.meshes())
-    laid = {searcher.costs.cluster.name: searcher._laid for searcher in reversed(searchers)}
+    shared: dict[frozenset[str], FleetSearcher] = {}  # by parts, whatever their order
+    laid: dict[str, dict[tuple[int, bool], Assignments]] = {}  # by part alone
     for searcher in searchers:
         costs = searcher.costs
-        for side in costs.sides if isinstance(costs, MixedCosts) else (costs,):
+        sides = costs.sides if isinstance(costs, MixedCosts) else (costs,)
+        for side in sides:
             side.points = tuple(points) or ((1, 1),)
-        searcher._laid = laid[costs.cluster.name]
+        if isinstance(searcher, FleetSearcher):
+            names = frozenset(side.cluster.name for side in sides)
+            first = shared.setdefault(names, searcher)
+            if first is searcher:
+                searcher._laid = laid.get(costs.cluster.name, searcher._laid)
+            searcher.share(first)
+        else:
+            laid[costs.cluster.name] = searcher._laid
         searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
         yield searcher
 
@@ -211,13 +220,14 @@ def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimat
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
 
 
-def _used(plan: Plan, fleet: Fleet) -> str:
+def _used(plan: Plan, fleet: Fleet) -> tuple[str, ...]:
     """Which GPUs the plan uses, and which are idle."""
     used = [name for name, _ in plan.decisions.parts]
     idle = [part.spec for part in fleet.parts if part.name not in used]
     words = " then ".join(fleet.part(name).spec for name in used)
-    return f"--hardware {fleet.spec}: the plan uses {words}" + (
-        f"; {', '.join(idle)} would make no step shorter" if idle else ""
+    return (
+        f"--hardware {fleet.spec}: the plan uses {words}",
+        *(f"{spec} is idle: no shorter step was found with it" for spec in idle),
     )
 
 

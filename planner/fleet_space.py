@@ -30,6 +30,14 @@ class FleetSearcher(Searcher):
 
     costs: MixedCosts
 
+    def share(self, other: FleetSearcher) -> None:
+        """Know what a search of the same parts in another order knows: how units lie on tp, as
+        its first part has it, and what meshes cost on each part."""
+        self._laid = other._laid
+        known = {side.cluster.name: side.known for side in other.costs.sides}
+        for side in self.costs.sides:
+            side.known = known[side.cluster.name]
+
     @property
     def clusters(self) -> tuple[Cluster, ...]:
         return tuple(side.cluster for side in self.costs.sides)
