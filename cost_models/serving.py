@@ -165,9 +165,13 @@ def prompt_steps(
 
 def serve(
     costs: Costs, model: ServedModel, prompt: FloatArray, output: FloatArray,
-    batch: FloatArray, room: FloatArray, waves: float = 0.0,
+    batch: FloatArray, room: FloatArray, waves: FloatArray | float = np.inf,
 ) -> Served:  # fmt: skip
-    """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits."""
+    """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits.
+
+    waves: how many times the concurrency is sent in all: each wave's requests arrive at once, and
+    only the first wave's where answers end apart. inf is a steady state, 1 a burst.
+    """
     s, engine = costs.serving, costs.engine
     each = np.maximum(batch / s.replicas, 1.0)
     running = np.minimum(each, np.maximum(room, 1.0))
@@ -184,7 +188,8 @@ def serve(
     else:
         own_s, delay_s = alone_s, alone_s
     # A request of the first wave waits for those behind it alone, half of the others.
-    behind = others * (1 - (0.5 / waves if waves else 0.0))
+    first = 1 / np.asarray(waves, dtype=np.float64)
+    behind = others * (1 - first / 2)
     tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
     # Half a step that is running, and the prompts of those that came at about the same time.
     queued_s = np.minimum(engine.wait_prompts, others / 2) * own_s
@@ -193,7 +198,6 @@ def serve(
     group = np.minimum(np.maximum(np.floor(chunk / prompt), 1.0), running)
     batch_s = prompt_steps(costs, model, none, context, prompt, group)
     burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
-    first = 1 / waves if waves else 0.0
     ttft_s = engine.request_host_s + first * burst_s + (1 - first) * steady_s
     residence_s = ttft_s + output * tpot_s
     ttft_s = ttft_s + (each - running) / running * residence_s

@@ -81,12 +81,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeLoad:
-    """Requests of `prompt` tokens that are answered with `output` tokens; means where they vary.
-
-    waves: how many times the concurrency is sent in all by who measured; the first arrives at
-    once, so a share 1/waves of the requests queues behind one another. 0: a steady state alone.
-    """
+    """Requests of `prompt` tokens that are answered with `output` tokens; means where they vary."""
 
     prompt: float
     output: float
-    waves: float = 0.0

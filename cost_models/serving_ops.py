@@ -140,9 +140,9 @@ class Costs:
     def _known(self, model: str, family: str) -> dict[str, FloatArray]:
         return _constants(self.device, model, family, self.engine.start_share)
 
-    def matrix_s(self, matrix: Matrix, tokens: FloatArray, fmt: str | None = None) -> FloatArray:
-        """One kernel of matrices for `tokens` tokens."""
-        name = fmt or self.serving.format_of(matrix.block)
+    def matrix_s(self, matrix: Matrix, tokens: FloatArray, beside: bool = False) -> FloatArray:
+        """One kernel of matrices for `tokens` tokens. beside: it starts while others run."""
+        name = self.serving.format_of(matrix.block)
         family, width, peak = _gemm_family(self.device, name)
         facts = self._facts(peak)
         sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
@@ -151,6 +151,7 @@ class Costs:
         m = np.maximum(tokens * matrix.rows, 1.0)
         n, k = np.asarray(matrix.columns(tp)), np.asarray(matrix.inner(tp))
         known = self._known(f"gemm.{family}", family)
+        known = known | {"overhead_s": np.asarray(0.0)} if beside else known
         return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
                             narrow=family != "bf16")  # fmt: skip
 
@@ -280,8 +281,9 @@ def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[st
     tokens = step.sequences + step.prompts * step.new
     shared = tokens * s.attention_dp  # what the experts' ranks see
     parts = {part: np.zeros(np.shape(tokens)) for part in PARTS}
-    for matrix in layer.matrices:
-        parts["gemm"] = parts["gemm"] + costs.matrix_s(matrix, tokens)
+    for matrix in layer.matrices:  # shared experts run on a stream beside the routed ones
+        beside = matrix.block == "shared_experts"
+        parts["gemm"] = parts["gemm"] + costs.matrix_s(matrix, tokens, beside)
     for attend in layer.attention:
         parts["attention"] = parts["attention"] + costs.attention_s(attend, step)
     for one in layer.recurrences:

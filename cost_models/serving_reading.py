@@ -323,10 +323,14 @@ class _Walk:
         return tuple(found)
 
     def light(self) -> Light:
-        """Chains of elementwise nodes, each one kernel; those between experts are the experts'."""
-        kernels, whole, split = 0, 0.0, 0.0
+        """Chains of elementwise nodes, each one kernel; those between experts are the experts',
+        and what a router makes of its scores is one kernel in all."""
+        routers = {name for name, block in self.blocks.items() if block == "router"}
+        kernels, whole, split = len(routers), 0.0, 0.0
         for run in chains(self.unit):
             if all(r in self.inside_experts for n in run for r in n.refs()):
+                continue
+            if any(self.roots[n.name] and self.roots[n.name] <= routers for n in run):
                 continue
             moving = [r for r in _edges(self.unit, run) if _tokens(self.unit.values[r])]
             kernels += bool(moving)
@@ -335,7 +339,10 @@ class _Walk:
                 size = tensor.numel(1, 1) * min(ITEM_BYTES[tensor.dtype], 2)
                 divided = tensor.dtype in FLOATS and self.placed.get(r, "R") == "S"
                 split, whole = split + size * divided, whole + size * (not divided)
-        kernels += sum(n.op in _PICKING or n.op in LOOKUPS for n in self.unit.nodes)
+        kernels += sum(
+            n.op in (*_PICKING, *LOOKUPS) and not self.roots[n.name] <= routers
+            for n in self.unit.nodes
+        )
         return Light(kernels=kernels, whole_bytes=whole, split_bytes=split)
 
 

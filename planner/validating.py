@@ -15,6 +15,7 @@ from planner.console import progress, say
 if TYPE_CHECKING:
     from cost_models.validation.ops import OpsReport
     from planner.validation.scoring import Report
+    from planner.validation.serving import ServingReport
 
 
 def validate(
@@ -27,6 +28,18 @@ def validate(
     ] = [],  # noqa: B006
     ops: Annotated[
         list[str], typer.Option(metavar="FILE", show_default=False, help="single kernels, a .csv")
+    ] = [],  # noqa: B006
+    serving: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE", show_default=False, help="serving runs, a .csv; needs --configs"
+        ),
+    ] = [],  # noqa: B006
+    configs: Annotated[
+        list[str],
+        typer.Option(
+            metavar="DIR", show_default=False, help="model configurations that --serving names"
+        ),
     ] = [],  # noqa: B006
     as_json: Json = False,
     verbose: Annotated[
@@ -41,17 +54,24 @@ def validate(
     plan validate
     plan validate --runs my_runs.yaml
     plan validate --ops my_kernels.csv --json
+    plan validate --serving my_serving.csv --configs my_configs/
     plan validate --runs my_runs.yaml --ops my_kernels.csv
 
     Compare what the cost models predict with what was measured: error by class, worst rows.
     """
     runs_file, ops_file = _one("--runs", runs), _one("--ops", ops)
+    serving_file, configs_folder = _one("--serving", serving), _one("--configs", configs)
+    if bool(serving_file) != bool(configs_folder):
+        raise UsageError(
+            "--serving and --configs go together",
+            why="a run names a model, whose configuration says what it is",
+        )
     # Kernels take seconds, and a file that is none is refused before runs take minutes.
     measured = _kernels(Path(ops_file)) if ops_file else None
     documents: dict[str, dict[str, Any]] = {}
     texts: list[str] = []
     lines: list[str] = []
-    if runs_file or not ops_file:
+    if runs_file or not (ops_file or serving_file):
         from planner.validation import report as view
         from planner.validation.shipped import PUBLISHED, cross_validated
 
@@ -67,9 +87,16 @@ def validate(
         documents["ops"] = kernels.document(measured)
         texts.append(kernels.text(measured, Path(ops_file).name))
         lines += kernels.verbose_lines(measured)
+    if serving_file:
+        from planner.validation import serving_report
+
+        served = _serving(Path(serving_file), Path(configs_folder))
+        documents["serving"] = serving_report.document(served)
+        texts.append(serving_report.text(served, Path(serving_file).name))
+        lines += serving_report.verbose_lines(served)
     if as_json:
-        # One file's report, or that of runs with that of kernels under "ops".
-        first = documents.pop("runs", None) or documents.pop("ops")
+        # One file's report, or the first's with those of the others under their names.
+        first = documents.pop(next(iter(documents)))
         print_json({**first, **documents})
     else:
         print("\n\n".join(texts))
@@ -116,3 +143,14 @@ def _kernels(path: Path) -> OpsReport:
     except (TypeError, ValueError, csv.Error) as fault:
         why = "expected UTF-8, comma-separated, a header line, each row as long as it"
         raise PlanError(f"{path} is no table of measured kernels: {fault}", why=why) from None
+
+
+def _serving(path: Path, configs: Path) -> ServingReport:
+    """Every serving run of a table."""
+    from planner.validation.serving import validate_serving
+
+    try:
+        with progress() as report:
+            return validate_serving(path, configs, report)
+    except UsageError as fault:  # of a file's content, not of the command line
+        raise PlanError(fault.what, why=fault.why, hints=fault.hints) from None
