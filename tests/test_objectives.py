@@ -254,6 +254,19 @@ def test_the_command_takes_limits_of_cost_and_gpus(plan, tmp_path):
     assert code == 64 and "has no price of h100" in err
 
 
+def test_the_command_takes_what_an_axis_must_earn(plan):
+    tiny = ("trace", LLAMA, "--arg", "size=tiny", "--global-batch", "32", "--hardware", "h100x4")
+    usual, none = (plan(*tiny, "--json", *more) for more in ((), ("--axis-gain", "0%")))
+    assert usual[0] == none[0] == 0, none[2]
+    times = [json.loads(out)["estimate"]["step_time_s"] for _, out, _ in (usual, none)]
+    assert times[1] <= times[0]
+    code, _, err = plan(*tiny, "--axis-gain", "2")
+    assert code == 64 and "--axis-gain 2" in err
+    again = ("trace", "--hardware", "h100x4", "--base", "plan.json", "--stability", "2%")
+    code, _, err = plan(*again, "--axis-gain", "0%")
+    assert code == 64 and "--stability and --axis-gain" in err
+
+
 def test_a_schedule_that_runs_eager_is_not_refused_for_what_compiles_not():
     """zbv runs eager under native-compiled, where tp ranks may drop values."""
     graph = graph_of("gpt", dropout=0.1, n_layers=4)
