@@ -25,6 +25,8 @@ class Workload:
     expert_imbalance: float = 1.0
     allowed_formats: tuple[str, ...] = ()
 
+Keep = tuple[tuple[str, tuple[str, ...]], ...]  # (unit class, words of the operations it keeps)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
@@ -35,6 +37,8 @@ class Decisions:
     stages: layers per global stage (pp * virtual_stages of them; stage k on rank k % pp, or folded
     in a V). recompute: per global stage (full, selective): the first `full` layers are computed
     again whole, the next `selective` all but their matmuls and attention, the rest nothing.
+    keep: of unit classes, by name, the operations whose results are kept where they are computed
+    again in part, by their words in `ir.keep`; classes that are not named keep all of them.
     offload: pairs (what, tier). formats: pairs (group of layers' matmuls, format), in the order of
     `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the placements
     on tp that the per-op program chose, as (parameter or edge, words) pairs; empty where tp = 1.
@@ -64,6 +68,7 @@ class Decisions:
     formats: tuple[tuple[str, str], ...] = ()
     stages: tuple[int, ...] = ()
     recompute: tuple[tuple[int, int], ...] = ()
+    keep: Keep = ()
     parts: tuple[tuple[str, int], ...] = ()
 
     @property

@@ -87,6 +87,8 @@ class Engine:
     loss_bytes: a logit at the loss, in all of its copies; 0 where the op rules say it.
     split_loss_bytes: the same where tensor parallelism splits them; 0: the same.
     selective: what selective recomputation keeps, "matmuls" or "alternate" (every second one).
+    recompute_grain: what a plan chooses to recompute, whole layers and that in part ("layer"), or
+    in part operation by operation too ("op").
     """
 
     name: str
@@ -148,6 +150,7 @@ class Engine:
     split_loss_bytes: float
     combine_saves: bool
     selective: str
+    recompute_grain: str
     zero_modes: tuple[ZeroMode, ...]
     switches: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
     sources: tuple[tuple[str, str], ...]

@@ -21,6 +21,7 @@ from cost_models.crossing import boundary_levels
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine, load_engine, uncompiled
 from cost_models.hardware import Cluster
+from cost_models.keeping import kept_in_part
 from cost_models.layout import Assignment, boundary, options
 from cost_models.offload import (
     Exposed,
@@ -110,7 +111,7 @@ class Costs:
         return tuple(dict.fromkeys(self._kind_of_link))
 
     @cached_property
-    def _layers(self) -> frozenset[tuple[Unit, bool]]:
+    def layer_kinds(self) -> frozenset[tuple[Unit, bool]]:
         """(unit, is a layer) of what recomputes and what offloads: what a pipeline divides."""
         links = self.chain.links
         return frozenset((links[i].unit, links[i].is_layer) for i in self.chain.layers)
@@ -136,13 +137,20 @@ class Costs:
         axes = Axes(tp=d.tp, sequence_parallel=d.sequence_parallel, formats=d.formats)
         work = self.work(axes, is_layer)
 
-        def once(make: Callable[..., UnitCost | None], changed: Axes, *more: object) -> Any:
-            key = (make, unit, is_layer, assignment, changed)
+        def once(
+            make: Callable[..., UnitCost | None], changed: Axes, *more: object,
+            kept: tuple[object, ...] = (),
+        ) -> Any:  # fmt: skip
+            key = (make, unit, is_layer, assignment, changed, *kept)
             if key not in self._units:
-                self._units[key] = make(unit, assignment, replace(work, axes=changed), *more)
+                given = (*more, *kept)
+                self._units[key] = make(unit, assignment, replace(work, axes=changed), *given)
             return self._units[key]
 
         alone = once(unit_cost, axes)
+        kept = dict(d.keep).get(unit.name) if (unit, is_layer) in self.layer_kinds else None
+        if kept is not None:
+            alone = once(kept_in_part, axes, alone, kept=(kept,))
         experts = once(expert_cost, replace(axes, ep=d.ep, etp=d.etp), alone)
         context = once(context_cost, replace(axes, cp_kind=d.cp_kind), alone)
         return tuple(cost for cost in (alone, experts, context) if cost is not None)
@@ -164,6 +172,17 @@ class Costs:
             reserved=reserved_of(self.graph, d, self.engine, sum(sent)),
             fragmentation=self.engine.fragmentation,
         )  # fmt: skip
+
+    def kept_otherwise(self, step: Step, d: Decisions, assignments: Assignments) -> Step:
+        """The step of a mesh whose layers keep something else in part."""
+        rows = list(step.rows)
+        for i, (unit, is_layer, _) in enumerate(self.kinds):
+            if (unit, is_layer) in self.layer_kinds:
+                cost = self.at(d, unit, is_layer, assignments[unit, is_layer])
+                rows[i] = replace(
+                    rows[i], again_ps=cost.again_ps, kept=cost.kept, working=cost.working
+                )
+        return replace(step, decisions=d, rows=tuple(rows))
 
     def rescheduled(self, step: Step, d: Decisions) -> Step:
         """The step of another schedule of the same mesh: what a rank receives is reserved anew."""
@@ -189,7 +208,7 @@ class Costs:
     def at(self, d: Decisions, unit: Unit, is_layer: bool, a: Assignment) -> Point:
         """A unit at the mesh's point."""
         key = (unit, is_layer, a, d.sequence_parallel, d.cp_kind, d.ep, d.etp, d.micro_batch, d.cp,
-               d.formats)  # fmt: skip
+               d.formats, dict(d.keep).get(unit.name))  # fmt: skip
         if key not in self._points:
             self._points[key] = at_point(self.unit(unit, is_layer, a, d), self.point(d))
         return self._points[key]
@@ -206,7 +225,7 @@ class Costs:
         if d.pp == 1:  # what an earlier link holds is on this rank already
             parameters = tuple(h for h in parameters if h.name not in earlier)
         state = state_of(parameters, d, self.workload, self.engine)
-        layer = (unit, is_layer) in self._layers
+        layer = (unit, is_layer) in self.layer_kinds
         beside = self._exposed(d, state, cost, layer)
         tail = self._tail(d, state, cost)
         copied = tuple(

@@ -9,6 +9,7 @@ the step is at least the L-th smallest of these times over all ranks and n.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +69,47 @@ def flight(pp: int, m: Floats, kind: str) -> Floats:
     return held
 
 
-def forced_s(freed: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -> Floats:
+def freed(holds: Sequence[Floats], light_s: Floats, whole_s: Floats) -> Floats:
+    """What recomputing one layer frees and at what price, [piece, (bytes, seconds a byte), point]:
+    the lower convex hull of (nothing, selective, full), so no mix of layers does better."""
+    a, b = (np.maximum(holds[0] - holds[n], 0.0) for n in (1, 2))
+    rate_a, rate_b = light_s / np.maximum(a, 1e-9), whole_s / np.maximum(b, 1e-9)
+    first = rate_a <= rate_b  # selective is the cheaper one
+    bytes_1, seconds_1 = np.where(first, a, b), np.where(first, light_s, whole_s)
+    bytes_2, seconds_2 = np.where(first, b, a), np.where(first, whole_s, light_s)
+    more = np.maximum(bytes_2 - bytes_1, 0.0)
+    rate = np.maximum(seconds_2 - seconds_1, 0.0) / np.maximum(more, 1e-9)
+    return np.stack([
+        np.stack([bytes_1, np.minimum(rate_a, rate_b)]), np.stack([more, rate])
+    ])  # fmt: skip
+
+
+def freed_by(none: Floats, ways: Sequence[tuple[Floats, Floats]]) -> Floats:
+    """As `freed`, of any ways to recompute a layer, each (bytes that it keeps, seconds)."""
+    sizes = np.stack([np.maximum(none - kept, 0.0) for kept, _ in ways])
+    spent = np.stack([seconds for _, seconds in ways])
+    at_bytes, at_s, pieces = np.zeros_like(none), np.zeros_like(none), []
+    for _ in ways:
+        more = sizes - at_bytes
+        rate = np.where(more > 0, np.maximum(spent - at_s, 0.0) / np.maximum(more, 1e-9), np.inf)
+        best = np.argmin(rate, axis=0)[None]
+        least, size = (np.take_along_axis(x, best, axis=0)[0] for x in (rate, more))
+        found = np.isfinite(least)
+        size, least = np.where(found, size, 0.0), np.where(found, least, 0.0)
+        pieces.append(np.stack([size, least]))
+        at_bytes, at_s = at_bytes + size, at_s + least * size
+    return np.stack(pieces)
+
+
+def forced_s(pieces: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -> Floats:
     """Seconds of the cheapest recomputation that frees so many bytes; inf where nothing does.
 
-    freed: [piece, (bytes, seconds a byte), ...], the cheapest piece first, of one of `layers`.
+    pieces: [piece, (bytes, seconds a byte), ...], the cheapest piece first, of one of `layers`.
     """
     seconds, left = np.zeros(np.shape(over_bytes)), np.maximum(over_bytes, 0.0)
-    for size, rate in freed:
+    for size, rate in pieces:
+        if not np.any(size):
+            continue
         used = np.minimum(left, size * layers)
         left = left - used
         seconds += used * np.where(size > 0, rate, 0.0)

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.step import Assignments, Costs
-from planner.bound_ranks import Layers, Rows, flight, forced_s, ranks_s
+from planner.bound_ranks import Layers, Rows, flight, forced_s, freed, freed_by, ranks_s
 from planner.bound_state import Held, Sizes, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
@@ -68,8 +68,11 @@ class Through:
     kinds_s: tuple[Floats, ...]
 
 
-def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Through:
-    """Add up the chain for a mesh's tp, cp kind and expert layout."""
+def through_chain(
+    costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = ()
+) -> Through:
+    """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
+    in part beside what d says."""
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
     places = costs.chain.layers
     of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
@@ -79,7 +82,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
     ahead = np.full(len(costs.points), np.inf)
     kept, again, working = [zero, zero, zero], [zero, zero], zero
     relief, least_working = np.full((2, len(costs.points)), np.inf)
-    freed, each, layers = [], [], {}
+    all_freed, each, layers = [], [], {}
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
         one = sum(
@@ -102,12 +105,21 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
             )  # fmt: skip
             light = sum((c.light_s for c in found), zero)
             ahead = np.minimum(ahead, whole)
-            pieces = _freed(holds, light, whole)
+            pieces = freed(holds, light, whole)
+            if keeps:
+                ways = [(holds[1], light), (holds[2], whole)]
+                for keep in keeps:
+                    other = costs.unit(
+                        unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep)
+                    )
+                    held = wide * sum((c.kept_bytes[1] for c in other), zero)
+                    ways.append((held, sum((c.light_s for c in other), zero)))
+                pieces = freed_by(holds[0], ways)
             layers[k] = Layers(
                 count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
                 freed=pieces,
             )  # fmt: skip
-            freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
+            all_freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
             relief = np.minimum(relief, pieces[0, 1])
             least_working = np.minimum(least_working, least)
             again = [again[0] + of_layers[k] * light, again[1] + of_layers[k] * whole]
@@ -120,7 +132,7 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
         rows = [each[costs.kind_of[i]] for i in links]
         return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
 
-    pieces = np.concatenate(freed)
+    pieces = np.concatenate(all_freed)
     pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
     return Through(
         step_s=step, quickest_s=quickest, forward_s=ahead, kept=(kept[0], kept[1], kept[2]),
@@ -129,21 +141,6 @@ def through_chain(costs: Costs, d: Decisions, assignments: Assignments) -> Throu
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(one for one, _ in each),
     )  # fmt: skip
-
-
-def _freed(holds: Sequence[Floats], light_s: Floats, whole_s: Floats) -> Floats:
-    """What recomputing one layer frees and at what price, [piece, (bytes, seconds a byte), point]:
-    the lower convex hull of (nothing, selective, full), so no mix of layers does better."""
-    a, b = (np.maximum(holds[0] - holds[n], 0.0) for n in (1, 2))
-    rate_a, rate_b = light_s / np.maximum(a, 1e-9), whole_s / np.maximum(b, 1e-9)
-    first = rate_a <= rate_b  # selective is the cheaper one
-    bytes_1, seconds_1 = np.where(first, a, b), np.where(first, light_s, whole_s)
-    bytes_2, seconds_2 = np.where(first, b, a), np.where(first, whole_s, light_s)
-    more = np.maximum(bytes_2 - bytes_1, 0.0)
-    rate = np.maximum(seconds_2 - seconds_1, 0.0) / np.maximum(more, 1e-9)
-    return np.stack([
-        np.stack([bytes_1, np.minimum(rate_a, rate_b)]), np.stack([more, rate])
-    ])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +165,12 @@ def mesh_bounds_ps(
     pins: Pins | None = None,
     below: Sequence[int] | None = None,
     formats: Formats = (),
+    keeps: Callable[[int, bool], Sequence[Keep]] = lambda tp, split: (),
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
-    schedules: any of them may run. pins: of how state is held. Where what needs memory here is
+    schedules: any of them may run. pins: of how state is held. keeps: what layers may keep in
+    part beside the default, by (tp, sequence parallel). Where what needs memory here is
     pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
     these picoseconds. formats: of all of them.
     """
@@ -186,7 +185,7 @@ def mesh_bounds_ps(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
         )
         laid = assign(tp, split)
-        through = through_chain(costs, d, laid)
+        through = through_chain(costs, d, laid, keeps(tp, split))
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
@@ -225,9 +224,11 @@ class _Table:
         """A number of these meshes' chains, [mesh, ...]: a field of `Through`, or a place in it."""
         if (name, *at) not in self._stacks:
             values = map(operator.attrgetter(name), self.chain)
-            self._stacks[name, *at] = np.stack([
-                np.moveaxis(np.asarray(v[at[0]] if at else v), -1, 0) for v in values
-            ])  # fmt: skip
+            rows = [np.moveaxis(np.asarray(v[at[0]] if at else v), -1, 0) for v in values]
+            if name.endswith("freed"):  # of chains that recompute in fewer ways, pieces of nothing
+                most = max(v.shape[1] for v in rows)
+                rows = [np.pad(v, ((0, 0), (0, most - v.shape[1]), (0, 0))) for v in rows]
+            self._stacks[name, *at] = np.stack(rows)
         found: Floats = self._stacks[name, *at][self.group[0, mine], self.group[1, mine]]
         return found
 

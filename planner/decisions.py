@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Keep
 from cost_models.formats import GROUPS
 from cost_models.schedule import SCHEDULES
 from ir.errors import PlanError, UsageError
+from planner.keep_words import keep_from_json, keep_json, keep_words, read_keep
 
 CP_KINDS = ("ring", "allgather", "ulysses")
 OFFLOADED = ("optimizer", "params", "activations")
@@ -72,6 +73,7 @@ class Pins:
     virtual_stages: int | None = None
     stages: tuple[int, ...] | None = None
     recompute: Recompute | None = None
+    keep: Keep | None = None
     offload: tuple[tuple[str, str], ...] | None = None
     formats: tuple[tuple[str, str], ...] | None = None
     sequence_parallel: bool | None = None
@@ -88,7 +90,8 @@ class Pins:
 
     def said(self, key: str) -> str:
         """A pin as the user writes it: `tp=8`."""
-        return f"{key}={_word(getattr(self, key))}"
+        value = getattr(self, key)
+        return f"{key}={keep_words(value) if key == 'keep' else _word(value)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +189,13 @@ def _recompute(text: str, value: str) -> Recompute:
     return Recompute(**counts)
 
 
+def _keep(text: str, value: str) -> Keep:
+    found = read_keep(value)
+    return found if found is not None else _refuse(
+        text, "default, none, OP+OP, or CLASS:OP+OP,CLASS:none"
+    )  # fmt: skip
+
+
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     """Pairs (what, tier) in the vocabulary's order. Parameters are updated where they lie, so the
     optimizer goes with them."""
@@ -261,6 +271,8 @@ VOCABULARY = (
     Key(name="stages", words="16,16,15,..", parse=_stages, meaning="layers per stage"),
     Key(name="recompute", words="none selective full full:12", parse=_recompute,
         meaning="layers per stage computed again in backward"),
+    Key(name="keep", words="default none OP+OP u1:OP", parse=_keep,
+        meaning="operations whose results are kept where layers are computed again in part"),
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
         meaning="what lies on which of the hardware's tiers; params needs zero=3"),
@@ -284,7 +296,8 @@ VOCABULARY = (
 
 def decisions_json(decisions: Decisions) -> dict[str, Any]:
     """Decisions as JSON keys in the contract's order; stages and recompute are told apart, and a
-    dp_outer of 1 is not said, nor are formats where all is in the precision."""
+    dp_outer of 1 is not said, nor are formats where all is in the precision, nor a keep of all
+    operations."""
     d = decisions
     head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
             "microbatches", "schedule", "virtual_stages")  # fmt: skip
@@ -295,6 +308,7 @@ def decisions_json(decisions: Decisions) -> dict[str, Any]:
         **{key: getattr(d, key) for key in tail},
         **({"dp_outer": d.dp_outer} if d.dp_outer > 1 else {}),
         **({"formats": dict(d.formats)} if d.formats else {}),
+        **({"keep": keep_json(d.keep)} if d.keep else {}),
     }
 
 
@@ -302,8 +316,8 @@ def decisions_from_json(
     raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
 ) -> Decisions:
     """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
-    template = decisions_json(Decisions()) | {"dp_outer": 1, "formats": {}}
-    raw = {"dp_outer": 1, "formats": {}, **raw}
+    template = decisions_json(Decisions()) | {"dp_outer": 1, "formats": {}, "keep": {}}
+    raw = {"dp_outer": 1, "formats": {}, "keep": {}, **raw}
     for key in [*template, *raw]:
         where = f"decisions.{key}"
         if key not in template:
@@ -333,7 +347,8 @@ def decisions_from_json(
         raise PlanError(f"decisions.formats is {raw['formats']!r}",
                         why=f"expected a format of {', '.join(FORMATS)} for some of"
                             f" {', '.join(GROUPS)}")  # fmt: skip
-    values = {**raw, "formats": formats, "offload": tuple(
+    values = {**raw, "formats": formats, "keep": keep_from_json(raw["keep"]),
+              "offload": tuple(
         (what, raw["offload"][what]) for what in OFFLOADED if what in raw["offload"]
     )}
     return Decisions(**values, stages=stages, recompute=recompute)

@@ -16,6 +16,7 @@ from ir.errors import GateError, UsageError
 from ir.graph import Graph
 from planner.check import Checked
 from planner.decisions import VOCABULARY, decisions_json, summarise_recompute
+from planner.keep_words import keep_words
 from planner.names import expand_text, fold_text
 from planner.placements import placements
 from planner.plan import Plan, step_time_us
@@ -148,6 +149,7 @@ def _decisions(old: Plan, new: Plan) -> tuple[Change, ...]:
 
 def _decided(plan: Plan) -> dict[str, str]:
     words = {key: _plain(value) for key, value in decisions_json(plan.decisions).items()}
+    words["keep"] = keep_words(plan.decisions.keep)
     words["recompute"] = str(summarise_recompute(plan.decisions))
     words.setdefault("dp_outer", "1")
     words.setdefault("formats", "none")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Keep
 from cost_models.hardware import Cluster
 from cost_models.mixed import MixedCosts
 from planner.bounds import Bounds, Through, through_chain
@@ -53,6 +53,10 @@ class FleetSearcher(Searcher):
         for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
             if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
                 yield mesh
+
+    def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
+        """None but the default, or what is pinned: the parts' prices of a byte differ."""
+        return ()
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         for d in super().variants(mesh):

@@ -41,6 +41,7 @@ class Case:
     virtual_stages: int | None
     recomputes: bool | None
     selective: bool | None
+    keep: bool
     offload: tuple[tuple[str, str], ...] | None
     compile: bool | None
     formats: bool
@@ -95,6 +96,24 @@ RULES = (
         refused=lambda c: bool(c.selective) and _below(c, "activations"),
         reason="what selective recomputation keeps is torch's own cache, which stays on the GPU",
         fix="recompute=full or none",
+    ),
+    Rule(
+        keys=("keep",),
+        refused=lambda c: c.keep and load_engine(c.engine).recompute_grain != "op",
+        reason="the engine keeps a set of its own of a layer that is computed again in part",
+        fix="keep=default, or --engine native-compiled",
+    ),
+    Rule(
+        keys=("formats", "keep"),
+        refused=lambda c: c.keep and c.formats,
+        reason="a matmul in fewer bits keeps its casts as the compiler chooses",
+        fix="keep=default, or formats=none",
+    ),
+    Rule(
+        keys=("cp", "cp_kind", "keep"),
+        refused=lambda c: c.keep and (c.cp or 1) > 1 and c.cp_kind == "ulysses",
+        reason="what ulysses exchanges is kept as well, whichever operations are",
+        fix="keep=default, or cp_kind=allgather",
     ),
     Rule(
         keys=("schedule", "recompute"),
@@ -266,6 +285,8 @@ def inconsistent(
         (len(d.parts) < 2 or d.virtual_stages == d.dp_outer == 1,
          "over several kinds of GPUs a rank has one stage, and dp lies inside the pipeline"),
         (len(d.recompute) in (0, count), f"recompute of {len(d.recompute)} stages of {count}"),
+        (not d.keep or any(some for _, some in d.recompute),
+         "keep says what is kept in part, and no layer is computed again in part"),
     )  # fmt: skip
     return next((reason for holds, reason in checks if not holds), None)
 
@@ -276,7 +297,7 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
         pp=d.pp, dp_outer=d.dp_outer, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard,
         reshard=d.reshard, schedule=d.schedule, virtual_stages=d.virtual_stages,
         recomputes=any(full or selective for full, selective in d.recompute),
-        selective=any(selective for _, selective in d.recompute), offload=d.offload,
-        compile=d.compile, formats=bool(d.formats), sequence_parallel=d.sequence_parallel,
-        cp_kind=d.cp_kind, weights=None, place=False,
+        selective=any(selective for _, selective in d.recompute), keep=bool(d.keep),
+        offload=d.offload, compile=d.compile, formats=bool(d.formats),
+        sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind, weights=None, place=False,
     )  # fmt: skip

@@ -26,6 +26,7 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
     _check_batch(pins, workload)
     _check_schedule(pins, workload)
     _check_stages(pins, layers)
+    _check_keep(pins)
 
 
 def _check_mesh(pins: Pins, gpus: int) -> None:
@@ -153,6 +154,15 @@ def _check_stages(pins: Pins, layers: int | None) -> None:
         )
 
 
+def _check_keep(pins: Pins) -> None:
+    if pins.keep and pins.recompute is not None and not any(pins.recompute.selective):
+        raise UsageError(
+            f"{_joined(['keep', 'recompute'], pins)}: no layer is computed again in part",
+            why="keep says which operations such layers keep",
+            hints=("recompute=selective", "keep=default"),
+        )
+
+
 def _case_of_pins(p: Pins, workload: Workload) -> Case:
     r = p.recompute
     return Case(
@@ -160,7 +170,7 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
         pp=p.pp, dp_outer=p.dp_outer, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard,
         reshard=p.reshard, schedule=p.schedule, virtual_stages=p.virtual_stages,
         recomputes=None if r is None else any((*r.full, *r.selective)),
-        selective=None if r is None else any(r.selective), offload=p.offload,
+        selective=None if r is None else any(r.selective), keep=bool(p.keep), offload=p.offload,
         compile=p.compile, formats=any(word in NARROW for _, word in p.formats or ()),
         sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind, weights=p.weights,
         place=bool(p.place),

@@ -20,6 +20,7 @@ from ir.errors import PlanError
 from ir.graph import Graph
 from planner.decisions import decisions_from_json, decisions_json
 from planner.formats import fault, settled
+from planner.keeps import check_keep
 from planner.legality import illegal, inconsistent
 from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
@@ -148,6 +149,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     decisions = replace(decisions, parts=_parts(raw))
     _check_decisions(decisions, workload, raw)
     _check_formats(decisions, workload, graph)
+    check_keep(decisions.keep, graph)
     estimate = _object(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
     return Plan(
         graph=graph,

@@ -7,22 +7,23 @@ beat the incumbent is not tried; the least bound of what is left is the proof, o
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
-from cost_models.stage_problem import Nearest, StageProblem
+from cost_models.stage_problem import Nearest, Pair, StageProblem
 from cost_models.step import Assignments, Step
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
+from planner.dominance import undominated
+from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.proving import FIRST, Proof, Unsettled
 from planner.room import least_bytes, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
+from planner.stage_bounds import forced_ps
 from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import (
     StageSolution,
@@ -32,10 +33,12 @@ from planner.stages import (
     surely_infeasible,
 )
 
-DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages; a mesh one, if
+DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages, if it is not a
+# known one with other operations kept, which the best cuts off early; a mesh one, if
 # its state may fit, and one for every 4 programs it has: some 6 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
+UNLIMITED = 1 << 62  # bytes, or picoseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,17 @@ class Misfit:
     decisions: Decisions
     assignments: Assignments
     nearest: Nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A stage program to solve. step: where it is to be tried with other sets of what layers keep
+    once it is solved."""
+
+    bound_ps: int
+    decisions: Decisions
+    problem: StageProblem
+    step: Step | None = None
 
 
 @dataclass(kw_only=True)
@@ -112,9 +126,10 @@ class Searcher(Space):
         """The same model and costs under other pins."""
         laid = self._laid if pins.place == self.pins.place else {}
         over = self._over if pins.place == self.pins.place else {}
+        keeps = self._keeps if pins.place == self.pins.place else {}
         return Searcher(
             costs=self.costs, pins=pins, effort=self.effort, gain_ppm=self.gain_ppm,
-            _laid=laid, _over=over,
+            _laid=laid, _keeps=keeps, _over=over,
         )
 
     def bounds(
@@ -125,12 +140,13 @@ class Searcher(Space):
         return mesh_bounds_ps(
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
             schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
+            keeps=self.keeps,
         )  # fmt: skip
 
     def _score(self, objective_ps: int, mesh: Mesh | Decisions) -> int:
         return score_of(objective_ps, mesh, self.gain_ppm)
 
-    def _below(self, best: Tried, mesh: Mesh) -> int:
+    def _below(self, best: Tried, mesh: Mesh | Decisions) -> int:
         """The least objective of a mesh that is no better than the best."""
         return objective_below(best.score, mesh, self.gain_ppm)
 
@@ -154,7 +170,7 @@ class Searcher(Space):
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found
-        with _interruptible() as stopped:
+        with interruptible() as stopped:
             for i in order:
                 if out.best and lower[i] >= out.best.score:
                     continue
@@ -182,7 +198,7 @@ class Searcher(Space):
             return unsettled
 
         def found(one: Unsettled, better: StageSolution) -> int:
-            d = replace(one.decisions, stages=better.stages, recompute=better.recompute)
+            d = _decided(one.decisions, better.stages, better.recompute)
             out.best = Tried(
                 decisions=d, assignments=one.assignments, objective_ps=better.step_ps,
                 gain_ppm=self.gain_ppm,
@@ -208,49 +224,102 @@ class Searcher(Space):
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
         made_steps = [(d, self.costs.step(d, laid)) for d in ways]
-        steps = _undominated([row for row in made_steps if self._may_fit(*row, out)])
-        todo: list[tuple[int, int, Decisions, StageProblem]] = []
+        steps = undominated([row for row in made_steps if self._may_fit(*row, out)])
+        todo: list[Program] = []
         for d, step in steps:
             for made in self.schedules(d):
-                problem = self.problem(step, made)
-                if (out.best or out.misfits >= MISFITS) and surely_infeasible(problem):
-                    continue
-                todo.append((lower_bound_ps(problem), len(todo), made, problem))
+                todo += self._programs(step, made, out)
         out.spent += bool(ways) + len(todo) // 4
-        for bound, _, d, problem in sorted(todo, key=lambda row: row[:2]):
-            best = self._below(out.best, mesh) if out.best else None
-            if best is not None and bound >= best:
+        rows = [(row.bound_ps, i) for i, row in enumerate(todo)]
+        for bound, i in sorted(rows):
+            if out.best and bound >= self._below(out.best, mesh):
                 break
-            if best is not None and self._refuted(problem, best, out):
+            if self._idle(todo[i], out):
                 continue
-            found = solve(problem, incumbent_ps=best)
-            out.solved += 1
-            out.spent += 1 + d.pp * d.virtual_stages // 8
-            if found.status == "INFEASIBLE":
-                assert found.nearest is not None
-                if problem.chunks > 1:  # layers were moved about before that was said
-                    out.spent += d.pp * d.virtual_stages // 2
-                out.misfits += 1
-                out.misfit = _nearer(out.misfit, Misfit(
-                    decisions=replace(d, stages=found.nearest.stages,
-                                      recompute=found.nearest.recompute),
-                    assignments=laid, nearest=found.nearest,
-                ))  # fmt: skip
-            elif found.status != "CUTOFF":
-                out.best = Tried(
-                    decisions=replace(d, stages=found.stages, recompute=found.recompute),
-                    assignments=laid, objective_ps=found.step_ps,
-                    gain_ppm=self.gain_ppm,
-                )  # fmt: skip
-            settled = found.status == "OPTIMAL" or (
-                found.status == "INFEASIBLE" and refutes(problem)
+            self._solve(todo[i], laid, out, unsettled)
+            for more in self._eased(todo[i], out):
+                self._solve(more, laid, out, unsettled)
+
+    def _programs(self, step: Step, d: Decisions, out: Outcome) -> Iterator[Program]:
+        """The stage programs of a schedule that may have a solution: as layers are recomputed in
+        part by default, and where memory surely binds as they may be otherwise."""
+        problem = self.problem(step, d)
+        weighed = out.best is not None or out.misfits >= MISFITS
+        fits = not weighed or not surely_infeasible(problem)
+        eased = fits and forced_ps(problem) == 0
+        if fits:
+            yield Program(
+                bound_ps=lower_bound_ps(problem), decisions=d, problem=problem,
+                step=step if eased else None,
             )
-            proved = bound if found.status == "INFEASIBLE" else found.bound_ps
-            if not settled and (best is None or proved < best):
-                unsettled.append(Unsettled(
-                    bound=self._score(proved, mesh), bound_ps=proved,
-                    order=out.solved, decisions=d, assignments=laid, problem=problem,
-                ))  # fmt: skip
+        if not eased:
+            yield from self._kept_otherwise(step, d, problem)
+
+    def _kept_otherwise(self, step: Step, d: Decisions, problem: StageProblem) -> Iterator[Program]:
+        for made, other in self.kept_otherwise(step, d, problem):
+            if not surely_infeasible(other):
+                yield Program(bound_ps=lower_bound_ps(other), decisions=made, problem=other)
+
+    def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
+        """Of a solved program whose bound has no recomputation in it: the same with other sets
+        that layers may keep, if without a limit to memory it were better than the best."""
+        best = out.best
+        below = self._below(best, row.decisions) if best else UNLIMITED
+        if row.step is None or row.bound_ps >= below:
+            return
+        others = list(self._kept_otherwise(row.step, row.decisions, row.problem))
+        if best is not None and others and row.problem.chunks == 1:
+            out.solved += 1
+            out.spent += 1
+            if solve(_unlimited(row.problem), incumbent_ps=below).status == "CUTOFF":
+                return
+        for other in others:
+            if out.best is None or other.bound_ps < self._below(out.best, row.decisions):
+                yield other
+
+    def _idle(self, row: Program, out: Outcome) -> bool:
+        """Whether a program with several stages a rank has nothing better without a limit to
+        memory, and so with no set that its layers may keep."""
+        d = row.decisions
+        if row.step is None or out.best is None or not self.keeps(d.tp, d.sequence_parallel):
+            return False
+        return self._refuted(_unlimited(row.problem), self._below(out.best, d), out)
+
+    def _solve(
+        self, row: Program, laid: Assignments, out: Outcome, unsettled: list[Unsettled]
+    ) -> None:
+        """Solve a stage program; note it if its bound stays below what was found."""
+        d, problem = row.decisions, row.problem
+        best = self._below(out.best, d) if out.best else None
+        if best is not None and self._refuted(problem, best, out):
+            return
+        found = solve(problem, incumbent_ps=best)
+        out.solved += 1
+        out.spent += 1 if d.keep != self.kept else 1 + d.pp * d.virtual_stages // 8
+        if found.status == "INFEASIBLE":
+            assert found.nearest is not None
+            if problem.chunks > 1:  # layers were moved about before that was said
+                out.spent += d.pp * d.virtual_stages // 2
+            out.misfits += 1
+            out.misfit = _nearer(out.misfit, Misfit(
+                decisions=_decided(d, found.nearest.stages, found.nearest.recompute),
+                assignments=laid, nearest=found.nearest,
+            ))  # fmt: skip
+        elif found.status != "CUTOFF":
+            out.best = Tried(
+                decisions=_decided(d, found.stages, found.recompute),
+                assignments=laid, objective_ps=found.step_ps,
+                gain_ppm=self.gain_ppm,
+            )  # fmt: skip
+        settled = found.status == "OPTIMAL" or (
+            found.status == "INFEASIBLE" and refutes(problem)
+        )
+        proved = row.bound_ps if found.status == "INFEASIBLE" else found.bound_ps
+        if not settled and (best is None or proved < best):
+            unsettled.append(Unsettled(
+                bound=self._score(proved, d), bound_ps=proved,
+                order=out.solved, decisions=d, assignments=laid, problem=problem,
+            ))  # fmt: skip
 
     def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         """Whether a few linear programs show that a program with several stages a rank has nothing
@@ -283,10 +352,22 @@ class Searcher(Space):
                 continue
             near = solve(self.problem(self.costs.step(d, laid), made)).nearest
             if near is not None:
-                decided = replace(made, stages=near.stages, recompute=near.recompute)
+                decided = _decided(made, near.stages, near.recompute)
                 out.misfit = _nearer(
                     out.misfit, Misfit(decisions=decided, assignments=laid, nearest=near)
                 )
+
+
+def _unlimited(problem: StageProblem) -> StageProblem:
+    """Without a limit to memory nothing is recomputed, but what is pinned."""
+    free = replace(problem, capacity_bytes=UNLIMITED)
+    return free if free.fixed_recompute is not None else replace(free, levels=("none",))
+
+
+def _decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
+    """The decisions with their stages; what is kept in part matters where something is."""
+    keep = d.keep if any(some for _, some in recompute) else ()
+    return replace(d, stages=stages, recompute=recompute, keep=keep)
 
 
 def _state_key(d: Decisions) -> tuple[object, ...]:
@@ -299,54 +380,6 @@ def _nearer(old: Misfit | None, new: Misfit) -> Misfit:
     if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
         return old
     return new
-
-def _profile(step: Step) -> tuple[int, ...]:
-    """What a variant costs and holds, each number better when smaller."""
-    numbers: list[int] = [n for one in step.beside for n in _profile(one)]
-    numbers += [sum(size for _, size in step.reserved), step.p2p_ps]
-    slow = step.slow_sends or ((0, 0),) * step.decisions.pp
-    numbers += [number for boundary in slow for number in boundary]
-    for r in step.rows:
-        s = r.state
-        numbers += [
-            r.forward_ps, r.backward_ps, r.tail_comm_ps, -r.tail_hide_ps,
-            r.floor_ps + r.optimizer_ps + r.offload_ps,
-            s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes, s.gathered_bytes,
-        ]  # fmt: skip
-    return tuple(numbers)
-
-
-def _undominated(found: list[tuple[Decisions, Step]]) -> list[tuple[Decisions, Step]]:
-    """Variants that no other is at least as good as in every number, the first of equals."""
-    kept: list[tuple[tuple[int, ...], tuple[Decisions, Step]]] = []
-    for d, step in found:
-        mine = _profile(step)
-        if any(all(a <= b for a, b in zip(theirs, mine)) for theirs, _ in kept):
-            continue
-        kept = [row for row in kept if not all(a <= b for a, b in zip(mine, row[0]))]
-        kept.append((mine, (d, step)))
-    return [row for _, row in kept]
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the search to stop; a second one stops the program."""
-    asked: list[bool] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: nothing to catch there
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 __all__ = ["Outcome", "Searcher", "Tried"]

@@ -109,6 +109,8 @@ def _head(plan: Plan) -> list[str]:
     if len(recompute) > SHORT_RECOMPUTE:
         full, selective = (sum(counts) for counts in zip(*d.recompute))
         recompute = f"{full} layers in full, {selective} in part"
+    if d.keep:
+        recompute += f", in part keeping {_kept(plan)}"
     offload = ", ".join(f"{what} on {tier}" for what, tier in d.offload)
     allowed = "".join(f" ({word} allowed)" for word in w.allowed_formats)
     skew = f", expert imbalance {w.expert_imbalance:g}" if w.expert_imbalance != 1 else ""
@@ -259,6 +261,8 @@ def layers_text(plan: Plan) -> str:
     lines = [_stage_words(r) for r in stage_records(plan.decisions, plan.graph)]
     lines += [f"recompute {r['recompute']}: {r['units']}"
               for r in recompute_records(plan.decisions, plan.graph)]  # fmt: skip
+    lines += [f"kept in part of {name}: {' '.join(words) or 'its inputs alone'}"
+              for name, words in plan.decisions.keep]  # fmt: skip
     for placement, names in groups.items():
         lines += [f"{placement:5} {pattern}" for pattern in fold(names)]
     return "\n".join(lines)
@@ -279,7 +283,8 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
         [
             f"stage {stage} on pp rank {rank.pp_rank}: {d.stages[stage]} layers",
             _row("units", fold_text(stage_units(plan.graph, d.stages)[stage])),
-            _row("recompute", f"{full} layers in full, {selective} in part"),
+            _row("recompute", f"{full} layers in full, {selective} in part"
+                 + (f", keeping {_kept(plan)}" if d.keep and selective else "")),
             "",
             f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
             f"{format_bytes(capacity)}",
@@ -297,6 +302,12 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
             ),
         ]
     )
+
+
+def _kept(plan: Plan) -> str:
+    """What layers keep that are computed again in part, once where their classes keep alike."""
+    found = dict.fromkeys(" ".join(words) or "inputs alone" for _, words in plan.decisions.keep)
+    return "; ".join(found)
 
 
 def _row(name: str, text: str) -> str:

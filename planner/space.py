@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Keep
 from cost_models.estimate import stage_problem
 from cost_models.formats import Formats
 from cost_models.hardware import Cluster
@@ -22,6 +22,7 @@ from ir.errors import UsageError
 from ir.graph import Unit, full_name
 from planner.decisions import Pins
 from planner.formats import format_ways
+from planner.keeps import keep_sets, pinned_keep
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes, outside
 from planner.names import matches
@@ -41,12 +42,40 @@ class Space:
     pins: Pins = field(default_factory=Pins)
     formats: Formats = ()  # of the plans looked at now: one of `format_ways`
     _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
+    _keeps: dict[tuple[int, bool, Formats], tuple[Keep, ...]] = field(default_factory=dict)
 
     def assign(self, tp: int, split: bool) -> Assignments:
         """How every unit lies on tp: solved once, at one sample of the whole sequence."""
         if (tp, split) not in self._laid:
             self._laid[tp, split] = self._lay(tp, split)
         return self._laid[tp, split]
+
+    @functools.cached_property
+    def kept(self) -> Keep:
+        """What layers keep in part unless another set is tried: by default, or as pinned."""
+        return pinned_keep(self.pins.keep or (), self.costs.graph)
+
+    def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
+        """What layers may keep in part other than by default; none where that is pinned."""
+        if self.pins.keep is not None:
+            return ()
+        key = (tp, split, self.formats)
+        if key not in self._keeps:
+            self._keeps[key] = keep_sets(self.costs, *key, self.assign(tp, split))
+        return self._keeps[key]
+
+    def kept_otherwise(
+        self, step: Step, d: Decisions, problem: StageProblem
+    ) -> Iterator[tuple[Decisions, StageProblem]]:
+        """The stage program of a schedule once more for each other set that layers may keep."""
+        again = self.pins.recompute
+        if "selective" not in problem.levels or (again and not any(again.selective)):
+            return
+        laid = self.assign(d.tp, d.sequence_parallel)
+        for keep in self.keeps(d.tp, d.sequence_parallel):
+            made = replace(d, keep=keep)
+            if illegal(made, self.costs.workload) is None:
+                yield made, self.problem(self.costs.kept_otherwise(step, made, laid), made)
 
     def _lay(self, tp: int, split: bool) -> Assignments:
         costs, found = self.costs, {}
@@ -109,6 +138,7 @@ class Space:
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
             compile=engine.fused, formats=self.formats,
             grad_dtype=pins.grad_dtype or engine.grad_dtype,
+            keep=self.kept,
         )  # fmt: skip
         ranks = mesh.dp * mesh.cp
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)

@@ -36,7 +36,9 @@ from planner.stages import lower_bound_ps, solve
 
 STATE = ("zero", "offload", "grad_dtype", "formats")  # and the shard group
 PROGRAM = ("schedule", "virtual_stages", "micro_batch", "sequence_parallel", "reshard", "compile")
-AFTER = ("microbatches", "stages", "recompute", "shard", "cp_kind")  # follow, or are told apart
+AFTER = (  # follow, or are told apart
+    "microbatches", "stages", "recompute", "keep", "shard", "cp_kind",
+)  # fmt: skip
 Distance = tuple[int, int, int, int, int]
 
 

@@ -21,6 +21,7 @@ from ir.graph import Graph
 from planner.decisions import Pins
 from planner.formats import check_formats
 from planner.infeasible import infeasible
+from planner.keeps import pinned_keep
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
@@ -216,6 +217,7 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
             )
     _check_places(graph, pins)
     check_formats(pins.formats, graph, cluster, workload)
+    pinned_keep(pins.keep or (), graph)
     compiled = load_engine(workload.engine).fused and may_compile(workload, pins)
     check_runnable(refusals(graph, workload, compiled), pins)
     again = whole_recomputation_fault(graph, workload, compiled)
@@ -250,6 +252,8 @@ def _searcher(
 ) -> tuple[Costs, Searcher]:
     """Costs at every work point that the candidates of the pins, and the recipes, have."""
     chain = _chain(graph)
+    if pins.keep:
+        pins = replace(pins, keep=pinned_keep(pins.keep, graph))
     wide = [pins, *(recipe for _, recipe in _recipes(graph, cluster, pins))]
     points = dict.fromkeys(
         (m.micro_batch, m.cp) for p in wide for m in meshes(chain, cluster, workload, p)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.ledger import Estimate
 from cost_models.schedule import SPLIT_BACKWARD, rank_of
@@ -22,6 +22,7 @@ from planner.asking import Answer, Asking, estimated
 from planner.check import Checked
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
 from planner.formats import settled
+from planner.keeps import pinned_keep
 from planner.mesh import Mesh, divisors, facts_of
 from planner.pin_checks import check_pins
 from planner.plan import Solver
@@ -34,7 +35,7 @@ MOST_MEMORY = 2.0  # where that gains nothing, memory does not bind
 LEAST_GAIN = 1000  # memory binds where more of it gains a 1000th of the step
 NOT_REFUSED = ("stages", "weights", "place", "kv")
 PIPELINED = ("schedule", "virtual_stages")
-ASKED = ("pp", "tp", "cp", "ep", "zero", "micro_batch", "recompute", "offload", "formats",
+ASKED = ("pp", "tp", "cp", "ep", "zero", "micro_batch", "recompute", "keep", "offload", "formats",
          "schedule")  # fmt: skip
 ROW_EFFORT = 100  # of each row, where all decisions are asked about
 
@@ -85,7 +86,19 @@ class Without(Searcher):
         """Also without the refused levels of recomputation."""
         made = super().problem(step, d)
         left = tuple(level for level in made.levels if level not in self._levels)
+        if d.keep in self._not_kept:
+            left = tuple(level for level in left if level != "selective")
         return replace(made, levels=left)
+
+    def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
+        """Also without what may not be kept."""
+        return tuple(k for k in super().keeps(tp, split) if k not in self._not_kept)
+
+    @property
+    def _not_kept(self) -> tuple[Keep, ...]:
+        return tuple(
+            pinned_keep(value, self.costs.graph) for key, value in self.refused if key == "keep"
+        )
 
     @property
     def _levels(self) -> tuple[str, ...]:
@@ -210,7 +223,7 @@ class Why:
                 pairs = d.recompute or ((0, 0),)
                 value = tuple(k for k, n in zip(("full", "selective"), map(sum, zip(*pairs))) if n)
             idle = (
-                (key in ("recompute", "offload", "formats") and not value)
+                (key in ("recompute", "keep", "offload", "formats") and not value)
                 or (key == "ep" and not experts) or (key == "schedule" and d.pp == 1)
             )  # fmt: skip
             if not idle:

@@ -10,6 +10,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
 from planner.decisions import decisions_json, summarise_recompute
+from planner.keep_words import keep_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used
 from planner.why import Alternative, Binding, refused_words
 
@@ -129,6 +130,7 @@ def decided(d: Decisions) -> str:
     full, selective = (sum(n) for n in zip(*(d.recompute or ((0, 0),))))
     words += [f"{n} layers recomputed {how}" for n, how in
               ((full, "in full"), (selective, "in part")) if n]  # fmt: skip
+    words += [f"keep {keep_words(d.keep)}"] if d.keep else []
     words += [f"{what} on {tier}" for what, tier in d.offload]
     words += [f"{group} in {word}" for group, word in d.formats]
     return ", ".join(words)

@@ -160,6 +160,12 @@ def _formats(p, d):
     return found
 
 
+def _keep(p, d):
+    """What the engine can keep in part: the rungs of its ladder, whose front test_keep has."""
+    may = d.schedule not in SPLIT and not (d.cp > 1 and d.cp_kind == "ulysses") and not d.formats
+    return [(), *(p.searcher.keeps(d.tp, d.sequence_parallel) if may else ())]
+
+
 MESH_AXES = (
     ("pp", lambda p, d: [n for n in divisors(p.gpus) if n <= p.layers]),
     ("tp", lambda p, d: [n for n in divisors(p.gpus // d.pp) if n <= p.domain]),
@@ -182,7 +188,7 @@ STATE_AXES = (
     ("offload", _offload),
     ("formats", _formats),
 )
-SCHEDULE_AXES = (("schedule", _schedule), ("virtual_stages", _virtual_stages))
+SCHEDULE_AXES = (("schedule", _schedule), ("virtual_stages", _virtual_stages), ("keep", _keep))
 AXES = (*MESH_AXES, *STATE_AXES, *SCHEDULE_AXES)
 
 
@@ -251,9 +257,8 @@ def least_by_mesh(p: Tiny, **pins) -> dict[Mesh, int | None]:
             step = p.costs.step(Decisions(**state), laid)
             for full in product(p, SCHEDULE_AXES, state, pins):
                 made = Decisions(**full)
-                problem = stage_problem(
-                    p.costs, p.costs.rescheduled(step, made), levels=recomputed(p, made)
-                )
+                held = p.costs.step(made, laid) if made.keep else p.costs.rescheduled(step, made)
+                problem = stage_problem(p.costs, held, levels=recomputed(p, made))
                 objectives.append(best_of_problem(problem))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found

@@ -94,9 +94,9 @@ def step(rank, plan, options=None, name="llama"):
     }  # fmt: skip
 
 
-def kept(rank, plan):
+def kept(rank, plan, options=None):
     """Bytes that a layer's second forward keeps for backward."""
-    _, _, parallel, ids, _ = made(plan)
+    _, _, parallel, ids, _ = made(plan, **(options or {}))
     parallel.step(ids, ids, example("llama").loss)
     return kept_by(parallel, plan, ids)
 
@@ -114,18 +114,21 @@ def kept_by(parallel, plan, ids):
     found = {}
 
     def pack(t):
-        found[t.untyped_storage()._cdata] = t
+        local = whole_local(t)
+        found[local.untyped_storage()._cdata] = local
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
         out = layer(x, cos, sin)
     for p in (*layer.parameters(), *layer.buffers(), cos, sin):
         found.pop(whole_local(p).untyped_storage()._cdata, None)
+    fresh = (
+        w.val for w in gc.get_objects() if type(w) is _VersionWrapper and id(w) not in before
+    )
     cached = {
-        w.val.untyped_storage()._cdata: w.val
-        for w in gc.get_objects()
-        if type(w) is _VersionWrapper and id(w) not in before and isinstance(w.val, torch.Tensor)
-    }  # fmt: skip
+        t.untyped_storage()._cdata: t
+        for t in (whole_local(v) for v in fresh if isinstance(v, torch.Tensor))
+    }
     sizes = {k: t.untyped_storage().nbytes() for k, t in (found | cached).items()}
     out.sum().backward()
     return sum(sizes.values())

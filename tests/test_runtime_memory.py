@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import runtime_cases_memory as cases
@@ -10,7 +10,9 @@ import torch
 from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.estimate import read_assignments
 from cost_models.words import sharding_of
+from ir import keep
 from ir.errors import PlanError
 from planner.plan import Plan
 from planner.runtime.world import RankFailure
@@ -126,6 +128,59 @@ def test_what_is_kept_is_what_the_graph_keeps(world):
     unit = layer_class(full)
     assert set(world.run(2, cases.kept, full)) == {bytes_of(full, unit.diff_inputs)}
     assert set(world.run(2, cases.kept, some)) == {bytes_of(some, unit.saved_selective)}
+
+
+KEPT = ((), ("attention/attention", "feed_forward.w1"))
+
+
+def in_part(kept, make=plan, **decisions):
+    """Both layers computed again in part, of each only these operations kept."""
+    made = make(recompute=RECOMPUTE["selective"], **decisions)
+    return replace(made, decisions=replace(made.decisions, keep=((layer_class(made).name, kept),)))
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_operations_are_kept_one_by_one(world, kept):
+    """To the byte: the input and their results; the others are repeated, but the last matmul."""
+    made = in_part(kept)
+    results = world.run(2, cases.step, made)
+    exact(results)
+    unit = layer_class(made)
+    again = [n.op for n in keep.repeated(unit, kept)]
+    for r in results:
+        assert r["calls"]["mm"] == 2 * (3 * (2 * 7 + 1) + 2 * again.count("linear"))
+        flash = "_scaled_dot_product_flash_attention_for_cpu"
+        assert r["calls"][flash] == 2 * 2 * (1 + again.count("attention"))
+    ones = [r for n in keep.keepable(unit) if keep.word(n, unit) in kept for r in n.refs()]
+    assert set(world.run(2, cases.kept, made)) == {bytes_of(made, [*unit.diff_inputs, *ones])}
+
+
+def planned_bytes(made):
+    """What the cost model has a layer keep, of a micro-batch on one rank."""
+    d, w = made.decisions, made.workload
+    costs = costs_of(made.graph, "h100x2", ((d.micro_batch, 1),), **asdict(w))
+    step = costs.step(d, read_assignments(costs, d, made.sharding_by_unit))
+    return step.row(costs.chain.layers[0]).kept[1]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_operations_are_kept_one_by_one_on_tp(world, kept):
+    """No collective is repeated: both gathered inputs and the reduced sum are kept. The layer that
+    is measured is given its input whole, where a rank of the model has half."""
+    made = in_part(kept, on_tp)
+    exact(world.run(2, cases.step, made))
+    half = bytes_of(made, layer_class(made).diff_inputs) // 2
+    assert set(world.run(2, cases.kept, made)) == {planned_bytes(made) + half}
+
+
+def test_operations_are_kept_one_by_one_in_a_compiled_layer(world):
+    """The same bytes, the same numbers, one graph a class."""
+    made = in_part(KEPT[1], compile=True)
+    results = world.run(2, cases.compiled, made, "aot_eager")
+    exact([r for r, _ in results])
+    assert all(r["uncompiled"] == {} for r, _ in results) and {n for _, n in results} == {4}
+    options = {"compile_backend": "aot_eager"}
+    assert set(world.run(2, cases.kept, made, options)) == {planned_bytes(made)}
 
 
 @pytest.mark.parametrize("kind", ["none", "full"])

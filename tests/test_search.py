@@ -125,7 +125,8 @@ def test_bounds_hold_for_every_mesh(case):
     problem, least = case
     space, searcher = list(least), problem.searcher
     bounds = mesh_bounds_ps(
-        problem.costs, space, searcher.assign, schedules=searcher.searched_schedules
+        problem.costs, space, searcher.assign, schedules=searcher.searched_schedules,
+        keeps=searcher.keeps,
     ).lower_ps
     broken = [
         (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)

@@ -1,13 +1,14 @@
 """Recomputation: a unit's forward, run again in backward instead of keeping what it made.
 
 full keeps a unit's inputs. selective keeps what the plan's graph keeps beside them: the results of
-matmuls, attention and convolutions, and of collectives, so that nothing dear is done twice.
+matmuls, attention and convolutions, and of collectives, so that nothing dear is done twice; or
+of the matmuls, attention and convolutions those that the plan names.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,24 +19,27 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ir.backward import feeds_backward
-from ir.graph import AFTER, Unit
+from ir import keep
+from ir.errors import PlanError
+from ir.graph import Unit
 from ir.ops import rule
 from planner.runtime import gathered, ring  # noqa: F401  their operators
 from planner.runtime.context import Context
 from planner.runtime.site import Site
 
 Forward = Callable[..., Any]
-_HEAVY_KINDS = ("gemm", "grouped_gemm", "attention", "conv")  # one operation of torch each
 
-_ATEN = (
-    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm", "_grouped_mm",
-    "_scaled_grouped_mm", "convolution", "_convolution", "cudnn_convolution",
-    "mkldnn_convolution", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
-    "_flash_attention_forward", "_efficient_attention_forward",
-)  # fmt: skip
+_ATEN = {
+    "gemm": ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_scaled_mm"),
+    "grouped_gemm": ("_grouped_mm", "_scaled_grouped_mm"),
+    "conv": ("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution"),
+    "attention": (
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable", "_flash_attention_forward",
+        "_efficient_attention_forward",
+    ),
+}  # fmt: skip
 _COLLECTIVES = (
     "all_reduce", "all_reduce_coalesced", "all_gather_into_tensor",
     "all_gather_into_tensor_coalesced", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced",
@@ -44,12 +48,18 @@ _COLLECTIVES = (
 
 
 @functools.cache
-def heavy_operations() -> frozenset[Any]:
-    """What selective recomputation does not repeat, of the operations that compute."""
-    found = [getattr(torch.ops.aten, name, None) for name in _ATEN]
-    flex = getattr(torch.ops.higher_order, "flex_attention", None)
-    found += [torch.ops.meshwright_cp.ring, torch.ops.meshwright_cp.gathered]
-    return frozenset({packet.default for packet in found if packet is not None} | {flex})
+def heavy_operations() -> Mapping[Any, str]:
+    """What selective recomputation does not repeat, of the operations that compute, and the kind
+    of the graph's operation that each is."""
+    found = {
+        packet.default: kind
+        for kind, names in _ATEN.items()
+        for packet in (getattr(torch.ops.aten, name, None) for name in names)
+        if packet is not None
+    }
+    for packet in (torch.ops.meshwright_cp.ring, torch.ops.meshwright_cp.gathered):
+        found[packet.default] = "attention"
+    return found | {getattr(torch.ops.higher_order, "flex_attention", None): "attention"}
 
 
 @functools.cache
@@ -63,8 +73,12 @@ def apply_in_part(sites: Sequence[Site], stage: nn.Module, context: Context) -> 
     """Patch the forward of every unit that the plan computes again in part: inside what is
     compiled, as a compiler heeds what is kept. Names do not change."""
     classes = {site.unit: None for site in sites if site.recompute == "selective"}
+    named = dict(context.plan.decisions.keep)
     # a partial of a function is what torch.compile takes, one for all layers that share a graph
-    contexts = {unit: functools.partial(Keeps.contexts, Keeps(unit)) for unit in classes}
+    contexts = {
+        unit: functools.partial(Keeps.contexts, Keeps(unit, named.get(unit.name)))
+        for unit in classes
+    }
     for site in sites:
         if site.recompute == "selective":
             site.module.forward = again(site.module.forward, contexts[site.unit])
@@ -102,15 +116,21 @@ class Keeps:
     of the last heavy operations these are; how many there are in all is counted as they run, so
     it is right from the second forward on. A wrong count costs memory or a repeated matmul, never
     a wrong result.
+
+    kept: the words of the operations that the plan keeps, None for all of them. They are counted
+    as they run: the module must run what its graph has, in that order.
     """
 
-    def __init__(self, unit: Unit) -> None:
-        read = feeds_backward(unit)
-        own = [n for n in unit.nodes if n.module.partition(".")[0] != AFTER]
-        heavy = [n for n in own if rule(n).kind in _HEAVY_KINDS]
-        needed = [any(read[r] for r in n.refs()) for n in heavy]
-        self._idle = next((i for i, need in enumerate(reversed(needed)) if need), len(needed))
-        self._count = len(needed)
+    def __init__(self, unit: Unit, kept: tuple[str, ...] | None = None) -> None:
+        self._idle, self._count = keep.idle(unit), len(keep.dear(unit))
+        self._unit = unit.name
+        self._kinds: tuple[str, ...] = ()  # of the operations that are kept one by one
+        self._repeated: frozenset[int] = frozenset()
+        if kept is not None:
+            ones = keep.keepable(unit)
+            again = {n.name for n in keep.repeated(unit, kept)}
+            self._kinds = tuple(rule(n).kind for n in ones)
+            self._repeated = frozenset(i for i, n in enumerate(ones) if n.name in again)
 
     def contexts(self) -> Any:
         """The pair that torch's checkpoint takes: what runs around forward, and around its
@@ -120,10 +140,23 @@ class Keeps:
 
         def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             nonlocal seen
+            repeated = False
             if op in heavy:
+                self._check(seen, heavy[op], op)
+                repeated = seen in self._repeated
                 seen += 1
                 self._count = max(self._count, seen)
-            keep = seen <= wanted and (op in heavy or op in collectives)
+            keep = seen <= wanted and not repeated and (op in heavy or op in collectives)
             return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
         return create_selective_checkpoint_contexts(policy)
+
+    def _check(self, place: int, kind: str, op: Any) -> None:
+        """Refuse a module that runs another operation than its graph has at this place."""
+        planned = self._kinds[place] if place < len(self._kinds) else kind
+        if planned != kind:
+            raise PlanError(
+                f"unit {self._unit} runs {op} where the plan's graph has its {planned}",
+                why="what is kept is counted in the order that operations run in",
+                hints=("--fix keep=default keeps all of them",),
+            )

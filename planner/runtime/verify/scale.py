@@ -147,6 +147,8 @@ def cut_decisions(
         small, stages=cut, recompute=cut_recompute(d, cut), virtual_stages=count // small.pp,
         micro_batch=min(2, d.micro_batch), microbatches=batches, formats=(),
     )  # fmt: skip
+    if not any(some for _, some in small.recompute):
+        small = replace(small, keep=())
     engine = workload.engine
     if engine not in ("native", "native-compiled"):
         engine = "native-compiled" if d.compile else "native"
