@@ -9,7 +9,7 @@ the step is at least the L-th smallest of these times over all ranks and n.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 CELLS = 500_000  # of (mesh, rank, layers) at once, to bound memory
+HALVINGS = 40  # of the interval that a bound lies in
 SLACK_BYTES = 1e4  # sums of bytes as floats
 
 
@@ -157,3 +158,42 @@ def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
     if most < layers:  # or some rank has more layers than were looked at
         least = np.minimum(least, m * (most + 1) * rows.layer_s)
     return least
+
+
+def bubble_s(
+    whole_s: Floats, m: Ints, pp: Ints, layers: int, schedules: Collection[str], most_virtual: int
+) -> Floats:
+    """Seconds at least of schedules that do not split backward, the best of those that are legal;
+    whole_s: a micro-batch through all stages, what it recomputes included.
+
+    Each as `stage_bounds.lower_bound_ps` has it, with the mean rank for the busiest: GPipe fills
+    and drains once; 1F1B's path through the busiest stage; interleaved with as many chunks a rank
+    as there are layers for, where rounds are whole (`stage_bounds.filled_ps`).
+    """
+    fits = np.isfinite(whole_s)
+    whole_s = np.where(fits, whole_s, 1.0)
+    mean, least = whole_s / pp, np.full(len(whole_s), np.inf)
+    if "gpipe" in schedules:
+        least = np.minimum(least, whole_s + (m - 1) * mean)
+    if "1f1b" in schedules:
+        long, short = (m - 1 - pp) * mean + 2 * whole_s, 2 * whole_s * m / (m + 1)
+        least = np.minimum(least, np.where(m < pp, np.inf, np.where(m > pp, long, short)))
+    if "interleaved" in schedules:
+        v = np.minimum(most_virtual, layers // pp)
+        filled = np.where(m % pp == 0, _filled_s(whole_s, m, pp, np.maximum(v, 1)), 0.0)
+        least = np.minimum(least, np.where(v < 2, np.inf, filled))
+    least = np.where(np.isinf(least), 0.0, least)  # none of them is legal: nothing is said
+    return np.where(fits, least, np.inf)
+
+
+def _filled_s(whole_s: Floats, m: Ints, pp: Ints, v: Ints) -> Floats:
+    """`stage_bounds.filled_ps` of many: the least T >= m whole / p + the least that T allows."""
+    low, high = m * whole_s / pp, 2 * m * whole_s
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        most = middle / m
+        full = np.minimum(pp - 1, np.floor(whole_s / most))
+        idle = most * full * (full - 1) / 2 + np.maximum(0, whole_s - full * most) * full
+        holds = middle >= m * whole_s / pp + idle / (pp * v)
+        low, high = np.where(holds, low, middle), np.where(holds, middle, high)
+    return low

@@ -25,7 +25,16 @@ from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.step import Assignments, Costs
-from planner.bound_ranks import Layers, Rows, flight, forced_s, freed, freed_by, ranks_s
+from planner.bound_ranks import (
+    Layers,
+    Rows,
+    bubble_s,
+    flight,
+    forced_s,
+    freed,
+    freed_by,
+    ranks_s,
+)
 from planner.bound_state import Held, Sizes, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
@@ -180,6 +189,8 @@ def mesh_bounds_ps(
         key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
         groups.setdefault(key, []).append(i)
     table, states = _Table(costs, candidates), States(costs, pins or Pins())
+    table.fused = {*schedules, "1f1b"}
+    table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     for (tp, split, kind, ep, etp), members in groups.items():
         d = Decisions(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
@@ -214,6 +225,8 @@ class _Table:
         self._stacks: dict[tuple[str | int, ...], Floats] = {}
         self.group = np.zeros((2, len(candidates)), dtype=np.int64)  # of chain, and its point
         self.layers = len(costs.chain.layers)
+        self.fused: set[str] = set()  # schedules that may run, and the most chunks a rank
+        self.most_virtual = 1
 
     def fill(self, members: list[int], through: Through, at: list[int], sizes: Sizes) -> None:
         self.group[0, members], self.group[1, members] = len(self.chain), at
@@ -309,6 +322,9 @@ class _Table:
         least = np.maximum(least, m * fullest * quickest)
         if not split:  # a micro-batch goes there and back
             least = np.maximum(least, step + again)
+            least = np.maximum(
+                least, bubble_s(step + again, m, pp, self.layers, self.fused, self.most_virtual)
+            )
         tail = held.tail_s / pp
         near = np.flatnonzero(least + tail < at_most)
         if not self._elsewhere(way):

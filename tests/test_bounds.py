@@ -1,12 +1,14 @@
 """Bounds of many meshes at once: their parts hold, against the costs they bound."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
 from tiny_models import costs_of, graph_of
 
-from planner.bound_ranks import Rows, flight, forced_s, ranks_s
+from cost_models.schedule import schedule_illegal, simulate
+from planner.bound_ranks import Rows, bubble_s, flight, forced_s, ranks_s
 from planner.bound_state import States
 from planner.decisions import Pins
 from planner.mesh import meshes
@@ -92,3 +94,29 @@ def test_layers_that_ranks_can_take_equal_enumeration():
         assert bound == pytest.approx(min(best, max(bound, cap)) if bound >= cap else best)
         found.add(bool(np.isinf(best)))
     assert found == {True, False}
+
+
+def test_the_bubble_is_below_every_schedule_of_equal_layers():
+    """Layers alike, cut evenly or at random: GPipe, 1F1B and interleaved as simulated. Where no
+    interleaving is legal, 1F1B of equal stages comes close."""
+    rng, tight = random.Random(1), []
+    schedules = ("gpipe", "1f1b", "interleaved")
+    for _ in range(400):
+        pp, m, most = rng.randint(2, 6), rng.randint(1, 14), rng.randint(1, 3)
+        layers, found = pp * most + rng.randint(0, pp - 1), []
+        chunks = {"gpipe": (1,), "1f1b": (1,), "interleaved": range(2, most + 1)}
+        for name, v in [(s, v) for s in schedules for v in chunks[s]]:
+            if schedule_illegal(name, pp, m, v):
+                continue
+            n = [layers // (pp * v)] * (pp * v)
+            for at in range(layers % (pp * v)):
+                n[at if rng.random() < 0.5 else rng.randrange(pp * v)] += 1
+            line = simulate(name, [100 * x for x in n], [200 * x for x in n], [0] * len(n),
+                            [0] * (len(n) - 1), m, pp, v)  # fmt: skip
+            found.append(line.makespan_ps)
+        low = bubble_s(
+            np.array([300.0 * layers]), np.array([m]), np.array([pp]), layers, schedules, 8
+        )[0]  # fmt: skip
+        assert 0 <= low <= min(found)
+        tight += [low / min(found)] * (most == 1 and layers == pp)
+    assert len(tight) > 10 and np.mean(tight) > 0.9
