@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,13 @@ class Decisions:
     again whole, the next `selective` all but their matmuls and attention, the rest nothing.
     keep: of unit classes, by name, the operations whose results are kept where they are computed
     again in part, by their words in `ir.keep`; classes that are not named keep all of them.
-    offload: pairs (what, tier). formats: pairs (group of layers' matmuls, format), in the order of
-    `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the placements
-    on tp that the per-op program chose, as (parameter or edge, words) pairs; empty where tp = 1.
-    parts: where the hardware has parts, (name, its pp ranks) of those that are used, in the order
-    of ranks; empty where it is of one kind.
+    offload: pairs (what, tier); of activations the tier may be "cpu:4/3": of each global stage so
+    many layers, behind those computed again whole, and "cpu:" where the stages are not cut yet;
+    without counts it is all layers. formats: pairs (group of layers' matmuls, format), in the order
+    of `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the
+    placements on tp that the per-op program chose, as (parameter or edge, words) pairs; empty
+    where tp = 1. parts: where the hardware has parts, (name, its pp ranks) of those that are used,
+    in the order of ranks; empty where it is of one kind.
     """
 
     pp: int = 1
@@ -84,6 +86,44 @@ class Decisions:
     def pipeline(self) -> int:
         """Ranks of one pipeline, in a row: all GPUs, or those of one of dp_outer parts."""
         return self.gpus // self.dp_outer
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """The tier of what is offloaded, without counts."""
+        return {what: tier.partition(":")[0] for what, tier in self.offload}
+
+    @property
+    def moved(self) -> tuple[int, ...] | None:
+        """Of each stage, the layers whose activations lie below; None: not counted, it is all or
+        none; () where the stages are not cut yet."""
+        _, counted, counts = dict(self.offload).get("activations", "").partition(":")
+        return tuple(map(int, counts.split("/") if counts else ())) if counted else None
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Of each stage (computed again whole, the next treated by half): `StageProblem`'s. Half is
+        selective recomputation, or offload where layers are offloaded by count."""
+        none = self.recompute or ((0, 0),) * len(self.stages)
+        if self.moved is None:
+            return none
+        return tuple((full, n) for (full, _), n in zip(none, self.moved))
+
+    def on(self, tier: str) -> Decisions:
+        """The same with the optimizer on another tier."""
+        below = ((w, tier if w == "optimizer" else t) for w, t in self.offload)
+        return replace(self, offload=tuple(below))
+
+    def cut(self, stages: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> Decisions:
+        """These decisions with their stages and `pairs` decided."""
+        if self.moved is None:
+            return replace(self, stages=stages, recompute=pairs)
+        others = tuple(row for row in self.offload if row[0] != "activations")
+        word = f"{self.tiers['activations']}:" + "/".join(str(n) for _, n in pairs)
+        below = (("activations", word),) if any(n for _, n in pairs) else ()
+        return replace(
+            self, stages=stages, recompute=tuple((full, 0) for full, _ in pairs),
+            offload=(*others, *below),
+        )
 
     @property
     def edp(self) -> int:

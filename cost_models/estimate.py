@@ -19,6 +19,7 @@ from cost_models.rank_ledger import (
     rank_collectives,
     stage_links,
     tail_parts,
+    tier_uses,
 )
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
@@ -213,7 +214,7 @@ def whole_step_ps(costs: Costs, objective_ps: int) -> int:
 def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     """The estimate of one mesh with its stages and recomputation decided."""
     problem = stage_problem(costs, step)
-    objective, memory, _ = evaluate(problem, d.stages, d.recompute)
+    objective, memory, _ = evaluate(problem, d.stages, d.pairs)
     total = whole_step_ps(costs, objective)
     sides = sides_of(costs, step)
     kinds = costs.sides if isinstance(costs, MixedCosts) else (costs,)
@@ -243,6 +244,7 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
             *([RULE] if isinstance(costs, MixedCosts) and not costs.said else []),
             *(note for side in kinds for note in _assumptions(side, d)),
         ])),
+        tiers=tier_uses([(side.cluster, one) for side, one in sides], d, problem),
     )  # fmt: skip
 
 
@@ -272,7 +274,8 @@ def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> d
             row, level = step.row(i), levels.get(i, 0)
             parts["offload"] += sum(row.moved[base])
             if level:
-                parts["recompute"] += row.again_ps[level - 1]
+                part = "offload" if level == 1 and d.moved is not None else "recompute"
+                parts[part] += row.again_ps[level - 1]
             if level == 2:
                 parts["offload"] += moved_again_ps(row, base)
     return {name: value * d.microbatches for name, value in parts.items()}
@@ -311,7 +314,7 @@ def _breakdown(
 def _no_latency_ps(problem: StageProblem, d: Decisions) -> int:
     """The makespan if sends arrived at once."""
     at_once = replace(problem, p2p_ps=0, slow_sends=())  # ranks' own sends are not looked at
-    return step_ps(at_once, d.stages, d.recompute) - tail_ps(at_once, d.stages)
+    return step_ps(at_once, d.stages, d.pairs) - tail_ps(at_once, d.stages)
 
 
 def _elements(step: Step, problem: StageProblem, d: Decisions, rank: int) -> int:

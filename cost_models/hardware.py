@@ -18,6 +18,7 @@ from typing import Any
 from cost_models.checked_toml import merged, read_toml, table, typed
 from cost_models.constants_table import OwnConstants, own_constants
 from cost_models.levels import Level, read_levels, shape_of, spans_of
+from cost_models.tiers import Tier, read_tier
 from ir.errors import UsageError
 
 _CATALOGUE = Path(__file__).with_name("hardware")
@@ -83,16 +84,6 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tier:
-    """Memory below the device, per node: what it holds and how fast it is read and written."""
-
-    name: str
-    bytes: int
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """How ranks that are `stride` apart lie: `members` of them a domain, in `domains` domains."""
 
@@ -148,6 +139,9 @@ class Cluster:
             content["levels"] = [
                 {k: v for k, v in level.items() if k not in prose} for level in levels
             ]
+        content["tiers"] = [
+            {k: v for k, v in tier.items() if v is not None} for tier in content["tiers"]
+        ]
         content["device"] = {k: v for k, v in content["device"].items() if k != "title"}
         own = self.device.constants
         if not isinstance(own, str):
@@ -183,6 +177,10 @@ class Cluster:
         names = ", ".join(tier.name for tier in self.tiers) or "none"
         raise UsageError(f"{self.spec} has no tier {name!r}", why=f"its tiers: {names}")
 
+    def sharers(self, tier: Tier) -> int:
+        """GPUs that share a tier."""
+        return min(tier.gpus or self.node_size, self.count)
+
 
 _DEVICE_KEYS = {
     "title": str, "family": str, "constants": str, "memory_bytes": int,
@@ -192,7 +190,6 @@ _DEVICE_KEYS = {
 LINK_KEYS = {
     "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
 }  # fmt: skip
-_TIER_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
 _CLUSTER_KEYS = {
     "node_size": int, "domain_size": int, "host_ram_bytes": int,
     "intra": dict, "inter": dict, "tiers": list,
@@ -242,7 +239,7 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
                 why="known: nvlink, pcie, network",
             )
     tiers = tuple(
-        Tier(**table(tier, _TIER_KEYS, where, f"cluster.tiers[{i}]."))
+        read_tier(tier, where, f"cluster.tiers[{i}].")
         for i, tier in enumerate(body.pop("tiers"))
     )
     said = {str(key): str(text) for key, text in top["sources"].items()}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cost_models.tiers import TierUse
+
 BREAKDOWN = (
     "compute", "recompute", "tp_comm", "dp_comm", "ep_comm", "cp_comm", "pp_comm", "bubble",
     "optimizer", "offload", "host", "jitter",
@@ -61,6 +63,7 @@ class Estimate:
     busiest pp rank. `error` is the expected relative error. `model_flop` counts 6N + full
     attention for the whole step and job, `executed_flop` what the devices run. peak_flop_per_s,
     capacity_bytes: of a GPU; where these are of several kinds the mean, and the fullest rank's.
+    `tiers`: the fullest of each that holds something.
     """
 
     step_time_ps: int
@@ -74,6 +77,7 @@ class Estimate:
     capacity_bytes: int
     ranks: tuple[RankLedger, ...]
     assumptions: tuple[str, ...] = ()
+    tiers: tuple[TierUse, ...] = ()
 
     @property
     def step_time_s(self) -> float:
@@ -94,7 +98,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return all(rank.peak_bytes <= self.capacity_of(rank) for rank in self.ranks)
+        ranks = all(rank.peak_bytes <= self.capacity_of(rank) for rank in self.ranks)
+        return ranks and all(use.fits for use in self.tiers)
 
     @property
     def model_flop_per_s_per_gpu(self) -> float:

@@ -1,15 +1,18 @@
 """What lies below the device: what moves over the host link for it, and how long that takes.
 
-A GPU's link to its host is its own; the host's memory is shared by the node's GPUs.
+A GPU's link to its host is its own; a tier is shared by the GPUs of a node, or by as many as its
+row in the hardware file says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
+from cost_models.point import ps
 from cost_models.state import (
     COMPUTE_BYTES,
     GRAD_BYTES,
@@ -20,14 +23,18 @@ from cost_models.state import (
     mode_of,
     update_bytes,
 )
+from cost_models.step_rows import Row
+from cost_models.work import Floats
 
 Pair = tuple[float, float]  # seconds, forward and backward
+Size = TypeVar("Size", float, Floats)  # one number, or one a work point
 
 
-def host_s(cluster: Cluster, size_bytes: float, *, up: bool) -> float:
+def host_s(cluster: Cluster, size_bytes: Size, *, up: bool) -> Size:
     """Seconds that bytes of every GPU of a node take from the host's memory (up), or to it."""
     memory = cluster.tier("cpu")
-    share = (memory.read_bytes_per_s if up else memory.write_bytes_per_s) / _sharers(cluster)
+    rate = memory.read_bytes_per_s if up else memory.write_bytes_per_s
+    share = rate / cluster.sharers(memory)
     return size_bytes / min(cluster.device.host_link_bytes_per_s, share)
 
 
@@ -42,6 +49,17 @@ def parameter_copies_s(cluster: Cluster, engine: Engine, d: Decisions, state: St
     return (
         up * (mode.gather_per_microbatch >= 1),
         up * (mode.gather_per_microbatch >= 2) + down * mode.reduce_per_microbatch,
+    )
+
+
+def by_count(row: Row, kept_bytes: int, moved_s: Pair) -> Row:
+    """A layer's row where layers are offloaded one by one: the level between none and full keeps
+    nothing on the device, which has two layers' activations while copies run. What copies add to
+    forward counts with what they add to backward, as recomputation does."""
+    return replace(
+        row, again_ps=(ps(moved_s[0]) + ps(moved_s[1]), row.again_ps[1]),
+        kept=(row.kept[0], 0, row.kept[2]), aside=(0, kept_bytes, 0),
+        working=(row.working[0], row.working[0] + 2 * kept_bytes, row.working[2]),
     )
 
 
@@ -97,23 +115,46 @@ def update_s(
     each micro-batch; the host's memory, shared by the node's GPUs, does it; a disk is read and
     written besides."""
     mode, fsdp = mode_of(d, engine), in_torch(mode_of(d, engine))
-    sharers, host = _sharers(cluster), cluster.tier("cpu")
+    host = cluster.tier("cpu")
     each = update_bytes(workload.optimizer, engine.optimizer_bytes_per_parameter)
     wide = workload.precision == "fp32"
     up = MASTER_BYTES if fsdp else COMPUTE_BYTES[workload.precision]
     down = MASTER_BYTES if fsdp or wide else GRAD_BYTES[d.grad_dtype]
     once = not ("params" in dict(d.offload) and mode.gather_per_microbatch)
     link = state.updated * (up + down) * once / cluster.device.host_link_bytes_per_s
-    total = link + each * state.updated * sharers / host.read_bytes_per_s
+    total = link + each * state.updated * cluster.sharers(host) / host.read_bytes_per_s
     tier = dict(d.offload)["optimizer"]
     if tier == "cpu":
         return total
     disk = cluster.tier(tier)
-    # FSDP2 keeps the fp32 parameters in memory, the moments alone are on the disk
-    item = MOMENT_BYTES.get(workload.optimizer, 0.0) + (0 if fsdp else MASTER_BYTES)
-    size = item * state.updated * sharers
+    size = _apart_bytes(workload, fsdp) * state.updated * cluster.sharers(disk)
     return total + size * (1 / disk.read_bytes_per_s + 1 / disk.write_bytes_per_s)
 
 
-def _sharers(cluster: Cluster) -> int:
-    return min(cluster.node_size, cluster.count)
+def _apart_bytes(workload: Workload, fsdp: bool) -> float:
+    """Bytes a parameter on the optimizer's own tier, where that is not the host's memory: FSDP2
+    keeps fp32 parameters in memory, the moments alone are on the disk."""
+    return MOMENT_BYTES.get(workload.optimizer, 0.0) + (0 if fsdp else MASTER_BYTES)
+
+
+def below_bytes(
+    engine: Engine, workload: Workload, d: Decisions, state: State
+) -> tuple[tuple[str, int], ...]:
+    """Bytes of a unit's state that one GPU lays on each tier: what `state_of` leaves out, and the
+    gradients on their way."""
+    offload, found = d.tiers, dict.fromkeys(d.tiers.values(), 0.0)
+    if "optimizer" not in offload:
+        return ()
+    fsdp, tier = in_torch(mode_of(d, engine)), offload["optimizer"]
+    apart = _apart_bytes(workload, fsdp) * state.updated
+    found.setdefault("cpu", 0.0)
+    if fsdp:  # fp32 shards lie where they are updated, and their gradients
+        found["cpu"] += MASTER_BYTES * (state.shard + state.updated)
+        found[tier] += apart
+    else:
+        wide = workload.precision == "fp32"
+        found["cpu"] += (MASTER_BYTES if wide else GRAD_BYTES[d.grad_dtype]) * state.updated
+        found[tier] += apart
+        if "params" in offload:
+            found["cpu"] += COMPUTE_BYTES[workload.precision] * state.shard
+    return tuple((name, int(size)) for name, size in found.items())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cost_models.chain import divide
 from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
+from cost_models.hardware import Cluster
 from cost_models.ledger import Collective
-from cost_models.stage_problem import StageProblem, starts_of
+from cost_models.stage_problem import StageProblem, starts_of, stash_bytes
 from cost_models.state import State, mode_of, ranks_of
 from cost_models.step import Costs, Row, Step
+from cost_models.tiers import TierUse, fullest
 from ir.graph import full_name
 
 
@@ -20,13 +23,49 @@ def stage_links(step: Step, stages: tuple[int, ...]) -> tuple[tuple[int, ...], .
 
 
 def levels_of(step: Step, d: Decisions) -> dict[int, int]:
-    """Recomputation level of each link: 0 none, 1 selective, 2 full."""
+    """Level of each link: 0 none, 1 selective (or offloaded, where that is counted), 2 full."""
     levels = {}
     layers = step.chain.layers
-    for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
+    for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.pairs):
         for place in range(count):
             levels[layers[start + place]] = 2 if place < full else 1 if place < full + some else 0
     return levels
+
+
+def tier_uses(
+    sides: Sequence[tuple[Cluster, Step]], d: Decisions, problem: StageProblem
+) -> tuple[TierUse, ...]:
+    """What lies on each tier below the device, of a plan whose stages are decided: the state, and
+    activations of the micro-batches in flight. sides: of each pp rank; a part has tiers of its
+    own."""
+    found: list[TierUse] = []
+    for part in dict.fromkeys(cluster.spec for cluster, _ in sides if d.offload):
+        mine = [step if cluster.spec == part else None for cluster, step in sides]
+        cluster = next(cluster for cluster, _ in sides if cluster.spec == part)
+        found += _tiers_of(cluster, mine, d, problem)
+    return tuple(found)
+
+
+def _tiers_of(
+    cluster: Cluster, steps: Sequence[Step | None], d: Decisions, problem: StageProblem
+) -> Iterator[TierUse]:
+    by_rank: dict[str, list[int]] = {name: [0] * d.pp for name in d.tiers.values()}
+    for rank, step in enumerate(steps):
+        if step is None:
+            continue
+        links, levels = stage_links(step, d.stages), levels_of(step, d)
+        stages = problem.stages_of(rank)
+        for i in (i for k in stages for i in links[k]):
+            for name, size in step.row(i).below:
+                by_rank.setdefault(name, [0] * d.pp)[rank] += size
+        aside = [sum(step.row(i).aside[levels.get(i, 0)] for i in links[k]) for k in stages]
+        if any(aside):
+            by_rank[d.tiers["activations"]][rank] += stash_bytes(problem, rank, aside)
+    for name, rank_bytes in by_rank.items():
+        tier = cluster.tier(name)
+        gpus = cluster.sharers(tier)
+        used = fullest(d, rank_bytes, gpus)
+        yield TierUse(name=name, used_bytes=used, bytes=tier.bytes, gpus=gpus)
 
 
 def moved_level(d: Decisions, fixed: tuple[tuple[int, int], ...] | None = None) -> int:

@@ -26,6 +26,8 @@ from cost_models.layout import Assignment, boundary, options
 from cost_models.offload import (
     Exposed,
     activation_copies_s,
+    below_bytes,
+    by_count,
     exposed_s,
     parameter_copies_s,
     update_s,
@@ -234,9 +236,10 @@ class Costs:
         )  # fmt: skip
         if rank_of(d.schedule, d.pp, 0) != rank_of(d.schedule, d.pp, d.pp * d.virtual_stages - 1):
             tail["floor_ps"] += ps(sum(self.send_s(d, size, back=True) for _, size in copied))
-        kept, working = cost.kept, cost.working
-        if layer and "activations" in dict(d.offload):  # two layers' are on the device at once
-            kept = (0, 0, 0)
+        kept, working, aside = cost.kept, cost.working, (0, 0, 0)
+        moves, counted = layer and "activations" in d.tiers, d.moved is not None
+        if moves and not counted:  # two layers' are on the device at once
+            kept, aside = (0, 0, 0), kept
             working = (
                 working[0] + 2 * cost.kept[0], working[1] + 2 * cost.kept[1],
                 working[2] + 2 * cost.kept[2],
@@ -245,13 +248,26 @@ class Costs:
             (*parts[:-2], ps(beside.parameters[way]), ps(beside.data[way]))
             for way, parts in enumerate((cost.forward, cost.backward))
         )
-        return Row(
+        row = Row(
             forward=forward, backward=backward, weight_ps=cost.weight_ps, again_ps=cost.again_ps,
-            moved=tuple((ps(f), ps(b)) for f, b in beside.activations),
+            moved=tuple((0, 0) if counted else (ps(f), ps(b)) for f, b in beside.activations),
             kept=kept, working=working, state=state,
             is_loss=any(n.op == "cross_entropy" for n in unit.nodes), flop=cost.flop,
-            model_flop=cost.model_flop, traffic=cost.traffic, copied=copied, **tail,
+            model_flop=cost.model_flop, traffic=cost.traffic, copied=copied, aside=aside,
+            below=below_bytes(self.engine, self.workload, d, state), **tail,
         )  # fmt: skip
+        return by_count(row, kept[0], beside.activations[0]) if moves and counted else row
+
+    def counted(self, step: Step, d: Decisions, assignments: Assignments) -> Step:
+        """The step of the same mesh and state with activations offloaded by count of layers."""
+        rows = []
+        for row, (unit, is_layer, _) in zip(step.rows, self.kinds):
+            if (unit, is_layer) in self.layer_kinds:
+                cost = self.at(d, unit, is_layer, assignments[unit, is_layer])
+                moved = self._exposed(d, row.state, cost, True).activations[0]
+                row = by_count(row, cost.kept[0], moved)
+            rows.append(row)
+        return replace(step, decisions=d, rows=tuple(rows))
 
     # --- data parallelism --------------------------------------------------------------------
 
@@ -342,7 +358,7 @@ class Costs:
                 gather * (mode.gather_per_microbatch >= 1),
                 gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch,
             )
-        moves = is_layer and "activations" in dict(d.offload)
+        moves = is_layer and "activations" in d.tiers
         return exposed_s(
             data, parameter_copies_s(cluster, self.engine, d, state),
             tuple(activation_copies_s(cluster, k) if moves else (0.0, 0.0) for k in cost.kept),

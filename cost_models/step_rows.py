@@ -20,7 +20,8 @@ class Row:
     the host, (forward, backward) by level. kept, working: bytes by level (none, selective, full).
     tail_*: per step, of gradient reduction and optimizer: communication, what may hide it, and
     what nothing hides by name. copied: fp32 gradient bytes of each parameter that an earlier stage
-    holds as well, summed with that one's once a step.
+    holds as well, summed with that one's once a step. below: bytes of state on each tier; aside: of
+    a micro-batch's activations that lie on the host, by level.
     """
 
     forward: tuple[int, ...]
@@ -41,6 +42,8 @@ class Row:
     model_flop: int
     traffic: tuple[Traffic, ...] = ()
     copied: tuple[tuple[str, int], ...] = ()
+    below: tuple[tuple[str, int], ...] = ()
+    aside: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def forward_ps(self) -> int:

@@ -7,6 +7,7 @@ are the least of any sharing. Each way is bounded by its own bytes and its own s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,10 +34,10 @@ from cost_models.step import Assignments, Costs
 from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, outside
+from planner.offloads import grad_dtypes, offloads
 
 Floats = NDArray[np.float64]
 PARTS = 4  # of the chain: all of it, one layer of the commonest kind, before the layers, behind
-OPTIMIZER_BELOW = (("optimizer", "cpu"),)
 MANY = 10**9  # parameters of which a rate is taken
 
 
@@ -47,6 +48,7 @@ class Way:
     zero: int
     reshard: bool
     offload: tuple[tuple[str, str], ...]
+    grad_dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,22 +83,23 @@ class States:
         """What the table and the pins allow, of those that hold and move the same the first: that
         depends on there being a pipeline."""
         pins, found = self.pins, {}  # type: ignore[var-annotated]
-        tiers = [t.name for t in self.costs.cluster.tiers]
-        offloads = ((), OPTIMIZER_BELOW) if "cpu" in tiers else ((),)
+        held = [*itertools.product(
+            offloads(pins, self.costs.cluster), grad_dtypes(pins, self.costs.engine)
+        )]  # fmt: skip
         for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
             for reshard in (False, True) if zero == 3 and not pipeline else (False,):
-                for offload in offloads if pins.offload is None else (pins.offload,):
+                for offload, grad in held:
                     d = Decisions(
                         pp=2 if pipeline else 1, zero=zero, reshard=reshard, offload=offload
                     )
                     allowed = pins.reshard in (None, reshard)
                     if allowed and not illegal(d, self.costs.workload, scheduled=False):
-                        way = Way(zero=zero, reshard=reshard, offload=offload)
+                        way = Way(zero=zero, reshard=reshard, offload=offload, grad_dtype=grad)
                         mode = self.costs.engine.zero_mode(zero, reshard=reshard, pp=d.pp)
                         alike = replace(
                             mode, name="", call="", parameters_at_rest="", gradients_at_rest=""
                         )
-                        found.setdefault((alike, zero > 0, in_torch(mode), offload), way)
+                        found.setdefault((alike, zero > 0, in_torch(mode), offload, grad), way)
         return tuple(found.values())
 
     def sizes(self, laid: Assignments, ep: int, etp: int, layer: int) -> Sizes:
@@ -152,7 +155,7 @@ class States:
         learnt = np.stack([s.learnt for s in sizes])
         some = Decisions(
             pp=2 if pp[0] > 1 else 1, zero=way.zero, reshard=way.reshard, offload=way.offload,
-            grad_dtype=self.pins.grad_dtype or engine.grad_dtype,
+            grad_dtype=way.grad_dtype,
         )  # fmt: skip
         mode = engine.zero_mode(way.zero, reshard=way.reshard, pp=some.pp)
         accumulates = ((m > 1) | (pp > 1) | (not in_torch(mode)))[:, None]
@@ -220,11 +223,9 @@ class States:
     def _update_s(self, d: Decisions, way: Way) -> float:
         """Seconds of an update, of one parameter, at least."""
         costs, engine = self.costs, self.costs.engine
-        if not way.offload:
+        if "optimizer" not in d.tiers:
             each = update_bytes(costs.workload.optimizer, engine.optimizer_bytes_per_parameter)
             return float(costs.kernels.memory_bound_s(each * MANY, 0)) / MANY
-        if way.offload != OPTIMIZER_BELOW:
-            return 0.0
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
         return update_s(costs.cluster, engine, costs.workload, d, state) / MANY
 
@@ -233,7 +234,7 @@ class States:
         over the group's bandwidth; no grouping of the ranks moves fewer."""
         if m.dp * m.cp == 1 and m.dp * m.cp * m.tp == m.ep * m.etp:
             return 0.0, 0.0, 0.0
-        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp)
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad)
         if key in self._traffic:
             return self._traffic[key]
         costs, domain = self.costs, self.costs.cluster.domain_ranks

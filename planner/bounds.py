@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
+from cost_models.offload import host_s
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.step import Assignments, Costs
 from planner.bound_ranks import (
@@ -38,6 +39,7 @@ from planner.bound_ranks import (
 from planner.bound_state import Held, Sizes, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
+from planner.offloads import counts_layers
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -78,10 +80,11 @@ class Through:
 
 
 def through_chain(
-    costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = ()
-) -> Through:
+    costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = (),
+    moves: bool = False,
+) -> Through:  # fmt: skip
     """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
-    in part beside what d says."""
+    in part beside what d says. moves: a layer may lie on the host as well as be recomputed."""
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
     places = costs.chain.layers
     of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
@@ -115,7 +118,7 @@ def through_chain(
             light = sum((c.light_s for c in found), zero)
             ahead = np.minimum(ahead, whole)
             pieces = freed(holds, light, whole)
-            if keeps:
+            if keeps or moves:
                 ways = [(holds[1], light), (holds[2], whole)]
                 for keep in keeps:
                     other = costs.unit(
@@ -123,6 +126,10 @@ def through_chain(
                     )
                     held = wide * sum((c.kept_bytes[1] for c in other), zero)
                     ways.append((held, sum((c.light_s for c in other), zero)))
+                if moves:
+                    kernels = (sum((c.forward_s for c in found), zero),
+                               sum((c.backward_s for c in found), zero))  # fmt: skip
+                    ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
                 pieces = freed_by(holds[0], ways)
             layers[k] = Layers(
                 count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
@@ -150,6 +157,16 @@ def through_chain(
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(one for one, _ in each),
     )  # fmt: skip
+
+
+def _moved_s(costs: Costs, kept_bytes: Floats, kernels: tuple[Floats, Floats]) -> Floats:
+    """Seconds that a layer's copies to the host and back add at least: nothing else is on the
+    link, or waits behind the same kernels."""
+    share, added = costs.engine.fsdp_interference, np.zeros_like(kept_bytes)
+    for compute, up in zip(kernels, (False, True)):
+        takes = np.asarray(host_s(costs.cluster, kept_bytes, up=up))
+        added = added + np.maximum(share * takes, takes - compute)
+    return added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +208,13 @@ def mesh_bounds_ps(
     table, states = _Table(costs, candidates), States(costs, pins or Pins())
     table.fused = {*schedules, "1f1b"}
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
+    moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
     for (tp, split, kind, ep, etp), members in groups.items():
         d = Decisions(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
         )
         laid = assign(tp, split)
-        through = through_chain(costs, d, laid, keeps(tp, split))
+        through = through_chain(costs, d, laid, keeps(tp, split), moves)
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
@@ -275,7 +293,7 @@ class _Table:
         return least, tail, held_bytes
 
     def _elsewhere(self, way: Way) -> bool:
-        return bool({"params", "activations"} & dict(way.offload).keys())
+        return "activations" in dict(way.offload)
 
     def _alone_s(self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way) -> Floats:
         """One rank has the whole chain. What its transfers take is hidden but for a share, or

@@ -63,7 +63,7 @@ def examine(plan: Plan, folder: Path) -> Checked:
     for part in used_parts(hardware, d):
         for word in (plan.workload.precision, *dict(d.formats).values()):
             part.device.peak(word)
-        for _, tier in d.offload:
+        for tier in d.tiers.values():
             part.tier(tier)
     estimate = recost(plan, hardware)
     pairs = (
@@ -101,6 +101,12 @@ def require_fit(checked: Checked) -> None:
     estimate = checked.estimate
     if estimate.fits:
         return
+    for use in estimate.tiers:
+        if not use.fits:
+            raise InfeasibleError(
+                f"the plan does not fit {checked.plan.hardware}", why=f"tier {use.said}",
+                hints=("plan trace anew finds a plan that fits, if there is one",),
+            )
     rank = estimate.fullest
     items = sorted(rank.memory_bytes, key=lambda item: -item[1])
     parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in items if size >= 5e7)

@@ -17,12 +17,15 @@ from cost_models.schedule import SCHEDULES
 from ir.errors import PlanError, UsageError
 from planner.keep_words import keep_from_json, keep_json, keep_words, read_keep
 
+GRAD_DTYPES = ("bf16", "fp32")
+ANY = "any"  # of a format that loses bits: chosen by the search, as it is allowed to
 CP_KINDS = ("ring", "allgather", "ulysses")
 OFFLOADED = ("optimizer", "params", "activations")
 FORMATS = ("bf16", "fp16", "fp8", "nvfp4")
 WHOLE = "layers"  # every group of formats
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
+_COUNTED = re.compile(r"cpu:([0-9]+(?:/[0-9]+)*)")  # layers a stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
 
 
@@ -197,13 +200,19 @@ def _keep(text: str, value: str) -> Keep:
 
 
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
-    """Pairs (what, tier) in the vocabulary's order. Parameters are updated where they lie, so the
+    """Pairs (what, tier) in the vocabulary's order; of activations with layers a stage, one count
+    for all or one each: `activations:cpu:4/3`. Parameters are updated where they lie, so the
     optimizer goes with them."""
     found: dict[str, str] = {}
     for what, tier in (item.partition(":")[::2] for item in value.split(",") if item != "none"):
-        if what not in OFFLOADED or not tier or found.get(what, tier) != tier:
-            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, or none")
-        if what != "optimizer" and tier != "cpu":
+        counted = what == "activations" and _COUNTED.fullmatch(tier)
+        if (
+            what not in OFFLOADED or not tier or found.get(what, tier) != tier
+            or (":" in tier and not counted)
+        ):
+            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, activations:cpu:12 (layers"
+                          " per stage), or none")  # fmt: skip
+        if what != "optimizer" and tier != "cpu" and not counted:
             raise UsageError(f"--fix {text}: {what} are offloaded to the cpu alone",
                              why="each micro-batch moves them, which a disk is too slow for",
                              hints=(f"offload={what}:cpu",))  # fmt: skip
@@ -275,7 +284,8 @@ VOCABULARY = (
         meaning="operations whose results are kept where layers are computed again in part"),
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
-        meaning="what lies on which of the hardware's tiers; params needs zero=3"),
+        meaning="what lies on which of the hardware's tiers; params needs zero=3;"
+                " activations:cpu:12 is of 12 layers a stage"),
     Key(name="formats", words="layers:fp8 attention:fp8,mlp:fp8 experts:fp8 none", parse=_formats,
         meaning="of layers' matmuls by group, where not the precision",
         default="searched among those that --precision bf16,fp8 allows, else none"),
@@ -285,8 +295,9 @@ VOCABULARY = (
         default="the engine's"),
     Key(name="cp_kind", words=" ".join(CP_KINDS), parse=_words(*CP_KINDS),
         meaning="how attention crosses cp", default="ring"),
-    Key(name="grad_dtype", words="bf16 fp32", parse=_words("bf16", "fp32"),
-        meaning="format gradients are accumulated and reduced in", default="fp32"),
+    Key(name="grad_dtype", words="bf16 fp32 any", parse=_words(*GRAD_DTYPES, ANY),
+        meaning="format gradients are accumulated and reduced in; any: the search may lose bits",
+        default="fp32"),
     Key(name="weights", words="bf16 fp8 int8 int4 fp4",
         parse=_words("bf16", "fp8", "int8", "int4", "fp4"),
         meaning="format of the weights", default="the workload's precision"),
@@ -329,16 +340,18 @@ def decisions_from_json(
             raise PlanError(f"{where} is {value!r}", why=f"expected {_described(expected)}")
         if isinstance(value, int) and value < (0 if key == "zero" else 1) and value is not False:
             raise PlanError(f"{where} is {value}", why="expected 1 or more")
-        words = {"schedule": SCHEDULES, "cp_kind": CP_KINDS, "grad_dtype": ("bf16", "fp32"),
+        words = {"schedule": SCHEDULES, "cp_kind": CP_KINDS, "grad_dtype": GRAD_DTYPES,
                  "zero": (0, 1, 2, 3)}.get(key)  # fmt: skip
         if words and value not in words:
             raise PlanError(f"{where} is {value!r}", why=f"expected one of {_word(words)}")
     for what, tier in raw["offload"].items():
-        fits = isinstance(tier, str) if what == "optimizer" else tier == "cpu"
+        word = tier if isinstance(tier, str) else ""
+        counted = what == "activations" and _COUNTED.fullmatch(word)
+        fits = bool(word) if what == "optimizer" else word == "cpu" or counted
         if what not in OFFLOADED or not fits:
             raise PlanError(f"decisions.offload.{what} is {tier!r}",
                             why='expected {"optimizer": TIER, "params": "cpu", '
-                                '"activations": "cpu"}, or some of them')  # fmt: skip
+                                '"activations": "cpu" or "cpu:4/3"}, or some of them')  # fmt: skip
     if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
         raise PlanError("decisions.offload has params and no optimizer",
                         why="parameters are updated where they lie")  # fmt: skip

@@ -18,6 +18,7 @@ def _profile(step: Step) -> tuple[int, ...]:
             r.forward_ps, r.backward_ps, r.tail_comm_ps, -r.tail_hide_ps,
             r.floor_ps + r.optimizer_ps + r.offload_ps,
             s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes, s.gathered_bytes,
+            sum(size for _, size in r.below),
         ]  # fmt: skip
     return tuple(numbers)
 

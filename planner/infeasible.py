@@ -28,10 +28,7 @@ LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
 MOST_TIMES = 16  # so many times the GPUs are asked for at most
 MOST_DOMAINS = 4  # that tp is asked to cross
 LEAST_SEQ_LEN = 1024  # tokens; no shorter sequence is hinted at
-OFFLOADS = (
-    (("optimizer", "cpu"), ("params", "cpu")),
-    (("optimizer", "cpu"), ("params", "cpu"), ("activations", "cpu")),
-)  # what is not searched unless it is pinned
+OFFLOAD = (("optimizer", "cpu"), ("params", "cpu"), ("activations", "cpu"))  # not searched: of all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +68,14 @@ def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
     """Why no plan fits, by name, and hints that were solved again."""
     costs, pins = searcher.costs, searcher.pins
     asked = Asking(searcher=searcher)
-    questions = Questions(asked=asked, pins=pins, legal=out.misfit is None)
+    legal = out.misfit is None and out.full is None
+    questions = Questions(asked=asked, pins=pins, legal=legal)
     core = questions.core()
     spec = costs.cluster.spec
-    words = [*core.limits, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
+    tier = [f"tier {out.full.said}"] if out.full else []
+    words = [*core.limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
     binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
-    if out.misfit is None:
+    if legal:
         return InfeasibleError(
             f"no mesh of {spec} suits the model, the batch and the pins",
             why=f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
@@ -87,7 +86,7 @@ def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
     return InfeasibleError(
         f"no plan {'fits' if proved else 'was found that fits'} {spec}"
         f" ({costs.cluster.device.memory_bytes / 1e9:.1f} GB a GPU)",
-        why=f"nearest needs {needs(searcher, out.misfit)}\n{binding}",
+        why=(f"nearest needs {needs(searcher, out.misfit)}\n" if out.misfit else "") + binding,
         hints=core.hints or ("a device with more memory, or a smaller model",),
     )
 
@@ -201,16 +200,13 @@ class Questions:
         return ""
 
     def _offloaded(self) -> list[str]:
-        """What is not searched: parameters and activations on the CPU."""
+        """What is not searched: with parameters all layers' activations on the CPU."""
         tiers = [tier.name for tier in self.asked.searcher.costs.cluster.tiers]
         if "cpu" not in tiers:
             return []
-        for offload in OFFLOADS:
-            pins = replace(self.pins, offload=offload)
-            found = self.answer(pins)
-            if found:
-                return [f"with --fix {pins.said('offload')} {self._told(found, ())}"]
-        return []
+        pins = replace(self.pins, offload=OFFLOAD)
+        found = self.answer(pins)
+        return [f"with --fix {pins.said('offload')} {self._told(found, ())}"] if found else []
 
     def _more_gpus(self) -> str | None:
         """The least of 2, 3, 4, 6, 8 .. times the GPUs on which something fits."""

@@ -116,6 +116,13 @@ RULES = (
         fix="keep=default, or cp_kind=allgather",
     ),
     Rule(
+        keys=("schedule", "offload"),
+        refused=lambda c: c.schedule in SPLIT_BACKWARD
+        and ":" in dict(c.offload or ()).get("activations", ""),
+        reason="zbh1, zbv and dualpipev split backward in two: layers are not offloaded by count",
+        fix="offload=activations:cpu, or schedule=1f1b or interleaved",
+    ),
+    Rule(
         keys=("schedule", "recompute"),
         refused=lambda c: c.schedule in SPLIT_BACKWARD and bool(c.recomputes),
         reason="zbh1, zbv and dualpipev split backward in two, and each half would recompute",
@@ -287,6 +294,10 @@ def inconsistent(
         (len(d.recompute) in (0, count), f"recompute of {len(d.recompute)} stages of {count}"),
         (not d.keep or any(some for _, some in d.recompute),
          "keep says what is kept in part, and no layer is computed again in part"),
+        (not d.moved or len(d.moved) == count,
+         f"activations offloaded of {len(d.moved or ())} stages of {count}"),
+        (all(full + n <= layers for layers, (full, n) in zip(d.stages, d.pairs)),
+         "a stage offloads or recomputes more layers than it has"),
     )  # fmt: skip
     return next((reason for holds, reason in checks if not holds), None)
 

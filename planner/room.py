@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from cost_models.hardware import Cluster
 from cost_models.step_rows import Row, Step
+from cost_models.tiers import TierUse
 
 
 def state_bytes(step: Step) -> int:
     """Bytes of parameters, gradients and optimizer that the fullest rank holds at least."""
     held = [_held(row) for row in step.rows]
     return -(-sum(held[kind] for kind in step.kinds) // step.decisions.pp)
+
+
+def over_below(cluster: Cluster, step: Step) -> TierUse | None:
+    """A tier below the device that the state overflows however the stages are cut, or None: the
+    fullest GPUs that share one lay at least the mean of all there."""
+    sums: dict[str, int] = {}
+    for kind in step.kinds:
+        for name, size in step.rows[kind].below:
+            sums[name] = sums.get(name, 0) + size
+    for name, size in sums.items():
+        tier = cluster.tier(name)
+        gpus = cluster.sharers(tier)
+        d = step.decisions
+        mean = size * d.gpus // (d.pp * -(-d.gpus // gpus))
+        use = TierUse(name=name, used_bytes=mean, bytes=tier.bytes, gpus=gpus)
+        if not use.fits:
+            return use
+    return None
 
 
 def _held(row: Row) -> int:

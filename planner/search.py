@@ -7,20 +7,25 @@ beat the incumbent is not tried; the least bound of what is left is the proof, o
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
+from cost_models.mixed import sides_of
+from cost_models.rank_ledger import tier_uses
 from cost_models.stage_problem import Nearest, Pair, StageProblem
 from cost_models.step import Assignments, Step
+from cost_models.tiers import TierUse
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.dominance import undominated
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
+from planner.offloads import lower
 from planner.proving import FIRST, Proof, Unsettled
-from planner.room import least_bytes, state_bytes
+from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
@@ -92,6 +97,7 @@ class Outcome:
     solved: int = 0
     spent: int = 0
     misfits: int = 0
+    full: TierUse | None = None  # the tier below that was the least over, where one was
     interrupted: bool = False
 
     @property
@@ -198,7 +204,11 @@ class Searcher(Space):
             return unsettled
 
         def found(one: Unsettled, better: StageSolution) -> int:
+            assert out.best is not None
             d = _decided(one.decisions, better.stages, better.recompute)
+            step = self.costs.step(one.decisions, one.assignments)
+            if not all(use.fits for use in self.tier_uses(step, d, one.problem)):
+                return out.best.score
             out.best = Tried(
                 decisions=d, assignments=one.assignments, objective_ps=better.step_ps,
                 gain_ppm=self.gain_ppm,
@@ -220,25 +230,72 @@ class Searcher(Space):
             )
 
     def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
-        """Solve a mesh's variants; note those whose bound is below what was found."""
+        """Solve a mesh's variants; note those whose bound is below what was found. Where a tier is
+        full, again on the next; where memory may be in the way, with activations on the host."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
-        made_steps = [(d, self.costs.step(d, laid)) for d in ways]
-        steps = undominated([row for row in made_steps if self._may_fit(*row, out)])
-        todo: list[Program] = []
-        for d, step in steps:
-            for made in self.schedules(d):
-                todo += self._programs(step, made, out)
-        out.spent += bool(ways) + len(todo) // 4
+        out.spent += bool(ways)
+        while ways:
+            full: list[Decisions] = []
+            held: list[tuple[Decisions, Step]] = []
+            for d in ways:
+                step = self.costs.step(d, laid)
+                use = None if d.parts else over_below(self.costs.cluster, step)
+                if use is not None:
+                    out.full = _less_over(out.full, use)
+                    full.append(d)
+                else:
+                    held.append((d, step))
+            steps = undominated([row for row in held if self._may_fit(*row, out)])
+            todo = [
+                row for d, step in steps for made in self.schedules(d)
+                for row in self._programs(step, made, out)
+            ]  # fmt: skip
+            full += self._solve_all(todo, mesh, laid, out, unsettled)
+            held = [row for row in held if not self._over[_state_key(row[0])]]
+            todo = [*self._by_count(undominated(held), mesh, laid, out)]
+            full += self._solve_all(todo, mesh, laid, out, unsettled)
+            next_tier = (lower(d, self.pins, self.costs.cluster) for d in full)
+            ways = [*dict.fromkeys(filter(None, next_tier))]
+
+    def _by_count(
+        self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments, out: Outcome
+    ) -> Iterator[Program]:
+        """The programs of states with activations on the host by count of layers, that could be
+        better than the best if memory were in nobody's way."""
+        target = self._below(out.best, mesh) if out.best else UNLIMITED
+        for d, step in held:
+            made = self.by_count(d)
+            if made is None:
+                continue
+            below = self.costs.counted(step, made, laid)
+            if not self._may_fit(made, below, out):
+                continue
+            for one in self.schedules(made):
+                problem = self.problem(below, one)
+                pays = lower_bound_ps(_unlimited(problem)) < target
+                if pays and not (out.best and surely_infeasible(problem)):
+                    yield Program(
+                        bound_ps=lower_bound_ps(problem), decisions=one, problem=problem, step=None
+                    )
+
+    def _solve_all(
+        self, todo: Sequence[Program], mesh: Mesh, laid: Assignments, out: Outcome,
+        unsettled: list[Unsettled],
+    ) -> list[Decisions]:  # fmt: skip
+        """Solve programs, the least bound first; the states that were too much for a tier."""
+        full: list[Decisions] = []
+        out.spent += len(todo) // 4
         rows = [(row.bound_ps, i) for i, row in enumerate(todo)]
         for bound, i in sorted(rows):
             if out.best and bound >= self._below(out.best, mesh):
                 break
             if self._idle(todo[i], out):
                 continue
-            self._solve(todo[i], laid, out, unsettled)
-            for more in self._eased(todo[i], out):
-                self._solve(more, laid, out, unsettled)
+            for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
+                if not self._solve(row, laid, out, unsettled):
+                    full.append(replace(row.decisions, schedule="1f1b", virtual_stages=1))
+        return full
 
     def _programs(self, step: Step, d: Decisions, out: Outcome) -> Iterator[Program]:
         """The stage programs of a schedule that may have a solution: as layers are recomputed in
@@ -287,13 +344,14 @@ class Searcher(Space):
 
     def _solve(
         self, row: Program, laid: Assignments, out: Outcome, unsettled: list[Unsettled]
-    ) -> None:
-        """Solve a stage program; note it if its bound stays below what was found."""
+    ) -> bool:
+        """Solve a stage program; note it if its bound stays below what was found. False where what
+        was found is too much for a tier."""
         d, problem = row.decisions, row.problem
         best = self._below(out.best, d) if out.best else None
         if best is not None and self._refuted(problem, best, out):
-            return
-        found = solve(problem, incumbent_ps=best)
+            return True
+        found, over = solve(problem, incumbent_ps=best), None
         out.solved += 1
         out.spent += 1 if d.keep != self.kept else 1 + d.pp * d.virtual_stages // 8
         if found.status == "INFEASIBLE":
@@ -306,12 +364,17 @@ class Searcher(Space):
                 assignments=laid, nearest=found.nearest,
             ))  # fmt: skip
         elif found.status != "CUTOFF":
-            out.best = Tried(
-                decisions=_decided(d, found.stages, found.recompute),
-                assignments=laid, objective_ps=found.step_ps,
-                gain_ppm=self.gain_ppm,
-            )  # fmt: skip
-        settled = found.status == "OPTIMAL" or (
+            cut = _decided(d, found.stages, found.recompute)
+            uses = self.tier_uses(self.costs.step(d, laid), cut, problem) if d.offload else ()
+            over = next((use for use in uses if not use.fits), None)
+            if over is None:
+                out.best = Tried(
+                    decisions=cut, assignments=laid, objective_ps=found.step_ps,
+                    gain_ppm=self.gain_ppm,
+                )  # fmt: skip
+            else:
+                out.full = _less_over(out.full, over)
+        settled = (found.status == "OPTIMAL" and over is None) or (
             found.status == "INFEASIBLE" and refutes(problem)
         )
         proved = row.bound_ps if found.status == "INFEASIBLE" else found.bound_ps
@@ -320,6 +383,7 @@ class Searcher(Space):
                 bound=self._score(proved, d), bound_ps=proved,
                 order=out.solved, decisions=d, assignments=laid, problem=problem,
             ))  # fmt: skip
+        return over is None
 
     def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         """Whether a few linear programs show that a program with several stages a rank has nothing
@@ -330,6 +394,11 @@ class Searcher(Space):
         refuted, _ = refute(problem, best, self._shapes.of(problem), effort)
         out.spent += 1 + (FIRST - effort.programs) * problem.count // 256
         return refuted
+
+    def tier_uses(self, step: Step, d: Decisions, problem: StageProblem) -> tuple[TierUse, ...]:
+        """What the plan lays below the device, by tier."""
+        sides = [(side.cluster, one) for side, one in sides_of(self.costs, step)]
+        return tier_uses(sides, d, problem) if d.offload else ()
 
     def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
         """Whether a state may fit; where none was found that does, the closest are kept."""
@@ -366,14 +435,22 @@ def _unlimited(problem: StageProblem) -> StageProblem:
 
 def _decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
     """The decisions with their stages; what is kept in part matters where something is."""
-    keep = d.keep if any(some for _, some in recompute) else ()
-    return replace(d, stages=stages, recompute=recompute, keep=keep)
+    made = d.cut(stages, recompute)
+    keep = d.keep if any(some for _, some in made.recompute) else ()
+    return replace(made, keep=keep)
 
 
 def _state_key(d: Decisions) -> tuple[object, ...]:
     """What the bytes of a mesh's state depend on: not its schedule nor the size of its batches."""
     axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel)
     return (*axes, d.zero, d.shard, d.reshard, d.offload, d.microbatches == 1)
+
+
+def _less_over(old: TierUse | None, new: TierUse) -> TierUse:
+    """The tier that is less too small, the first of equals."""
+    if old and old.used_bytes / old.bytes <= new.used_bytes / new.bytes:
+        return old
+    return new
 
 
 def _nearer(old: Misfit | None, new: Misfit) -> Misfit:

@@ -13,6 +13,7 @@ from ir.errors import UsageError
 from planner.charges import Charges
 from planner.decisions import decisions_json, summarise_recompute
 from planner.names import fold, fold_text
+from planner.offloads import offload_words
 from planner.options import Baseline, Timing
 from planner.placements import placements
 from planner.plan import Plan
@@ -111,7 +112,7 @@ def _head(plan: Plan) -> list[str]:
         recompute = f"{full} layers in full, {selective} in part"
     if d.keep:
         recompute += f", in part keeping {_kept(plan)}"
-    offload = ", ".join(f"{what} on {tier}" for what, tier in d.offload)
+    offload = ", ".join(offload_words(d))
     allowed = "".join(f" ({word} allowed)" for word in w.allowed_formats)
     skew = f", expert imbalance {w.expert_imbalance:g}" if w.expert_imbalance != 1 else ""
     virtual = f" x {d.virtual_stages} virtual stages" if d.virtual_stages > 1 else ""
@@ -184,7 +185,10 @@ def _memory(e: Estimate) -> list[str]:
         lines[0] += "  DOES NOT FIT"
     lines.append(_arithmetic(rank))
     most = _most(rank.memory_bytes)
-    return lines + [_bar(name, format_bytes(n), n / e.capacity_bytes) for name, n in most]
+    lines += [_bar(name, format_bytes(n), n / e.capacity_bytes) for name, n in most]
+    return lines + [
+        f"tier {use.said}" + ("" if use.fits else "  DOES NOT FIT") for use in e.tiers
+    ]
 
 
 def _arithmetic(rank: RankLedger) -> str:
@@ -285,6 +289,7 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
             _row("units", fold_text(stage_units(plan.graph, d.stages)[stage])),
             _row("recompute", f"{full} layers in full, {selective} in part"
                  + (f", keeping {_kept(plan)}" if d.keep and selective else "")),
+            *([_row("offload", f"activations of {d.moved[stage]} layers")] if d.moved else []),
             "",
             f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
             f"{format_bytes(capacity)}",

@@ -104,7 +104,8 @@ def cluster_text(c: Cluster) -> str:
         *(("over all", _by_size(c, kind)) for kind in _SHOWN if c.levels),
         ("host", f"{format_bytes(c.host_ram_bytes)} a node, "
          f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each {kind}"),
-        *(("tier", f"{t.name}: {format_bytes(t.bytes)} a node, reads "
+        *(("tier", f"{t.name}: {format_bytes(t.bytes)} "
+           f"{f'for {t.gpus} GPUs' if t.gpus else 'a node'}, reads "
            f"{format_bytes_per_s(t.read_bytes_per_s)}, writes "
            f"{format_bytes_per_s(t.write_bytes_per_s)}") for t in c.tiers),
         ("constants", _constants_words(c)),

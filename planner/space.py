@@ -26,6 +26,7 @@ from planner.keeps import keep_sets, pinned_keep
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes, outside
 from planner.names import matches
+from planner.offloads import counts_layers, grad_dtypes, offloads
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 
@@ -137,21 +138,23 @@ class Space:
             micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
             compile=engine.fused, formats=self.formats,
-            grad_dtype=pins.grad_dtype or engine.grad_dtype,
             keep=self.kept,
         )  # fmt: skip
         ranks = mesh.dp * mesh.cp
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)
         zeros = (0, 1, 2, 3) if pins.zero is None else (pins.zero,)
+        held = [*itertools.product(
+            offloads(pins, *self.clusters), grad_dtypes(pins, engine)
+        )]  # fmt: skip
         for zero, outer in itertools.product(zeros, outers):
             for shard in self._shards(mesh, zero, outer):
                 for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
                     if pins.reshard not in (None, reshard):
                         continue
-                    for offload in self._offloads():
+                    for offload, grad in held:
                         d = replace(
                             base, zero=zero, shard=shard, reshard=reshard, offload=offload,
-                            dp_outer=outer,
+                            dp_outer=outer, grad_dtype=grad,
                         )  # fmt: skip
                         alone = zero > 0 and shard == 1 < ranks and pins.zero is None
                         if not alone and not illegal(
@@ -194,11 +197,15 @@ class Space:
             spreads = {near}
         return tuple(s for s in nested if s == ranks or s in spreads)
 
-    def _offloads(self) -> tuple[tuple[tuple[str, str], ...], ...]:
-        if self.pins.offload is not None:
-            return (self.pins.offload,)
-        tiers = set.intersection(*({t.name for t in c.tiers} for c in self.clusters))
-        return ((), (("optimizer", "cpu"),)) if "cpu" in tiers else ((),)
+    def by_count(self, d: Decisions) -> Decisions | None:
+        """The same with activations of so many layers a stage on the host, or None where that is
+        not searched: what is pinned, and schedules and engines that it does not go with."""
+        costs = self.costs
+        free = counts_layers(self.pins, costs.cluster, costs.workload.engine)
+        if len(self.clusters) > 1 or self.kept or not free:
+            return None
+        made = replace(d, offload=(*d.offload, ("activations", "cpu:")))
+        return made if illegal(made, costs.workload) is None else None
 
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:
@@ -241,7 +248,14 @@ class Space:
                 for k in range(count)
             )
         levels: tuple[str, ...] = ("none", "selective", "full")
-        if d.schedule in SPLIT_BACKWARD or "activations" in dict(d.offload):
+        if d.moved is not None and pins.offload is not None:
+            counts = Decisions(offload=pins.offload).moved or (0,)
+            full = pins.recompute.full if pins.recompute else (0,)
+            fixed = tuple(
+                (full[k % len(full)], counts[k % len(counts)])
+                for k in range(d.pp * d.virtual_stages)
+            )
+        elif d.schedule in SPLIT_BACKWARD or ("activations" in d.tiers and d.moved is None):
             levels = ("none",)
         elif d.tp > 1 and self._never_whole:
             levels = ("none", "selective")

@@ -27,9 +27,10 @@ from cost_models.estimate import read_assignments, stage_problem, whole_step_ps
 from cost_models.schedule import rank_of
 from cost_models.stage_problem import Pair, StageProblem, evaluate
 from cost_models.step import Assignments, Costs
-from planner.decisions import Pins
+from planner.decisions import ANY, Pins
 from planner.legality import illegal, inconsistent
 from planner.mesh import Mesh, meshes
+from planner.offloads import keeps_offload
 from planner.plan import Plan
 from planner.search import Outcome, Searcher, Tried
 from planner.stages import lower_bound_ps, solve
@@ -47,7 +48,7 @@ def changed(old: Decisions, new: Decisions) -> tuple[tuple[str, ...], ...]:
     plain = {*STATE, *PROGRAM, *AFTER}
     axes = [f.name for f in fields(Decisions) if f.name not in plain]
     found = [
-        [key for key in keys if getattr(old, key) != getattr(new, key)]
+        [key for key in keys if _said(old, key) != _said(new, key)]
         for keys in (axes, STATE, PROGRAM)
     ]
     if _shard(old) != _shard(new):
@@ -55,6 +56,11 @@ def changed(old: Decisions, new: Decisions) -> tuple[tuple[str, ...], ...]:
     if old.cp_kind != new.cp_kind and min(old.cp, new.cp) > 1:
         found[2].append("cp_kind")
     return tuple(map(tuple, found))
+
+
+def _said(d: Decisions, key: str) -> object:
+    """A decision; of offload the tiers, as which layers lie there is class 5."""
+    return d.tiers if key == "offload" else getattr(d, key)
 
 
 def distance(old: Decisions, new: Decisions) -> Distance:
@@ -77,11 +83,11 @@ def _ranks(d: Decisions) -> tuple[int, ...]:
 
 
 def _levels(d: Decisions) -> tuple[int, ...]:
-    """Of each layer how it is recomputed: 0 not, 1 in part, 2 in full."""
-    pairs = d.recompute or ((0, 0),) * len(d.stages)
+    """Of each layer how it is recomputed: 0 not, 1 in part, 2 in full; 3: it lies below."""
+    half = 1 if d.moved is None else 3
     return tuple(
-        2 if i < full else 1 if i < full + part else 0
-        for n, (full, part) in zip(d.stages, pairs) for i in range(n)
+        2 if i < full else half if i < full + part else 0
+        for n, (full, part) in zip(d.stages, d.pairs) for i in range(n)
     )  # fmt: skip
 
 
@@ -147,14 +153,16 @@ class Steadying:
             self.same_model and keeps(self.searcher.pins, d) and self.searcher.runs(d)
             and d.formats in self.searcher.format_ways()
             and inconsistent(d, costs.workload, gpus=gpus, layers=layers) is None
-            and illegal(d, costs.workload) is None and {t for _, t in d.offload} <= tiers
+            and illegal(d, costs.workload) is None and {*d.tiers.values()} <= tiers
             and (d.micro_batch, d.cp) in costs.points and d.compile == costs.engine.fused
         )  # fmt: skip
         if not legal:
             return
         laid = read_assignments(costs, d, self.old.sharding_by_unit)
-        problem = stage_problem(costs, costs.step(d, laid))
-        objective, _, fits = evaluate(problem, d.stages, _pairs(d))
+        step = costs.step(d, laid)
+        problem = stage_problem(costs, step)
+        objective, _, fits = evaluate(problem, d.stages, d.pairs)
+        fits = fits and all(use.fits for use in self.searcher.tier_uses(step, d, problem))
         if fits and objective <= self.limit_ps:
             self.offer(Tried(decisions=d, assignments=laid, objective_ps=objective))
 
@@ -171,8 +179,9 @@ class Steadying:
                 if least > self.limit_ps:
                     continue
                 for held in space.variants(mesh):
-                    for d in space.schedules(held):
-                        rows.append((self._coarse(old, d), least, len(rows), mesh, d))
+                    for way in filter(None, (held, space.by_count(held))):
+                        for d in space.schedules(way):
+                            rows.append((self._coarse(old, d), least, len(rows), mesh, d))
         for far, _, _, _, d in sorted(rows, key=lambda row: row[:3]):
             if self.best is not None and far > self.best[0][:3]:
                 break
@@ -206,25 +215,23 @@ class Steadying:
         if lower_bound_ps(problem) > self.limit_ps:
             return
         alike = len(old.stages) == problem.count and sum(old.stages) == problem.layers
+        as_old = alike and (old.moved is None) == (d.moved is None)
         ways = [problem]
         if alike and searcher.pins.stages is None:
             ways.insert(0, replace(problem, fixed_stages=old.stages))
-            if searcher.pins.recompute is None and _may(problem, _pairs(old)):
-                ways.insert(0, replace(ways[0], fixed_recompute=_pairs(old)))
+            if as_old and searcher.pins.recompute is None and _may(problem, old.pairs):
+                ways.insert(0, replace(ways[0], fixed_recompute=old.pairs))
         for way in ways:
             got = solve(way, incumbent_ps=self.limit_ps + 1)
             if got.status not in ("OPTIMAL", "FEASIBLE"):
                 continue
             pairs, objective = got.recompute, got.step_ps
-            if alike and searcher.pins.recompute is None:
+            if as_old and searcher.pins.recompute is None:
                 pairs, objective = self._restored(problem, got.stages, pairs, objective)
-            self.offer(
-                Tried(
-                    decisions=replace(d, stages=got.stages, recompute=pairs), assignments=laid,
-                    objective_ps=objective,
-                ),
-                self._moved(d),
-            )  # fmt: skip
+            cut = d.cut(got.stages, pairs)
+            if all(use.fits for use in searcher.tier_uses(step, cut, problem)):
+                tried = Tried(decisions=cut, assignments=laid, objective_ps=objective)
+                self.offer(tried, self._moved(d))
             return
 
     def _restored(
@@ -232,7 +239,7 @@ class Steadying:
     ) -> tuple[tuple[Pair, ...], int]:
         """The old recomputation on each stage that is the old one, where that still does."""
         old = self.old.decisions
-        for k, pair in enumerate(_pairs(old)):
+        for k, pair in enumerate(old.pairs):
             if stages[k] != old.stages[k] or pairs[k] == pair or not _may(problem, (pair,)):
                 continue
             changed = (*pairs[:k], pair, *pairs[k + 1 :])
@@ -297,7 +304,12 @@ def keeps(pins: Pins, d: Decisions) -> bool:
         if key == "recompute":
             if value.counts(d.stages) != _pairs(d):
                 return False
-        elif key not in ("weights", "formats") and getattr(d, key) != value:
+        elif key == "offload":
+            if not keeps_offload(value, d):
+                return False
+        elif (
+            key not in ("weights", "formats") and getattr(d, key) != value and value != ANY
+        ):
             return False
     return not pins.place
 

@@ -15,6 +15,7 @@ from ir.errors import GateError, PlanError
 from planner.check import require_model
 from planner.console import progress
 from planner.decisions import decisions_json
+from planner.offloads import offload_words
 from planner.options import Progress, TraceOptions
 from planner.plan import Plan, load_cluster
 from planner.runnable import NATIVE
@@ -200,7 +201,7 @@ def _levels(plan: Plan) -> str:
 def _offloaded(plan: Plan) -> str:
     d = plan.decisions
     compiled = ", compiled" if d.compile else ", eager"
-    return compiled + "".join(f", {what} on {tier}" for what, tier in d.offload)
+    return compiled + "".join(f", {words}" for words in offload_words(d))
 
 
 def _mesh(plan: Plan) -> str:

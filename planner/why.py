@@ -68,8 +68,15 @@ class Without(Searcher):
         keys = ("zero", "shard", "reshard", "offload", "dp_outer")
         away = [(key, value) for key, value in self.refused if key in keys]
         for d in super().variants(mesh):
-            if not any(getattr(d, key) == value for key, value in away):
+            if not any(_held(d, key) == value for key, value in away):
                 yield d
+
+    def by_count(self, d: Decisions) -> Decisions | None:
+        """Also not where activations are refused a place below, or a kind of recomputation is:
+        the program by count has another kind in its place."""
+        away = {what for key, value in self.refused if key == "offload" for what, _ in value}
+        asked = "activations" in away or bool(self._levels)
+        return None if asked else super().by_count(d)
 
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """Also without the refused schedules, which are a formality without a pipeline; one that
@@ -103,6 +110,11 @@ class Without(Searcher):
     @property
     def _levels(self) -> tuple[str, ...]:
         return tuple(name for key, value in self.refused if key == "recompute" for name in value)
+
+
+def _held(d: Decisions, key: str) -> object:
+    """A decision as `Refused` has it: offload without counts of layers."""
+    return tuple(d.tiers.items()) if key == "offload" else getattr(d, key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
 from planner.decisions import decisions_json, summarise_recompute
 from planner.keep_words import keep_words
+from planner.offloads import offload_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used
 from planner.why import Alternative, Binding, refused_words
 
@@ -131,7 +132,7 @@ def decided(d: Decisions) -> str:
     words += [f"{n} layers recomputed {how}" for n, how in
               ((full, "in full"), (selective, "in part")) if n]  # fmt: skip
     words += [f"keep {keep_words(d.keep)}"] if d.keep else []
-    words += [f"{what} on {tier}" for what, tier in d.offload]
+    words += offload_words(d)
     words += [f"{group} in {word}" for group, word in d.formats]
     return ", ".join(words)
 

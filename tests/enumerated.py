@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 from cost_models.decisions import Decisions
@@ -132,7 +132,9 @@ def _offload(p, d):
         return [()]
     fsdp = p.costs.engine.name not in ("megatron", "deepspeed")
     with_parameters = fsdp and d.zero >= 2 and d.pp == 1  # FSDP2 keeps shards beside theirs
-    return [()] if with_parameters else [(), (("optimizer", "cpu"),)]
+    both = (("optimizer", "cpu"), ("params", "cpu"))
+    found = [()] if with_parameters else [(), both[:1]]
+    return [*found, both] if d.zero == 3 else found
 
 
 def _schedule(p, d):
@@ -245,21 +247,38 @@ def recomputed(p: Tiny, d: Decisions) -> tuple[str, ...]:
     return LEVELS
 
 
-def least_by_mesh(p: Tiny, **pins) -> dict[Mesh, int | None]:
-    """The least objective of every mesh among what has the pinned values; None: nothing fits."""
+def moves(p: Tiny, d: Decisions, pins: dict) -> bool:
+    """Whether layers' activations may lie on the host, by count: as our own runtime does it."""
+    free = "offload" not in pins and d.schedule not in SPLIT
+    host = any(tier.name == "cpu" for tier in p.costs.cluster.tiers)
+    return free and host and p.costs.workload.engine in NATIVE
+
+
+def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None]:
+    """The least objective of every mesh among what has the pinned values, and none of the refused
+    (key, value); None: nothing fits."""
+
+    def left(rows):
+        return (d for d in rows if not any(d.get(key) == value for key, value in refused))
+
     found: dict[Mesh, int | None] = {}
     names = [f.name for f in fields(Mesh)]
-    for d in product(p, MESH_AXES, pins=pins):
+    for d in left(product(p, MESH_AXES, pins=pins)):
         mesh = Mesh(**{name: d[name] for name in names})
         laid = p.searcher.assign(mesh.tp, mesh.sequence_parallel)
         objectives = []
-        for state in product(p, STATE_AXES, d, pins):
+        for state in left(product(p, STATE_AXES, d, pins)):
             step = p.costs.step(Decisions(**state), laid)
-            for full in product(p, SCHEDULE_AXES, state, pins):
+            for full in left(product(p, SCHEDULE_AXES, state, pins)):
                 made = Decisions(**full)
                 held = p.costs.step(made, laid) if made.keep else p.costs.rescheduled(step, made)
                 problem = stage_problem(p.costs, held, levels=recomputed(p, made))
                 objectives.append(best_of_problem(problem))
+                if moves(p, made, pins):  # activations of so many layers on the host, by stage
+                    made = replace(made, offload=(*made.offload, ("activations", "cpu:")))
+                    below = p.costs.rescheduled(p.costs.step(made, laid), made)
+                    problem = stage_problem(p.costs, below, levels=recomputed(p, made))
+                    objectives.append(best_of_problem(problem))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found
 
@@ -278,7 +297,7 @@ def difference(p: Tiny, by_mesh: dict[Mesh, int | None], out: Outcome) -> str:
         return f"no plan was found, the best is {least}"
     d, laid = out.best.decisions, out.best.assignments
     problem = stage_problem(p.costs, p.costs.step(d, laid))
-    if evaluate(problem, d.stages, d.recompute)[::2] != (out.best.objective_ps, True):
+    if evaluate(problem, d.stages, d.pairs)[::2] != (out.best.objective_ps, True):
         return f"the plan is not what it was said to be: {d}"
     if out.best.score != least:
         return f"found {out.best.score}, enumeration {least}: {d}"

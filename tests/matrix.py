@@ -153,6 +153,7 @@ def _layouts() -> tuple[Layout, ...]:
           for w, t in (("optimizer", "cpu"), ("optimizer", "nvme"), ("params", "cpu"),
                        ("activations", "cpu"))),
         row("offload-all", 4, "tp=2 zero=1 offload=optimizer:cpu,activations:cpu"),
+        row("offload-layers-pp2", 2, "pp=2 schedule=1f1b zero=1 offload=activations:cpu:1"),
         row("offload-pp2", 4, "pp=2 schedule=1f1b zero=1 offload=optimizer:cpu"),
         row("compile-zero3", 2, "zero=3 compile=on"),
         row("compile-tp2-sp", 2, "tp=2 sequence_parallel=on compile=on"),

@@ -17,9 +17,10 @@ from cost_models.goodput import (
     inputs,
     useful_share,
 )
-from cost_models.hardware import Tier, load_hardware
+from cost_models.hardware import load_hardware
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.operations import SOURCES, Operations, parse_operations
+from cost_models.tiers import Tier
 from ir.errors import UsageError
 
 

@@ -200,6 +200,24 @@ def test_offloaded_activations(world, kind, compiled):
             assert 4 * kept <= below < (6 if compiled else 4) * kept + 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_activations_of_some_layers(world, compiled):
+    """The same numbers; one of two layers sends half of what both do, and keeps nothing above."""
+    options = {"compile_backend": "aot_eager"} if compiled else {}
+    one = (("activations", "cpu:1"),)
+    if compiled:  # the first layer recomputed, the second below
+        both = plan(offload=one, recompute=((1, 0),), compile=True)
+        exact(world.run(2, cases.step, both, options))
+        return
+    exact(world.run(2, cases.step, plan(offload=one)))
+    sent = []
+    for offload in ((ACTIVATIONS,), one):
+        moved = world.run(2, cases.moved, plan(offload=offload), {})
+        assert all(above < 1024 for above, _ in moved)
+        sent.append([below for _, below in moved])
+    assert [2 * below for below in sent[1]] == sent[0]
+
+
 @pytest.mark.parametrize(
     "decisions",
     [

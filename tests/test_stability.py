@@ -50,13 +50,13 @@ def test_no_plan_within_the_share_is_nearer(name, pins, share, tmp_path):
     chosen = found.outcome.best
     limit = objective_limit(costs, out.best.objective_ps, share)
     step = costs.step(chosen.decisions, chosen.assignments)
-    again = evaluate(stage_problem(costs, step), chosen.decisions.stages,
-                     chosen.decisions.recompute)  # fmt: skip
+    again = evaluate(stage_problem(costs, step), chosen.decisions.stages, chosen.decisions.pairs)
     assert again[::2] == (chosen.objective_ps, True) and chosen.objective_ps <= limit
     nearest = []
     for mesh in space:
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
-        for held in searcher.variants(mesh):
+        ways = [way for d in searcher.variants(mesh) for way in (d, searcher.by_count(d)) if way]
+        for held in ways:
             made = costs.step(held, laid)
             for d in searcher.schedules(held):
                 least = best_of_problem(searcher.problem(made, d))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from enumerated import every_mesh, least_by_mesh
+from enumerated import least_by_mesh
 from test_search import searched
 from tiny_models import EXAMPLES, with_memory
 
@@ -13,6 +13,7 @@ from cost_models.estimate import estimate_step, whole_step_ps
 from ir.errors import UsageError
 from planner import load
 from planner.check import Checked, examine
+from planner.decisions import Pins
 from planner.plan import Solver, make_plan
 from planner.score import score_of
 from planner.why import LEAST_GAIN, MOST_MEMORY, Why, parse_refused, refused_words
@@ -22,11 +23,11 @@ from planner.why_text import alternative_text, document, table_text
 LLAMA = str(EXAMPLES / "llama.py")
 
 
-def best_of(name, folder):
+def best_of(name, folder, **pins):
     """(the problem, the best plan as `plan why` reads it) of a case."""
     problem = searched(name, folder)
     costs, searcher = problem.costs, problem.searcher
-    best = searcher.run().best
+    best = searcher.under(Pins(**pins)).run().best
     step = costs.step(best.decisions, best.assignments)
     made = estimate_step(costs, step, best.decisions)
     plan = make_plan(
@@ -47,21 +48,14 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "texts"), REFUSED)
 def test_an_alternative_equals_enumeration(name, texts, tmp_path):
     problem, base = best_of(name, tmp_path)
-    costs, searcher, space = problem.costs, problem.searcher, every_mesh(problem)
+    costs, searcher = problem.costs, problem.searcher
     refused = parse_refused(texts)
     found = Why(base).alternative(refused, 10**9)
-    on_mesh = [(k, v) for k, v in refused if hasattr(space[0], k)]
-    left = {m for m in space if not any(getattr(m, k) == v for k, v in on_mesh)}
-    ways = [{}]
-    for key, others in (
-        ("zero", (0, 1, 2, 3)), ("offload", ((), (("optimizer", "cpu"),))),
-        ("schedule", ("1f1b", "gpipe", "interleaved", "zbh1", "zbv", "dualpipev")),
-    ):  # fmt: skip
-        away = [v for k, v in refused if k == key]
-        if away:
-            ways = [{**way, key: v} for way in ways for v in others if v not in away]
-    least = [{m: x for m, x in least_by_mesh(problem, **way).items() if m in left}
-             for way in ways]  # fmt: skip
+    # without a pipeline a schedule is a formality, which is not refused
+    least = [least_by_mesh(problem, refused)]
+    if any(key == "schedule" for key, _ in refused):
+        rest = tuple(row for row in refused if row[0] != "schedule")
+        least.append(least_by_mesh(problem, rest, pp=1))
     scores = [score_of(x, m) for rows in least for m, x in rows.items() if x is not None]
     if not scores:
         assert found.estimate is None and found.binding.kind in ("memory", "rule")
@@ -79,7 +73,7 @@ def test_an_alternative_equals_enumeration(name, texts, tmp_path):
 
 
 def test_recomputation_is_refused_by_kind(tmp_path):
-    *_, base = best_of("recompute", tmp_path)
+    *_, base = best_of("recompute", tmp_path, offload=())
     used = [bool(sum(n)) for n in zip(*base.plan.decisions.recompute)]
     assert any(used)
     for text, place in (("recompute=full", 0), ("recompute=selective:3", 1)):

@@ -1,4 +1,5 @@
-"""What a layer keeps for backward, held in host memory until its backward.
+"""What a layer keeps for backward, held in host memory until its backward: all layers', or so
+many of each stage.
 
 A layer's saved tensors are copied down as they are saved, each storage once, and come up again
 when its backward starts, those of the layer before it with them. On an accelerator the copies run
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from cost_models.chain import chain_of
+from cost_models.stage_problem import starts_of
 from planner.runtime.context import Context
 from planner.runtime.site import Site
 
@@ -31,14 +33,26 @@ LEAST_BYTES = 1024  # a copy costs more than what is smaller is worth: seeds and
 
 
 def apply_activations(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
-    """Patch the forward of the stage's layers so that what they save lies on the host."""
-    if dict(context.plan.decisions.offload).get("activations") is None:
+    """Patch the forward of the stage's layers, those that the plan says, so that what they save
+    lies on the host."""
+    d = context.plan.decisions
+    if "activations" not in d.tiers:
         return
     chain = chain_of(context.plan.graph)
-    layers = {chain.links[i].path for i in chain.layers}
+    paths = [chain.links[i].path for i in chain.layers]
+    layers = {
+        path for start, count, (full, n) in zip(starts_of(d.stages), d.stages, d.pairs)
+        for place, path in enumerate(paths[start : start + count])
+        if d.moved is None or full <= place < full + n
+    }  # fmt: skip
     host = Host(context.meshes.device_type)
-    for place, site in enumerate(site for site in sites if site.path in layers):
+    moved = [site for site in sites if site.path in layers]
+    for place, site in enumerate(moved):
         site.module.forward = host.around(site.module, site.module.forward, first=place == 0)
+    stay = [site for site in sites if site.path in paths and site not in moved]
+    behind = [s for s in stay if moved and paths.index(s.path) > paths.index(moved[-1].path)]
+    if behind:  # its backward comes before that of the last layer that was moved
+        behind[0].module.forward = host.ahead(behind[0].module.forward)
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -92,6 +106,20 @@ class Host:
                 return forward(*args, **kwargs)
 
         return moved
+
+    def ahead(self, forward: Callable[..., Any]) -> Any:
+        """The forward of the layer behind those that are moved: when its backward begins, the last
+        one's copies up do as well."""
+
+        @functools.wraps(forward)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            record, out = self._last, forward(*args, **kwargs)
+            reached = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn]
+            if torch.is_grad_enabled() and record and reached:
+                reached[0].register_hook(lambda _: self._bring(record))
+            return out
+
+        return noted
 
     @contextlib.contextmanager
     def _saving(self, module: nn.Module, given: Any, first: bool) -> Iterator[None]:

@@ -70,9 +70,10 @@ def least_layers(d: Decisions) -> int:
 
 
 def _levels(d: Decisions) -> list[list[str]]:
-    """The ways that each stage's layers are recomputed, as they stand in the stage."""
+    """The ways that each stage's layers are treated, as they stand in the stage; those offloaded
+    by count as "selective"."""
     found = []
-    for count, (full, some) in zip(d.stages, d.recompute or ((0, 0),) * len(d.stages)):
+    for count, (full, some) in zip(d.stages, d.pairs):
         sizes = (("full", full), ("selective", some), ("none", count - full - some))
         found.append([level for level, size in sizes if size > 0])
     return found
@@ -144,7 +145,7 @@ def cut_decisions(
     many = 2 * small.pp if d.microbatches >= 2 * d.pp else small.pp
     batches = many if d.pp > 1 else min(2, d.microbatches)
     small = replace(
-        small, stages=cut, recompute=cut_recompute(d, cut), virtual_stages=count // small.pp,
+        small.cut(cut, cut_recompute(d, cut)), virtual_stages=count // small.pp,
         micro_batch=min(2, d.micro_batch), microbatches=batches, formats=(),
     )  # fmt: skip
     if not any(some for _, some in small.recompute):
@@ -181,11 +182,9 @@ def only(d: Decisions, axes: tuple[str, ...]) -> Decisions:
     small = replace(small, shard=next(n for n in range(shard, 0, -1) if ranks % n == 0))
     if small.pp == 1:
         total = sum(d.stages)
-        levels = d.recompute or ((0, 0),)
-        small = replace(
-            small, schedule="1f1b", virtual_stages=1, stages=(total,), reshard=False,
-            recompute=((sum(f for f, _ in levels), sum(s for _, s in levels)),),
-        )  # fmt: skip
+        levels = d.pairs or ((0, 0),)
+        small = small.cut((total,), ((sum(f for f, _ in levels), sum(s for _, s in levels)),))
+        small = replace(small, schedule="1f1b", virtual_stages=1, reshard=False)
     small = replace(small, sequence_parallel=d.sequence_parallel and small.tp > 1)
     block = small.dp * small.cp * small.tp
     ep = next(n for n in range(min(d.ep, block), 0, -1) if block % n == 0)

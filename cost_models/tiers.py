@@ -1,0 +1,66 @@
+"""Memory below the device: a row of the hardware file each, and how much of it GPUs fill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from cost_models.checked_toml import table
+from cost_models.decisions import Decisions
+
+_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """What a tier holds and how fast it is read and written, for so many GPUs together that share
+    it; None: those of a node."""
+
+    name: str
+    bytes: int
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    gpus: int | None = None
+
+
+def read_tier(raw: Any, where: str, path: str) -> Tier:
+    """A row of `cluster.tiers`. Raises UsageError with the key's path."""
+    pool = isinstance(raw, dict) and "gpus" in raw
+    return Tier(**table(raw, {**_KEYS, "gpus": int} if pool else _KEYS, where, path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierUse:
+    """The fullest one of a tier: what the GPUs that share it lay there, and what it holds."""
+
+    name: str
+    used_bytes: int
+    bytes: int
+    gpus: int
+
+    @property
+    def fits(self) -> bool:
+        return self.used_bytes <= self.bytes
+
+    @property
+    def said(self) -> str:
+        """In words: `cpu 1,103.2 of 1,024.0 GB, for 8 GPUs`."""
+        shared = f"for {self.gpus} GPUs" if self.gpus > 1 else "for one GPU"
+        return f"{self.name} {self.used_bytes / 1e9:,.1f} of {self.bytes / 1e9:,.1f} GB, {shared}"
+
+
+def fullest(d: Decisions, rank_bytes: Sequence[int], gpus: int) -> int:
+    """Bytes of the fullest so many GPUs in a row, of what each pp rank's GPUs lay below."""
+    each = d.pipeline // d.pp  # GPUs in a row that are one pp rank
+    period = d.pipeline * gpus // gcd(d.pipeline, gpus)
+    most = 0
+    for start in range(0, min(d.gpus, period), gpus):
+        total, at, end = 0, start, min(start + gpus, d.gpus)
+        while at < end:
+            more = min(each - at % each, end - at)
+            total += more * rank_bytes[at % d.pipeline // each]
+            at += more
+        most = max(most, total)
+    return most

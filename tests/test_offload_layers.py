@@ -1,0 +1,228 @@
+"""Offload by count of layers, the tiers below the device, and formats of gradients by leave."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_models import costs_of, graph_of
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import estimate_step, stage_problem
+from cost_models.hardware import load_hardware
+from cost_models.tiers import Tier, fullest
+from ir.errors import InfeasibleError, PlanError, UsageError
+from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.infeasible import infeasible
+from planner.legality import illegal, inconsistent
+from planner.mesh import meshes
+from planner.offloads import keeps_offload, lower, offload_words
+from planner.search import Searcher
+
+H100 = load_hardware("h100x8")
+LAYERS, LINK = 4, 5e10  # bytes/s of one GPU's link
+SOME = (("activations", "cpu:1"),)
+BASE = Decisions(
+    dp=8, zero=1, shard=8, micro_batch=1, microbatches=2, compile=False, stages=(LAYERS,),
+    recompute=((1, 0),),
+)  # fmt: skip
+OPTIMIZER = (("optimizer", "cpu"),)
+
+
+def stepped(d, cluster=H100, **workload):
+    """(costs, step, estimate) of Llama 8B cut to four layers, 8,192 tokens a sample."""
+    graph = graph_of("llama", size="8b", n_layers=LAYERS)
+    costs = costs_of(
+        graph, cluster, **{"seq_len": 8192, "global_batch": 16, "engine": "native", **workload}
+    )
+    step = costs.step(d, Searcher(costs=costs).assign(1, False))
+    return costs, step, estimate_step(costs, step, d)
+
+
+def layer(step):
+    return step.row(step.chain.layers[0])
+
+
+def test_some_layers_lie_on_the_host():
+    """Of four layers the first is recomputed, the second is below: it takes its copies' time,
+    keeps nothing, and two layers' activations are there while they are copied."""
+    d = replace(BASE, offload=SOME)
+    costs, step, e = stepped(d)
+    _, above, plain = stepped(BASE)
+    row, was = layer(step), layer(above)
+    assert (d.moved, d.pairs, d.tiers) == ((1,), ((1, 1),), {"activations": "cpu"})
+    kept, seconds = was.kept[0], was.kept[0] / LINK
+    unit = step.chain.links[step.chain.layers[0]].unit
+    point = costs.at(d, unit, True, Searcher(costs=costs).assign(1, False)[unit, True])
+    share = costs.engine.fsdp_interference
+    each = sum(max(share * seconds, seconds - hidden) for hidden in point.kernels_s)
+    assert row.again_ps[0] == pytest.approx(each * 1e12, abs=2)
+    assert row.kept == (kept, 0, was.kept[2]) and row.aside == (0, kept, 0)
+    assert row.working[1] == was.working[0] + 2 * kept
+    assert (row.forward, row.backward, row.again_ps[1]) == (
+        was.forward, was.backward, was.again_ps[1],
+    )  # fmt: skip
+    before, after = (dict(x.breakdown_ps) for x in (plain, e))
+    assert after["offload"] == row.again_ps[0] * d.microbatches
+    assert after["recompute"] == before["recompute"]
+    held = [dict(x.ranks[0].memory_bytes)["activations"] for x in (plain, e)]
+    assert held[0] - held[1] == kept
+    assert [(use.name, use.used_bytes, use.gpus) for use in e.tiers] == [("cpu", 8 * kept, 8)]
+
+
+def test_the_step_by_count_is_made_of_the_plain_one():
+    """The search derives it; it is what costing the decisions anew gives."""
+    costs, plain, _ = stepped(BASE)
+    d = replace(BASE, offload=(*OPTIMIZER, ("activations", "cpu:")))
+    laid = Searcher(costs=costs).assign(1, False)
+    below = costs.step(replace(BASE, offload=OPTIMIZER), laid)
+    assert costs.counted(below, d, laid) == costs.step(d, laid)
+    assert costs.counted(plain, replace(BASE, offload=SOME), laid) == costs.step(
+        replace(BASE, offload=SOME), laid
+    )
+
+
+def test_state_on_a_tier_is_counted_by_node():
+    """FSDP2 keeps fp32 parameters and gradients in memory, and Adam's moments beside them or on
+    the disk; eight GPUs share both, and a pool is shared by as many as its row says."""
+    d = replace(BASE, offload=OPTIMIZER, recompute=((0, 0),))
+    _, step, e = stepped(d)
+    updated = sum(row.state.updated for row in map(step.row, range(len(step.chain.links))))
+    shards = sum(row.state.shard for row in map(step.row, range(len(step.chain.links))))
+    memory = 4 * (shards + updated)
+    assert [(t.name, t.used_bytes) for t in e.tiers] == [("cpu", 8 * (memory + 8 * updated))]
+    pool = Tier(name="cxl", bytes=10**12, read_bytes_per_s=4e10, write_bytes_per_s=2e10, gpus=4)
+    cluster = replace(H100, tiers=(*H100.tiers, pool))
+    _, on_pool, e = stepped(replace(d, offload=(("optimizer", "cxl"),)), cluster)
+    assert {t.name: (t.used_bytes, t.gpus) for t in e.tiers} == {
+        "cpu": (8 * memory, 8), "cxl": (4 * 8 * updated, 4),
+    }  # fmt: skip
+    # the pool's four GPUs read and write their moments at its rates
+    more = 4 * 8 * layer(on_pool).state.updated * (1 / 4e10 + 1 / 2e10) * 1e12
+    assert layer(on_pool).offload_ps - layer(step).offload_ps == pytest.approx(more, rel=1e-9)
+
+
+@pytest.mark.parametrize(("pp", "dp", "tp", "outer"), [(4, 2, 2, 1), (4, 4, 1, 2), (2, 3, 2, 1)])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 6, 8, 16])
+def test_the_fullest_gpus_in_a_row(pp, dp, tp, outer, gpus):
+    d = Decisions(pp=pp, dp=dp, tp=tp, dp_outer=outer)
+    held = [7, 1, 9, 3][:pp]
+    each = d.pipeline // pp
+    by_gpu = [held[i % d.pipeline // each] for i in range(d.gpus)]
+    groups = [sum(by_gpu[i : i + gpus]) for i in range(0, d.gpus, gpus)]
+    assert fullest(d, held, gpus) == max(groups)
+
+
+def small_host(gigabytes, disk=True):
+    cpu, nvme = H100.tiers
+    tiers = (replace(cpu, bytes=int(gigabytes * 1e9)), nvme)
+    return replace(H100, count=1, tiers=tiers[: 1 + disk])
+
+
+def searcher(cluster, pins=(), megabytes=22_000, **workload):
+    device = replace(cluster.device, memory_bytes=megabytes * 10**6)
+    graph = graph_of("llama", size="8b", n_layers=LAYERS)
+    costs = costs_of(
+        graph, replace(cluster, device=device),
+        **{"seq_len": 2048, "global_batch": 2, "engine": "native", **workload},
+    )  # fmt: skip
+    found = meshes(costs.chain, costs.cluster, costs.workload, Pins())
+    costs.points = tuple(dict.fromkeys([(1, 1), *((m.micro_batch, m.cp) for m in found)]))
+    return Searcher(costs=costs, pins=parse_pins(pins))
+
+
+def test_a_full_tier_is_named_and_the_next_one_is_used():
+    """Llama of four wide layers has 1.9 G parameters: 16 bytes each are 31 GB of a host's memory,
+    8 of them Adam's moments, which may lie on the disk."""
+    plain = searcher(small_host(100)).run()
+    assert plain.best.decisions.tiers["optimizer"] == "cpu" and plain.full is None
+    disk = searcher(small_host(20)).run()
+    assert disk.best.decisions.tiers["optimizer"] == "nvme"
+    assert disk.best.objective_ps > plain.best.objective_ps
+    assert disk.full is not None and disk.full.name == "cpu"
+    tight = searcher(small_host(20, disk=False))
+    out = tight.run()
+    assert out.best is None
+    with pytest.raises(InfeasibleError) as fault:
+        raise infeasible(tight, out)
+    assert "tier cpu 30." in fault.value.why and "of 20.0 GB, for one GPU" in fault.value.why
+
+
+def test_offload_never_where_it_fits():
+    out = searcher(H100, megabytes=80_000, global_batch=16).run()
+    assert out.best.decisions.offload == () and out.proved
+
+
+def test_lower_tiers_are_the_next_slower():
+    pool = Tier(name="cxl", bytes=10**12, read_bytes_per_s=9e10, write_bytes_per_s=9e10, gpus=8)
+    cluster = replace(H100, tiers=(*H100.tiers, pool))
+    d, found = replace(BASE, offload=(*OPTIMIZER, ("params", "cpu"))), []
+    while d is not None:
+        found.append(d.tiers["optimizer"])
+        d = lower(d, Pins(), cluster)
+    assert found == ["cpu", "cxl", "nvme"]
+    assert lower(BASE, Pins(), cluster) is None
+    assert lower(replace(BASE, offload=OPTIMIZER), Pins(offload=OPTIMIZER), cluster) is None
+
+
+@pytest.mark.parametrize("count", ["1", "2", "9"])
+def test_a_pinned_count_is_kept(count):
+    out = searcher(
+        replace(H100, count=2), [f"offload=activations:cpu:{count}", "pp=2"], megabytes=80_000,
+        seq_len=512,
+    ).run()  # fmt: skip
+    d = out.best.decisions
+    assert d.moved == tuple(min(int(count), n) for n in d.stages)
+    assert not any(map(any, d.recompute))
+    assert keeps_offload((("activations", f"cpu:{count}"),), d)
+    assert not keeps_offload((("activations", "cpu"),), d)
+    assert offload_words(d) == [f"activations of {sum(d.moved)} layers on cpu"]
+    again = decisions_from_json(json.loads(json.dumps(decisions_json(d))), d.stages, d.recompute)
+    assert again == d
+
+
+def test_words_of_counts():
+    assert parse_pins(["offload=activations:cpu:4/3"]).offload == (("activations", "cpu:4/3"),)
+    for bad in ("optimizer:cpu:3", "params:cpu:1", "activations:cpu:", "activations:nvme:3"):
+        with pytest.raises(UsageError):
+            parse_pins([f"offload={bad}"])
+    d = replace(BASE, stages=(2, 2), recompute=((1, 0), (0, 0)), pp=2, dp=4, shard=4,
+                microbatches=4)  # fmt: skip
+    raw = decisions_json(replace(d, offload=(("activations", "cpu:1/2"),)))
+    assert raw["offload"] == {"activations": "cpu:1/2"}
+    with pytest.raises(PlanError, match=r"decisions.offload.activations is 'cpu:x'"):
+        decisions_from_json({**raw, "offload": {"activations": "cpu:x"}}, d.stages, d.recompute)
+    workload = stepped(BASE)[0].workload
+    for word, reason in (("cpu:1", "of 1 stages of 2"), ("cpu:2/2", "more layers than it has")):
+        changed = replace(d, offload=(("activations", word),))
+        assert reason in inconsistent(changed, workload)
+    split = replace(d, schedule="zbh1", recompute=(), offload=(("activations", "cpu:1/1"),))
+    assert "not offloaded by count" in illegal(split, workload)
+
+
+def test_every_choice_of_a_program_by_count():
+    """The solver's (full, half) are layers recomputed and layers below, whatever the cut."""
+    d = replace(BASE, pp=2, dp=4, shard=4, offload=(("activations", "cpu:"),))
+    costs, step, _ = stepped(d.cut((2, 2), ((0, 1), (0, 1))))
+    problem = stage_problem(costs, replace(step, decisions=d))
+    for first in range(1, LAYERS):
+        stages = (first, LAYERS - first)
+        for pairs in itertools.product(*([(f, n - f) for f in range(n + 1)] for n in stages)):
+            cut = d.cut(stages, pairs)
+            assert cut.recompute == tuple((f, 0) for f, _ in pairs)
+            assert cut.pairs == (pairs if any(n for _, n in pairs) else cut.recompute)
+            assert ("activations" in cut.tiers) == any(n for _, n in pairs)
+    assert problem.activation_bytes[1] == (0,) * LAYERS
+
+
+def test_gradients_lose_bits_by_leave_alone():
+    """fp32 unless any is allowed; then bf16 is taken, as it moves and holds half the bytes."""
+    cluster = replace(H100, count=2)
+    kinds = {}
+    for words in ([], ["grad_dtype=any"], ["grad_dtype=bf16"]):
+        out = searcher(cluster, [*words, "tp=1", "pp=1"], megabytes=80_000).run()
+        kinds[tuple(words)] = (out.best.decisions.grad_dtype, out.best.objective_ps)
+        assert out.proved
+    assert [kind for kind, _ in kinds.values()] == ["fp32", "bf16", "bf16"]
+    default, free, pinned = (ps for _, ps in kinds.values())
+    assert free == pinned < default
