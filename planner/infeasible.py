@@ -21,7 +21,8 @@ from ir.errors import InfeasibleError, PlanError
 from planner.asking import Answer, Asking
 from planner.decisions import Pins, summarise_recompute
 from planner.mesh import divisors, meshes, splits_something
-from planner.search import Misfit, Outcome, Searcher
+from planner.outcome import Misfit, Outcome
+from planner.search import Searcher
 
 EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once

@@ -1,0 +1,83 @@
+"""What a search tries and finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cost_models.decisions import Decisions
+from cost_models.stage_problem import Nearest, StageProblem
+from cost_models.step import Assignments, Step
+from cost_models.tiers import TierUse
+from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """The best found. objective_ps: without host overhead and jitter, which every mesh shares."""
+
+    decisions: Decisions
+    assignments: Assignments
+    objective_ps: int
+    gain_ppm: int = AXIS_GAIN_PPM
+
+    @property
+    def score(self) -> int:
+        return score_of(self.objective_ps, self.decisions, self.gain_ppm)
+
+    def below(self, score: int) -> int:
+        """The least objective of a plan of as many axes whose score is not below that."""
+        return objective_below(score, self.decisions, self.gain_ppm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misfit:
+    """The mesh that overflows the least, where none fits."""
+
+    decisions: Decisions
+    assignments: Assignments
+    nearest: Nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A stage program to solve. step: where it is to be tried with other sets of what layers keep
+    once it is solved."""
+
+    bound_ps: int
+    decisions: Decisions
+    problem: StageProblem
+    step: Step | None = None
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a search found. bound: no plan of the space has a score below it."""
+
+    best: Tried | None = None
+    misfit: Misfit | None = None
+    closest: list[tuple[int, int, Decisions]] = field(default_factory=list)  # bytes, order, state
+    bound: int = 0
+    meshes: int = 0
+    expanded: int = 0  # meshes tried; solved: stage programs
+    solved: int = 0
+    spent: int = 0
+    misfits: int = 0
+    full: TierUse | None = None  # the tier below that was the least over, where one was
+    interrupted: bool = False
+
+    @property
+    def proved(self) -> bool:
+        return self.best is not None and self.bound >= self.best.score
+
+    @property
+    def gap(self) -> float:
+        if self.best is None or self.proved:
+            return 0.0
+        return (self.best.score - self.bound) / self.best.score
+
+    @property
+    def bound_ps(self) -> int:
+        """The bound as a step objective of the best plan's kind."""
+        if self.best is None:
+            return 0
+        return min(self.best.objective_ps, self.best.below(self.bound))
