@@ -13,7 +13,7 @@ from typing import Any
 
 from cost_models.checked_toml import read_toml, table
 from cost_models.decisions import Decisions
-from cost_models.hardware import LINK_KEYS, Cluster, Link, load_hardware
+from cost_models.hardware import LINK_KEYS, Cluster, Link, load_hardware, summands
 from ir.errors import UsageError
 
 _FILE_KEYS = {"name": str, "parts": list, "between": dict, "sources": dict}
@@ -74,12 +74,13 @@ def used_parts(hardware: Hardware, d: Decisions) -> tuple[Cluster, ...]:
 
 def load_any(spec: str) -> Hardware:
     """Read what `load_hardware` reads, a sum of such, or a file of parts. Raises UsageError."""
-    if spec.endswith(".toml") and "+" not in spec:
+    parts = summands(spec)
+    if len(parts) > 1:
+        return _fleet(spec, tuple(map(load_hardware, parts)), None, "")
+    if spec.endswith(".toml"):
         raw = read_toml(Path(spec))
         return _from_file(Path(spec), raw) if "parts" in raw else load_hardware(spec)
-    if "+" not in spec:
-        return load_hardware(spec)
-    return _fleet(spec, tuple(load_hardware(part.strip()) for part in spec.split("+")), None, "")
+    return load_hardware(spec)
 
 
 def _from_file(path: Path, raw: dict[str, Any]) -> Fleet:

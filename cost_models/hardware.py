@@ -364,15 +364,21 @@ def describe(name: str) -> Cluster:
     return replace(cluster, count=cluster.node_size)
 
 
+def summands(spec: str, folder: Path = Path()) -> list[str]:
+    """The parts of a sum as they are said; one, where it is none or a file whose path has a +."""
+    whole = spec.endswith(".toml") and any(p.exists() for p in (Path(spec), folder / spec))
+    return [spec] if whole else [part.strip() for part in spec.split("+")]
+
+
 def load_hardware(spec: str) -> Cluster:
     """Read `NAMExCOUNT`, or a path that ends in .toml. Raises UsageError, saying what is near.
 
     Sums and files of parts are `cost_models.fleet`'s.
     """
-    if spec.endswith(".toml") and "+" not in spec:
+    parts = summands(spec)
+    if spec.endswith(".toml") and len(parts) == 1:
         return _load_file(Path(spec))
-    if "+" in spec:
-        parts = [part.strip() for part in spec.split("+")]
+    if len(parts) > 1:
         raise UsageError(
             f"{spec} mixes devices, and here one kind is meant",
             hints=tuple(f"each alone: --hardware {part}" for part in parts),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.fleet import Hardware, load_any, parts_of
+from cost_models.hardware import summands
 from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
 from ir.graph import Graph
@@ -77,8 +78,9 @@ class Plan:
 
 def hardware_name(spec: str) -> str:
     """The hardware's name as a plan keeps it: a file's path relative, never absolute."""
-    if "+" in spec:
-        return "+".join(hardware_name(part.strip()) for part in spec.split("+"))
+    parts = summands(spec)
+    if len(parts) > 1:
+        return "+".join(map(hardware_name, parts))
     if not spec.endswith(".toml"):
         return spec.lower()
     path = os.path.relpath(spec)
@@ -94,7 +96,7 @@ def load_cluster(plan: Plan, folder: Path) -> Hardware:
         return str(beside) if near else spec
 
     try:
-        return load_any("+".join(found(spec) for spec in plan.hardware.split("+")))
+        return load_any("+".join(map(found, summands(plan.hardware, folder))))
     except UsageError as fault:
         raise PlanError(f"the plan's hardware {plan.hardware!r} cannot be read: {fault.what}",
                         where=fault.where, why=fault.why, hints=fault.hints) from fault  # fmt: skip

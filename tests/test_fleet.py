@@ -25,7 +25,7 @@ from planner.decisions import Pins
 from planner.fleet_planning import FleetSearch, _searchers
 from planner.mesh import Mesh
 from planner.options import TraceOptions
-from planner.plan import load
+from planner.plan import hardware_name, load
 from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
 from planner.workload import Asked, resolve
 
@@ -62,6 +62,16 @@ def test_a_file_says_the_link_between_parts(tmp_path) -> None:
     assert own.s_per_byte == 1 / slow
     known = max(part.inter.latency_s for part in fleet.parts)
     assert said.overhead_s - own.overhead_s == pytest.approx(1e-3 - known)
+
+
+def test_a_path_with_a_plus_is_a_file_and_a_sum_may_have_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b.toml").write_text('base = "a100"\ncount = 8\n')
+    (tmp_path / "Own.toml").write_text('base = "a100"\ncount = 8\n')
+    assert load_any("a+b.toml") == load_hardware("a+b.toml")
+    assert hardware_name("a+b.toml") == "a+b.toml"
+    assert [part.name for part in load_any("H100x8+Own.toml").parts] == ["h100", "Own"]
+    assert hardware_name("H100x8+Own.toml") == "h100x8+Own.toml"
 
 
 @pytest.mark.parametrize(
