@@ -10,7 +10,7 @@ from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
 from cost_models.hardware import Cluster
 from cost_models.ledger import Collective
-from cost_models.stage_problem import StageProblem, starts_of, stash_bytes
+from cost_models.stage_problem import StageProblem, slow_of, starts_of, stash_bytes
 from cost_models.state import State, mode_of, ranks_of
 from cost_models.step import Costs, Row, Step
 from cost_models.tiers import TierUse, fullest
@@ -150,14 +150,17 @@ def rank_collectives(
                         f"{unit.name} parameters", times, one * times,
                         share * one * times)  # fmt: skip
     if d.pp > 1:
-        times = d.microbatches * sum(
-            problem.rank_of(other) != rank
-            for k in problem.stages_of(rank) for other in (k - 1, k + 1)
-            if 0 <= other < problem.count
-        )  # fmt: skip
+        crossed = [
+            min(k, other) for k in problem.stages_of(rank) for other in (k - 1, k + 1)
+            if 0 <= other < problem.count and problem.rank_of(other) != rank
+        ]  # fmt: skip
+        times, slow = d.microbatches * len(crossed), slow_of(problem)
+        took = problem.p2p_ps + exposed_send_ps(costs, step, d)
+        later = d.microbatches * sum(slow[k][0] for k in crossed) if slow else 0
         for size in step.p2p_bytes:
+            each = size / sum(step.p2p_bytes) / 1e12
             portion = times * size / sum(step.p2p_bytes) / 1e12
-            add("p2p", "pp", size, "between stages", times, portion * step.p2p_ps,
+            add("p2p", "pp", size, "between stages", times, portion * took + later * each,
                 portion * exposed_send_ps(costs, step, d))  # fmt: skip
         for size, others in _shared(costs, step, problem, d, rank):
             one = costs.send_s(d, size, back=True)

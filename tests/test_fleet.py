@@ -7,12 +7,14 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import enumerated
+import numpy as np
 import pytest
 import test_runtime_pipeline as pipelines
 import test_stages as stages
 from tiny_models import EXAMPLES, graph_of, with_memory
 
 from cost_models.decisions import Decisions
+from cost_models.engines import load_engine
 from cost_models.estimate import stage_problem, whole_step_ps
 from cost_models.fleet import Fleet, load_any
 from cost_models.hardware import load_hardware
@@ -25,7 +27,8 @@ from planner.decisions import Pins
 from planner.fleet_planning import FleetSearch, _searchers
 from planner.mesh import Mesh
 from planner.options import TraceOptions
-from planner.plan import hardware_name, load
+from planner.plan import hardware_name, load, recost
+from planner.show_hardware import hardware_json, hardware_text
 from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
 from planner.workload import Asked, resolve
 
@@ -62,6 +65,14 @@ def test_a_file_says_the_link_between_parts(tmp_path) -> None:
     assert own.s_per_byte == 1 / slow
     known = max(part.inter.latency_s for part in fleet.parts)
     assert said.overhead_s - own.overhead_s == pytest.approx(1e-3 - known)
+
+
+def test_the_example_is_read_and_shown() -> None:
+    fleet = load_any(str(EXAMPLES / "hardware" / "two-generations.toml"))
+    assert [part.spec for part in fleet.parts] == ["h100x32", "a100x64"]
+    text = hardware_text(fleet)
+    assert "spine between the halls, 12.5 GB/s" in text and max(map(len, text.split("\n"))) <= 80
+    assert hardware_json(fleet)["between"]["bytes_per_s"] == 1.25e10
 
 
 def test_a_path_with_a_plus_is_a_file_and_a_sum_may_have_files(tmp_path, monkeypatch) -> None:
@@ -330,12 +341,24 @@ def test_a_plan_over_parts_is_written_read_shown_and_checked(plan, two, tmp_path
     assert "8 a100: stage" in shown and "8 h100: stage" in shown and ", a100): " in shown
     assert plan("show", "--stage", "0")[0] == plan("show", "--json")[0] == 0
     assert plan("diff", "plan.json")[0] == 0
+    assert border_seconds(found) == pytest.approx(1)
     again = path.read_bytes()
     assert plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY)[0] == 0
     assert path.read_bytes() == again
     for words in (("why",), ("show", "--goodput"), ("why", "--layer", "layers.0")):
         code, _, err = plan(*words)
         assert code == 64 and "hardware of one kind" in err
+
+
+def border_seconds(found):
+    """What the ledger says of sends between the first stage and the second, on two parts, over
+    what the slower network takes for them."""
+    d, fleet = found.decisions, load_any(found.hardware)
+    assert d.part_of_rank[0] != d.part_of_rank[1]
+    (row,) = [c for c in recost(found, fleet).ranks[0].collectives if c.kind == "p2p"]
+    engine = load_engine(found.workload.engine)
+    one_s = border_form(fleet.parts, None, engine.network_share).at(np.float64(row.size_bytes))
+    return row.total_s / (row.count * float(one_s))
 
 
 def test_stages_that_do_not_lie_on_the_parts_are_refused(plan, two, tmp_path):
