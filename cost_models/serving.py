@@ -17,6 +17,7 @@ from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Ser
 from cost_models.serving_engines import ServingEngine
 from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
 from cost_models.serving_shapes import LayerShape, ServedModel
+from cost_models.serving_tiers import Below, below, below_bytes, sharers
 
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL and graphs of a process, as serving engines report it
 WORKSPACE_BYTES = 2.0e9
@@ -66,7 +67,31 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
         sent = collective_s(costs.cluster, "p2p", tokens * model.hidden * 2, 2)
         total["pp_comm"] = (s.pp - 1) * sent
     total["host"] = engine.step_host_s + engine.sequence_host_s * step.sequences
+    if s.tiers or s.kv_tier != "gpu":
+        _add_below(total, below(costs, model, mine), costs.serving)
+    launched = engine.kernel_host_s * _launches(model)  # ahead of the kernels, as far as it can
+    total["host"] = total["host"] + np.maximum(launched - sum(total.values()), 0.0)
     return total
+
+
+def _add_below(total: dict[str, FloatArray], found: Below, s: Serving) -> None:
+    """What streams is exposed where it takes longer than all that runs beside it."""
+    routed = any(h.block == "routed_experts" and h.place == "compute" for h in s.tiers)
+    part = "moe" if routed else "gemm"
+    spared = np.minimum(found.saved_s, total[part])
+    total[part] = total[part] - spared
+    total["cpu"] = found.on_host_s
+    beside = sum(total.values())
+    total["stream"] = found.fetched_s + np.maximum(found.stream_s - beside, 0.0)
+
+
+def _launches(model: ServedModel) -> float:
+    """Kernels of a step, an expert's or a block's chain counted once."""
+    return float(sum(
+        layer.count * (len(layer.matrices) + len(layer.attention) + len(layer.recurrences)
+                       + 4 * len(layer.experts) + layer.light.kernels)
+        for layer in model.layers
+    ))  # fmt: skip
 
 
 def step_s(costs: Costs, model: ServedModel, step: Step) -> FloatArray:
@@ -110,10 +135,13 @@ def memory_of(
     """The fullest rank's memory."""
     length = load.prompt + load.output
     whole = float(kv_bytes(model, s, np.asarray(length)))
+    if s.kv_tier != "gpu":  # two layers' at a time
+        whole *= min(1.0, 2 * s.pp / model.layer_count)
+    lower = below_bytes(model, s)
     return Memory(
-        weights_bytes=weight_bytes(model, s), kv_bytes_per_sequence=whole,
-        kv_bytes_per_token=whole / length, workspace_bytes=WORKSPACE_BYTES,
-        context_bytes=CONTEXT_BYTES,
+        weights_bytes=weight_bytes(model, s) - lower.total + lower.buffers,
+        kv_bytes_per_sequence=whole, kv_bytes_per_token=whole / length,
+        workspace_bytes=WORKSPACE_BYTES, context_bytes=CONTEXT_BYTES,
         capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
     )  # fmt: skip
 
@@ -125,7 +153,13 @@ def admitted(
     room = memory_of(model, cluster, engine, s, load).room_bytes
     written = load.output if engine.reserves else load.output / 2
     each = float(kv_bytes(model, s, np.asarray(load.prompt + written)))
-    return max(np.floor(room / each), 0.0) * s.attention_dp
+    most = room / each
+    if s.kv_tier != "gpu":
+        most *= max(1.0, model.layer_count / (2 * s.pp))
+        left = cluster.tier(s.kv_tier).bytes / sharers(cluster, s)
+        left -= dict(below_bytes(model, s).tiers).get(s.kv_tier, 0.0)
+        most = min(most, left / each)
+    return max(np.floor(most), 0.0) * s.attention_dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +218,10 @@ def serve(
     alone_s = prompt_steps(costs, model, none, context, prompt, one)
     if engine.mixes:
         own_s = prompt_steps(costs, model, others, context, prompt, one)
-        delay_s = own_s - steps * decode_s
+        delay_s = (own_s - steps * decode_s) / s.pp
     else:
-        own_s, delay_s = alone_s, alone_s
+        own_s, delay_s = alone_s, alone_s / s.pp
+    # Stages read different prompts at once: those behind wait for one stage's share of each.
     # A request of the first wave waits for those behind it alone, half of the others.
     first = 1 / np.asarray(waves, dtype=np.float64)
     behind = others * (1 - first / 2)
@@ -199,6 +234,8 @@ def serve(
     batch_s = prompt_steps(costs, model, none, context, prompt, group)
     burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
     ttft_s = engine.request_host_s + first * burst_s + (1 - first) * steady_s
+    if engine.static:
+        tpot_s, ttft_s = decode_s, engine.request_host_s + batch_s
     residence_s = ttft_s + output * tpot_s
     ttft_s = ttft_s + (each - running) / running * residence_s
     rate = s.replicas * running * output / residence_s

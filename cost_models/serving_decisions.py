@@ -14,7 +14,30 @@ WEIGHT_BYTES = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0,
     "int4": 0.53, "fp4": 0.5625,
 }  # fmt: skip
+PLACES = ("stream", "compute")
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A block class below the GPU. place: "stream" (copied to the GPU for its use) or "compute"
+    (multiplied where it lies, by the CPU). resident: how many of its layers stay on the GPU; of
+    routed experts, how many of each layer's on each rank, the most wanted."""
+
+    block: str
+    tier: str
+    place: str
+    resident: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise UsageError(f"unknown block {self.block!r}", why=f"one of {', '.join(BLOCKS)}")
+        if self.place not in PLACES:
+            raise UsageError(f"{self.block} on {self.tier}: unknown place {self.place!r}",
+                             why=f"one of {', '.join(PLACES)}")  # fmt: skip
+        if self.place == "compute" and self.tier != "cpu":
+            raise UsageError(f"{self.block} cannot be multiplied on {self.tier}",
+                             hints=(f"{self.block} on cpu, or streamed",))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +48,8 @@ class Serving:
     (ep = 1, etp = all). attention_dp: replicas of attention inside one group of experts, each with
     its own sequences. replicas: whole copies. batch: sequences in flight, of all replicas.
     prefill_chunk: tokens of prompts a step, 0 is the engine's own. weights: formats by block class,
-    `default` of those not named; kv: format of the cache.
+    `default` of those not named; kv: format of the cache. tiers: blocks that lie below the GPU, in
+    whole or in part; kv_tier: where the cache lies. kv_window: tokens that it keeps, 0 is all.
     """
 
     tp: int = 1
@@ -39,6 +63,9 @@ class Serving:
     default: str = "bf16"
     weights: tuple[tuple[str, str], ...] = ()
     kv: str = "bf16"
+    tiers: tuple[Held, ...] = ()
+    kv_tier: str = "gpu"
+    kv_window: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.tp, self.pp, self.ep, self.attention_dp, self.replicas, self.batch)
@@ -77,6 +104,10 @@ class Serving:
 
     def format_of(self, block: str) -> str:
         return dict(self.weights).get(block, self.default)
+
+    def held(self, block: str) -> Held | None:
+        """How a block lies below the GPU, None where all of it is on it."""
+        return next((h for h in self.tiers if h.block == block), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

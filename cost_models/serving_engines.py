@@ -26,9 +26,11 @@ class ServingEngine:
     pays: inside a CUDA graph one kernel starts while the last ends. step_host_s: host time of a
     step that the device waits for (scheduling, sampling). sequence_host_s: of each sequence of it.
     request_host_s: host time of a request before its first step (tokenizing, transport).
+    kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
     chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
-    waits. wait_prompts: prompts that are read between
-    a request's arrival and its own, in a steady state: arrivals come in groups.
+    waits. static: requests come as one batch, read and decoded to the end together.
+    wait_prompts: prompts that are read between a request's arrival and its own, in a steady
+    state: arrivals come in groups.
     memory_share: of the device's memory that it takes. reserves: a sequence is admitted with room
     for all it will write; else for what it has, and half of what it will write.
     all_reduce: kernel family; library is NCCL's. skew: exponent of the power law of experts' loads
@@ -41,8 +43,10 @@ class ServingEngine:
     step_host_s: float
     sequence_host_s: float
     request_host_s: float
+    kernel_host_s: float
     chunk_tokens: int
     mixes: bool
+    static: bool
     wait_prompts: float
     memory_share: float
     reserves: bool

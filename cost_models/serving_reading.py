@@ -11,6 +11,7 @@ from math import prod
 
 from cost_models.chain import chain_of
 from cost_models.kernels import LOOKUPS, chains
+from cost_models.layout import expert_parameters
 from cost_models.serving_shapes import (
     Attend,
     Experts,
@@ -81,6 +82,40 @@ def _layer(unit: Unit, count: int) -> LayerShape:
         recurrences=walk.recurrences(), light=walk.light(), reductions=tuple(walk.reductions),
         norm_reductions=walk.norm_reductions,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a parameter is a part of: its block, "" for norms and the like. split, over tp:
+    "column", "row", "whole", "experts", or "free" where that follows from the others."""
+
+    block: str = ""
+    split: str = "whole"
+
+
+def parts_of(graph: Graph) -> dict[str, dict[str, Part]]:
+    """Of every unit class each parameter's part, by its name in the unit."""
+    chain, found = chain_of(graph), dict[str, dict[str, Part]]()
+    for link in chain.links:
+        unit = link.unit
+        if unit.name in found:
+            continue
+        walk, experts = _Walk(unit), expert_parameters(unit)
+        rows = {p.name: Part() for p in unit.parameters}
+        for name, linear in walk.linears.items():
+            block = walk.blocks[name] if link.is_layer else "head"
+            split = linear.split if link.is_layer else "column"
+            weight = linear.node.inputs[1]
+            if weight not in rows or walk.kv_heads(name):  # turned on the way; keys and values
+                split = "free"
+            rows[walk.weights[weight]] = Part(block=block, split=split)
+        for p in unit.parameters:
+            if p.name in experts:
+                rows[p.name] = Part(block="routed_experts", split="experts")
+            elif not link.is_layer and _looked_up(unit, p.name):
+                rows[p.name] = Part(block="embeddings")
+        found[unit.name] = rows
+    return found
 
 
 def _looked_up(unit: Unit, name: str) -> bool:
@@ -251,13 +286,13 @@ class _Walk:
         keyed: dict[tuple[str, str, str, int, int], list[tuple[int, int]]] = {}
         for name, found in self.linears.items():
             key = (found.read, self.blocks[name], found.split, found.k, found.rows)
-            keyed.setdefault(key, []).append((found.n, self._kv_heads(name)))
+            keyed.setdefault(key, []).append((found.n, self.kv_heads(name)))
         return tuple(
             Matrix(block=block, k=k, parts=tuple(parts), split=split, rows=rows)
             for (_, block, split, k, rows), parts in keyed.items()
         )
 
-    def _kv_heads(self, name: str) -> int:
+    def kv_heads(self, name: str) -> int:
         for node, keys, values in self.attention:
             if name in keys | values and not self._latent(keys, values)[0]:
                 return self._sizes(node.inputs[1])[1]

@@ -1,13 +1,14 @@
-"""Meshwright in Python: make plans (`trace`, `load`, `diff`), run them (`meta`, `parallelize`)."""
+"""Meshwright in Python: make plans (`trace`, `load`, `diff`), run them (`meta`,
+`parallelize`, `serve`)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import diff, load, meta, parallelize, trace
+    from planner.api import diff, load, meta, parallelize, serve, trace, trace_serving
 
-__all__ = ["diff", "load", "meta", "parallelize", "trace"]
+__all__ = ["diff", "load", "meta", "parallelize", "serve", "trace", "trace_serving"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.plan import Plan
-from planner.plan import load as _load
+from planner.plan import load_plan as _load
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from planner.differ import Diff
     from planner.runtime.parallel import Parallel
+    from planner.serving.plan import ServingPlan
 
 
 def trace(
@@ -54,7 +55,47 @@ def trace(
     return plan_for(graph, options, found, Clock()).plan
 
 
-def load(path: str | Path) -> Plan:
+def trace_serving(
+    model: nn.Module,
+    inputs: Callable[[int, int], Any],
+    *,
+    hardware: str,
+    fix: Sequence[str] = (),
+    precision: str = "bf16",
+    **load: Any,
+) -> ServingPlan:
+    """Plan how a module is served on hardware that may be elsewhere; the module is not changed.
+
+    inputs: as `trace` takes it. load: prompt, output, batch, engine, objective, allow, allow_kv,
+    keep, max_bits, kv_window, max_ttft_s, max_tpot_s. Raises as `plan trace --task serve` fails.
+    """
+    from cost_models.hardware import load_hardware
+    from ir.capture import capture_graph
+    from ir.capture.module import source_of
+    from planner.serving.asked import ServeAsked, parse_serve_pins
+    from planner.serving.tracing import plan_serving
+
+    cluster = load_hardware(hardware)
+    graph = capture_graph(source_of(model, inputs, None, None), precision=precision)
+    asked = ServeAsked(precision=precision, **load)
+    return plan_serving(graph, hardware, cluster, asked, parse_serve_pins(fix))[0]
+
+
+def serve(
+    model: nn.Module,
+    plan: ServingPlan,
+    *,
+    weights: str | Path | None = None,
+    folder: str | Path | None = None,
+    device: str | None = None,
+) -> nn.Module:
+    """The model under a plan of serving, `generate` and all; see `planner.runtime.serve.apply`."""
+    from planner.runtime.serve.apply import serve as apply
+
+    return apply(model, plan, weights=weights, folder=folder, device=device)
+
+
+def load(path: str | Path) -> Plan | ServingPlan:
     """Read a plan and the graph beside it. Raises PlanError for a file that is no plan."""
     return _load(str(path))
 

@@ -19,6 +19,7 @@ from ir.graph import Graph
 
 if TYPE_CHECKING:
     from cost_models.ledger import Estimate
+    from planner.serving.plan import ServingPlan
 
 PLANNER_VERSION = "0.1.0"
 
@@ -87,7 +88,7 @@ def hardware_name(spec: str) -> str:
     return Path(spec).name if path.startswith("..") else Path(path).as_posix()
 
 
-def load_cluster(plan: Plan, folder: Path) -> Hardware:
+def load_cluster(plan: Plan | ServingPlan, folder: Path) -> Hardware:
     """The plan's hardware as it is today; a file is sought here, then beside the plan."""
 
     def found(spec: str) -> str:
@@ -172,6 +173,15 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def load(source: str, graph_path: str | None = None) -> Plan:
+    """Read a plan of training as `load_plan` does. Raises PlanError for one of serving as well."""
+    found = load_plan(source, graph_path)
+    if not isinstance(found, Plan):
+        raise PlanError("this is a plan of serving, and the command is about training",
+                        where=source, hints=(f"plan show {source}", "planner.serve(model, plan)"))
+    return found
+
+
+def load_plan(source: str, graph_path: str | None = None) -> Plan | ServingPlan:
     """Read a plan with its graph. source: a path, `-` (stdin), or REV:path (git).
 
     Raises PlanError for a file that is no plan, GateError where the graph is another one's.

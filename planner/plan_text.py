@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
@@ -25,7 +24,19 @@ from planner.legality import illegal, inconsistent
 from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
 from planner.plan import PLANNER_VERSION, Plan, Solver
+from planner.plan_json import (
+    is_list,
+    no_duplicates,
+    object_at,
+    record_at,
+    records_at,
+    section,
+    typed,
+)
 from planner.workload import OPTIMIZERS, PRECISIONS
+
+if TYPE_CHECKING:
+    from planner.serving.plan import ServingPlan
 
 SCHEMA = "plan/1"
 MODES = ("full", "selective", "none")
@@ -67,7 +78,7 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
 
         sections["graph"] = format_graph(graph).splitlines()
     lines = [f'"schema": "{SCHEMA}", "planner": "{PLANNER_VERSION}"']
-    lines += [f'"{key}": {_section(value)}' for key, value in sections.items()]
+    lines += [f'"{key}": {section(value)}' for key, value in sections.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -80,13 +91,6 @@ def workload_json(workload: Workload) -> dict[str, Any]:
     if allowed:
         found["allowed_formats"] = ",".join(allowed)
     return found
-
-
-def _section(value: Any) -> str:
-    """An object on one line; a list one record a line."""
-    if not isinstance(value, list) or not value:
-        return json.dumps(value)
-    return "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
 
 
 def stage_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]]:
@@ -118,20 +122,25 @@ def recompute_records(decisions: Decisions, graph: Graph) -> list[dict[str, Any]
 def parse_header(text: str, source: str) -> Header:
     """Read what needs no graph. Raises PlanError for truncated JSON and a newer schema."""
     raw = _document(text, source)
-    inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
+    inputs = object_at(raw, "inputs", ("graph", "hardware", "constants"))
     lines = raw.get("graph")
-    if lines is not None and not _is_list(lines, str):
+    if lines is not None and not is_list(lines, str):
         raise PlanError("graph is not a list of lines", where=source)
     return Header(
-        graph_hash=_typed(inputs, "graph", str, "inputs."),
+        graph_hash=typed(inputs, "graph", str, "inputs."),
         graph=None if lines is None else "\n".join(lines) + "\n",
     )
 
 
-def parse_text(text: str, graph: Graph, source: str = "plan") -> Plan:
+def parse_text(text: str, graph: Graph, source: str = "plan") -> Plan | ServingPlan:
     """Read a plan for `graph`. Raises PlanError naming the key, unit or parameter at fault."""
     try:
-        return _parse(_document(text, source), graph)
+        raw = _document(text, source)
+        if _of_serving(raw):
+            from planner.serving.text import parse
+
+            return parse(raw, graph)
+        return _parse(raw, graph)
     except PlanError as fault:
         if not fault.where:
             fault.where = source
@@ -139,42 +148,42 @@ def parse_text(text: str, graph: Graph, source: str = "plan") -> Plan:
 
 
 def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
-    inputs = _object(raw, "inputs", ("graph", "hardware", "constants"))
-    hardware, _, digest = _typed(inputs, "hardware", str, "inputs.").rpartition(" ")
+    inputs = object_at(raw, "inputs", ("graph", "hardware", "constants"))
+    hardware, _, digest = typed(inputs, "hardware", str, "inputs.").rpartition(" ")
     workload = _workload(raw)
     stages = _stages(raw, graph)
     decisions = decisions_from_json(
-        _object(raw, "decisions"), stages, _recompute(raw, graph, stages)
+        object_at(raw, "decisions"), stages, _recompute(raw, graph, stages)
     )
     decisions = replace(decisions, parts=_parts(raw))
     _check_decisions(decisions, workload, raw)
     _check_formats(decisions, workload, graph)
     check_keep(decisions.keep, graph)
-    estimate = _object(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
+    estimate = object_at(raw, "estimate", ("step_time_us", "peak_memory_bytes"))
     return Plan(
         graph=graph,
-        graph_hash=_typed(inputs, "graph", str, "inputs."),
+        graph_hash=typed(inputs, "graph", str, "inputs."),
         hardware=hardware,
         hardware_hash=digest,
-        constants_hash=_typed(inputs, "constants", str, "inputs."),
+        constants_hash=typed(inputs, "constants", str, "inputs."),
         workload=workload,
         decisions=decisions,
         shardings=parse_placements(
-            _records(raw, "parameters", ("match", "tp")),
-            _records(raw, "edges", ("at", "forward", "backward")),
+            records_at(raw, "parameters", ("match", "tp")),
+            records_at(raw, "edges", ("at", "forward", "backward")),
             graph,
             tp=decisions.tp,
         ),
-        step_time_us=_typed(estimate, "step_time_us", int, "estimate."),
-        peak_memory_bytes=_typed(estimate, "peak_memory_bytes", int, "estimate."),
-        solver=_record(raw, "solver", Solver),
+        step_time_us=typed(estimate, "step_time_us", int, "estimate."),
+        peak_memory_bytes=typed(estimate, "peak_memory_bytes", int, "estimate."),
+        solver=record_at(raw, "solver", Solver),
     )
 
 
 def _document(text: str, source: str) -> dict[str, Any]:
     """The JSON object of a plan whose schema this version reads."""
     try:
-        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+        raw = json.loads(text, object_pairs_hook=no_duplicates)
     except json.JSONDecodeError as fault:
         end = "the file ends too early" if fault.pos >= len(text.rstrip()) else fault.msg
         raise PlanError(
@@ -191,6 +200,8 @@ def _document(text: str, source: str) -> dict[str, Any]:
             why=f"this is version {PLANNER_VERSION}, which reads {SCHEMA}",
             hints=("upgrade meshwright to read it",),
         )  # fmt: skip
+    if _of_serving(raw):
+        return dict(raw)
     for key in [*SECTIONS, *raw]:
         if key not in SECTIONS and key != "graph":
             raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(SECTIONS)}")
@@ -199,39 +210,14 @@ def _document(text: str, source: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    raw = dict(pairs)
-    if len(raw) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise PlanError(f"key {next(k for k in keys if keys.count(k) > 1)} is there twice")
-    return raw
-
-
-def _object(raw: dict[str, Any], key: str, known: Sequence[str] = ()) -> dict[str, Any]:
-    """The object at `key`, with the keys `known` and no other."""
-    value: Any = raw[key]
-    if not isinstance(value, dict):
-        raise PlanError(f"{key} is not an object")
-    for name in [*known, *value] if known else ():
-        if name not in known:
-            raise PlanError(f"unknown key {key}.{name}", why=f"known: {' '.join(known)}")
-        if name not in value:
-            raise PlanError(f"missing key {key}.{name}")
-    return dict(value)
-
-
-def _typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
-    value: Any = raw[key]
-    right = isinstance(value, kind) and not isinstance(value, bool)
-    if not right or (kind is int and value < 0):
-        expected = "a whole number, 0 or more" if kind is int else "a word"
-        raise PlanError(f"{path}{key} is {json.dumps(value)}", why=f"expected {expected}")
-    return value
+def _of_serving(raw: dict[str, Any]) -> bool:
+    workload = raw.get("workload")
+    return isinstance(workload, dict) and workload.get("task") == "serve"
 
 
 def _workload(raw: dict[str, Any]) -> Workload:
     """The workload, its expert imbalance 1 and no format allowed where that is not said."""
-    given = {"expert_imbalance": 1.0, "allowed_formats": ""} | _object(raw, "workload")
+    given = {"expert_imbalance": 1.0, "allowed_formats": ""} | object_at(raw, "workload")
     skew, allowed = given.pop("expert_imbalance"), given.pop("allowed_formats")
     if not isinstance(skew, (int, float)) or isinstance(skew, bool) or not skew >= 1:
         raise PlanError(f"workload.expert_imbalance is {json.dumps(skew)}",
@@ -241,34 +227,10 @@ def _workload(raw: dict[str, Any]) -> Workload:
         raise PlanError(f"workload.allowed_formats is {json.dumps(allowed)}",
                         why=f"expected some of {', '.join(NARROW)}, as in \"fp8\"")  # fmt: skip
     apart = ("expert_imbalance", "allowed_formats")
-    workload: Workload = _record({"workload": given}, "workload", Workload, apart)
+    workload: Workload = record_at({"workload": given}, "workload", Workload, apart)
     workload = replace(workload, expert_imbalance=float(skew), allowed_formats=words)
     _check_workload(workload)
     return workload
-
-
-def _record(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = ()) -> Any:
-    """A flat dataclass of words and numbers, without some of its fields."""
-    names = [field.name for field in fields(kind) if field.name not in but]
-    table = _object(raw, key, names)
-    kinds = {f.name: int if "int" in str(f.type) else str for f in fields(kind)}
-    return kind(**{name: _typed(table, name, kinds[name], f"{key}.") for name in names})
-
-
-def _records(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:
-    """A list of records of words."""
-    rows: list[dict[str, str]] = raw[key]
-    if not _is_list(rows, dict):
-        raise PlanError(f"{key} is not a list of objects")
-    for index, row in enumerate(rows):
-        if sorted(row) != sorted(names) or not all(isinstance(v, str) for v in row.values()):
-            raise PlanError(f"{key}[{index}] is {json.dumps(row)}",
-                            why=f"expected words for {', '.join(names)}")  # fmt: skip
-    return rows
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
@@ -276,7 +238,7 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
     from planner.chain import layer_paths, stage_units
 
     rows = raw["stages"]
-    if not _is_list(rows, dict) or not rows:
+    if not is_list(rows, dict) or not rows:
         raise PlanError("stages is not a list of objects")
     layers, units = frozenset(layer_paths(graph)), []
     for index, row in enumerate(rows):
@@ -333,7 +295,7 @@ def _recompute(
     from planner.chain import layer_paths
 
     modes: dict[str, str] = {}
-    for index, row in enumerate(_records(raw, "units", ("units", "recompute"))):
+    for index, row in enumerate(records_at(raw, "units", ("units", "recompute"))):
         if row["recompute"] not in MODES:
             raise PlanError(f"units[{index}].recompute is {row['recompute']!r}",
                             why=f"expected one of {' '.join(MODES)}")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
+from planner.commands.serving import check_serving, show_serving
 from planner.commands.shared import (
     Args,
     Assume,
@@ -52,13 +53,18 @@ def show(
     """
     from cost_models.operations import parse_operations
     from planner import show as view
+    from planner.check import examine as examine_plan
+    from planner.plan import Plan, load_plan
     from planner.show_goodput import goodput_json, goodput_text
 
     operations = parse_operations(assume)
     if (assume or prices) and not goodput:
         flag = "--assume" if assume else "--prices"
         raise UsageError(f"{flag} is of --goodput", hints=("plan show --goodput ...",))
-    checked = examine(plan)
+    read = load_plan(plan)
+    if not isinstance(read, Plan):
+        return show_serving(read, folder_of(plan), as_json=as_json)
+    checked = examine_plan(read, folder_of(plan))
     found, estimate = checked.plan, checked.estimate
     if goodput:
         price = price_of(prices, checked.cluster)
@@ -136,11 +142,14 @@ def check(
     """
     from planner import check as checks
     from planner.options import TraceOptions
-    from planner.plan import load_cluster, read
+    from planner.plan import Plan, load_cluster, load_plan, read
     from planner.plan_text import parse_header
     from planner.workload import Asked
 
-    checked = examine(plan)
+    given = load_plan(plan)
+    if not isinstance(given, Plan):
+        return check_serving(given, plan, model=model, update=update, as_json=as_json)
+    checked = checks.examine(given, folder_of(plan))
     if model is not None:
         from planner.tracing import capture
 

@@ -10,6 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ir.errors import UsageError
+from planner.commands.serving import (
+    Allow,
+    Batch,
+    Keep,
+    KvWindow,
+    MaxBits,
+    MaxTpot,
+    MaxTtft,
+    Prompt,
+    ServeFlags,
+    Tokens,
+    refuse_serving,
+    trace_serving,
+)
 from planner.commands.shared import (
     Args,
     Assume,
@@ -91,7 +105,7 @@ def trace(
             help="load of the busiest expert rank over the mean, as training measured it",
         ),
     ] = 1.0,
-    task: Annotated[str, typer.Option(help="train")] = "train",
+    task: Annotated[str, typer.Option(help="train or serve")] = "train",
     objective: Annotated[
         str, typer.Option(help="time, cost, energy, memory (most free), gpus (fewest that fit)")
     ] = "time",
@@ -119,9 +133,18 @@ def trace(
             metavar="N", min=0, show_default=False, help="programs searched (default: 2500)"
         ),
     ] = 0,
+    prompt: Prompt = None,
+    output: Tokens = None,
+    batch: Batch = None,
+    max_ttft: MaxTtft = "",
+    max_tpot: MaxTpot = "",
+    allow: Allow = [],  # noqa: B006
+    keep: Keep = [],  # noqa: B006
+    max_bits: MaxBits = None,
+    kv_window: KvWindow = None,
     arg: Args = [],  # noqa: B006
-    output: Annotated[
-        str, typer.Option("-o", "--output", metavar="PATH", help="the plan; '-' is stdout")
+    path: Annotated[
+        str, typer.Option("-o", metavar="PATH", help="the plan; '-' is stdout")
     ] = "plan.json",
     embed: Annotated[
         bool, typer.Option("--embed", help="put the graph inside the plan, not beside it")
@@ -137,6 +160,7 @@ def trace(
     plan trace examples/llama.py --hardware h100x64
     plan trace config.json --hardware h100x2048 --seq-len 4096 --fix ep=64
     plan trace model.py:tiny --hardware cluster.toml --arg layers=4 -o - | plan show -
+    plan trace config.json --task serve --hardware a6000x1 --batch 1 --allow int4
 
     Trace a model, cost and search its layouts on the hardware, and write the plan.
     """
@@ -149,12 +173,12 @@ def trace(
     from planner.score import AXIS_GAIN_PPM, PPM
     from planner.workload import Asked
 
-    if as_json and output == "-":
+    if as_json and path == "-":
         raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
-    if output != "-" and Path(output).is_dir():
-        raise UsageError(f"-o {output} is a folder", hints=(f"-o {output}/plan.json",))
-    if not Path(output).parent.is_dir():
-        raise UsageError(f"-o {output}: there is no folder {Path(output).parent}")
+    if path != "-" and Path(path).is_dir():
+        raise UsageError(f"-o {path} is a folder", hints=(f"-o {path}/plan.json",))
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {Path(path).parent}")
     if not model and not base:
         raise UsageError(
             "plan trace needs a MODEL",
@@ -162,6 +186,22 @@ def trace(
         )
     if not hardware:
         raise UsageError("plan trace needs the hardware", hints=("--hardware h100x64",))
+    flags = ServeFlags(
+        prompt=prompt, output=output, batch=batch, max_ttft=max_ttft, max_tpot=max_tpot,
+        allow=tuple(allow), keep=tuple(keep), max_bits=max_bits, kv_window=kv_window,
+    )  # fmt: skip
+    if task == "serve":
+        return trace_serving(
+            flags,
+            TraceOptions(
+                model=model, hardware=hardware, args=parse_args(arg), cache=cache, fold=fold,
+                asked=Asked(task=task, engine=engine, precision=precision), objective=objective,
+            ),
+            path, embed=embed, as_json=as_json, verbose=verbose, fix=fix,
+            training={"seq_len": seq_len, "global_batch": global_batch, "optimizer": optimizer,
+                      "base": base, "stability": stability},
+        )  # fmt: skip
+    refuse_serving(flags)
     check_objective(objective, prices, max_cost)
     if stability and not base:
         raise UsageError("--stability has nothing to stay with", hints=("--base old.json",))
@@ -210,14 +250,14 @@ def trace(
 
     with progress() as report:
         result: TraceResult = search(options, progress=report)
-    result.plan.save(output, embed=embed)
-    _print(result, output, as_json=as_json)
+    result.plan.save(path, embed=embed)
+    _print(result, path, as_json=as_json)
     if verbose:
         say(", ".join(f"{key} {value:.2f}" for key, value in asdict(result.timing).items()))
     return INTERRUPTED if result.interrupted else 0
 
 
-def _print(result: TraceResult, output: str, *, as_json: bool) -> None:
+def _print(result: TraceResult, path: str, *, as_json: bool) -> None:
     """The summary, or the document; on stderr what is not the result."""
     from planner.show import document, summary
 
@@ -233,8 +273,8 @@ def _print(result: TraceResult, output: str, *, as_json: bool) -> None:
         )  # fmt: skip
     else:
         text = summary(plan, estimate, notes=result.echo, baselines=result.baselines)
-        print(text, file=sys.stderr if output == "-" else sys.stdout)
+        print(text, file=sys.stderr if path == "-" else sys.stdout)
     if result.interrupted:
         say("interrupted: the best plan so far is kept, marked FEASIBLE")
-    if output != "-":
-        say(f"wrote {output}")
+    if path != "-":
+        say(f"wrote {path}")

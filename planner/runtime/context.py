@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ir.graph import Tensor
 from planner.plan import Plan
 from planner.runtime.health import Health
 from planner.runtime.meshes import Meshes
@@ -28,6 +29,14 @@ class Report:
     running: bool = False
 
 
+@dataclass(slots=True)
+class Sample:
+    """What runs now, where that is not the plan's micro-batch: a server's sequences and tokens."""
+
+    batch: int = 0
+    tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """One application of a plan on this rank."""
@@ -37,3 +46,9 @@ class Context:
     report: Report
     health: Health = field(default_factory=Health)
     weights: Weights = field(default_factory=Weights)
+    sample: Sample = field(default_factory=Sample)
+
+    def sizes(self, spec: Tensor) -> tuple[int, ...]:
+        """The shape of a value of the graph as it runs now, whole."""
+        batch = self.sample.batch or self.plan.decisions.micro_batch
+        return tuple(spec.sizes(batch, self.sample.tokens or self.plan.workload.seq_len))

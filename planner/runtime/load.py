@@ -35,12 +35,12 @@ def load(
     with files:
         sources = together(
             "the weights cannot be matched",
-            lambda: _matched(files.stored(), weights, held, str(path), strict),
+            lambda: matched(files.stored(), weights, held, str(path), strict),
         )
         together("the weights cannot be read", lambda: _fill(held, sources, place))
 
 
-def _matched(
+def matched(
     stored: Mapping[str, Source], weights: Weights, held: Sequence[tuple[str, Tensor]], path: str,
     strict: bool,
 ) -> dict[str, Source]:  # fmt: skip

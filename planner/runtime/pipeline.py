@@ -32,7 +32,7 @@ from planner.runtime.stubs import stage_copy
 _TORCH = {word: dtype for dtype, word in DTYPES.items()}
 
 
-class _Left(BaseException):
+class Left(BaseException):
     """The forward reached a unit of the next stage, which was given these tensors."""
 
     def __init__(self, given: list[torch.Tensor]) -> None:
@@ -45,7 +45,8 @@ class Stage:
     """What this rank runs of one global stage: a module that keeps the model's names.
 
     first: the position among the chain's links of its first unit. arriving, leaving: what crosses
-    the cuts before and behind it. received: those values, while its forward runs.
+    the cuts before and behind it. received: those values, while its forward runs. own: the
+    forward of the user's class on it, which raises `Left` where the next stage goes on.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Stage:
     arriving: tuple[Crossing, ...] = ()
     leaving: tuple[Crossing, ...] = ()
     received: list[torch.Tensor] = field(default_factory=list)
+    own: Callable[..., Any] | None = None
 
     @property
     def written(self) -> bool:
@@ -109,7 +111,8 @@ def _stage(
         held_outside(graph, links[first:end]), context.meshes.device_type,
     )  # fmt: skip
     # methods of the class are looked up anew: the copy's own forward, not the user's object's
-    stage.module.forward = partial(_run, stage, stage.module.forward, context)
+    stage.own = stage.module.forward
+    stage.module.forward = partial(_run, stage, stage.own, context)
     return stage
 
 
@@ -138,7 +141,7 @@ def _run(
             outputs = forward(**batch)
         else:
             outputs = forward(*batch) if isinstance(batch, tuple) else forward(batch)
-    except _Left as left:
+    except Left as left:
         return tuple(_sent(left.given[v.place], v, context) for v in stage.leaving)
     finally:
         stage.received = []
@@ -162,8 +165,8 @@ def _sent(value: torch.Tensor, crossing: Crossing, context: Context) -> torch.Te
 
 def local_sizes(spec: Spec, learns: bool, context: Context) -> tuple[int, ...]:
     """The shape of this rank's part of a value between units, for one micro-batch."""
-    d, workload = context.plan.decisions, context.plan.workload
-    sizes = list(spec.sizes(d.micro_batch, workload.seq_len))
+    d = context.plan.decisions
+    sizes = list(context.sizes(spec))
     tokens, at = tokens_dim(spec), boundary(spec, d.sequence_parallel and learns)
     if tokens is not None:
         sizes[tokens] //= d.cp
@@ -187,18 +190,18 @@ def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def _leave(*args: Any, **kwargs: Any) -> Any:
-    raise _Left(_tensors(args, kwargs))
+    raise Left(_tensors(args, kwargs))
 
 
 def _pass(
     link: Link, call: Node, places: list[int], context: Context, *args: Any, **kwargs: Any
 ) -> Any:
     """A unit before the stage's own: what it is given, where that has the shape of its results."""
-    tensors, d = _tensors(args, kwargs), context.plan.decisions
+    tensors = _tensors(args, kwargs)
     given = [tensors[place] for place in places if place < len(tensors)]
     results = []
     for spec, learns in results_of(link.unit):
-        whole = spec.sizes(d.micro_batch, context.plan.workload.seq_len)
+        whole = context.sizes(spec)
         alike = [x for x in given if x.shape == whole and x.dtype == _TORCH[spec.dtype]]
         given = [x for x in given if not alike or x is not alike[0]]
         results.append(alike[0] if alike else _blank(spec, learns, context))

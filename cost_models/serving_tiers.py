@@ -1,0 +1,219 @@
+"""Weights and caches below the GPU: what streams, what the CPU multiplies, what a step then takes.
+
+Blocks of layers that are streamed come in a ring, ahead of their use: the link is busy beside the
+kernels, and a step takes the longer of the two. Cold experts are known only when their router has
+run: they are fetched, or multiplied by the CPU, while the GPU waits. What the CPU would multiply
+for many tokens is brought to the GPU instead, where that is quicker. A host's memory and disks are
+shared by the GPUs that use them; each GPU's link is its own.
+
+Sources: formulas of FlexGen (arXiv:2303.06865) for streams; the share of DRAM bandwidth that CPU
+kernels reach as KTransformers (SOSP 2025) and llama.cpp report it: 20-33% and 8% of peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cost_models.hardware import Cluster
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Held, Serving
+from cost_models.serving_ops import Costs, FloatArray, Step
+from cost_models.serving_shapes import Experts, LayerShape, Matrix, ServedModel
+
+HOST_READ_SHARE = 0.25  # of DRAM's bandwidth that CPU matrix kernels reach: 20-33% measured
+HOST_FLOP_PER_BYTE = 10.0  # a server CPU's matrix FLOP/s over its DRAM's bytes/s: assumed
+FETCH_S = 3e-5  # of one expert fetched on demand: a launch, and the copy's start
+RING_SLOTS = 2  # blocks of a layer on the GPU: one in use, one on its way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Below:
+    """Seconds a step that what lies below the GPU takes. stream: of the link, in the background.
+    fetched: of experts on demand. on_host: of the CPU. saved: of kernels that the GPU does not
+    run for it."""
+
+    stream_s: FloatArray
+    fetched_s: FloatArray
+    on_host_s: FloatArray
+    saved_s: FloatArray
+
+
+def rows_on_host(cluster: Cluster, serving: Serving, width_bytes: float) -> int:
+    """Rows up to which the CPU multiplies a matrix (width_bytes an element) sooner than it comes to
+    the GPU."""
+    dram = cluster.tier("cpu").read_bytes_per_s / sharers(cluster, serving)
+    arrives_s = width_bytes / rate_bytes_per_s(cluster, serving, "cpu")
+    return max(1, int(arrives_s * HOST_FLOP_PER_BYTE * dram / 2))
+
+
+def sharers(cluster: Cluster, serving: Serving) -> int:
+    """GPUs of a node that share its memory and disks."""
+    return min(cluster.node_size, serving.devices)
+
+
+def rate_bytes_per_s(cluster: Cluster, serving: Serving, tier: str) -> float:
+    """At which one GPU is given what lies on a tier, all of its node being given alike."""
+    held = cluster.tier(tier)
+    share = held.read_bytes_per_s / sharers(cluster, serving)
+    return min(cluster.device.host_link_bytes_per_s, share)
+
+
+def below(costs: Costs, model: ServedModel, step: Step) -> Below:
+    """What one pass through all stages waits for, and what it is spared; `step` of one rank."""
+    s, cluster = costs.serving, costs.cluster
+    zero = np.zeros(np.shape(step.sequences))
+    stream = fetched = on_host = saved = zero
+    tokens = step.sequences + step.prompts * step.new
+    for held in s.tiers:
+        rate = rate_bytes_per_s(cluster, s, held.tier)
+        if held.block == "routed_experts":
+            some = _experts(costs, model, held, tokens * s.attention_dp)
+            fetched = fetched + some.fetched_s
+            on_host, saved = on_host + some.on_host_s, saved + some.saved_s
+            continue
+        share = 1 - min(held.resident / layers_of(model, held.block), 1.0)
+        size = block_bytes(model, s, held.block) * s.pp * share
+        if held.block == "embeddings":  # rows that are looked up there
+            fetched = fetched + np.minimum(tokens / model.vocab, 1.0) * size / s.pp / rate
+        elif held.place == "stream":
+            stream = stream + (tokens > 0) * size / rate
+        else:
+            found = [(count * share, m) for count, m in _matrices(model, held.block)]
+            kernels = sum((count * costs.matrix_s(m, tokens) for count, m in found), zero)
+            flop = 2 * tokens * sum(count * m.held(s.tp) for count, m in found)
+            here, brought = _host_s(costs, size, flop), (tokens > 0) * size / rate
+            fetched = fetched + np.where(brought + kernels < here, brought, 0.0)
+            on_host = on_host + np.where(brought + kernels < here, 0.0, here)
+            saved = saved + np.where(brought + kernels < here, 0.0, kernels)
+    if s.kv_tier != "gpu":
+        cached = step.sequences * _cached_bytes(model, s, step.context + zero)
+        stream = stream + cached / rate_bytes_per_s(cluster, s, s.kv_tier)
+    return Below(stream_s=stream, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
+
+
+def _cached_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatArray:
+    """What attention of one sequence reads of the cache, on one rank."""
+    found = np.zeros(np.shape(tokens))
+    for layer in model.layers:
+        for attend in layer.attention:
+            seen = np.minimum(tokens, attend.window) if attend.window else tokens
+            found = found + layer.count * seen * attend.cached(s.tp) * KV_BYTES[s.kv]
+    return found
+
+
+def _host_s(costs: Costs, size_bytes: FloatArray | float, flop: FloatArray) -> FloatArray:
+    """A GPU's share of the CPU, reading so many bytes once and multiplying."""
+    cluster = costs.cluster
+    dram = cluster.tier("cpu").read_bytes_per_s / sharers(cluster, costs.serving)
+    read, multiply = size_bytes / (HOST_READ_SHARE * dram), flop / (HOST_FLOP_PER_BYTE * dram)
+    return np.where(flop > 0, np.maximum(read, multiply), 0.0)
+
+
+def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -> Below:
+    """Experts that are not on the GPU, `tokens` being of all ranks that share them."""
+    s = costs.serving
+    zero = np.zeros(np.shape(tokens))
+    fetched = on_host = saved = zero
+    rate = rate_bytes_per_s(costs.cluster, s, held.tier)
+    width = WEIGHT_BYTES[s.format_of("routed_experts")]
+    for layer in model.layers:
+        for one in layer.experts:
+            picked = load_of(one, costs.engine.skew)
+            local = min(held.resident * s.ep, one.experts)
+            cold = picked[local:]
+            each = one.elements / one.experts / s.expert_tp
+            chosen = 1 - (1 - cold) ** np.asarray(tokens)[..., None]
+            hit = chosen.sum(-1) / s.ep
+            if held.place == "stream":
+                fetched = fetched + layer.count * hit * (each * width / rate + FETCH_S)
+                continue
+            flop = 2 * tokens * cold.sum() / s.ep * each
+            kernels = cold.sum() / one.topk * costs.experts_s(one, tokens)
+            here = _host_s(costs, hit * each * width, flop)
+            brought = hit * (each * width / rate + FETCH_S)
+            quicker = brought + kernels < here
+            fetched = fetched + layer.count * np.where(quicker, brought, 0.0)
+            on_host = on_host + layer.count * np.where(quicker, 0.0, here)
+            saved = saved + layer.count * np.where(quicker, 0.0, kernels)
+    return Below(stream_s=zero, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
+
+
+def load_of(experts: Experts, skew: float) -> FloatArray:
+    """How probably a token picks each expert, the most wanted first; they sum to top-k.
+
+    A power law; what would be more than certain falls to the others.
+    """
+    picked = np.arange(1, experts.experts + 1, dtype=np.float64) ** -skew
+    for sure in range(experts.topk + 1):  # so many are picked by every token
+        rest = picked[sure:] / picked[sure:].sum() * (experts.topk - sure)
+        if not len(rest) or rest[0] <= 1:
+            break
+    return np.concatenate([np.ones(sure), rest])
+
+
+def _matrices(model: ServedModel, block: str) -> list[tuple[float, Matrix]]:
+    """(layers, matrix) of a block."""
+    if block == "head":
+        return [(1, m) for m in model.head]
+    return [(layer.count, m) for layer in model.layers for m in layer.matrices if m.block == block]
+
+
+def layers_of(model: ServedModel, block: str) -> int:
+    """What a block is counted in: layers that have it, experts of a layer, or 1."""
+    if block == "routed_experts":
+        return max((e.experts for layer in model.layers for e in layer.experts), default=0)
+    if block in ("embeddings", "head"):
+        return 1
+    return sum(layer.count for layer in model.layers if _has(layer, block))
+
+
+def _has(layer: LayerShape, block: str) -> bool:
+    return any(m.block == block for m in layer.matrices)
+
+
+def block_bytes(model: ServedModel, s: Serving, block: str) -> float:
+    """Bytes of a block class on the fullest rank, wherever it lies."""
+    width = WEIGHT_BYTES[s.format_of(block)]
+    if block == "embeddings":
+        return model.embedding_elements / s.tp * width
+    if block == "routed_experts":
+        elements = sum(layer.count * e.elements for layer in model.layers for e in layer.experts)
+        return elements / (s.ep * s.expert_tp) / s.pp * width
+    found = sum(count * m.held(s.tp) for count, m in _matrices(model, block)) * width
+    return found if block == "head" else found / s.pp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BelowBytes:
+    """Bytes of one rank that its tiers hold, by name, and what moving them takes on the GPU."""
+
+    tiers: tuple[tuple[str, float], ...]
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(size for _, size in self.tiers)
+
+
+def below_bytes(model: ServedModel, s: Serving) -> BelowBytes:
+    """What lies below the GPU of one rank, without the cache."""
+    tiers: dict[str, float] = {}
+    layer_bytes, fetched = 0.0, 0.0
+    for held in s.tiers:
+        total, whole = layers_of(model, held.block), block_bytes(model, s, held.block)
+        routed = held.block == "routed_experts"
+        share = 1 - min(held.resident * (s.ep if routed else 1), total) / total
+        tiers[held.tier] = tiers.get(held.tier, 0.0) + share * whole
+        if held.place != "stream" or not share:
+            continue
+        if routed:
+            for layer in model.layers:
+                for e in layer.experts:
+                    width = WEIGHT_BYTES[s.format_of("routed_experts")]
+                    fetched = max(fetched, e.elements / e.experts / s.expert_tp * width)
+        elif held.block == "head":
+            layer_bytes = max(layer_bytes, whole)
+        else:
+            layer_bytes += whole * s.pp / total
+    return BelowBytes(tiers=tuple(tiers.items()), buffers=RING_SLOTS * layer_bytes + fetched)

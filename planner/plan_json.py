@@ -1,0 +1,71 @@
+"""Reading and writing the parts of a plan file: every fault says which key it is about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ir.errors import PlanError
+
+
+def section(value: Any) -> str:
+    """An object on one line; a list one record a line."""
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
+
+
+def object_at(raw: dict[str, Any], key: str, known: Sequence[str] = ()) -> dict[str, Any]:
+    """The object at `key`, with the keys `known` and no other."""
+    value: Any = raw[key]
+    if not isinstance(value, dict):
+        raise PlanError(f"{key} is not an object")
+    for name in [*known, *value] if known else ():
+        if name not in known:
+            raise PlanError(f"unknown key {key}.{name}", why=f"known: {' '.join(known)}")
+        if name not in value:
+            raise PlanError(f"missing key {key}.{name}")
+    return dict(value)
+
+
+def typed(raw: dict[str, Any], key: str, kind: type, path: str) -> Any:
+    value: Any = raw[key]
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if not right or (kind is int and value < 0):
+        expected = "a whole number, 0 or more" if kind is int else "a word"
+        raise PlanError(f"{path}{key} is {json.dumps(value)}", why=f"expected {expected}")
+    return value
+
+
+def record_at(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = ()) -> Any:
+    """A flat dataclass of words and numbers, without some of its fields."""
+    names = [field.name for field in fields(kind) if field.name not in but]
+    table = object_at(raw, key, names)
+    kinds = {f.name: int if "int" in str(f.type) else str for f in fields(kind)}
+    return kind(**{name: typed(table, name, kinds[name], f"{key}.") for name in names})
+
+
+def records_at(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:
+    """A list of records of words."""
+    rows: list[dict[str, str]] = raw[key]
+    if not is_list(rows, dict):
+        raise PlanError(f"{key} is not a list of objects")
+    for index, row in enumerate(rows):
+        if sorted(row) != sorted(names) or not all(isinstance(v, str) for v in row.values()):
+            raise PlanError(f"{key}[{index}] is {json.dumps(row)}",
+                            why=f"expected words for {', '.join(names)}")  # fmt: skip
+    return rows
+
+
+def is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    raw = dict(pairs)
+    if len(raw) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise PlanError(f"key {next(k for k in keys if keys.count(k) > 1)} is there twice")
+    return raw

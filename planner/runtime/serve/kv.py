@@ -1,0 +1,107 @@
+"""The cache of keys and values in its planned format and window, for models of transformers.
+
+A layer's keys and values are kept as `Packed` along the head dimension, each token and head with a
+scale of its own; attention reads them in the model's dtype. Sliding layers keep their window, as
+transformers reads it off the model's configuration; a planned window, which forgets what is older,
+holds for every layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ir.errors import UsageError
+from planner.runtime.serve.packed import Packed, pack
+
+KV_FORMATS = ("bf16", "fp8", "int8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kv:
+    """How the cache is kept. word: a format of KV_FORMATS, bf16 being the model's own. window:
+    tokens that are kept, 0 for all. below: layers wait on the host."""
+
+    word: str = "bf16"
+    window: int = 0
+    below: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return self == Kv()
+
+
+def cache_of(model: Any, kv: Kv) -> Any:
+    """An empty cache for one call of `generate`. Raises UsageError for a model without one."""
+    if not _of_transformers(model):
+        raise UsageError(
+            "the plan says how keys and values are kept, and the model keeps them its own way",
+            hints=("--fix kv=bf16, and no --kv-window: then the model's own cache is used",),
+        )
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config, offloading=kv.below)
+    for at, layer in enumerate(cache.layers):
+        if kv.window and isinstance(layer, DynamicLayer):
+            width = min(kv.window, getattr(layer, "sliding_window", None) or kv.window)
+            cache.layers[at] = layer = DynamicSlidingWindowLayer(sliding_window=width)
+        if kv.word != "bf16":
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise UsageError(
+                    f"a cache of {type(layer).__name__} is kept as it is",
+                    why=f"kv={kv.word} packs keys and values of attention alone",
+                    hints=("--fix kv=bf16",),
+                )
+            layer.__class__ = _packed_layer(type(layer), kv.word)
+    return cache
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _packed_layer(base: type, word: str) -> type:
+    """A cache layer whose keys and values are `Packed`."""
+
+    class Layer(base):  # type: ignore[misc]
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            super().lazy_initialization(key_states, value_states)
+            self.keys = pack(key_states[..., :0, :], word)
+            self.values = pack(value_states[..., :0, :], word)
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            packed = (pack(key_states, word), pack(value_states, word))
+            keys, values = super().update(*packed, *args, **kwargs)
+            return _plain(keys), _plain(values)
+
+    Layer.__name__ = f"{word.capitalize()}{base.__name__}"
+    return Layer
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.whole() if isinstance(x, Packed) else x
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes that a cache holds now."""
+    found = 0
+    for layer in cache.layers:
+        for x in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(x, Packed):
+                found += x.held_bytes
+            elif isinstance(x, torch.Tensor):
+                found += x.numel() * x.element_size()
+    return found

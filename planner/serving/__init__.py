@@ -1,0 +1,1 @@
+"""Planning how a model is served: decisions, search, the plan and what it says."""

@@ -1,0 +1,161 @@
+"""What `plan trace --task serve` is asked: the load, its limits, what may be lossy, pins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES
+from cost_models.serving_engines import load_serving_engine
+from cost_models.serving_shapes import BLOCKS
+from ir.errors import UsageError
+
+OBJECTIVES = ("latency", "throughput", "cost")
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
+        "fp4": 4}  # fmt: skip
+ENGINE = "native"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServePins:
+    """What the user decided; None is left to the search. weights: of every block that is not kept
+    in another format. offload: (block, tier) pairs; "none" is pinned by ()."""
+
+    tp: int | None = None
+    pp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
+    attention_dp: int | None = None
+    replicas: int | None = None
+    prefill_chunk: int | None = None
+    weights: str | None = None
+    kv: str | None = None
+    offload: tuple[tuple[str, str], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeAsked:
+    """prompt, output: tokens of a request. batch: requests at once, 0 leaves it to the search.
+
+    precision: the model's own format. allow: lossy formats of weights that may be used; allow_kv:
+    of the cache. keep: (block, format), which nothing changes. max_bits: no other weight in more.
+    kv_window: tokens that the cache keeps, 0 is all: what is older is forgotten. max_ttft_s,
+    max_tpot_s: limits.
+    """
+
+    prompt: int = 1024
+    output: int = 1024
+    batch: int = 0
+    engine: str = ENGINE
+    objective: str = "latency"
+    precision: str = "bf16"
+    allow: tuple[str, ...] = ()
+    allow_kv: tuple[str, ...] = ()
+    keep: tuple[tuple[str, str], ...] = ()
+    max_bits: int = 0
+    kv_window: int = 0
+    max_ttft_s: float | None = None
+    max_tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--prompt", self.prompt), ("--output", self.output)):
+            if value < 1:
+                raise UsageError(f"{flag} {value} is no number of tokens", why="expected 1 or more")
+        if self.batch < 0 or self.kv_window < 0:
+            raise UsageError("--batch and --kv-window are whole numbers, 1 or more")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"--objective {self.objective} is not one of serving",
+                             why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip
+        load_serving_engine(self.engine)
+        for word in (*self.allow, *(word for _, word in self.keep)):
+            if word not in WEIGHT_BYTES:
+                raise UsageError(f"unknown format {word!r} of weights",
+                                 why=f"known: {', '.join(WEIGHT_BYTES)}")  # fmt: skip
+        for word in self.allow_kv:
+            if word not in KV_BYTES:
+                raise UsageError(f"unknown format {word!r} of the cache",
+                                 why=f"known: {', '.join(KV_BYTES)}")  # fmt: skip
+        for block, _ in self.keep:
+            if block not in BLOCKS:
+                raise UsageError(f"--keep {block}: there is no such block",
+                                 why=f"known: {', '.join(BLOCKS)}")  # fmt: skip
+        if self.max_bits and not self.formats:
+            raise UsageError(f"--max-bits {self.max_bits}: no format has so few",
+                             hints=("--max-bits 4, 8 or 16",))  # fmt: skip
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What a block that is not kept may be in, the model's own first."""
+        if not self.max_bits:
+            return tuple(dict.fromkeys((self.precision, *self.allow)))
+        few = [word for word, bits in BITS.items() if bits <= self.max_bits]
+        named = [word for word in self.allow if word in few]
+        return tuple(named or [w for w in few if BITS[w] == BITS[few[0]] and w != "fp8_block"])
+
+
+def parse_allowed(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`--allow int8,int4,kv:fp8`: formats of weights, and of the cache."""
+    words = [word for text in texts for word in text.split(",") if word]
+    kv = tuple(word.removeprefix("kv:") for word in words if word.startswith("kv:"))
+    return tuple(word for word in words if not word.startswith("kv:")), kv
+
+
+def parse_keep(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`--keep attention=fp8`. Raises UsageError for what is no pair."""
+    found = []
+    for text in texts:
+        block, equals, word = text.partition("=")
+        if not equals or not word:
+            raise UsageError(f"--keep {text} is no BLOCK=FORMAT", hints=("--keep attention=bf16",))
+        found.append((block, word))
+    return tuple(found)
+
+
+def parse_seconds(text: str, flag: str) -> float | None:
+    """`50ms`, `0.5s` or `0.5`: seconds; None where nothing is asked."""
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(ms|s)?", text)
+    if not found or not float(found[1]) > 0:
+        raise UsageError(f"{flag} {text} is no time", hints=(f"{flag} 50ms", f"{flag} 2s"))
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
+def parse_serve_pins(texts: Sequence[str]) -> ServePins:
+    """Read `key=value` pins of serving. Raises UsageError naming what there is."""
+    known = [f.name for f in fields(ServePins)]
+    found: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in known or not equals:
+            raise UsageError(f"--fix {text} is no pin of serving", why=f"known: {' '.join(known)}")
+        if name in found:
+            raise UsageError(f"--fix {name} is given twice", hints=("give it once",))
+        if name == "offload":
+            found[name] = _offload(text, value)
+        elif name in ("weights", "kv"):
+            words = WEIGHT_BYTES if name == "weights" else KV_BYTES
+            if value not in words:
+                raise UsageError(f"--fix {text} is no value of that pin",
+                                 why=f"expected one of {' '.join(words)}")  # fmt: skip
+            found[name] = value
+        else:
+            if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+                raise UsageError(f"--fix {text} is no value of that pin",
+                                 why="expected a whole number, 1 or more")  # fmt: skip
+            found[name] = int(value)
+    return ServePins(**found)  # type: ignore[arg-type]
+
+
+def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
+    found = []
+    for item in value.split(","):
+        block, _, tier = item.partition(":")
+        if item == "none":
+            continue
+        if block not in BLOCKS or not tier:
+            raise UsageError(f"--fix {text} is no value of that pin",
+                             why=f"expected BLOCK:TIER, a block of {' '.join(BLOCKS)}, or none")
+        found.append((block, tier))
+    return tuple(found)

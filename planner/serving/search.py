@@ -1,0 +1,292 @@
+"""The search: every way to divide the GPUs, formats by block, tiers where memory binds.
+
+All divisions of the GPUs that the model allows are predicted: the space is small enough to look at
+whole. Formats are chosen by block from the quickest to the fewest bytes. Where the weights do not
+fit, or the cache lets fewer run than were asked for, an integer program places blocks on the tiers
+below (`tiers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cost_models.hardware import Cluster
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
+from cost_models.serving_engines import ServingEngine, load_serving_engine
+from cost_models.serving_ops import Costs
+from cost_models.serving_shapes import ServedModel
+from cost_models.serving_tiers import block_bytes
+from ir.errors import InfeasibleError, UsageError
+from planner.mesh import divisors
+from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.predict import RELIEF, Prediction, predict
+from planner.serving.runnable import unservable
+from planner.serving.tiers import best_tiers
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tried where the load leaves it open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best plan, those beside it on the way, how many were looked at."""
+
+    best: Prediction
+    others: tuple[Prediction, ...]
+    tried: int
+
+
+def search(
+    model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
+    progress: Callable[[str], None] | None = None,
+) -> Found:  # fmt: skip
+    """The best plan by the objective within the limits. Raises InfeasibleError with what binds."""
+    engine = load_serving_engine(asked.engine)
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+    routed = any(layer.experts for layer in model.layers)
+    seen: list[Prediction] = []
+    refused: list[str] = []
+    for s in space(model, cluster, asked, pins):
+        for made in formats(model, cluster, engine, s, asked, pins, load):
+            reason = unservable(engine.name, made, routed)
+            if reason:
+                refused.append(reason)
+                continue
+            for p in _with_tiers(model, cluster, engine, made, load, pins):
+                reason = unservable(engine.name, p.serving, routed)
+                if reason:
+                    refused.append(reason)
+                else:
+                    seen.append(p)
+        if progress and seen:
+            progress(f"solving: {len(seen)} plans predicted")
+    if not seen:
+        raise UsageError(
+            f"{model.name} cannot be divided over {cluster.spec} as pinned",
+            why="; ".join(dict.fromkeys(refused)) or "tp divides the heads, ep the experts, and"
+            " tp*attention_dp*pp*replicas the GPUs",
+        )
+    fits = [p for p in seen if p.fits]
+    if not fits:
+        raise _nothing_fits(cluster, model, seen, asked)
+    within = [p for p in fits if _within(p, asked)]
+    if not within:
+        raise _limits(fits, asked)
+    ordered = sorted(within, key=lambda p: (_score(p, asked, load, cluster), _key(p.serving)))
+    return Found(best=ordered[0], others=_apart(ordered), tried=len(seen))
+
+
+def _apart(ordered: list[Prediction]) -> tuple[Prediction, ...]:
+    """The best of every other division of the GPUs, the best first."""
+    rows: dict[tuple[int, ...], Prediction] = {}
+    for p in ordered:
+        s = p.serving
+        rows.setdefault((s.tp, s.pp, s.ep, s.attention_dp, s.replicas), p)
+    return tuple(rows.values())[1:6]
+
+
+def _score(p: Prediction, asked: ServeAsked, load: ServeLoad, cluster: Cluster) -> float:
+    """What is minimised. Throughput a GPU that is used, so that none is used for nothing."""
+    if asked.objective == "latency":
+        return p.latency_s(load)
+    if asked.objective == "throughput":
+        return -p.tokens_per_s
+    return p.serving.devices / p.tokens_per_s
+
+
+def _key(s: Serving) -> tuple[object, ...]:
+    """Ties go to fewer axes, and to the model's own formats."""
+    return (len(s.tiers), s.tp > 1, s.pp > 1, s.attention_dp > 1, s.ep > 1, s.devices, s.tp, s.pp,
+            s.ep, s.batch, s.prefill_chunk, s.weights, s.kv)  # fmt: skip
+
+
+def _within(p: Prediction, asked: ServeAsked) -> bool:
+    return (asked.max_ttft_s is None or p.ttft_s <= asked.max_ttft_s) and (
+        asked.max_tpot_s is None or p.tpot_s <= asked.max_tpot_s
+    )
+
+
+# --- the space --------------------------------------------------------------------------------
+
+
+def space(
+    model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins
+) -> Iterator[Serving]:
+    """Every division of the GPUs, batch and chunk of prompts."""
+    heads = [a.heads for layer in model.layers for a in layer.attention]
+    experts = [e.experts for layer in model.layers for e in layer.experts]
+    counts = [cluster.count] if asked.objective != "cost" else divisors(cluster.count)
+    engine = load_serving_engine(asked.engine)
+    for count in counts:
+        for tp in _of(pins.tp, divisors(count)):
+            if any(h % tp for h in heads) or count % tp or tp > cluster.domain_ranks * (
+                4 if pins.tp else 1
+            ):  # fmt: skip
+                continue
+            for pp in _of(pins.pp, divisors(count // tp)):
+                if pp > model.layer_count or count % (tp * pp):
+                    continue
+                left = count // (tp * pp)
+                for adp in _of(pins.attention_dp, divisors(left) if experts else (1,)):
+                    if left % adp:
+                        continue
+                    replicas = left // adp
+                    if pins.replicas not in (None, replicas):
+                        continue
+                    for ep in _of(pins.ep, divisors(tp * adp) if experts else (1,)):
+                        if any(e % ep for e in experts) or (tp * adp) % ep:
+                            continue
+                        etp = tp * adp // ep
+                        if pins.etp not in (None, etp):
+                            continue
+                        for batch in (asked.batch,) if asked.batch else BATCHES:
+                            if batch < replicas * adp and batch != asked.batch:
+                                continue
+                            for chunk in _chunks(asked, engine, pins):
+                                yield Serving(
+                                    tp=tp, pp=pp, ep=ep, etp=etp, attention_dp=adp,
+                                    replicas=replicas, batch=batch, prefill_chunk=chunk,
+                                    default=asked.precision, kv_window=asked.kv_window,
+                                )  # fmt: skip
+
+
+def _of(pin: int | None, all_: tuple[int, ...]) -> tuple[int, ...]:
+    return all_ if pin is None else (pin,)
+
+
+def _chunks(asked: ServeAsked, engine: ServingEngine, pins: ServePins) -> tuple[int, ...]:
+    if pins.prefill_chunk is not None:
+        return (pins.prefill_chunk,)
+    if not engine.mixes or asked.max_tpot_s is None:
+        return (0,)
+    return (0, *(c for c in (512, 2048) if c < min(engine.chunk_tokens, asked.prompt)))
+
+
+def formats(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, asked: ServeAsked,
+    pins: ServePins, load: ServeLoad,
+) -> Iterator[Serving]:  # fmt: skip
+    """The decisions with formats by block: the quickest ones, then block after block the fewest
+    bytes, the one first that gives most bytes for its time; each with every format of the cache."""
+    kept = dict(asked.keep)
+    allowed = (pins.weights,) if pins.weights else asked.formats
+    blocks = [b for b in model.block_elements() if b not in ("router", "embeddings")]
+    options = {b: (kept[b],) if b in kept else allowed for b in blocks}
+    time = {(b, f): _block_s(model, cluster, engine, s, load, b, f)
+            for b in blocks for f in options[b]}  # fmt: skip
+    quickest = {b: min(options[b], key=lambda f: (time[b, f], -WEIGHT_BYTES[f])) for b in blocks}
+    smallest = {b: min(options[b], key=lambda f: (WEIGHT_BYTES[f], time[b, f])) for b in blocks}
+
+    def pays(block: str) -> float:
+        saved = (WEIGHT_BYTES[quickest[block]] - WEIGHT_BYTES[smallest[block]]) * (
+            block_bytes(model, s, block)
+        )
+        more = time[block, smallest[block]] - time[block, quickest[block]]
+        return -saved / max(more, 1e-9)
+
+    now = dict(quickest)
+    rows = [dict(now)]
+    for block in sorted((b for b in blocks if quickest[b] != smallest[b]), key=pays):
+        now[block] = smallest[block]
+        rows.append(dict(now))
+    caches = (pins.kv,) if pins.kv else dict.fromkeys((
+        asked.precision if asked.precision in KV_BYTES else "bf16", *asked.allow_kv
+    ))  # fmt: skip
+    for row in rows:
+        named = tuple((b, f) for b, f in row.items() if f != s.default)
+        for kv in caches:
+            yield replace(s, weights=named, kv=kv or "bf16")
+
+
+def _block_s(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
+    block: str, word: str,
+) -> float:  # fmt: skip
+    """Seconds that a block in a format takes of a request's steps, decode and prefill."""
+    costs = Costs(cluster=cluster, engine=engine, serving=replace(s, weights=((block, word),)))
+    one = np.ones(1)
+    each = max(s.batch / s.replicas / s.attention_dp / s.pp, 1.0)
+    found = 0.0
+    for tokens, times in ((each, load.output), (load.prompt, 1.0)):
+        if block == "head":
+            found += times * sum(float(costs.matrix_s(m, min(tokens, each) * one)[0])
+                                 for m in model.head)  # fmt: skip
+        for layer in model.layers:
+            here = [m for m in layer.matrices if m.block == block]
+            found += times * layer.count * sum(
+                float(costs.matrix_s(m, tokens * one)[0]) for m in here
+            )  # fmt: skip
+            if block == "routed_experts":
+                found += times * layer.count * sum(
+                    float(np.ravel(costs.experts_s(e, tokens * s.attention_dp * one))[0])
+                    for e in layer.experts
+                )  # fmt: skip
+    return found
+
+
+def _with_tiers(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
+    pins: ServePins,
+) -> list[Prediction]:  # fmt: skip
+    """The plan with all on the GPUs and, where that does not fit or runs fewer than asked for, the
+    best with blocks below them."""
+    found = []
+    if not pins.offload:
+        found.append(predict(model, cluster, engine, s, load))
+        if found[0].running >= s.batch and found[0].fits:
+            return found
+    if pins.offload == () or not cluster.tiers:
+        return found
+    for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
+        lower = best_tiers(model, cluster, engine, replace(s, batch=batch), load, pins.offload)
+        if lower is not None:
+            found.append(predict(model, cluster, engine, replace(lower, batch=s.batch), load))
+            break
+    return found
+
+
+# --- where nothing does -----------------------------------------------------------------------
+
+
+def _nothing_fits(
+    cluster: Cluster, model: ServedModel, seen: list[Prediction], asked: ServeAsked
+) -> InfeasibleError:
+    nearest = min(seen, key=lambda p: p.memory.weights_bytes - sum(
+        size for name, size in p.tiers if name != "gpu"))  # fmt: skip
+    total = sum(model.block_elements().values())
+    hints = []
+    if not asked.allow and not asked.max_bits:
+        narrow = total * WEIGHT_BYTES["int4"] / 1e9
+        hints.append(f"--allow int8,int4: in int4 the weights are {narrow:.0f} GB")
+    hints.append("more GPUs, or a host with more memory: plan size --task serve")
+    return InfeasibleError(
+        f"{model.name} does not fit {cluster.spec}: {nearest.missing}",
+        why=f"{total / 1e9:.1f}B weights are {total * WEIGHT_BYTES[asked.precision] / 1e9:.0f} GB"
+        f" in {asked.precision}; {cluster.spec} has"
+        f" {cluster.count * cluster.device.memory_bytes / 1e9:.0f} GB on its GPUs and "
+        + ", ".join(f"{t.bytes * cluster.nodes / 1e9:.0f} GB of {t.name}" for t in cluster.tiers),
+        hints=tuple(hints),
+    )
+
+
+def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
+    """By how much the limits are missed, and the nearest that can be met."""
+    def over(p: Prediction) -> float:
+        return max(p.ttft_s / (asked.max_ttft_s or np.inf), p.tpot_s / (asked.max_tpot_s or np.inf))
+
+    near = min(fits, key=over)
+    said = []
+    for flag, value, most in (("--max-ttft", near.ttft_s, asked.max_ttft_s),
+                              ("--max-tpot", near.tpot_s, asked.max_tpot_s)):  # fmt: skip
+        if most is not None:
+            said.append(f"{flag} {most * 1e3:g}ms: the nearest plan takes {value * 1e3:.1f} ms"
+                        f" ({value / most - 1:+.0%})")  # fmt: skip
+    flags = [f"--max-ttft {near.ttft_s * 1e3:.0f}ms"] * (asked.max_ttft_s is not None)
+    flags += [f"--max-tpot {np.ceil(near.tpot_s * 1e3):.0f}ms"] * (asked.max_tpot_s is not None)
+    return InfeasibleError(
+        "no plan meets the limits: " + "; ".join(said),
+        why=f"{near.bottleneck} binds the nearest plan",
+        hints=(" ".join(flags) + " can be met", RELIEF[near.bottleneck]),
+    )

@@ -1,0 +1,152 @@
+"""A plan of serving in a screenful of text, or as one JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cost_models.serving_decisions import ServeLoad
+from cost_models.units import format_bytes, format_count, format_seconds
+from planner.options import Timing
+from planner.serving.plan import ServingPlan
+from planner.serving.predict import RELIEF, Prediction
+from planner.serving.text import block_records, decisions_json, workload_json
+
+WIDTH, BAR = 80, 32
+_LEAST = 0.005  # of a step: smaller parts are told together
+
+
+def document(
+    plan: ServingPlan, found: Prediction, *, others: Sequence[Prediction] = (),
+    timing: Timing | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The plan as JSON, base units."""
+    made: dict[str, Any] = {
+        "schema": "plan/1",
+        "model": {"name": plan.graph.name, "parameters": plan.graph.parameter_count},
+        "hardware": plan.hardware,
+        "workload": workload_json(plan.asked),
+        "decisions": decisions_json(plan) | {"blocks": block_records(plan.serving)},
+        "estimate": estimate_json(found),
+        "lossy": list(plan.lossy),
+        "solver": {"status": plan.solver.status, "gap": plan.solver.gap_ppm / 1e6,
+                   "meshes": plan.solver.meshes},
+    }  # fmt: skip
+    if others:
+        made["others"] = [
+            {"decisions": _division(p), "ttft_s": p.ttft_s, "tpot_s": p.tpot_s,
+             "tokens_per_s": p.tokens_per_s} for p in others
+        ]  # fmt: skip
+    if timing is not None:
+        from dataclasses import asdict
+
+        made["timing"] = asdict(timing)
+    return made
+
+
+def estimate_json(p: Prediction) -> dict[str, Any]:
+    """What requests see, seconds, bytes and rates."""
+    m = p.memory
+    return {
+        "ttft_s": p.ttft_s, "tpot_s": p.tpot_s, "tokens_per_s": p.tokens_per_s,
+        "running": p.running, "decode_step_s": p.decode_s,
+        "breakdown_s": dict(p.parts), "prefill_breakdown_s": dict(p.prefill_parts),
+        "peak_memory_bytes": round(dict(p.tiers)["gpu"]),
+        "capacity_bytes": round(m.capacity_bytes),
+        "kv_bytes_per_token": round(m.kv_bytes_per_token),
+        "max_concurrency": int(max(0.0, m.room_bytes) // m.kv_bytes_per_sequence
+                               * p.serving.attention_dp * p.serving.replicas)
+        if m.kv_bytes_per_sequence else None,
+        "bottleneck": p.bottleneck, "relief": RELIEF[p.bottleneck],
+        "tiers": {name: round(size) for name, size in p.tiers},
+    }  # fmt: skip
+
+
+def summary(
+    plan: ServingPlan, found: Prediction, *, notes: Sequence[str] = (),
+    others: Sequence[Prediction] = (),
+) -> str:  # fmt: skip
+    """The plan at 80 columns: what was decided, what requests see, what binds."""
+    s, asked = plan.serving, plan.asked
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+    lines = [*notes, f"{plan.graph.name}, {format_count(plan.graph.parameter_count)} parameters,"
+             f" served on {plan.hardware}"]  # fmt: skip
+    lines += _packed("load", [f"{s.batch} requests at once", f"{asked.prompt} tokens in",
+                              f"{asked.output} out", asked.engine, f"for {asked.objective}"])
+    lines += _packed("division", [f"{k} {v}" for k, v in _division(found).items()]
+                     + [f"= {s.devices} GPUs"])  # fmt: skip
+    if s.prefill_chunk:
+        lines.append(_row("prompts", f"in chunks of {s.prefill_chunk} tokens"))
+    lines.append("")
+    lines += [_row("blocks", _block(row)) for row in block_records(s)]
+    cache = f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"
+    cache += f", on {s.kv_tier}" if s.kv_tier != "gpu" else ""
+    cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window else ""
+    lines.append(_row("cache", cache))
+    if plan.lossy:
+        lines += _packed("lossy", list(plan.lossy))
+    lines += ["", f"first token {format_seconds(found.ttft_s)}, then one every"
+              f" {format_seconds(found.tpot_s)}: a request {format_seconds(found.latency_s(load))};"
+              f" {found.tokens_per_s:,.0f} tokens/s"]  # fmt: skip
+    if found.running < s.batch:
+        lines.append(_row("", f"{found.running:.0f} of {s.batch} run at once, the others wait"))
+    lines += _bars(found.parts, found.decode_s)
+    lines += ["", "memory of the fullest GPU and below it"]
+    capacity = found.memory.capacity_bytes
+    for name, size in found.tiers:
+        share = size / capacity if name == "gpu" else None
+        lines.append(_bar(name, format_bytes(round(size)), share))
+    lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
+    lines.append(_row("search", f"{plan.solver.status}, {plan.solver.meshes} plans predicted"))
+    for at, p in enumerate(others[:3]):
+        division = " ".join(f"{k} {v}" for k, v in _division(p).items())
+        lines.append(_row("beside" if not at else "", f"{division}: first token"
+                          f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
+    return "\n".join(line[:WIDTH] for line in lines)
+
+
+def _division(p: Prediction) -> dict[str, int]:
+    s = p.serving
+    found = {"tp": s.tp, "pp": s.pp}
+    found |= {"ep": s.ep, "etp": s.expert_tp} if s.ep * s.expert_tp > 1 and s.ep > 1 else {}
+    found |= {"attention_dp": s.attention_dp} if s.attention_dp > 1 else {}
+    return found | {"replicas": s.replicas}
+
+
+def _block(row: dict[str, Any]) -> str:
+    text = f"{row['block'].replace('_', ' ')}: {row['format']}"
+    if "tier" in row:
+        way = "streamed from" if row["place"] == "stream" else "multiplied on"
+        unit = "experts of each layer" if row["block"] == "routed_experts" else "layers"
+        kept = f", {row['resident']} {unit} stay on the GPU" if row["resident"] else ""
+        text += f", {way} {row['tier']}{kept}"
+    return text
+
+
+def _bars(parts: Sequence[tuple[str, float]], total: float) -> list[str]:
+    """The parts of a decode step; those that are small together."""
+    large = [(n, v) for n, v in sorted(parts, key=lambda x: -x[1]) if v >= _LEAST * total]
+    rest = total - sum(v for _, v in large)
+    rows = [*large, ("others", rest)] if rest > 1e-6 * total else large
+    head = f"a decode step {format_seconds(total)}"
+    return [head, *(_bar(n, format_seconds(v), v / total) for n, v in rows)]
+
+
+def _packed(name: str, words: list[str]) -> list[str]:
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 2 > WIDTH - 12:
+            lines[-1] += ","
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if word.startswith("=") else f", {word}"
+    return [_row(name if not at else "", line) for at, line in enumerate(lines)]
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:10}{text}"
+
+
+def _bar(name: str, amount: str, share: float | None) -> str:
+    drawn = "" if share is None else f"{'#' * round(min(share, 1) * BAR):{BAR}}{share:>5.0%}"
+    return f"  {name:14}{amount:>10}  {drawn}".rstrip()

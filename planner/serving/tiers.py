@@ -1,0 +1,146 @@
+"""Which layers' weights lie below the GPU, and whether they stream or the CPU multiplies them.
+
+For one set of degrees and formats: an integer program over the blocks, how many layers of each lie
+on which tier in which way, that costs a request's own steps (its prefill and its decode steps, each
+the longer of what runs and what streams) under the memory of the GPU and of every tier. Experts are
+taken in steps of a sixteenth of them, the most wanted stay. Solved to its optimum by CP-SAT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from cost_models.hardware import Cluster
+from cost_models.serving import memory_of, step_s
+from cost_models.serving_decisions import Held, ServeLoad, Serving
+from cost_models.serving_engines import ServingEngine
+from cost_models.serving_ops import Costs, Step, step_of
+from cost_models.serving_shapes import ServedModel
+from cost_models.serving_tiers import below, below_bytes, layers_of, sharers
+
+STEPS = 16  # of a layer's experts, and of the layers of a block
+_US, _KIB = 1e6, 1 << 10  # integers of microseconds, and of KiB
+_LONGEST = 1 << 42  # microseconds: 50 days
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One way for a block: how it lies, what it frees and takes, and of a decode step and a prefill
+    what the GPU waits for, what is in the background on the link."""
+
+    held: Held | None
+    freed_bytes: float
+    ring_bytes: float
+    waits_s: tuple[float, float]
+    streams_s: tuple[float, float]
+
+
+def choices(
+    costs: Costs, model: ServedModel, block: str, steps: tuple[Step, Step]
+) -> list[Choice]:
+    """Every way for a block; on the GPU first."""
+    s, cluster = costs.serving, costs.cluster
+    found = [Choice(held=None, freed_bytes=0.0, ring_bytes=0.0, waits_s=(0.0, 0.0),
+                    streams_s=(0.0, 0.0))]  # fmt: skip
+    total = layers_of(model, block)
+    most = total // s.ep if block == "routed_experts" else total
+    kept = sorted({most * k // STEPS for k in range(STEPS)})
+    for tier in cluster.tiers:
+        for place in _places(block, tier.name):
+            for resident in kept:
+                held = Held(block=block, tier=tier.name, place=place, resident=resident)
+                alone = replace(costs, serving=replace(s, tiers=(held,)))
+                each = [below(alone, model, step) for step in steps]
+                bytes_ = below_bytes(model, alone.serving)
+                found.append(Choice(
+                    held=held, freed_bytes=bytes_.total, ring_bytes=bytes_.buffers,
+                    waits_s=_pair([b.fetched_s + b.on_host_s - b.saved_s for b in each]),
+                    streams_s=_pair([b.stream_s for b in each]),
+                ))  # fmt: skip
+    return found
+
+
+def _places(block: str, tier: str) -> tuple[str, ...]:
+    """How a block may lie on a tier; a table of tokens is looked up where it is."""
+    if block == "embeddings":
+        return ("compute",) if tier == "cpu" else ()
+    return ("stream", "compute") if tier == "cpu" else ("stream",)
+
+
+def _pair(values: list[np.ndarray]) -> tuple[float, float]:
+    first, second = (float(np.ravel(v)[0]) for v in values)
+    return first, second
+
+
+def best_tiers(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
+    pinned: tuple[tuple[str, str], ...] | None = None,
+) -> Serving | None:  # fmt: skip
+    """The decisions with the best place for every block, `s.batch` sequences being run; None where
+    no tiers hold them. pinned: blocks and the tier that each lies on, the others on the GPU."""
+    costs = Costs(cluster=cluster, engine=engine, serving=s)
+    each = s.batch / s.replicas / s.attention_dp
+    one = np.ones(1)
+    steps = (
+        step_of(each / s.pp * one, (load.prompt + load.output / 2) * one),
+        step_of(0.0 * one, 0.0, one, load.prompt * one),
+    )
+    memory = memory_of(model, cluster, engine, s, load)
+    blocks = [b for b in model.block_elements() if b != "router"]
+    ways = {block: choices(costs, model, block, steps) for block in blocks}
+    if pinned is not None:
+        wanted = dict(pinned)
+        ways = {b: [c for c in rows if (c.held.tier if c.held else None) == wanted.get(b)]
+                for b, rows in ways.items()}  # fmt: skip
+    program = cp_model.CpModel()
+    chosen = {
+        (block, i): program.new_bool_var(f"{block}.{i}")
+        for block, rows in ways.items() for i in range(len(rows))
+    }  # fmt: skip
+    for block, rows in ways.items():
+        program.add_exactly_one(chosen[block, i] for i in range(len(rows)))
+    pairs = [(chosen[block, i], row) for block, rows in ways.items() for i, row in enumerate(rows)]
+    need = memory.weights_bytes + memory.workspace_bytes + memory.context_bytes
+    need += each * memory.kv_bytes_per_sequence - memory.capacity_bytes
+    ring = program.new_int_var(0, 1 << 40, "ring")
+    layered = [(v, c) for v, c in pairs if c.held and c.held.block != "head"]
+    program.add(ring >= sum(v * int(c.ring_bytes / _KIB) for v, c in layered))
+    for v, c in pairs:
+        if c.held and c.held.block == "head":
+            program.add(ring >= v * int(c.ring_bytes / _KIB))
+    program.add(
+        sum(v * int(c.freed_bytes / _KIB) for v, c in pairs) >= ring + int(np.ceil(need / _KIB)) + 1
+    )
+    for tier in cluster.tiers:
+        share = int(tier.bytes / sharers(cluster, s) / _KIB)
+        used = [v * (int(c.freed_bytes / _KIB) + 1) for v, c in pairs
+                if c.held and c.held.tier == tier.name]  # fmt: skip
+        program.add(sum(used) <= share)
+    weights = (max(1, round(load.output)), 1)
+    spans = []
+    for phase, step in enumerate(steps):
+        gpu = int(float(np.ravel(step_s(costs, model, _whole(step, s)))[0]) * _US)
+        span = program.new_int_var(0, _LONGEST, f"step{phase}")
+        program.add(span >= gpu + sum(v * round(c.waits_s[phase] * _US) for v, c in pairs))
+        program.add(span >= sum(v * round(c.streams_s[phase] * _US) for v, c in pairs))
+        spans.append(span)
+    program.minimize(sum(w * span for w, span in zip(weights, spans)))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.max_deterministic_time = 5.0
+    if solver.solve(program) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None
+    held = tuple(c.held for v, c in pairs if solver.value(v) and c.held)
+    return replace(s, tiers=held)
+
+
+def _whole(step: Step, s: Serving) -> Step:
+    """The replica's step of one rank's."""
+    return replace(step, sequences=step.sequences * s.attention_dp * s.pp,
+                   prompts=step.prompts * s.attention_dp)  # fmt: skip
+
+

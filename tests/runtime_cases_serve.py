@@ -1,0 +1,54 @@
+"""What ranks do in test_serve_plan.py: build without weights, serve, answer."""
+
+import torch
+
+import planner
+
+
+def llama(**sizes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+             "max_position_embeddings": 64} | sizes  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def mixtral(**sizes):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+             "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+             "max_position_embeddings": 64} | sizes  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+
+
+MODELS = {"llama": llama, "mixtral": mixtral}
+
+
+def whole(kind):
+    """The model with its weights, the same on every rank, and prompts."""
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    return model, torch.randint(0, 96, (2, 7))
+
+
+def answer(model, ids, **options):
+    return model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
+
+
+def bare(model):
+    with planner.meta():
+        made = type(model)(model.config)
+    made.generation_config = model.generation_config
+    return made.eval()
+
+
+def served(rank, kind, path, weights, folder=None):
+    """(answers, logits of the prompts, bytes on the device, names) of a rank under a plan."""
+    model, ids = whole(kind)
+    made = planner.serve(bare(model), planner.load(path), weights=weights, folder=folder,
+                         device="cpu")  # fmt: skip
+    return (answer(made, ids), made(ids).logits, made.served.loaded.device_bytes,
+            [n for n, _ in made.named_parameters()])  # fmt: skip

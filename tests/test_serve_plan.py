@@ -1,0 +1,124 @@
+"""Plans of serving, whole: made, saved, read, and run on local ranks as the whole model runs."""
+
+from dataclasses import replace
+
+import pytest
+import runtime_cases_serve as cases
+import torch
+
+import planner
+from cost_models.serving_decisions import Held
+from ir.errors import GateError, PlanError, UsageError
+from planner.serving.plan import ServingPlan
+from planner.serving.text import to_text
+
+DIVISIONS = {
+    "llama": (("tp=2",), ("tp=4",), ("pp=2",), ("tp=2", "pp=2")),
+    "mixtral": (("tp=2", "ep=2"), ("pp=3",)),
+}
+
+
+def inputs(batch, seq_len):
+    return {"input_ids": torch.zeros(batch, seq_len, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A plan file of a division of a model, and the model's weights."""
+    folders = {}
+    for kind in cases.MODELS:
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        cases.whole(kind)[0].save_pretrained(folders[kind])
+
+    def make(kind, pins=(), ranks=1, **changes):
+        model, _ = cases.whole(kind)
+        plan = planner.trace_serving(
+            model, inputs, hardware=f"h100x{ranks}", fix=pins, precision="fp32", prompt=16,
+            output=16, batch=2,
+        )  # fmt: skip
+        plan = replace(plan, serving=replace(plan.serving, **changes), rows_on_host=3)
+        path = folders[kind] / f"{'-'.join(pins) or 'one'}.json"
+        plan.save(str(path))
+        assert to_text(planner.load(path)) == to_text(plan)
+        return str(path), str(folders[kind])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind, pins", [(k, p) for k, rows in DIVISIONS.items() for p in rows],
+    ids=[f"{k}-{'-'.join(p)}" for k, rows in DIVISIONS.items() for p in rows],
+)  # fmt: skip
+@pytest.mark.parametrize("word", ["fp32", "int8"])
+def test_ranks_answer_what_the_whole_model_does(world, made, kind, pins, word):
+    sizes = dict(pin.split("=") for pin in pins)
+    ranks = int(sizes.get("tp", 1)) * int(sizes.get("pp", 1))
+    blocks = ("attention", "mlp") if kind == "llama" else ("attention", "routed_experts")
+    weights = tuple((b, word) for b in blocks) if word != "fp32" else ()
+    path, folder = made(kind, pins, ranks, weights=weights, replicas=1)
+    model, ids = cases.whole(kind)
+    wanted, logits = cases.answer(model, ids), model(ids).logits
+    found = world.run(ranks, cases.served, kind, path, folder)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    for answers, said, held, _ in found:
+        assert held < size / (1.2 if ranks == 2 else 1.8)
+        if word == "fp32":
+            assert torch.equal(answers, wanted)
+            torch.testing.assert_close(said, logits.detach(), rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(answers, found[0][0])
+            assert float((said - logits.detach()).abs().max()) < 0.05
+
+
+TIERED = {
+    "llama": (
+        (Held(block="mlp", tier="cpu", place="stream", resident=1),),
+        (Held(block="mlp", tier="nvme", place="stream"),
+         Held(block="attention", tier="cpu", place="compute", resident=1)),
+        (Held(block="embeddings", tier="cpu", place="compute"),
+         Held(block="head", tier="cpu", place="stream")),
+    ),
+    "mixtral": (
+        (Held(block="routed_experts", tier="cpu", place="stream", resident=1),),
+        (Held(block="routed_experts", tier="cpu", place="compute", resident=2),),
+        (Held(block="routed_experts", tier="nvme", place="stream"),),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, at", [(k, i) for k, rows in TIERED.items() for i in range(3)])
+def test_tiers_answer_what_the_whole_model_does(made, tmp_path, kind, at):
+    path, folder = made(kind, tiers=TIERED[kind][at])
+    model, ids = cases.whole(kind)
+    answers, logits, held, names = cases.served(0, kind, path, folder, tmp_path)
+    assert torch.equal(answers, cases.answer(model, ids))
+    torch.testing.assert_close(logits, model(ids).logits.detach(), rtol=1e-5, atol=1e-6)
+    assert names == [n for n, _ in model.named_parameters()]
+    assert held < sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_what_our_runtime_cannot_serve_is_not_planned():
+    model, _ = cases.whole("mixtral")
+    for pins, reason in ((("tp=2", "ep=1"), "ep is tp"), (("attention_dp=2",), "one batch"),
+                         (("tp=2", "kv=fp8"), "16 bits"), (("prefill_chunk=8",), "whole")):
+        with pytest.raises(UsageError, match="cannot be divided") as fault:
+            planner.trace_serving(model, inputs, hardware="h100x2", fix=pins, prompt=16, output=16)
+        assert reason in fault.value.why
+    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=("tp=2", "ep=1"),
+                                 engine="vllm", prompt=16, output=16)  # fmt: skip
+    assert (plan.serving.tp, plan.serving.ep) == (2, 1)
+
+
+def test_another_model_and_another_job_are_refused(made):
+    path, _ = made("llama")
+    plan = planner.load(path)
+    assert isinstance(plan, ServingPlan)
+    with pytest.raises(GateError, match="in the plan"):
+        planner.serve(cases.llama(intermediate_size=96), plan, device="cpu")
+    path, _ = made("llama", ("tp=2",), 2, replicas=1)
+    with pytest.raises(PlanError, match="runs on 2 GPUs, this job has 1"):
+        planner.serve(cases.llama(), planner.load(path), device="cpu")
+    with pytest.raises(PlanError, match="plan of serving"):
+        from planner.plan import load
+
+        load(path)

@@ -1,0 +1,226 @@
+"""The search of plans to serve: tiers against brute force, what wins where, what is refused."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cost_models.hardware import load_hardware
+from cost_models.serving import memory_of, step_s
+from cost_models.serving_decisions import Held, ServeLoad, Serving
+from cost_models.serving_engines import load_serving_engine
+from cost_models.serving_ops import Costs, step_of
+from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, ServedModel
+from cost_models.serving_tiers import below, below_bytes, block_bytes, layers_of, load_of
+from ir.errors import InfeasibleError, UsageError
+from planner.serving import tiers
+from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
+from planner.serving.predict import predict
+from planner.serving.search import search
+
+LOAD = ServeLoad(prompt=512, output=128)
+
+
+def matrix(block, k, n, split="column"):
+    return Matrix(block=block, k=k, parts=((n, 0),), split=split)
+
+
+@functools.cache
+def model(layers=32, hidden=8192, inter=28672, experts=0, topk=2):
+    """A decoder; with experts a mixture of them."""
+    heads = hidden // 128
+    mlp = () if experts else (matrix("mlp", hidden, 2 * inter), matrix("mlp", inter, hidden, "row"))
+    layer = LayerShape(
+        count=layers,
+        matrices=(matrix("attention", hidden, hidden + 2 * 1024),
+                  matrix("attention", hidden, hidden, "row"), *mlp),
+        attention=(Attend(heads=heads, kv_heads=8, dim_qk=128, dim_v=128),),
+        experts=(Experts(experts=experts, topk=topk, hidden=hidden, inter=inter),) if experts
+        else (),
+        recurrences=(), light=Light(kernels=4, whole_bytes=8.0 * hidden, split_bytes=0.0),
+        reductions=("attention", "mlp"), norm_reductions=0,
+    )  # fmt: skip
+    return ServedModel(
+        name="toy", hidden=hidden, vocab=32000, tied=False, layers=(layer,),
+        head=(matrix("head", hidden, 32000),), embedding_elements=32000 * hidden,
+        other_elements=hidden * 2 * layers,
+    )  # fmt: skip
+
+
+def found(served, hardware, pins=(), **asked):
+    asked = ServeAsked(**{"prompt": 512, "output": 128, "batch": 1, **asked})
+    return search(served, load_hardware(hardware), asked, parse_serve_pins(pins))
+
+
+# --- what lies below --------------------------------------------------------------------------
+
+
+def costs_of(hardware, serving):
+    return Costs(cluster=load_hardware(hardware), engine=load_serving_engine("native"),
+                 serving=serving)  # fmt: skip
+
+
+def test_a_stream_takes_its_bytes_over_the_link():
+    held = Held(block="mlp", tier="cpu", place="stream", resident=8)
+    some = below(costs_of("a6000x1", Serving(tiers=(held,))), model(), step_of(1.0, 600.0))
+    size = 32 * 3 * 8192 * 28672 * 2 * (24 / 32)
+    assert float(some.stream_s) == pytest.approx(size / 2.3e10, rel=1e-9)
+    assert float(some.fetched_s) == float(some.on_host_s) == 0
+
+
+def test_bytes_below_are_those_that_left_the_gpu():
+    served, s = model(), Serving()
+    for block in ("attention", "mlp", "head", "embeddings"):
+        place = "compute" if block == "embeddings" else "stream"
+        held = Held(block=block, tier="cpu", place=place)
+        assert below_bytes(served, replace(s, tiers=(held,))).total == block_bytes(
+            served, s, block
+        )
+    mixture = model(experts=16)
+    kept = replace(s, tiers=(Held(block="routed_experts", tier="cpu", place="stream", resident=4),))
+    whole = block_bytes(mixture, s, "routed_experts")
+    assert below_bytes(mixture, kept).total == pytest.approx(whole * 12 / 16)
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.6, 1.2, 3.0])
+def test_picked_experts_sum_to_those_of_a_token(skew):
+    experts = Experts(experts=16, topk=4, hidden=64, inter=64.0)
+    picked = load_of(experts, skew)
+    assert picked.sum() == pytest.approx(4) and picked.max() <= 1
+    assert (np.diff(picked) <= 1e-12).all()
+
+
+def test_the_more_experts_stay_the_less_is_fetched():
+    served, last = model(layers=4, experts=16), np.inf
+    for resident in range(17):
+        held = Held(block="routed_experts", tier="cpu", place="stream", resident=resident)
+        now = float(below(costs_of("a6000x1", Serving(tiers=(held,))), served,
+                          step_of(2.0, 600.0)).fetched_s.sum())  # fmt: skip
+        assert now < last
+        last = now
+    assert last == 0
+
+
+# --- the program of tiers ---------------------------------------------------------------------
+
+
+def objective(served, cluster, engine, s):
+    """What the program minimises, from the costs alone."""
+    costs, total = Costs(cluster=cluster, engine=engine, serving=replace(s, tiers=())), 0.0
+    phases = ((step_of(1.0, 576.0), 128), (step_of(0.0, 0.0, 1.0, 512.0), 1))
+    for step, times in phases:
+        found = below(Costs(cluster=cluster, engine=engine, serving=s), served, step)
+        runs = float(step_s(costs, served, step).sum())
+        runs += float((found.fetched_s + found.on_host_s - found.saved_s).sum())
+        total += times * max(runs, float(found.stream_s.sum()))
+    return total
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+@pytest.mark.parametrize("layers", [24, 48, 80])
+def test_the_program_of_tiers_finds_the_best_of_all(monkeypatch, layers, experts):
+    monkeypatch.setattr(tiers, "STEPS", 2)
+    served = model(layers=layers, experts=experts, inter=28672 if not experts else 14336)
+    cluster, engine, s = load_hardware("a6000x1"), load_serving_engine("native"), Serving()
+    made = tiers.best_tiers(served, cluster, engine, s, LOAD)
+    blocks = [b for b in served.block_elements() if b != "router"]
+    ways = []
+    for block in blocks:
+        total = layers_of(served, block)
+        rows = [None]
+        for tier in ("cpu", "nvme"):
+            for place in tiers._places(block, tier):
+                rows += [Held(block=block, tier=tier, place=place, resident=total * k // 2)
+                         for k in range(2)]  # fmt: skip
+        ways.append(list(dict.fromkeys(rows)))
+    best = np.inf
+    for combination in itertools.product(*ways):
+        tried = replace(s, tiers=tuple(h for h in combination if h))
+        memory = memory_of(served, cluster, engine, tried, LOAD)
+        need = memory.weights_bytes + memory.workspace_bytes + memory.context_bytes
+        sizes = dict(below_bytes(served, tried).tiers)
+        if need + memory.kv_bytes_per_sequence <= memory.capacity_bytes and all(
+            size <= cluster.tier(name).bytes for name, size in sizes.items()
+        ):
+            best = min(best, objective(served, cluster, engine, tried))
+    assert made is not None
+    assert objective(served, cluster, engine, made) == pytest.approx(best, rel=1e-4)
+
+
+def test_offload_never_when_it_fits_as_a_result():
+    """With all on the GPU a plan is never slower than any that has something below it."""
+    served, cluster = model(layers=8), load_hardware("h100x1")
+    engine = load_serving_engine("native")
+    on_gpu = predict(served, cluster, engine, Serving(), LOAD)
+    assert on_gpu.fits
+    for block, place in itertools.product(("attention", "mlp", "head"), ("stream", "compute")):
+        lower = Serving(tiers=(Held(block=block, tier="cpu", place=place),))
+        assert predict(served, cluster, engine, lower, LOAD).tpot_s > on_gpu.tpot_s
+    assert found(served, "h100x1").best.serving.tiers == ()
+
+
+def test_experts_leave_the_gpu_first():
+    """Of a mixture a token reads few experts: they are what costs least to have elsewhere."""
+    best = found(model(layers=32, hidden=4096, inter=14336, experts=8), "rtx-4090x1").best
+    held = {h.block: h for h in best.serving.tiers}
+    assert best.fits and held["routed_experts"].resident < 8
+    assert set(held) <= {"routed_experts", "embeddings"}
+
+
+# --- what wins --------------------------------------------------------------------------------
+
+
+def test_int4_helps_small_batches_and_not_large_ones():
+    served, gains = model(layers=32, hidden=4096, inter=14336), []
+    for batch in (1, 16, 256):
+        wide, narrow = (found(served, "a100x1", (f"weights={w}",), batch=batch, engine="vllm").best
+                        for w in ("bf16", "int4"))  # fmt: skip
+        gains.append(wide.tpot_s / narrow.tpot_s)
+    assert gains[0] > 1.8 > gains[1] > gains[2] and gains[2] < 1.15
+
+
+def test_nothing_lossy_unless_allowed():
+    served = model(layers=32, hidden=4096, inter=14336)
+    plain = found(served, "a100x1").best.serving
+    assert plain.weights == () and plain.kv == "bf16"
+    narrow = found(served, "a100x1", allow=("int4",), keep=(("attention", "bf16"),)).best.serving
+    assert dict(narrow.weights) == {"mlp": "int4", "head": "int4"}
+    few = found(served, "a100x1", max_bits=8, keep=(("head", "bf16"),)).best.serving
+    assert set(dict(few.weights)) == {"attention", "mlp"}
+    assert set(dict(few.weights).values()) <= {"int8", "fp8"}
+
+
+def test_limits_that_cannot_be_met_say_by_how_much():
+    with pytest.raises(InfeasibleError, match=r"--max-tpot 1ms: the nearest plan takes") as fault:
+        found(model(), "h100x4", max_tpot_s=1e-3)
+    hint = fault.value.hints[0].split()
+    again = found(model(), "h100x4", max_tpot_s=float(hint[1].removesuffix("ms")) / 1e3)
+    assert again.best.tpot_s <= float(hint[1].removesuffix("ms")) / 1e3
+
+
+def test_too_little_of_every_tier_is_infeasible():
+    with pytest.raises(InfeasibleError, match="does not fit") as fault:
+        found(model(layers=3000), "t4x1")
+    assert "GB of cpu" in fault.value.why and "int4" in fault.value.hints[0]
+    with pytest.raises(InfeasibleError, match="a GPU holds"):
+        found(model(), "a6000x1", ("offload=none",))
+
+
+def test_pins_are_kept_and_wrong_ones_refused():
+    best = found(model(), "a6000x1", ("offload=mlp:cpu,attention:nvme",)).best.serving
+    assert {(h.block, h.tier) for h in best.tiers} == {("mlp", "cpu"), ("attention", "nvme")}
+    best = found(model(), "h100x8", ("tp=2", "pp=2")).best.serving
+    assert (best.tp, best.pp, best.replicas) == (2, 2, 2)
+    for pins in (("tp=0",), ("zero=3",), ("kv=int2",), ("offload=wheels:cpu",), ("tp=2", "tp=4")):
+        with pytest.raises(UsageError):
+            parse_serve_pins(pins)
+    with pytest.raises(UsageError, match="cannot be divided"):
+        found(model(), "h100x8", ("tp=3",))
+
+
+def test_the_same_plan_twice():
+    one, two = (found(model(layers=80), "a6000x2", batch=4, allow=("int8",)) for _ in range(2))
+    assert one.best == two.best and one.tried == two.tried
+    assert ServePins() == parse_serve_pins(())
