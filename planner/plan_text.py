@@ -19,7 +19,7 @@ from ir.errors import PlanError
 from ir.graph import Graph
 from planner.decisions import decisions_from_json, decisions_json
 from planner.formats import fault, settled
-from planner.keeps import check_keep
+from planner.keep_checks import check_keep
 from planner.legality import illegal, inconsistent
 from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements

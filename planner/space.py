@@ -22,7 +22,8 @@ from ir.errors import UsageError
 from ir.graph import Unit, full_name
 from planner.decisions import Pins
 from planner.formats import format_ways
-from planner.keeps import keep_sets, pinned_keep
+from planner.keep_checks import pinned_keep
+from planner.keeps import keep_sets
 from planner.legality import illegal
 from planner.mesh import Mesh, divisors, meshes, outside
 from planner.names import matches

@@ -21,7 +21,7 @@ from ir.graph import Graph
 from planner.decisions import Pins
 from planner.formats import check_formats
 from planner.infeasible import infeasible
-from planner.keeps import pinned_keep
+from planner.keep_checks import pinned_keep
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult

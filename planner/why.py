@@ -22,7 +22,7 @@ from planner.asking import Answer, Asking, estimated
 from planner.check import Checked
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
 from planner.formats import settled
-from planner.keeps import pinned_keep
+from planner.keep_checks import pinned_keep
 from planner.mesh import Mesh, divisors, facts_of
 from planner.pin_checks import check_pins
 from planner.plan import Solver

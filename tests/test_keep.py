@@ -19,8 +19,9 @@ from ir.keep import keepable, repeated, words
 from planner.bound_ranks import freed_by
 from planner.chain import layer_units
 from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.keep_checks import check_keep, pinned_keep
 from planner.keep_words import keep_words
-from planner.keeps import check_keep, keep_sets, pinned_keep
+from planner.keeps import keep_sets
 from planner.search import Searcher
 
 LLAMA = ("attention.wq", "attention.wk", "attention.wv", "attention/attention", "attention.wo",
