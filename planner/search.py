@@ -134,7 +134,7 @@ class Searcher(Space):
 
         def found(one: Unsettled, better: StageSolution) -> int:
             assert out.best is not None
-            d = _decided(one.decisions, better.stages, better.recompute)
+            d = decided(one.decisions, better.stages, better.recompute)
             step = self.costs.step(one.decisions, one.assignments)
             if not all(use.fits for use in self.tier_uses(step, d, one.problem)):
                 return out.best.score
@@ -289,11 +289,11 @@ class Searcher(Space):
                 out.spent += d.pp * d.virtual_stages // 2
             out.misfits += 1
             out.misfit = _nearer(out.misfit, Misfit(
-                decisions=_decided(d, found.nearest.stages, found.nearest.recompute),
+                decisions=decided(d, found.nearest.stages, found.nearest.recompute),
                 assignments=laid, nearest=found.nearest,
             ))  # fmt: skip
         elif found.status != "CUTOFF":
-            cut = _decided(d, found.stages, found.recompute)
+            cut = decided(d, found.stages, found.recompute)
             uses = self.tier_uses(self.costs.step(d, laid), cut, problem) if d.offload else ()
             over = next((use for use in uses if not use.fits), None)
             if over is None:
@@ -350,9 +350,9 @@ class Searcher(Space):
                 continue
             near = solve(self.problem(self.costs.step(d, laid), made)).nearest
             if near is not None:
-                decided = _decided(made, near.stages, near.recompute)
+                nearest = decided(made, near.stages, near.recompute)
                 out.misfit = _nearer(
-                    out.misfit, Misfit(decisions=decided, assignments=laid, nearest=near)
+                    out.misfit, Misfit(decisions=nearest, assignments=laid, nearest=near)
                 )
 
 
@@ -362,7 +362,7 @@ def _unlimited(problem: StageProblem) -> StageProblem:
     return free if free.fixed_recompute is not None else replace(free, levels=("none",))
 
 
-def _decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
+def decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
     """The decisions with their stages; what is kept in part matters where something is."""
     made = d.cut(stages, recompute)
     keep = d.keep if any(some for _, some in made.recompute) else ()

@@ -26,13 +26,13 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import read_assignments, stage_problem, whole_step_ps
 from cost_models.schedule import rank_of
 from cost_models.stage_problem import Pair, StageProblem, evaluate
-from cost_models.step import Assignments, Costs
+from cost_models.step import Assignments, Costs, Step
 from planner.decisions import ANY, Pins
 from planner.legality import illegal, inconsistent
 from planner.mesh import Mesh, meshes
 from planner.offloads import keeps_offload
 from planner.plan import Plan
-from planner.search import Outcome, Searcher, Tried
+from planner.search import Outcome, Searcher, Tried, decided
 from planner.stages import lower_bound_ps, solve
 
 STATE = ("zero", "offload", "grad_dtype", "formats")  # and the shard group
@@ -206,14 +206,26 @@ class Steadying:
         return not self.laid_as_old[key]
 
     def _offer_stages(self, d: Decisions) -> None:
-        """The best stages of these decisions, the old ones first."""
-        searcher, old = self.searcher, self.old.decisions
+        """The best stages of these decisions, with the first set that layers may keep in part for
+        which they are quick enough."""
+        searcher = self.searcher
         laid = searcher.assign(d.tp, d.sequence_parallel)
         self.spent += 1 + d.pp * d.virtual_stages // 8
         step = searcher.costs.step(d, laid)
         problem = searcher.problem(step, d)
-        if lower_bound_ps(problem) > self.limit_ps:
+        if self._offer_program(d, step, problem):
             return
+        for made, other in searcher.kept_otherwise(step, d, problem):
+            self.spent += 1
+            if self._offer_program(made, step, other):
+                return
+
+    def _offer_program(self, d: Decisions, step: Step, problem: StageProblem) -> bool:
+        """The best stages of a program, the old ones first; whether they are quick enough."""
+        searcher, old = self.searcher, self.old.decisions
+        laid = searcher.assign(d.tp, d.sequence_parallel)
+        if lower_bound_ps(problem) > self.limit_ps:
+            return False
         alike = len(old.stages) == problem.count and sum(old.stages) == problem.layers
         as_old = alike and (old.moved is None) == (d.moved is None)
         ways = [problem]
@@ -228,11 +240,13 @@ class Steadying:
             pairs, objective = got.recompute, got.step_ps
             if as_old and searcher.pins.recompute is None:
                 pairs, objective = self._restored(problem, got.stages, pairs, objective)
-            cut = d.cut(got.stages, pairs)
-            if all(use.fits for use in searcher.tier_uses(step, cut, problem)):
+            cut = decided(d, got.stages, pairs)
+            fits = all(use.fits for use in searcher.tier_uses(step, cut, problem))
+            if fits:
                 tried = Tried(decisions=cut, assignments=laid, objective_ps=objective)
                 self.offer(tried, self._moved(d))
-            return
+            return fits
+        return False
 
     def _restored(
         self, problem: StageProblem, stages: tuple[int, ...], pairs: tuple[Pair, ...], ps: int
