@@ -46,7 +46,7 @@ def resolve(
     """
     if asked.task != "train":
         raise UsageError(f"--task {asked.task} is not planned by this version",
-                         why="it plans --task train")  # fmt: skip
+                         why="it plans --task train and --task serve")  # fmt: skip
     engine = load_engine(asked.engine or ENGINE)
     optimizer = asked.optimizer or OPTIMIZERS[0]
     _one_of("--optimizer", optimizer, OPTIMIZERS)

@@ -11,7 +11,7 @@ from cost_models.hardware import load_hardware
 from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.errors import InfeasibleError, UsageError
-from planner.decisions import Pins
+from planner.decisions import Pins, parse_pins
 from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped
 from planner.objectives import RESOLVED, plan_for, plan_within
 from planner.options import TraceOptions
@@ -67,15 +67,15 @@ def test_the_least_memory_within_the_slack(slack):
 def test_the_fewest_gpus_that_hold_it():
     """Of the counts that are tried none smaller has a plan; the batch is that of all GPUs."""
     graph = graph_of("llama", size="8b")
-    limits = Limits(memory_bytes=24_000_000_000)
-    given = options(hardware="h100x16", objective="gpus", limits=limits)
+    limits, pins = Limits(memory_bytes=24_000_000_000), parse_pins(["offload=none"])
+    given = options(hardware="h100x16", objective="gpus", limits=limits, pins=pins)
     found = plan_for(graph, given, load_hardware("h100x16"), Clock())
     gpus = found.plan.decisions.gpus
     assert 1 < gpus < 16
     assert found.plan.hardware == f"h100x{gpus}"
     assert found.plan.workload.global_batch == 32
     assert found.estimate.peak_memory_bytes <= limits.memory_bytes
-    fewer = options(hardware=f"h100x{gpus // 2}", limits=limits)
+    fewer = options(hardware=f"h100x{gpus // 2}", limits=limits, pins=pins)
     assert attempt(graph, fewer, load_hardware(fewer.hardware), Clock())[0] is None
 
 

@@ -95,6 +95,12 @@ def bare(model):
     return made.eval()
 
 
+PACKED = [
+    *(("llama", "gpu", "resident", word) for word in FORMATS),
+    *(("mixtral", "cpu", "stream", word) for word in FORMATS),
+    ("llama", "cpu", "compute", "int8"), ("llama", "nvme", "stream", "int4"),
+    ("mixtral", "cpu", "compute", "int8"), ("mixtral", "nvme", "stream", "fp4"),
+]  # fmt: skip
 TIERS = [("gpu", "resident"), ("cpu", "stream"), ("cpu", "compute"), ("nvme", "stream")]
 
 
@@ -118,9 +124,7 @@ def test_greedy_answers_are_the_whole_models(saved, tmp_path, name, built, tier,
         assert bool(list(tmp_path.iterdir())) == (built == "real")
 
 
-@pytest.mark.parametrize("word", FORMATS)
-@pytest.mark.parametrize("tier, how", TIERS, ids=[f"{t}-{h}" for t, h in TIERS])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name, tier, how, word", PACKED)
 def test_packed_weights_compute_what_their_values_do(saved, tmp_path, name, tier, how, word):
     whole, folder, ids, _ = saved[name]
     values = copy.deepcopy(whole)

@@ -229,7 +229,9 @@ def test_bad_models_are_errors(plan, tmp_path, model, words):
         (["--hardware", "h100x8", "--precision", "bf61"], 64, ["bf16"]),
         (["--hardware", "h100x8", "--optimizer", "adamv"], 64, ["adamw"]),
         (["--hardware", "h100x8", "--engine", "megatrom"], 64, ["megatron"]),
-        (["--hardware", "h100x8", "--task", "serve"], 64, ["serve"]),
+        (["--hardware", "h100x8", "--task", "serve"], 64, ["--global-batch is of training"]),
+        (["--hardware", "h100x8", "--prompt", "8"], 64, ["--prompt is of serving"]),
+        (["--hardware", "h100x8", "--task", "dance"], 64, ["dance"]),
         (["--hardware", "h100x8", "--arg", "sise=tiny"], 64, ["sise", "size"]),
     ],
 )
