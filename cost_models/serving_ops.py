@@ -63,7 +63,7 @@ _NATIVE = {
 }  # fmt: skip
 # Elsewhere weights are unpacked to 16 bits; 8-bit ones alike, 4-bit ones alike.
 _UNPACKED = {"fp8": "int8_weight", "fp8_block": "int8_weight", "int8": "int8_weight",
-             "int4": "int4_weight", "fp4": "int4_weight"}  # fmt: skip
+             "int4": "int4_weight", "int4_32": "int4_weight", "fp4": "int4_weight"}  # fmt: skip
 
 
 def _gemm_family(device: Device, name: str) -> tuple[str, float, str]:
@@ -78,8 +78,10 @@ _NATIVE_MOE = {
     "fp8": (("cutlass_fp8",), "fp8"), "fp8_block": (("deepgemm_fp8_block",), "fp8"),
     "fp4": (("cutlass_nvfp4", "min_latency_nvfp4"), "nvfp4"),
 }  # fmt: skip
-_UNPACKED_MOE = {"fp4": "triton_oai_w4a16_mxfp4", "int4": "marlin_int4_wo",
-                 "bf16": "triton_vllm_bfloat16", "fp16": "triton_vllm_bfloat16"}  # fmt: skip
+_UNPACKED_MOE = {
+    "fp4": "triton_oai_w4a16_mxfp4", "int4": "marlin_int4_wo", "int4_32": "marlin_int4_wo",
+    "bf16": "triton_vllm_bfloat16", "fp16": "triton_vllm_bfloat16",
+}  # fmt: skip
 
 
 def _moe_families(device: Device, name: str) -> tuple[tuple[str, ...], str]:

@@ -41,6 +41,10 @@ def validate(
             metavar="DIR", show_default=False, help="model configurations that --serving names"
         ),
     ] = [],  # noqa: B006
+    points: Annotated[
+        bool,
+        typer.Option("--points", help="published points of serving on small machines, shipped"),
+    ] = False,
     as_json: Json = False,
     verbose: Annotated[
         int,
@@ -55,6 +59,7 @@ def validate(
     plan validate --runs my_runs.yaml
     plan validate --ops my_kernels.csv --json
     plan validate --serving my_serving.csv --configs my_configs/
+    plan validate --points
     plan validate --runs my_runs.yaml --ops my_kernels.csv
 
     Compare what the cost models predict with what was measured: error by class, worst rows.
@@ -71,7 +76,7 @@ def validate(
     documents: dict[str, dict[str, Any]] = {}
     texts: list[str] = []
     lines: list[str] = []
-    if runs_file or not (ops_file or serving_file):
+    if runs_file or not (ops_file or serving_file or points):
         from planner.validation import report as view
         from planner.validation.shipped import PUBLISHED, cross_validated
 
@@ -94,13 +99,19 @@ def validate(
         documents["serving"] = serving_report.document(served)
         texts.append(serving_report.text(served, Path(serving_file).name))
         lines += serving_report.verbose_lines(served)
+    if points:
+        from planner.validation import serving_points
+
+        published = serving_points.validate_points()
+        documents["points"] = serving_points.document(published)
+        texts.append(serving_points.text(published))
     if as_json:
         # One file's report, or the first's with those of the others under their names.
         first = documents.pop(next(iter(documents)))
         print_json({**first, **documents})
     else:
         print("\n\n".join(texts))
-    if verbose:
+    if verbose and lines:
         say("\n".join(lines))
     return 0
 

@@ -58,7 +58,7 @@ def test_the_catalogue_is_what_was_asked_for() -> None:
     assert set(hw.catalogue()) == {
         "t4", "v100-16gb", "v100-32gb", "a10g", "l4", "l40s", "a6000", "a100-40gb", "a100",
         "h100", "h100-pcie", "h100-96gb", "h200", "h800", "b200", "gb200", "b300", "gb300",
-        "mi300x", "mi355x", "rtx-4090", "rtx-pro-6000", "tpu-v5p",
+        "mi300x", "mi355x", "rtx-3090", "rtx-4090", "rtx-4090-48gb", "rtx-pro-6000", "tpu-v5p",
     }  # fmt: skip
     for alias, name in hw.aliases():
         assert name in hw.catalogue() and alias not in hw.catalogue()
