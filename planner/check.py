@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cost_models.decisions import Decisions
 from cost_models.fleet import Fleet, Hardware, used_parts
@@ -14,6 +15,9 @@ from ir.errors import GateError, InfeasibleError, PlanError, UsageError
 from ir.graph import Graph, Unit
 from planner.legality import inconsistent
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
+
+if TYPE_CHECKING:
+    from planner.serving.plan import ServingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +133,7 @@ def require_fresh(checked: Checked, source: str) -> None:
         )
 
 
-def require_model(plan: Plan, traced: Graph, model: str) -> None:
+def require_model(plan: Plan | ServingPlan, traced: Graph, model: str) -> None:
     """Raise GateError where a model traced anew is not the one the plan was made for.
 
     Lines that moved in its file make no other model, nor does its label: a plan made in Python

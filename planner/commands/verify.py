@@ -47,19 +47,30 @@ def verify(
     plan verify plan.json --model model.py --twin n_layers=4 --twin dim=64
     plan verify plan.json --model config.json
 
-    Run a small twin of the plan on local processes: does it compute what the model does?
+    Run a small twin of the plan on local processes: does it compute (of a plan of serving: does
+    it answer) what the model does?
     """
     from planner import verifying
-    from planner.plan import load
+    from planner.plan import Plan, load_plan
 
     if not model:
         raise UsageError("plan verify needs the model", hints=("--model model.py",))
-    found = verifying.run_command(
-        load(plan), verifying.VerifyOptions(
-            model=model, args=dict(parse_args(arg)), changes=dict(parse_args(twin, "--twin")),
-            folder=folder_of(plan), processes=processes, ledger=ledger, cache=cache,
-        ),
+    made = load_plan(plan)
+    options = verifying.VerifyOptions(
+        model=model, args=dict(parse_args(arg)), changes=dict(parse_args(twin, "--twin")),
+        folder=folder_of(plan), processes=processes, ledger=ledger, cache=cache,
     )  # fmt: skip
+    if not isinstance(made, Plan):
+        from planner.serving import verifying as serving
+
+        served = serving.run_serving(made, options)
+        if as_json:
+            print_json(serving.document(served, plan, model))
+        else:
+            print(serving.text(served))
+        serving.require_answers(served, plan)
+        return 0
+    found = verifying.run_command(made, options)
     if as_json:
         print_json(verifying.document(found, plan, model))
     else:

@@ -62,7 +62,7 @@ def make_twins(
     model, args: as the plan was traced. changes: `--twin k=v`. Raises UsageError where the model
     says no way to cut it, PlanError where what is left does not hold the plan's decisions.
     """
-    recipes = cut_models(plan, model, args, changes)
+    recipes = cut_models(plan.graph, scale.least_layers(plan.decisions), model, args, changes)
     reasons: list[str] = []
     for recipe in recipes:
         made, notes = _fitted(plan, recipe, plan.decisions, most_ranks)
@@ -99,15 +99,15 @@ def _hints(model: str) -> tuple[str, ...]:
 
 
 def cut_models(
-    plan: Plan, model: str, args: Mapping[str, str], changes: Mapping[str, str]
+    graph: Graph, least: int, model: str, args: Mapping[str, str], changes: Mapping[str, str]
 ) -> tuple[Recipe, ...]:
-    """Ways to build the twin, the smallest first: a configuration cut by itself, a file by its
-    TWIN and `--twin`."""
+    """Ways to build the twin, the smallest first: a configuration cut by itself to `least` layers
+    or one of each class, a file by its TWIN and `--twin`. graph: of the whole model."""
     if not is_file(model):
         from ir.capture import hf_cut
 
         config, _, where = config_of(model)
-        layers = max(scale.least_layers(plan.decisions), _kinds_of_layers(plan.graph), 2)
+        layers = max(least, _kinds_of_layers(graph), 2)
         whole = {**config, **_typed(config, args)}
         with in_words_of("--twin"):
             small = [hf_cut.cut(whole, layers, changes, where, heads) for heads in (4, 8)]
@@ -195,7 +195,7 @@ def _fitted(
         return None, (f"the twin has {layers} layers for {scale.stage_count(decisions)} stages",)
     facts = facts_of(chain)
     length = min(scale.LENGTH, plan.workload.seq_len, graph.max_seq_len or scale.LENGTH)
-    words, notes = _words_for(plan, graph)
+    words, notes = words_for(plan.graph, plan.sharding_by_unit, graph)
 
     def contradicts(d: Decisions, workload: Workload) -> str | None:
         if facts.sequence and length % (d.cp * d.tp if d.sequence_parallel else d.cp):
@@ -208,7 +208,7 @@ def _fitted(
         for rule, reason in refusals(graph, workload, d.compile):
             if rule.applies(d):
                 return reason
-        return _misplaced(graph, words, d)
+        return misplaced(graph, words, d.tp, d.sequence_parallel)
 
     found = scale.smallest(decisions, plan.workload, layers, length, most_ranks, contradicts)
     if isinstance(found, str):
@@ -221,23 +221,28 @@ def _fitted(
     return made, (*notes, *scale.lost(decisions, small))
 
 
-def _misplaced(graph: Graph, words: Mapping[str, Sharding], d: Decisions) -> str | None:
+def misplaced(
+    graph: Graph, words: Mapping[str, Sharding], tp: int, sequence_parallel: bool
+) -> str | None:
     """Which unit the plan's placements do not fit on that tp, or None."""
-    if d.tp == 1:
+    if tp == 1:
         return None
     for unit in dict.fromkeys(link.unit for link in chain_of(graph).links):
         try:
-            assignment_of(unit, words.get(unit.name, Sharding()), d.tp, d.sequence_parallel)
+            assignment_of(unit, words.get(unit.name, Sharding()), tp, sequence_parallel)
         except PlanError as fault:
-            return f"{fault.what} on tp {d.tp} ({fault.where}: {fault.why})"
+            return f"{fault.what} on tp {tp} ({fault.where}: {fault.why})"
     return None
 
 
-def _words_for(plan: Plan, graph: Graph) -> tuple[dict[str, Sharding], tuple[str, ...]]:
-    """The plan's placements for each unit class of the twin, and what the twin leaves out."""
-    theirs = list(dict.fromkeys(link.unit for link in chain_of(plan.graph).links))
+def words_for(
+    whole: Graph, shardings: Mapping[str, Sharding], graph: Graph
+) -> tuple[dict[str, Sharding], tuple[str, ...]]:
+    """The whole model's placements for each unit class of the twin's graph, and what the twin
+    leaves out."""
+    theirs = list(dict.fromkeys(link.unit for link in chain_of(whole).links))
     mine = list(dict.fromkeys(link.unit for link in chain_of(graph).links))
-    shardings, words = plan.sharding_by_unit, {}
+    words: dict[str, Sharding] = {}
     used: set[str] = set()
     notes = []
     for unit in mine:
@@ -251,7 +256,7 @@ def _words_for(plan: Plan, graph: Graph) -> tuple[dict[str, Sharding], tuple[str
         words[unit.name] = shardings.get(first.name, Sharding())
     for unit in theirs:
         if unit.name not in used:
-            path = next(x.path for x in chain_of(plan.graph).links if x.unit is unit)
+            path = next(x.path for x in chain_of(whole).links if x.unit is unit)
             notes.append(f"no unit of the twin stands for {path}")
     return words, tuple(notes)
 
