@@ -181,6 +181,21 @@ def test_int4_helps_small_batches_and_not_large_ones():
     assert gains[0] > 1.8 > gains[1] > gains[2] and gains[2] < 1.15
 
 
+def test_what_binds_is_named():
+    """One sequence reads all weights for one token; a thousand multiply as much as they read."""
+    served, engine = model(layers=32, hidden=4096, inter=14336), load_serving_engine("vllm")
+    named = {}
+    for hardware, batch in (("h100x1", 1), ("h100x1", 1024), ("t4x1", 1)):
+        load = ServeLoad(prompt=16, output=16)
+        named[hardware, batch] = predict(served, load_hardware(hardware), engine,
+                                         Serving(batch=batch), load).bottleneck  # fmt: skip
+    assert named["h100x1", 1] == "memory bandwidth" and named["h100x1", 1024] == "compute"
+    lower = Serving(tiers=(Held(block="mlp", tier="cpu", place="stream"),))
+    assert predict(served, load_hardware("h100x1"), engine, lower, LOAD).bottleneck == "host link"
+    lower = Serving(tiers=(Held(block="mlp", tier="nvme", place="stream"),))
+    assert predict(served, load_hardware("h100x1"), engine, lower, LOAD).bottleneck == "disk"
+
+
 def test_nothing_lossy_unless_allowed():
     served = model(layers=32, hidden=4096, inter=14336)
     plain = found(served, "a100x1").best.serving

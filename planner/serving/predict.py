@@ -136,17 +136,12 @@ def _bottleneck(
 ) -> str:
     """What most of a decode step's time goes to."""
     parts = {name: float(np.ravel(v)[0]) for name, v in found.parts.items()}
-    device = costs.device
-    tokens = running / s.replicas
-    elements = sum(layer.count * (sum(m.held(s.tp) for m in layer.matrices)) / s.pp
-                   for layer in model.layers)  # fmt: skip
-    size = elements * WEIGHT_BYTES[s.default] / device.memory_bandwidth_bytes_per_s
-    flop = 2 * elements * tokens / peak_of(device, "bf16")
+    read_s, multiply_s = _bounds_s(costs, model, running / s.replicas / s.pp)
     kernels = parts["gemm"] + parts["moe"] + parts["attention"] + parts["elementwise"]
     below = parts.get("stream", 0.0)
     tiers = {h.tier for h in s.tiers} | ({s.kv_tier} - {"gpu"})
     causes = {
-        "compute" if flop > size else "memory bandwidth": kernels,
+        "compute" if multiply_s > read_s else "memory bandwidth": kernels,
         "interconnect": parts["tp_comm"] + parts["ep_comm"] + parts["pp_comm"],
         "disk" if tiers - {"cpu"} else "host link": below,
         "host CPU": parts.get("cpu", 0.0), "host launches": parts["host"],
@@ -154,3 +149,22 @@ def _bottleneck(
     if running < s.batch:
         return "capacity"
     return max(causes, key=lambda name: causes[name])
+
+
+def _bounds_s(costs: Costs, model: ServedModel, tokens: float) -> tuple[float, float]:
+    """Seconds that one rank's weights take to be read in a decode step of so many tokens, experts
+    where they are hit, and to be multiplied."""
+    s, device = costs.serving, costs.device
+    read = multiplied = 0.0
+    for layer in model.layers:
+        for m in layer.matrices:
+            read += layer.count * m.held(s.tp) * WEIGHT_BYTES[s.format_of(m.block)]
+            multiplied += layer.count * m.held(s.tp) * tokens / s.attention_dp
+        for e in layer.experts:
+            each = e.elements / e.experts / s.expert_tp
+            hit = e.experts / s.ep * (1 - (1 - e.topk / e.experts) ** tokens)
+            read += layer.count * hit * each * WEIGHT_BYTES[s.format_of("routed_experts")]
+            multiplied += layer.count * e.topk / s.ep * each * tokens
+    peak = max(peak_of(device, word) for word in ("bf16", *dict(s.weights).values())
+               if word in ("bf16", "fp8"))  # fmt: skip
+    return read / device.memory_bandwidth_bytes_per_s, 2 * multiplied / peak
