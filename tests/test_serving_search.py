@@ -181,6 +181,24 @@ def test_int4_helps_small_batches_and_not_large_ones():
     assert gains[0] > 1.8 > gains[1] > gains[2] and gains[2] < 1.15
 
 
+def test_the_cache_goes_below_where_more_then_run():
+    """Long contexts of many: what the cache frees is worth its stream where few would run."""
+    served = model(layers=32, hidden=4096, inter=14336)
+    asked = {"batch": 64, "prompt": 16384, "output": 64, "objective": "throughput"}
+    kept = found(served, "a6000x1", ("offload=none",), **asked).best
+    best = found(served, "a6000x1", **asked).best
+    assert kept.running < 64 and kept.serving.kv_tier == "gpu"
+    assert best.tokens_per_s >= kept.tokens_per_s
+    below_ = predict(served, load_hardware("a6000x1"), load_serving_engine("native"),
+                     Serving(batch=64, kv_tier="cpu"), ServeLoad(prompt=16384, output=64))
+    assert below_.running == 64
+    size = 64 * (16384 + 32) * 32 * 8 * 256 * 2  # read once a step
+    assert dict(below_.parts)["stream"] == pytest.approx(
+        size / 2.3e10 - (below_.decode_s - dict(below_.parts)["stream"]), rel=1e-6
+    )
+    assert dict(below_.tiers)["cpu"] == pytest.approx(64 * (16384 + 64) * 32 * 8 * 256 * 2)
+
+
 def test_what_binds_is_named():
     """One sequence reads all weights for one token; a thousand multiply as much as they read."""
     served, engine = model(layers=32, hidden=4096, inter=14336), load_serving_engine("vllm")

@@ -231,7 +231,7 @@ def _with_tiers(
     pins: ServePins,
 ) -> list[Prediction]:  # fmt: skip
     """The plan with all on the GPUs and, where that does not fit or runs fewer than asked for, the
-    best with blocks below them."""
+    best with blocks, or the cache, below them."""
     found = []
     if not pins.offload:
         found.append(predict(model, cluster, engine, s, load))
@@ -239,11 +239,19 @@ def _with_tiers(
             return found
     if pins.offload == () or not cluster.tiers:
         return found
-    for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
-        lower = best_tiers(model, cluster, engine, replace(s, batch=batch), load, pins.offload)
-        if lower is not None:
-            found.append(predict(model, cluster, engine, replace(lower, batch=s.batch), load))
-            break
+    caches = ("gpu", "cpu") if any(t.name == "cpu" for t in cluster.tiers) else ("gpu",)
+    for kv_tier in caches:
+        kept = replace(s, kv_tier=kv_tier)
+        if kv_tier != "gpu" and not pins.offload:
+            found.append(predict(model, cluster, engine, kept, load))
+            if found[-1].running >= s.batch and found[-1].fits:
+                continue
+        for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
+            lower = best_tiers(model, cluster, engine, replace(kept, batch=batch), load,
+                               pins.offload)  # fmt: skip
+            if lower is not None:
+                found.append(predict(model, cluster, engine, replace(lower, batch=s.batch), load))
+                break
     return found
 
 

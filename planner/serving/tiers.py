@@ -41,8 +41,8 @@ class Choice:
 def choices(
     costs: Costs, model: ServedModel, block: str, steps: tuple[Step, Step]
 ) -> list[Choice]:
-    """Every way for a block; on the GPU first."""
-    s, cluster = costs.serving, costs.cluster
+    """Every way for a block; on the GPU first. What the cache streams is not the block's."""
+    s, cluster = replace(costs.serving, kv_tier="gpu"), costs.cluster
     found = [Choice(held=None, freed_bytes=0.0, ring_bytes=0.0, waits_s=(0.0, 0.0),
                     streams_s=(0.0, 0.0))]  # fmt: skip
     total = layers_of(model, block)
@@ -120,12 +120,14 @@ def best_tiers(
                 if c.held and c.held.tier == tier.name]  # fmt: skip
         program.add(sum(used) <= share)
     weights = (max(1, round(load.output)), 1)
-    spans = []
+    spans, bare = [], replace(costs, serving=replace(s, kv_tier="gpu"))
     for phase, step in enumerate(steps):
-        gpu = int(float(np.ravel(step_s(costs, model, _whole(step, s)))[0]) * _US)
+        cached = int(float(np.ravel(below(costs, model, step).stream_s)[0]) * _US)
+        gpu = int(float(np.ravel(step_s(bare, model, _whole(step, s)))[0]) * _US)
         span = program.new_int_var(0, _LONGEST, f"step{phase}")
         program.add(span >= gpu + sum(v * round(c.waits_s[phase] * _US) for v, c in pairs))
-        program.add(span >= sum(v * round(c.streams_s[phase] * _US) for v, c in pairs))
+        streams = sum(v * round(c.streams_s[phase] * _US) for v, c in pairs)
+        program.add(span >= cached + streams)
         spans.append(span)
     program.minimize(sum(w * span for w, span in zip(weights, spans)))
     solver = cp_model.CpSolver()
