@@ -14,6 +14,7 @@ from planner.commands.shared import folder_of, print_json
 from planner.console import progress, say
 
 if TYPE_CHECKING:
+    from planner.serving.asked import ServeAsked
     from planner.serving.plan import ServingPlan
 
 Prompt = Annotated[
@@ -92,6 +93,25 @@ def refuse_serving(flags: ServeFlags) -> None:
         raise UsageError(f"{flags.given()[0]} is of serving", hints=("--task serve",))
 
 
+def asked_of(
+    flags: ServeFlags, engine: str | None, precision: str, objective: str = "latency"
+) -> ServeAsked:
+    """What the options ask. Raises UsageError for one that is none."""
+    from planner.serving.asked import ServeAsked, parse_allowed, parse_keep, parse_seconds
+
+    allow, allow_kv = parse_allowed(flags.allow)
+    given = {k: getattr(flags, k) for k in ("prompt", "output", "batch", "max_bits", "kv_window")
+             if getattr(flags, k) is not None}  # fmt: skip
+    if flags.batch is not None and flags.batch < 1:
+        raise UsageError(f"--batch {flags.batch} is no number of requests")
+    return ServeAsked(
+        engine=engine or ServeAsked().engine, objective=objective, precision=precision,
+        allow=allow, allow_kv=allow_kv, keep=parse_keep(flags.keep),
+        max_ttft_s=parse_seconds(flags.max_ttft, "--max-ttft"),
+        max_tpot_s=parse_seconds(flags.max_tpot, "--max-tpot"), **given,
+    )  # fmt: skip
+
+
 def trace_serving(
     flags: ServeFlags, options: Any, output: str, *, embed: bool, as_json: bool, verbose: int,
     fix: list[str], training: dict[str, Any],
@@ -99,13 +119,7 @@ def trace_serving(
     """Plan serving, write the plan, print what it is. options: TraceOptions of the capture.
     training: options that only training has, as given."""
     from cost_models.hardware import load_hardware
-    from planner.serving.asked import (
-        ServeAsked,
-        parse_allowed,
-        parse_keep,
-        parse_seconds,
-        parse_serve_pins,
-    )
+    from planner.serving.asked import parse_serve_pins
     from planner.serving.show import document, summary
     from planner.serving.tracing import plan_serving
     from planner.tracing import Clock, capture
@@ -119,18 +133,8 @@ def trace_serving(
     pins = parse_serve_pins(fix)
     cluster = load_hardware(options.hardware)
     precision, echo = precision_of(options.asked, cluster)
-    allow, allow_kv = parse_allowed(flags.allow)
-    given = {k: getattr(flags, k) for k in ("prompt", "output", "batch", "max_bits", "kv_window")
-             if getattr(flags, k) is not None}  # fmt: skip
-    if flags.batch is not None and flags.batch < 1:
-        raise UsageError(f"--batch {flags.batch} is no number of requests")
-    asked = ServeAsked(
-        engine=options.asked.engine or ServeAsked().engine,
-        objective="latency" if options.objective == "time" else options.objective,
-        precision=precision, allow=allow, allow_kv=allow_kv, keep=parse_keep(flags.keep),
-        max_ttft_s=parse_seconds(flags.max_ttft, "--max-ttft"),
-        max_tpot_s=parse_seconds(flags.max_tpot, "--max-tpot"), **given,
-    )  # fmt: skip
+    objective = "latency" if options.objective == "time" else options.objective
+    asked = asked_of(flags, options.asked.engine, precision, objective)
     clock = Clock()
     with progress() as report:
         graph = capture(options, cluster, clock, report)

@@ -8,6 +8,19 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
+from planner.commands.serving import (
+    Allow,
+    Batch,
+    Keep,
+    KvWindow,
+    MaxBits,
+    MaxTpot,
+    MaxTtft,
+    Prompt,
+    ServeFlags,
+    Tokens,
+    refuse_serving,
+)
 from planner.commands.shared import (
     Args,
     Assume,
@@ -24,11 +37,13 @@ from planner.commands.shared import (
     parse_args,
     print_json,
 )
+from planner.commands.size_serving import size_serving
 from planner.console import progress, say
 
 
 def size(
     model: Model,
+    task: Annotated[str, typer.Option(help="train or serve")] = "train",
     target: Annotated[
         list[str],
         typer.Option(
@@ -55,7 +70,10 @@ def size(
             " gpus (default without)",
         ),
     ] = "",
-    max_gpus: Annotated[int, typer.Option(min=1, help="GPUs at most")] = 16384,
+    max_gpus: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=False, help="GPUs at most (default: 16384; serve: 64)"),
+    ] = None,
     max_memory: MaxMemory = "",
     max_cost: MaxCost = None,
     assume: Assume = [],  # noqa: B006
@@ -80,6 +98,19 @@ def size(
     effort: Annotated[
         int, typer.Option(metavar="N", min=1, help="programs searched for each candidate")
     ] = 60,
+    prompt: Prompt = None,
+    output: Tokens = None,
+    batch: Batch = None,
+    max_ttft: MaxTtft = "",
+    max_tpot: MaxTpot = "",
+    allow: Allow = [],  # noqa: B006
+    keep: Keep = [],  # noqa: B006
+    max_bits: MaxBits = None,
+    kv_window: KvWindow = None,
+    fix: Annotated[
+        list[str],
+        typer.Option(metavar="K=V", help="serve: a decision that is made: weights=int4, tp=8"),
+    ] = [],  # noqa: B006
     arg: Args = [],  # noqa: B006
     as_json: Json = False,
     cache: Cache = True,
@@ -89,6 +120,7 @@ def size(
     plan size examples/llama.py --target tokens_per_s=1e6
     plan size config.json --target days=30 --tokens 15T --prices prices.toml
     plan size model.py --target step_time_s=10 --hardware h100,b200 --max-gpus 512
+    plan size config.json --task serve --batch 32 --max-ttft 2s --max-tpot 50ms
 
     Which hardware, and how much of it: devices and counts compared, and the Pareto front.
     """
@@ -100,11 +132,31 @@ def size(
     from planner.limits import Limits
     from planner.options import TraceOptions
     from planner.show_size import ordered, size_json, size_text
-    from planner.sizing import Sizer
+    from planner.sizing import MOST_GPUS, Sizer
     from planner.sizing_options import Question, parse_devices, parse_target
     from planner.tracing import capture
     from planner.workload import Asked, resolve
 
+    flags = ServeFlags(
+        prompt=prompt, output=output, batch=batch, max_ttft=max_ttft, max_tpot=max_tpot,
+        allow=tuple(allow), keep=tuple(keep), max_bits=max_bits, kv_window=kv_window,
+    )  # fmt: skip
+    if task == "serve":
+        return size_serving(
+            flags,
+            TraceOptions(model=model, args=parse_args(arg), cache=cache,
+                         asked=Asked(task=task, engine=engine, precision=precision)),
+            hardware=hardware, prices=prices, objective=objective, fix=fix, most_gpus=max_gpus,
+            every=every, as_json=as_json,
+            training={"target": target, "tokens": tokens, "seq_len": seq_len,
+                      "global_batch": global_batch, "optimizer": optimizer, "assume": assume,
+                      "max_memory": max_memory, "max_cost": max_cost is not None},
+        )  # fmt: skip
+    if task != "train":
+        raise UsageError(f"--task {task} is not one of plan size", hints=("--task serve",))
+    refuse_serving(flags)
+    if fix:
+        raise UsageError("--fix is of serving", hints=("--task serve",))
     total = parse_count(tokens) if tokens else 0.0
     goal, operations = parse_target(target, total), parse_operations(assume)
     devices = parse_devices(hardware)
@@ -129,7 +181,7 @@ def size(
             graph=graph, workload=workload, target=goal, tokens=total,
             limits=Limits(
                 memory_bytes=parse_bytes(max_memory) if max_memory else None,
-                usd_per_million_tokens=max_cost, gpus=max_gpus,
+                usd_per_million_tokens=max_cost, gpus=max_gpus or MOST_GPUS,
             ),
             operations=operations, prices=priced,
             objective=objective or ("cost" if prices else "gpus"),

@@ -8,7 +8,7 @@ below (`tiers.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +43,23 @@ def search(
     progress: Callable[[str], None] | None = None,
 ) -> Found:  # fmt: skip
     """The best plan by the objective within the limits. Raises InfeasibleError with what binds."""
+    seen = predictions(model, cluster, asked, pins, progress)
+    fits = [p for p in seen if p.fits]
+    if not fits:
+        raise _nothing_fits(cluster, model, seen, asked)
+    within = [p for p in fits if limits_used(p, asked) <= 1]
+    if not within:
+        raise _limits(fits, asked)
+    ordered = best_first(within, asked, cluster)
+    return Found(best=ordered[0], others=_apart(ordered), tried=len(seen))
+
+
+def predictions(
+    model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
+    progress: Callable[[str], None] | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """All plans, whether they fit or not. Raises UsageError where the pins, or what the engine
+    runs, leave no way to divide the GPUs."""
     engine = load_serving_engine(asked.engine)
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     routed = any(layer.experts for layer in model.layers)
@@ -68,14 +85,15 @@ def search(
             why="; ".join(dict.fromkeys(refused)) or "tp divides the heads, ep the experts, and"
             " tp*attention_dp*pp*replicas the GPUs",
         )
-    fits = [p for p in seen if p.fits]
-    if not fits:
-        raise _nothing_fits(cluster, model, seen, asked)
-    within = [p for p in fits if _within(p, asked)]
-    if not within:
-        raise _limits(fits, asked)
-    ordered = sorted(within, key=lambda p: (_score(p, asked, load, cluster), _key(p.serving)))
-    return Found(best=ordered[0], others=_apart(ordered), tried=len(seen))
+    return seen
+
+
+def best_first(
+    rows: Sequence[Prediction], asked: ServeAsked, cluster: Cluster
+) -> list[Prediction]:
+    """Plans by the objective; those alike by what is simplest."""
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+    return sorted(rows, key=lambda p: (_score(p, asked, load, cluster), _key(p.serving)))
 
 
 def _apart(ordered: list[Prediction]) -> tuple[Prediction, ...]:
@@ -102,10 +120,9 @@ def _key(s: Serving) -> tuple[object, ...]:
             s.ep, s.batch, s.prefill_chunk, s.weights, s.kv)  # fmt: skip
 
 
-def _within(p: Prediction, asked: ServeAsked) -> bool:
-    return (asked.max_ttft_s is None or p.ttft_s <= asked.max_ttft_s) and (
-        asked.max_tpot_s is None or p.tpot_s <= asked.max_tpot_s
-    )
+def limits_used(p: Prediction, asked: ServeAsked) -> float:
+    """The greater of TTFT and TPOT over its limit; 1 is just met, 0 where there is none."""
+    return max(p.ttft_s / (asked.max_ttft_s or np.inf), p.tpot_s / (asked.max_tpot_s or np.inf))
 
 
 # --- the space --------------------------------------------------------------------------------
@@ -281,10 +298,7 @@ def _nothing_fits(
 
 def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
     """By how much the limits are missed, and the nearest that can be met."""
-    def over(p: Prediction) -> float:
-        return max(p.ttft_s / (asked.max_ttft_s or np.inf), p.tpot_s / (asked.max_tpot_s or np.inf))
-
-    near = min(fits, key=over)
+    near = min(fits, key=lambda p: limits_used(p, asked))
     said = []
     for flag, value, most in (("--max-ttft", near.ttft_s, asked.max_ttft_s),
                               ("--max-tpot", near.tpot_s, asked.max_tpot_s)):  # fmt: skip

@@ -34,7 +34,7 @@ def document(
     }  # fmt: skip
     if others:
         made["others"] = [
-            {"decisions": _division(p), "ttft_s": p.ttft_s, "tpot_s": p.tpot_s,
+            {"decisions": division(p), "ttft_s": p.ttft_s, "tpot_s": p.tpot_s,
              "tokens_per_s": p.tokens_per_s} for p in others
         ]  # fmt: skip
     if timing is not None:
@@ -73,7 +73,7 @@ def summary(
              f" served on {plan.hardware}"]  # fmt: skip
     lines += _packed("load", [f"{s.batch} requests at once", f"{asked.prompt} tokens in",
                               f"{asked.output} out", asked.engine, f"for {asked.objective}"])
-    lines += _packed("division", [f"{k} {v}" for k, v in _division(found).items()]
+    lines += _packed("division", [f"{k} {v}" for k, v in division(found).items()]
                      + [f"= {s.devices} GPUs"])  # fmt: skip
     if s.prefill_chunk:
         lines.append(_row("prompts", f"in chunks of {s.prefill_chunk} tokens"))
@@ -99,13 +99,14 @@ def summary(
     lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
     lines.append(_row("search", f"{plan.solver.status}, {plan.solver.meshes} plans predicted"))
     for at, p in enumerate(others[:3]):
-        division = " ".join(f"{k} {v}" for k, v in _division(p).items())
-        lines.append(_row("beside" if not at else "", f"{division}: first token"
+        degrees = " ".join(f"{k} {v}" for k, v in division(p).items())
+        lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(line[:WIDTH] for line in lines)
 
 
-def _division(p: Prediction) -> dict[str, int]:
+def division(p: Prediction) -> dict[str, int]:
+    """The degrees of a plan, those that divide something."""
     s = p.serving
     found = {"tp": s.tp, "pp": s.pp}
     found |= {"ep": s.ep, "etp": s.expert_tp} if s.ep * s.expert_tp > 1 and s.ep > 1 else {}

@@ -1,0 +1,155 @@
+"""What `plan size --task serve` compared, as text at 80 columns or as one JSON document."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cost_models.serving_shapes import ServedModel
+from cost_models.units import format_count, format_seconds
+from planner.serving.asked import ServeAsked
+from planner.serving.show import division, estimate_json
+from planner.serving.sizing import ServeSized, ServeSizing
+from planner.serving.text import workload_json
+from planner.sizing import PAST
+
+WIDTH = 80
+LEFT = {
+    "slow": "too slow", "memory": "do not fit", "room": "run fewer requests at once",
+    "divided": "cannot be divided", "dominated": "cannot beat a row in anything",
+}  # fmt: skip
+AXIS = {"cost": "USD an hour", "energy": "power of the boards", "gpus": "GPUs",
+        "time": "time"}  # fmt: skip
+Column = tuple[str, int, Callable[[ServeSized], str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the comparison was of. without: (why, names) of devices that cannot take part."""
+
+    model: ServedModel
+    parameters: int
+    asked: ServeAsked
+    most_gpus: int
+    objective: str
+    without: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def ordered(found: ServeSizing, objective: str) -> list[tuple[ServeSized, bool]]:
+    """Rows with their place on the front, best first by one axis, then as they are."""
+    def key(row: ServeSized) -> float:
+        known = {"gpus": float(row.cluster.count), "time": row.limits_used, "energy": row.watts}
+        return known.get(objective, 0.0)  # rows come by cost where that is an axis
+
+    return sorted(zip(found.rows, found.on_front), key=lambda pair: key(pair[0]))
+
+
+def size_text(found: ServeSizing, of: Served, *, every: bool = False) -> str:
+    """The front, best first; every: also the rows that are not on it."""
+    asked = of.asked
+    shown = [row for row, on in ordered(found, of.objective) if on or every]
+    columns = _columns(found, shown)
+    pairs = (("first token", asked.max_ttft_s), ("between tokens", asked.max_tpot_s))
+    limits = [f"{name} {format_seconds(most)} at most" for name, most in pairs if most]
+    formats = ", ".join((*asked.formats, *(f"kv:{word}" for word in asked.allow_kv)))
+    lines = [
+        f"{of.model.name}, {format_count(of.parameters)} parameters",
+        *_row("load", f"{asked.batch} requests at once, {asked.prompt} tokens in,"
+              f" {asked.output} out, {asked.engine}, {formats}"),
+        *_row("limits", ", ".join([*limits, f"{of.most_gpus} GPUs"])),
+        *_row("front", ", ".join(AXIS[axis] for axis in found.axes)
+              + f"; below 1/{PAST:g} of the limits all times count as alike"),
+        "", _line([(name, width) for name, width, _ in columns]),
+        *(_line([(cell(row), width) for _, width, cell in columns]) for row in shown),
+        "", *_left(found, of),
+    ]  # fmt: skip
+    if "cost" in found.axes:
+        lines += _row("columns", "$/h: on demand; $/M: a million tokens that are written, at this"
+                      " load; J/token: power of the boards, no hosts or switches")  # fmt: skip
+    else:
+        lines += _row("columns", "power: of the boards, no hosts or switches")
+        lines += _row("prices", "none given, so rows are by the power of the boards: --prices FILE")
+    return "\n".join(lines)
+
+
+def _columns(found: ServeSizing, shown: Sequence[ServeSized]) -> list[Column]:
+    name = 1 + max(len(row.cluster.spec) for row in shown)
+    columns: list[Column] = [("hardware", -max(name, 9), lambda r: r.cluster.spec)]
+    if "cost" in found.axes:
+        columns += [("$/h", 7, lambda r: _number(r.usd_per_hour)),
+                    ("$/M", 7, lambda r: _number(r.usd_per_million_tokens))]  # fmt: skip
+    columns += [
+        ("power", 8, lambda r: f"{r.watts / 1e3:.3g} kW"),
+        ("J/token", 9, lambda r: f"{r.joules_per_token:.3g}"),
+        ("first", 9, lambda r: format_seconds(r.found.ttft_s)),
+        ("each", 9, lambda r: format_seconds(r.found.tpot_s)),
+        ("tokens/s", 9, lambda r: f"{r.found.tokens_per_s:,.0f}"),
+    ]
+    taken = sum(abs(width) for _, width, _ in columns)
+    return [*columns, ("", -(WIDTH - taken), lambda r: ("  " + _plan(r))[:WIDTH - taken])]
+
+
+def _plan(row: ServeSized) -> str:
+    words = {"tp": "tp", "pp": "pp", "ep": "ep", "attention_dp": "dp", "replicas": "x"}
+    sizes = division(row.found)
+    found = [f"{short}{sizes[name]}" for name, short in words.items() if sizes.get(name, 1) > 1]
+    tiers = dict.fromkeys(held.tier for held in row.found.serving.tiers)
+    return " ".join([*found, *(f"+{tier}" for tier in tiers)])
+
+
+def _number(usd: float | None) -> str:
+    return "-" if usd is None else f"{usd:.3g}"
+
+
+def _left(found: ServeSizing, of: Served) -> list[str]:
+    reasons = Counter(left.reason for left in found.left)
+    words = [f"{count} {LEFT[reason]}" for reason, count in sorted(reasons.items())]
+    words += [f"{len(names)} {why}: {', '.join(names)}" for why, names in of.without if names]
+    off = len(found.rows) - sum(found.on_front)
+    said = f"{found.searched} searched, {len(found.rows)} meet the limits"
+    said += f", {off} of them beaten in everything (--all)" if off else ""
+    return [*_row("searched", said), *(_row("left out", "; ".join(words)) if words else [])]
+
+
+def _line(cells: Sequence[tuple[str, int]]) -> str:
+    return "".join(
+        text.ljust(-width) if width < 0 else text.rjust(width) for text, width in cells
+    ).rstrip()
+
+
+def _row(name: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False)
+    return [f"  {name if not i else '':10}{line}" for i, line in enumerate(wrapped)]
+
+
+def size_json(found: ServeSizing, of: Served) -> dict[str, Any]:
+    """All candidates that meet the limits, base units; best first."""
+    return {
+        "schema": "size/1",
+        "model": {"name": of.model.name, "parameters": of.parameters},
+        "workload": workload_json(of.asked),
+        "limits": {"gpus": of.most_gpus},
+        "objective": of.objective,
+        "axes": list(found.axes),
+        "times_count_down_to_limits_over": PAST,
+        "candidates": [
+            {
+                "hardware": row.cluster.spec, "gpus": row.cluster.count, "on_front": on,
+                "power_w": row.watts, "limits_used": row.limits_used,
+                "usd_per_hour": row.usd_per_hour,
+                "usd_per_million_tokens": row.usd_per_million_tokens,
+                "joules_per_token": row.joules_per_token,
+                "estimate": estimate_json(row.found),
+                "decisions": asdict(row.found.serving),
+            }
+            for row, on in ordered(found, of.objective)
+        ],
+        "searched": found.searched,
+        "left_out": [
+            *(asdict(left) for left in found.left),
+            *({"hardware": name, "reason": why} for why, names in of.without for name in names),
+        ],
+    }  # fmt: skip
