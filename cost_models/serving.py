@@ -15,7 +15,7 @@ from cost_models.collectives import collective_s
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
-from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
+from cost_models.serving_ops import CPU, PARTS, Costs, FloatArray, Step, layer_s, step_of
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers
 
@@ -70,7 +70,8 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     if s.tiers or s.kv_tier != "gpu":
         _add_below(total, below(costs, model, mine), costs.serving)
     launched = engine.kernel_host_s * _launches(model)  # ahead of the kernels, as far as it can
-    total["host"] = total["host"] + np.maximum(launched - sum(total.values()), 0.0)
+    beside = 0.0 if costs.device.family == CPU else sum(total.values())  # a CPU is its own host
+    total["host"] = total["host"] + np.maximum(launched - beside, 0.0)
     return total
 
 

@@ -31,6 +31,7 @@ from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matri
 FloatArray: TypeAlias = NDArray[np.float64]
 
 PARTS = ("gemm", "attention", "moe", "elementwise", "tp_comm", "ep_comm", "pp_comm", "host")
+CPU = "cpu"  # the family of a machine that stands for a device (plan calibrate without a GPU)
 _CUSTOM_BYTES = 8 << 20  # engines give larger sums to the library (vLLM's and SGLang's limit)
 
 
@@ -145,6 +146,10 @@ class Costs:
     def matrix_s(self, matrix: Matrix, tokens: FloatArray, beside: bool = False) -> FloatArray:
         """One kernel of matrices for `tokens` tokens. beside: it starts while others run."""
         name = self.serving.format_of(matrix.block)
+        if self.device.family == CPU:
+            rows = np.maximum(tokens * matrix.rows, 1.0)
+            tp = self.serving.tp
+            return self._cpu_s(name, rows, float(matrix.columns(tp)), float(matrix.inner(tp)))
         family, width, peak = _gemm_family(self.device, name)
         facts = self._facts(peak)
         sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
@@ -156,6 +161,16 @@ class Costs:
         known = known | {"overhead_s": np.asarray(0.0)} if beside else known
         return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
                             narrow=family != "bf16")  # fmt: skip
+
+    def _cpu_s(self, name: str, rows: FloatArray, columns: float, inner: float) -> FloatArray:
+        """A CPU's product (rows, inner) x (inner, columns) in a format. It has no tiles to fill: a
+        row costs a row. Only int8 has a kernel; other packed weights are written out first."""
+        wide = "fp32" if self.serving.default == "fp32" else "bf16"
+        weights = columns * inner
+        moved = weights * WEIGHT_BYTES[name] + rows * (columns + inner) * WEIGHT_BYTES[wide]
+        if WEIGHT_BYTES[name] < 2 and name != "int8":
+            moved = moved + 2 * weights * WEIGHT_BYTES[wide]
+        return np.asarray(load_kernels(self.device).roofline(wide).at(2 * rows * weights, moved))
 
     def attention_s(self, attend: Attend, step: Step) -> FloatArray:
         """Attention of a step: the sequences that decode, and the prompts."""
@@ -212,6 +227,12 @@ class Costs:
         """The routed experts of one rank, `tokens` being of all ranks that share them."""
         s = self.serving
         name = s.format_of("routed_experts")
+        if self.device.family == CPU:  # a loop over the experts that are hit
+            missed = (1 - experts.topk / experts.experts) ** np.asarray(tokens)
+            hit = np.maximum(experts.experts * (1 - missed) / s.ep, 1.0)
+            rows = np.asarray(tokens) * experts.topk / s.ep / hit
+            each = experts.elements / experts.experts / s.expert_tp
+            return hit * self._cpu_s(name, rows, each / experts.hidden, float(experts.hidden))
         families, peak = _moe_families(self.device, name)
         flat = np.maximum(np.round(np.ravel(tokens)), 1.0)
         unique, back = np.unique(flat, return_inverse=True)
