@@ -385,19 +385,16 @@ class _Table:
         return np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
 
     def _again_s(self, mine: Ints, pp: Ints, m: Ints, held_bytes: Floats) -> tuple[Floats, Floats]:
-        """A guess at the recomputation that memory forces on the first rank under 1F1B, as seconds
-        of a micro-batch through the chain; and by how many GPUs' memory even all of it does not
-        do."""
+        """A guess at what memory forces on the first rank under 1F1B, recomputation or copies to
+        the host, as seconds of a micro-batch through the chain; and by how many GPUs' memory even
+        all of it does not do."""
         gpu_bytes = self.costs.cluster.device.memory_bytes
-        room = gpu_bytes - held_bytes
         held = np.minimum(m, pp) / pp
-        none, some, full = (held * self.get(mine, "kept", n) for n in range(3))
-        light, heavy = (self.get(mine, "again_s", n) for n in range(2))
-        in_part = np.clip((none - room) / np.maximum(none - some, 1.0), 0, 1)
-        in_full = np.clip((none - room) / np.maximum(none - full, 1.0), 0, 1)
-        by_part = np.where(some <= room, in_part * light, np.inf)
-        again = np.where(none <= room, 0.0, np.minimum(by_part, in_full * heavy))
-        return again, np.maximum(0.0, np.minimum(none, full) - room) / gpu_bytes
+        over = self.get(mine, "kept", 0) - (gpu_bytes - held_bytes) / held
+        freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
+        beyond = np.maximum(0.0, over - freed[:, 0].sum(axis=0)) * held / gpu_bytes
+        beyond = np.where(beyond * gpu_bytes > ROUNDING_BYTES, beyond, 0.0)
+        return np.where(beyond > 0, 0.0, forced_s(freed, over)), beyond
 
 
 def kind_of_schedule(schedule: str) -> str:
