@@ -28,14 +28,14 @@ class Chain:
     links: tuple[Link, ...]
     glue: Unit
 
-    @property
+    @functools.cached_property
     def layers(self) -> tuple[int, ...]:
         """Positions among the links of what a pipeline divides: the layers; every link where
         the model has none in containers."""
         found = tuple(i for i, link in enumerate(self.links) if link.is_layer)
         return found or tuple(range(len(self.links)))
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Each layer's links: itself, and what stands between it and the next layer."""
         ends = (*self.layers[1:], self.layers[-1] + 1)

@@ -114,13 +114,13 @@ def _alike(
     wide, split = step.wide, d.schedule in SPLIT_BACKWARD
     exposed = exposed_send_ps(costs, step, d)
     base = moved_level(d, fixed_recompute)
-    kinds = [tuple(step.kinds[i] for i in group) for group in chain.groups]
-    distinct = {kind: [step.rows[k] for k in kind] for kind in kinds}
+    groups, group_of = costs.layer_groups
+    distinct = [[step.rows[k] for k in group] for group in groups]
 
     def each(value: Callable[[list[Row]], int]) -> tuple[int, ...]:
         """A number of every layer's links, computed once a kind."""
-        known = {kind: value(rows) for kind, rows in distinct.items()}
-        return tuple(known[kind] for kind in kinds)
+        known = [value(rows) for rows in distinct]
+        return tuple([known[k] for k in group_of])
 
     def total(value: Callable[[Row], int]) -> tuple[int, ...]:
         return each(lambda rows: sum(map(value, rows)))

@@ -123,6 +123,14 @@ class Costs:
         where = {kind: i for i, kind in enumerate(self.kinds)}
         return tuple(where[kind] for kind in self._kind_of_link)
 
+    @cached_property
+    def layer_groups(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+        """Distinct groups of kinds that a layer's links are, and which each layer's are."""
+        kinds = [tuple(self.kind_of[i] for i in group) for group in self.chain.groups]
+        distinct = tuple(dict.fromkeys(kinds))
+        where = {group: i for i, group in enumerate(distinct)}
+        return distinct, tuple(where[group] for group in kinds)
+
     def work(self, axes: Axes, is_layer: bool) -> Work:
         batch, cp = np.asarray(self.points, dtype=np.float64).T
         return Work(

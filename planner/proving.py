@@ -18,7 +18,7 @@ from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 1_000  # linear programs at most, some 5 ms each
+PROGRAMS = 600  # linear programs at most, some 5 ms each
 FIRST = 24  # of one stage program when it is first asked; twice as many each time that was no use
 WITHIN = 2_000  # a bound is raised until it is so near to where it was not: one part in so many
 

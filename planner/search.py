@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
@@ -39,9 +39,10 @@ from planner.stages import (
     surely_infeasible,
 )
 
-DEFAULT_EFFORT = 2_500  # a stage program counts one, and one for every 8 stages, if it is not a
-# known one with other operations kept, which the best cuts off early; a mesh one, if
-# its state may fit, and one for every 4 programs it has: some 6 s
+DEFAULT_EFFORT = 1_500  # a stage program counts one, and one for every 8 stages, if it is not a
+# known one with other operations kept, which the best cuts off early; a mesh one, if its state
+# may fit, one for every 3 ways to hold it and one for every 4 programs: some 4 ms each
+STATES = 3
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 UNLIMITED = 1 << 62  # bytes, or picoseconds
@@ -163,7 +164,7 @@ class Searcher(Space):
         full, again on the next; where memory may be in the way, with activations on the host."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
-        out.spent += bool(ways)
+        out.spent += bool(ways) + len(ways) // STATES
         while ways:
             full: list[Decisions] = []
             held: list[tuple[Decisions, Step]] = []
@@ -176,22 +177,26 @@ class Searcher(Space):
                 else:
                     held.append((d, step))
             steps = undominated([row for row in held if self._may_fit(*row, out)])
-            todo = [
-                row for d, step in steps for made in self.schedules(d)
-                for row in self._programs(step, made, out)
-            ]  # fmt: skip
+            todo, least = [], {}
+            for d, step in steps:
+                for made in self.schedules(d):
+                    problem = self.problem(step, made)
+                    least[made] = lower_bound_ps(_unlimited(problem))
+                    if not out.best or least[made] < self._below(out.best, mesh):
+                        todo += self._programs(step, made, problem, out)
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             held = [row for row in held if not self._over[_state_key(row[0])]]
-            todo = [*self._by_count(undominated(held), mesh, laid, out)]
+            todo = [*self._by_count(undominated(held), mesh, laid, least, out)]
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             next_tier = (lower(d, self.pins, self.costs.cluster) for d in full)
             ways = [*dict.fromkeys(filter(None, next_tier))]
 
     def _by_count(
-        self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments, out: Outcome
-    ) -> Iterator[Program]:
+        self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,
+        least: Mapping[Decisions, int], out: Outcome,
+    ) -> Iterator[Program]:  # fmt: skip
         """The programs of states with activations on the host by count of layers, that could be
-        better than the best if memory were in nobody's way."""
+        better than the best if memory were in nobody's way. least: bounds of that, where known."""
         target = self._below(out.best, mesh) if out.best else UNLIMITED
         for d, step in held:
             made = self.by_count(d)
@@ -201,6 +206,8 @@ class Searcher(Space):
             if not self._may_fit(made, below, out):
                 continue
             for one in self.schedules(made):
+                if least.get(replace(one, offload=d.offload), 0) >= target:
+                    continue
                 problem = self.problem(below, one)
                 pays = lower_bound_ps(_unlimited(problem)) < target
                 if pays and not (out.best and surely_infeasible(problem)):
@@ -226,10 +233,11 @@ class Searcher(Space):
                     full.append(replace(row.decisions, schedule="1f1b", virtual_stages=1))
         return full
 
-    def _programs(self, step: Step, d: Decisions, out: Outcome) -> Iterator[Program]:
+    def _programs(
+        self, step: Step, d: Decisions, problem: StageProblem, out: Outcome
+    ) -> Iterator[Program]:
         """The stage programs of a schedule that may have a solution: as layers are recomputed in
         part by default, and where memory surely binds as they may be otherwise."""
-        problem = self.problem(step, d)
         weighed = out.best is not None or out.misfits >= MISFITS
         fits = not weighed or not surely_infeasible(problem)
         eased = fits and forced_ps(problem) == 0
