@@ -87,16 +87,17 @@ def rows(folder: Path, data: Path, runs: int) -> Iterator[Row]:
         return Row(name, f"{most:g}x", f"{run.seconds / of.seconds:.2f}x")
 
     example = trace(LLAMA, "h100x64")
-    yield timed("8B from a file, h100x64, cold", 6, example)
+    yield timed("8B from a file, h100x64, cold", 5, example)
     warm = folder / "warm"
     trace(LLAMA, "h100x64", cache=warm)
     yield timed("8B from a file, h100x64, cached", 3, trace(LLAMA, "h100x64", cache=warm))
     mixed = trace(LLAMA, "h100x64+a100x64")
     yield timed("8B from a file, h100x64+a100x64, cold", 15, mixed)
     for name, config, hardware, most_s in (
-        ("8B config, h100x64, cold", "meta-llama--Meta-Llama-3.1-8B", "h100x64", 10),
-        ("405B config, h100x16384, cold", "meta-llama--Meta-Llama-3.1-405B", "h100x16384", 20),
-        ("Kimi-K2 (1T) config, h100x2048, cold", "moonshotai--Kimi-K2-Instruct", "h100x2048", 20),
+        ("8B config, h100x64, cold", "meta-llama--Meta-Llama-3.1-8B", "h100x64", 9),
+        ("405B config, h100x16384, cold", "meta-llama--Meta-Llama-3.1-405B", "h100x16384", 15),
+        ("405B config, 100,000 GPUs, cold", "meta-llama--Meta-Llama-3.1-405B", "h100x100000", 30),
+        ("Kimi-K2 (1T) config, h100x2048, cold", "moonshotai--Kimi-K2-Instruct", "h100x2048", 15),
     ):
         path = data / f"{config}.json"
         if path.exists():

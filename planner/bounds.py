@@ -54,21 +54,17 @@ Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how un
 class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
-    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes by
-    level (none, selective, full); again_s: what recomputing every layer adds, selective and full.
-    relief_s_per_byte: the least time that recomputation takes for a byte it frees, of any layer
-    and level. freed: all that recomputation can free: [piece, (bytes, seconds a byte), point],
-    the cheapest piece first. working: the least that any choice uses. layers: the commonest kind;
-    first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s: one
-    link of each kind.
+    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes,
+    nothing recomputed. freed: all that recomputation can free: [piece, (bytes, seconds a byte),
+    point], the cheapest piece first. working: the least that any choice uses. layer: the commonest
+    kind; first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s:
+    one link of each kind.
     """
 
     step_s: Floats
     quickest_s: Floats
     forward_s: Floats
-    kept: tuple[Floats, Floats, Floats]
-    again_s: tuple[Floats, Floats]
-    relief_s_per_byte: Floats
+    kept: Floats
     freed: Floats
     working: Floats
     least_working: Floats
@@ -92,8 +88,8 @@ def through_chain(
     zero = np.zeros(len(costs.points))
     step, quickest = zero, np.full(len(costs.points), np.inf)
     ahead = np.full(len(costs.points), np.inf)
-    kept, again, working = [zero, zero, zero], [zero, zero], zero
-    relief, least_working = np.full((2, len(costs.points)), np.inf)
+    kept, working = zero, zero
+    least_working = np.full(len(costs.points), np.inf)
     all_freed, each, layers = [], [], {}
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
@@ -106,10 +102,9 @@ def through_chain(
         uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
         step = step + counts[k] * one
         each.append((one, holds[0]))
-        level = (0, 0, 0)
         least = uses[0]
         if of_layers[k]:
-            level, least = (0, 1, 2), np.minimum(np.minimum(uses[0], uses[1]), uses[2])
+            least = np.minimum(np.minimum(uses[0], uses[1]), uses[2])
             quickest = np.minimum(quickest, one)
             whole = sum(
                 (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
@@ -136,12 +131,9 @@ def through_chain(
                 freed=pieces,
             )  # fmt: skip
             all_freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
-            relief = np.minimum(relief, pieces[0, 1])
             least_working = np.minimum(least_working, least)
-            again = [again[0] + of_layers[k] * light, again[1] + of_layers[k] * whole]
         working = np.maximum(working, least)
-        beside = counts[k] - of_layers[k]
-        kept = [a + of_layers[k] * holds[n] + beside * holds[0] for a, n in zip(kept, level)]
+        kept = kept + counts[k] * holds[0]
     common = max(layers, key=lambda k: layers[k].count)
 
     def end(links: range) -> tuple[Floats, Floats]:
@@ -151,8 +143,8 @@ def through_chain(
     pieces = np.concatenate(all_freed)
     pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
     return Through(
-        step_s=step, quickest_s=quickest, forward_s=ahead, kept=(kept[0], kept[1], kept[2]),
-        again_s=(again[0], again[1]), relief_s_per_byte=relief, freed=pieces, working=working,
+        step_s=step, quickest_s=quickest, forward_s=ahead, kept=kept,
+        freed=pieces, working=working,
         least_working=least_working, common=common, layer=layers[common],
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(one for one, _ in each),
@@ -298,7 +290,7 @@ class _Table:
     def _alone_s(self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way) -> Floats:
         """One rank has the whole chain. What its transfers take is hidden but for a share, or
         beyond what it computes meanwhile."""
-        kept, working = self.get(mine, "kept", 0), self.get(mine, "working")
+        kept, working = self.get(mine, "kept"), self.get(mine, "working")
         over = kept + held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
@@ -329,7 +321,7 @@ class _Table:
                 places[pp == p] = (1 / held_at_once).sum(axis=1)
             left = room - self.get(mine, "least_working")
             state = held.state_bytes[:, 0]
-            over = self.get(mine, "kept", 0)
+            over = self.get(mine, "kept")
             over = over + np.maximum(state - pp * left, state / most - places * left)
             freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
             again = (
@@ -390,7 +382,7 @@ class _Table:
         all of it does not do."""
         gpu_bytes = self.costs.cluster.device.memory_bytes
         held = np.minimum(m, pp) / pp
-        over = self.get(mine, "kept", 0) - (gpu_bytes - held_bytes) / held
+        over = self.get(mine, "kept") - (gpu_bytes - held_bytes) / held
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         beyond = np.maximum(0.0, over - freed[:, 0].sum(axis=0)) * held / gpu_bytes
         beyond = np.where(beyond * gpu_bytes > ROUNDING_BYTES, beyond, 0.0)

@@ -39,10 +39,9 @@ from planner.stages import (
     surely_infeasible,
 )
 
-DEFAULT_EFFORT = 1_500  # a stage program counts one, and one for every 8 stages, if it is not a
-# known one with other operations kept, which the best cuts off early; a mesh one, if its state
-# may fit, one for every 3 ways to hold it and one for every 4 programs: some 4 ms each
-STATES = 3
+DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
+# known one with other operations kept, which the best cuts off early; a mesh one, if
+# its state may fit, and one for every 4 programs it has: some 8 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 UNLIMITED = 1 << 62  # bytes, or picoseconds
@@ -164,7 +163,7 @@ class Searcher(Space):
         full, again on the next; where memory may be in the way, with activations on the host."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
-        out.spent += bool(ways) + len(ways) // STATES
+        out.spent += bool(ways)
         while ways:
             full: list[Decisions] = []
             held: list[tuple[Decisions, Step]] = []
