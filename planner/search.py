@@ -176,7 +176,8 @@ class Searcher(Space):
                 else:
                     held.append((d, step))
             steps = undominated([row for row in held if self._may_fit(*row, out)])
-            todo, least = [], {}
+            todo: list[Program] = []
+            least: dict[Decisions, int] = {}
             for d, step in steps:
                 for made in self.schedules(d):
                     problem = self.problem(step, made)
@@ -185,8 +186,8 @@ class Searcher(Space):
                         todo += self._programs(step, made, problem, out)
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             held = [row for row in held if not self._over[_state_key(row[0])]]
-            todo = [*self._by_count(undominated(held), mesh, laid, least, out)]
-            full += self._solve_all(todo, mesh, laid, out, unsettled)
+            moved = [*self._by_count(undominated(held), mesh, laid, least, out)]
+            full += self._solve_all(moved, mesh, laid, out, unsettled)
             next_tier = (lower(d, self.pins, self.costs.cluster) for d in full)
             ways = [*dict.fromkeys(filter(None, next_tier))]
 
