@@ -1,0 +1,67 @@
+"""The claims of examples/serving/README.md: every command runs, and says what the page says.
+
+`--update-golden` writes anew what comes out; the verdicts are then to be read again.
+"""
+
+import re
+
+import pytest
+from tiny_models import EXAMPLES
+
+PAGE = EXAMPLES / "serving" / "README.md"
+BLOCK = re.compile(r"```\n\$ plan (.*?[^\\])\n(.*?)```", re.S)
+KEPT = ("  division", "  blocks", "  lossy", "  cache", "first token", "  gpu ", "  cpu ",
+        "  nvme ", "  binds", "hardware ", "a6000x", "error:")  # fmt: skip
+
+
+def abridged(text):
+    """The lines of an output that the page has."""
+    return "".join(f"{line}\n" for line in text.splitlines()
+                   if line.startswith(KEPT) and " served on " not in line)  # fmt: skip
+
+
+@pytest.fixture
+def said(plan, tmp_path, update_golden):
+    """What every command of the page says, in its order, after the page was compared with it."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    text, found = PAGE.read_text(), []
+    for command, _ in BLOCK.findall(text):
+        code, out, err = plan(*command.replace("\\\n", " ").split())
+        assert code == 0 or err.startswith("error:"), err
+        found.append(abridged(out if code == 0 else err))
+    rest = iter(found)
+    update_golden(PAGE, BLOCK.sub(lambda m: f"```\n$ plan {m[1]}\n{next(rest)}```", text))
+    return found
+
+
+def seconds(text):
+    """(TTFT, TPOT) of a plan's line."""
+    units = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+    found = re.search(r"first token ([\d.]+) (\w+), then one every ([\d.]+) (\w+):", text)
+    return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+
+
+def gigabytes(text, tier):
+    return float(re.search(rf"^  {tier} +([\d.]+) GB", text, re.M)[1])
+
+
+def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
+    assert max(map(len, PAGE.read_text().splitlines())) <= 100
+    two_nodes, one_node, with_host, dense, ram, nvme, moe, llama, whole, window, *sizes = said
+    # 1T parameters in int4: on two nodes of four, or one and its host
+    assert seconds(two_nodes)[1] < 0.02 and gigabytes(two_nodes, "gpu") < 76.5
+    assert "does not fit a100x4" in one_node
+    assert seconds(with_host)[1] < 0.06 and gigabytes(with_host, "cpu") > 50
+    # 700B dense: it runs, seconds a token; no faster than a GPU's link and its host's CPU read it
+    assert 3 < seconds(dense)[1] < 10
+    # 1.3T: below a second a token from RAM and from NVMe, after minutes for the first
+    assert seconds(ram)[1] < seconds(nvme)[1] < 1 and min(seconds(ram)[0], seconds(nvme)[0]) > 60
+    # one expert a GPU is no quicker than a dense model over the same GPUs
+    assert seconds(llama)[1] < seconds(moe)[1]
+    # a window's cache is that of 3K; weights, which it leaves alone, are most of the memory
+    per_token = [float(re.search(r"cache +([\d.]+) kB", text)[1]) for text in (whole, window)]
+    assert per_token[1] * 16384 == pytest.approx(per_token[0] * 3072, rel=0.01)
+    assert gigabytes(window, "gpu") > 0.9 * gigabytes(whole, "gpu")
+    # fewest GPUs that answer within a second a token: one technique, and two together
+    least = [int(re.search(r"^a6000x(\d+)", text, re.M)[1]) for text in sizes]
+    assert least == [32, 16, 8, 4]
