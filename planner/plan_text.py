@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from planner.serving.plan import ServingPlan
 
 SCHEMA = "plan/1"
+SERVING_SECTIONS = ("schema", "planner", "inputs", "workload", "decisions", "blocks", "parameters",
+                    "edges", "estimate", "solver")  # fmt: skip
 MODES = ("full", "selective", "none")
 SECTIONS = ("schema", "planner", "inputs", "workload", "decisions", "stages", "units",
             "parameters", "edges", "estimate", "solver")  # fmt: skip
@@ -184,7 +186,11 @@ def _document(text: str, source: str) -> dict[str, Any]:
     """The JSON object of a plan whose schema this version reads."""
     try:
         raw = json.loads(text, object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as fault:
+    except (RecursionError, ValueError) as fault:
+        if not isinstance(fault, json.JSONDecodeError):  # too deep, or a number without end
+            raise PlanError("not a plan: it cannot be read", where=source,
+                            why=str(fault).partition(";")[0][:60],
+                            hints=("restore it from git, or plan trace again",)) from fault
         end = "the file ends too early" if fault.pos >= len(text.rstrip()) else fault.msg
         raise PlanError(
             f"not a whole plan: {end}",
@@ -200,11 +206,10 @@ def _document(text: str, source: str) -> dict[str, Any]:
             why=f"this is version {PLANNER_VERSION}, which reads {SCHEMA}",
             hints=("upgrade meshwright to read it",),
         )  # fmt: skip
-    if _of_serving(raw):
-        return dict(raw)
-    for key in [*SECTIONS, *raw]:
-        if key not in SECTIONS and key != "graph":
-            raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(SECTIONS)}")
+    known = SERVING_SECTIONS if _of_serving(raw) else SECTIONS
+    for key in [*known, *raw]:
+        if key not in known and key != "graph":
+            raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(known)}")
         if key not in raw:
             raise PlanError(f"missing key {key}", where=source)
     return dict(raw)

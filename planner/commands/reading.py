@@ -63,7 +63,9 @@ def show(
         raise UsageError(f"{flag} is of --goodput", hints=("plan show --goodput ...",))
     read = load_plan(plan)
     if not isinstance(read, Plan):
-        return show_serving(read, folder_of(plan), as_json=as_json)
+        used = [flag for flag, on in (("--layers", layers), ("--stage", stage is not None),
+                                      ("--goodput", goodput)) if on]  # fmt: skip
+        return show_serving(read, folder_of(plan), as_json=as_json, used=used)
     checked = examine_plan(read, folder_of(plan))
     found, estimate = checked.plan, checked.estimate
     if goodput:

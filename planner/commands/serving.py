@@ -62,7 +62,8 @@ KvWindow = Annotated[
         metavar="N", show_default=False, help="serve: the cache forgets what is older (lossy)"
     ),
 ]
-TRAINING = ("seq_len", "global_batch", "optimizer", "base", "stability")
+TRAINING = ("seq_len", "global_batch", "optimizer", "base", "stability", "prices", "assume",
+            "max_gpus", "max_cost", "max_memory", "effort")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +132,11 @@ def trace_serving(
     if not options.model:
         raise UsageError("plan trace --task serve needs a MODEL")
     pins = parse_serve_pins(fix)
+    if "," in (options.asked.precision or ""):
+        raise UsageError(f"--precision {options.asked.precision} is of training",
+                         hints=("--precision bf16 --allow fp8",))  # fmt: skip
+    if flags.max_bits is not None and flags.max_bits < 1:
+        raise UsageError(f"--max-bits {flags.max_bits} is no number of bits")
     cluster = load_hardware(options.hardware)
     precision, echo = precision_of(options.asked, cluster)
     objective = "latency" if options.objective == "time" else options.objective
@@ -138,6 +144,9 @@ def trace_serving(
     clock = Clock()
     with progress() as report:
         graph = capture(options, cluster, clock, report)
+        longest = graph.max_seq_len
+        if longest and asked.prompt + asked.output > longest:
+            echo = (*echo, f"{asked.prompt + asked.output} tokens are beyond the model's {longest}")
         plan, found, others = plan_serving(graph, options.hardware, cluster, asked, pins, report)
     clock.mark("solve_s")
     plan.save(output, embed=embed)
@@ -156,8 +165,10 @@ def trace_serving(
     return 0
 
 
-def show_serving(plan: ServingPlan, folder: Path, *, as_json: bool) -> int:
-    """`plan show` of a plan of serving."""
+def show_serving(plan: ServingPlan, folder: Path, *, as_json: bool, used: list[str]) -> int:
+    """`plan show` of a plan of serving. used: options that only plans of training have."""
+    if used:
+        raise UsageError(f"{used[0]} is of plans of training", hints=("plan show, --json",))
     from planner.serving.check import examine_serving
     from planner.serving.show import document, summary
 

@@ -199,7 +199,9 @@ def trace(
             ),
             path, embed=embed, as_json=as_json, verbose=verbose, fix=fix,
             training={"seq_len": seq_len, "global_batch": global_batch, "optimizer": optimizer,
-                      "base": base, "stability": stability},
+                      "base": base, "stability": stability, "prices": prices, "assume": assume,
+                      "max_gpus": max_gpus, "max_cost": max_cost, "max_memory": max_memory,
+                      "effort": effort},
         )  # fmt: skip
     refuse_serving(flags)
     check_objective(objective, prices, max_cost)

@@ -15,6 +15,7 @@ OBJECTIVES = ("latency", "throughput", "cost")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
         "fp4": 4}  # fmt: skip
 ENGINE = "native"
+MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +61,12 @@ class ServeAsked:
 
     def __post_init__(self) -> None:
         for flag, value in (("--prompt", self.prompt), ("--output", self.output)):
-            if value < 1:
-                raise UsageError(f"{flag} {value} is no number of tokens", why="expected 1 or more")
-        if self.batch < 0 or self.kv_window < 0:
-            raise UsageError("--batch and --kv-window are whole numbers, 1 or more")
+            if not 1 <= value <= MOST:
+                raise UsageError(f"{flag} {value:.6g} is no number of tokens",
+                                 why=f"expected 1 to {MOST:,}")  # fmt: skip
+        for flag, value in (("--batch", self.batch), ("--kv-window", self.kv_window)):
+            if not 0 <= value <= MOST:
+                raise UsageError(f"{flag} {value:.6g} is too many", why=f"at most {MOST:,}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective {self.objective} is not one of serving",
                              why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip
@@ -80,9 +83,13 @@ class ServeAsked:
             if block not in BLOCKS:
                 raise UsageError(f"--keep {block}: there is no such block",
                                  why=f"known: {', '.join(BLOCKS)}")  # fmt: skip
-        if self.max_bits and not self.formats:
+        if self.max_bits and self.max_bits < min(BITS.values()):
             raise UsageError(f"--max-bits {self.max_bits}: no format has so few",
                              hints=("--max-bits 4, 8 or 16",))  # fmt: skip
+        if self.max_bits and self.allow and min(BITS[w] for w in self.allow) > self.max_bits:
+            raise UsageError(f"--max-bits {self.max_bits}: none of --allow"
+                             f" {','.join(self.allow)} has so few",
+                             hints=("allow one that has, or leave --allow out",))  # fmt: skip
 
     @property
     def formats(self) -> tuple[str, ...]:

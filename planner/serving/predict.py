@@ -56,7 +56,7 @@ class Prediction:
 
     def latency_s(self, load: ServeLoad) -> float:
         """Of one request, all its tokens."""
-        return self.ttft_s + load.output * self.tpot_s
+        return self.ttft_s + (load.output - 1) * self.tpot_s
 
 
 @functools.lru_cache(maxsize=64)

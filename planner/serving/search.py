@@ -299,16 +299,20 @@ def _nothing_fits(
 def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
     """By how much the limits are missed, and the nearest that can be met."""
     near = min(fits, key=lambda p: limits_used(p, asked))
-    said = []
+    said, flags = [], []
     for flag, value, most in (("--max-ttft", near.ttft_s, asked.max_ttft_s),
                               ("--max-tpot", near.tpot_s, asked.max_tpot_s)):  # fmt: skip
         if most is not None:
-            said.append(f"{flag} {most * 1e3:g}ms: the nearest plan takes {value * 1e3:.1f} ms"
+            said.append(f"{flag} {most * 1e3:g}ms: the nearest plan takes {value * 1e3:.4g} ms"
                         f" ({value / most - 1:+.0%})")  # fmt: skip
-    flags = [f"--max-ttft {near.ttft_s * 1e3:.0f}ms"] * (asked.max_ttft_s is not None)
-    flags += [f"--max-tpot {np.ceil(near.tpot_s * 1e3):.0f}ms"] * (asked.max_tpot_s is not None)
+            flags.append(f"{flag} {_above(value * 1e3)}ms")
     return InfeasibleError(
-        "no plan meets the limits: " + "; ".join(said),
-        why=f"{near.bottleneck} binds the nearest plan",
+        "no plan meets the limits", why="\n".join((*said, f"{near.bottleneck} binds that plan")),
         hints=(" ".join(flags) + " can be met", RELIEF[near.bottleneck]),
     )
+
+
+def _above(value: float) -> str:
+    """The number rounded up in its third digit."""
+    digit = 10.0 ** (np.floor(np.log10(value)) - 2)
+    return f"{np.ceil(value / digit * (1 - 1e-12)) * digit:.6g}"

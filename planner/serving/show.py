@@ -71,14 +71,16 @@ def summary(
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     lines = [*notes, f"{plan.graph.name}, {format_count(plan.graph.parameter_count)} parameters,"
              f" served on {plan.hardware}"]  # fmt: skip
-    lines += _packed("load", [f"{s.batch} requests at once", f"{asked.prompt} tokens in",
+    lines += _packed("load", [_many(s.batch, "request") + " at once", f"{asked.prompt} tokens in",
                               f"{asked.output} out", asked.engine, f"for {asked.objective}"])
     lines += _packed("division", [f"{k} {v}" for k, v in division(found).items()]
-                     + [f"= {s.devices} GPUs"])  # fmt: skip
+                     + ["= " + _many(s.devices, "GPU")])  # fmt: skip
     if s.prefill_chunk:
         lines.append(_row("prompts", f"in chunks of {s.prefill_chunk} tokens"))
     lines.append("")
-    lines += [_row("blocks", _block(row)) for row in block_records(s)]
+    first, *rest = block_records(s)
+    rows = [*rest, first | {"block": "others"}] if rest else [first]
+    lines += [_row("blocks", _block(row)) for row in rows]
     cache = f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"
     cache += f", on {s.kv_tier}" if s.kv_tier != "gpu" else ""
     cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window else ""
@@ -97,12 +99,17 @@ def summary(
         share = size / capacity if name == "gpu" else None
         lines.append(_bar(name, format_bytes(round(size)), share))
     lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
-    lines.append(_row("search", f"{plan.solver.status}, {plan.solver.meshes} plans predicted"))
+    predicted = _many(plan.solver.meshes, "plan") + " predicted"
+    lines.append(_row("search", f"{plan.solver.status}, {predicted}"))
     for at, p in enumerate(others[:3]):
         degrees = " ".join(f"{k} {v}" for k, v in division(p).items())
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(line[:WIDTH] for line in lines)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def division(p: Prediction) -> dict[str, int]:
@@ -118,8 +125,8 @@ def _block(row: dict[str, Any]) -> str:
     text = f"{row['block'].replace('_', ' ')}: {row['format']}"
     if "tier" in row:
         way = "streamed from" if row["place"] == "stream" else "multiplied on"
-        unit = "experts of each layer" if row["block"] == "routed_experts" else "layers"
-        kept = f", {row['resident']} {unit} stay on the GPU" if row["resident"] else ""
+        unit = "a layer" if row["block"] == "routed_experts" else "layers"
+        kept = f", {row['resident']} {unit} on the GPU" if row["resident"] else ""
         text += f", {way} {row['tier']}{kept}"
     return text
 

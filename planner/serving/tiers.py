@@ -20,6 +20,7 @@ from cost_models.serving_engines import ServingEngine
 from cost_models.serving_ops import Costs, Step, step_of
 from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import below, below_bytes, layers_of, sharers
+from ir.errors import UsageError
 
 STEPS = 16  # of a layer's experts, and of the layers of a block
 _US, _KIB = 1e6, 1 << 10  # integers of microseconds, and of KiB
@@ -93,6 +94,11 @@ def best_tiers(
     ways = {block: choices(costs, model, block, steps) for block in blocks}
     if pinned is not None:
         wanted = dict(pinned)
+        for block, word in wanted.items():
+            cluster.tier(word)
+            if block not in blocks:
+                raise UsageError(f"--fix offload={block}:{word}: {model.name} has no {block}",
+                                 why=f"its blocks: {', '.join(blocks)}")  # fmt: skip
         ways = {b: [c for c in rows if (c.held.tier if c.held else None) == wanted.get(b)]
                 for b, rows in ways.items()}  # fmt: skip
     program = cp_model.CpModel()

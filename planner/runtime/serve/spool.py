@@ -111,8 +111,11 @@ class Spool:
             at, size = self._where[name, row, part]
             data = memoryview(cast(Any, as_bytes(tensor.cpu().contiguous()).numpy()))
             done = 0
-            while done < size:
-                done += os.pwrite(self._fd, data[done:], self._start + at + done)
+            try:
+                while done < size:
+                    done += os.pwrite(self._fd, data[done:], self._start + at + done)
+            except OSError as fault:
+                raise PlanError(f"cannot write weights to {self.path}", why=str(fault)) from fault
 
     def finish(self) -> dict[tuple[str, int], tuple[Extent, ...]]:
         """The extents of every (name, row)."""
