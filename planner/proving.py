@@ -49,6 +49,7 @@ class Proof:
     left: list[Unsettled]
     found: Callable[[Unsettled, StageSolution], int]
     gain_ppm: int = AXIS_GAIN_PPM
+    stopped: Callable[[], bool] = lambda: False  # Ctrl-C: the bounds so far are what is proved
     programs: int = PROGRAMS
     certified: int = 0
     shapes: Shapes = field(default_factory=Shapes)
@@ -57,7 +58,7 @@ class Proof:
 
     def run(self) -> list[Unsettled]:
         """Least bound first, while that raises the whole; returns what is left."""
-        while self.left:
+        while self.left and not self.stopped():
             weakest = min(self.left, key=lambda u: (u.bound, u.order))
             if weakest.bound >= min(self.untried, self.best):
                 break

@@ -110,7 +110,6 @@ class Searcher(Space):
                 if out.best and lower[i] >= out.best.score:
                     continue
                 if stopped() or out.spent >= self.effort:
-                    out.interrupted = stopped()
                     break
                 space, mesh = candidates[i]
                 space._expand(mesh, out, unsettled)
@@ -119,15 +118,19 @@ class Searcher(Space):
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
                 self._report(out, min([*left[-1:], *(u.bound for u in unsettled)], default=0))
-        if out.best is None and out.misfit is None:
-            self._weigh_closest(out)
-        if not out.interrupted:
-            unsettled = self._prove(out, unsettled, left[-1] if left else 1 << 62)
+            if out.best is None and out.misfit is None:
+                self._weigh_closest(out)
+            if not stopped():
+                untried = left[-1] if left else 1 << 62
+                unsettled = self._prove(out, unsettled, untried, stopped)
+            out.interrupted = stopped()
         rest = [*left[-1:], *(u.bound for u in unsettled)]
         out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
 
-    def _prove(self, out: Outcome, unsettled: list[Unsettled], untried: int) -> list[Unsettled]:
+    def _prove(
+        self, out: Outcome, unsettled: list[Unsettled], untried: int, stopped: Callable[[], bool]
+    ) -> list[Unsettled]:
         """Raise the bounds of what is unsettled, least first; returns what is left."""
         if out.best is None:
             return unsettled
@@ -146,7 +149,7 @@ class Searcher(Space):
 
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
-            shapes=self._shapes, gain_ppm=self.gain_ppm,
+            shapes=self._shapes, gain_ppm=self.gain_ppm, stopped=stopped,
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:

@@ -350,6 +350,11 @@ def test_a_failing_write_leaves_the_old_plan(plan, copy, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def heeds_interrupts():
+    """A suite that was started in the background hands on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_keeps_the_best_so_far(tmp_path, tmp_path_factory):
     """Ctrl-C in a long solve: exit 130, and a plan that says FEASIBLE with its gap."""
     arguments = ["trace", LLAMA, "--arg", "size=405b", "--hardware", "h100x16384",
@@ -358,7 +363,7 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "planner.cli", *arguments], cwd=tmp_path,
         env=environment(str(fresh)),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interrupts,
     )  # fmt: skip
     for _ in range(600):  # until the graph is cached: then it solves
         if list(fresh.rglob("*.graph")) or process.poll() is not None:

@@ -363,6 +363,11 @@ def test_a_model_that_raises_on_a_rank_is_told_once(tmp_path, capsys):
     assert err.count("not here") == 1
 
 
+def heeds_interrupts():
+    """A suite that was started in the background hands on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_the_workers_too(tmp_path):
     plan, model = planned(tmp_path, MODEL.format(wrong="") + TWIN)
     mark = tmp_path / "running"
@@ -373,7 +378,8 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     )
     command = [sys.executable, "-m", "planner.cli", "verify", plan, "--model", model, "--no-ledger"]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                           cwd=Path(cli.__file__).parents[1], env=dict(os.environ))  # fmt: skip
+                           cwd=Path(cli.__file__).parents[1], env=dict(os.environ),
+                           preexec_fn=heeds_interrupts)  # fmt: skip
     end = time.monotonic() + 180
     while not mark.exists() and time.monotonic() < end and job.poll() is None:
         time.sleep(0.05)
