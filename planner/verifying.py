@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from planner.runtime.verify.ledger import LedgerResult
     from planner.runtime.verify.twin import Twin
     from planner.runtime.world import RankFailure
+    from planner.serving.plan import ServingPlan
 
 WIDTH = 80
 MOST_ROWS = 20  # of a table of differences; --json has all
@@ -65,23 +66,30 @@ def run_command(plan: Plan, options: VerifyOptions) -> Verified:
         return verify(plan, options, say)
 
 
+def require_same_model(
+    plan: Plan | ServingPlan, options: VerifyOptions, precision: str
+) -> None:
+    """Trace the model anew. Raises GateError where the plan is another model's."""
+    from planner.tracing import capture
+
+    traced = capture(
+        TraceOptions(
+            model=options.model, hardware=plan.hardware, args=tuple(options.args.items()),
+            cache=options.cache, asked=Asked(precision=precision),
+        ),
+        load_cluster(plan, options.folder),
+    )  # fmt: skip
+    require_model(plan, traced, options.model)
+
+
 def verify(plan: Plan, options: VerifyOptions, report: Progress | None = None) -> Verified:
     """Compare the plan with the model and with what runs.
 
     Raises GateError where the plan is another model's, naming the first unit that differs;
     UsageError for a twin that cannot be asked for; PlanError where it cannot be made or run.
     """
-    from planner.tracing import capture
-
     say = report or (lambda line: None)
-    traced = capture(
-        TraceOptions(
-            model=options.model, hardware=plan.hardware, args=tuple(options.args.items()),
-            cache=options.cache, asked=Asked(precision=plan.workload.precision),
-        ),
-        load_cluster(plan, options.folder),
-    )  # fmt: skip
-    require_model(plan, traced, options.model)
+    require_same_model(plan, options, plan.workload.precision)
     from planner.runtime.verify.run import verify_twin
     from planner.runtime.verify.twin import make_twins
     from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, RankFailure, local_world

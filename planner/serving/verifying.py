@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from cost_models.units import format_count
 from ir.errors import GateError
-from planner.check import require_model
 from planner.console import progress
-from planner.options import Progress, TraceOptions
-from planner.plan import load_cluster
+from planner.options import Progress
 from planner.serving.plan import ServingPlan
-from planner.verifying import VerifyOptions, explained
-from planner.workload import Asked
+from planner.verifying import VerifyOptions, explained, require_same_model
 
 if TYPE_CHECKING:
     from planner.runtime.serve.twin import ServingTwin
@@ -43,17 +40,8 @@ def verify_serving(
     Raises GateError where the plan is another model's; PlanError where no twin can be made or a
     rank failed; UsageError where the model says no way to cut it.
     """
-    from planner.tracing import capture
-
     say = report or (lambda line: None)
-    traced = capture(
-        TraceOptions(
-            model=options.model, hardware=plan.hardware, args=tuple(options.args.items()),
-            cache=options.cache, asked=Asked(precision=plan.asked.precision),
-        ),
-        load_cluster(plan, options.folder),
-    )  # fmt: skip
-    require_model(plan, traced, options.model)
+    require_same_model(plan, options, plan.asked.precision)
     from planner.runtime.serve.twin import make_serving_twin
     from planner.runtime.serve.verify import verify_served
     from planner.runtime.world import PRELOAD_HF, RankFailure, local_world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from planner.runtime.load import matched
 from planner.runtime.serve.kv import Kv, cache_of
 from planner.runtime.serve.lent import Place
 from planner.runtime.serve.pipe import layers_here, outputs_whole
-from planner.runtime.serve.place import Laid, Loaded, Loader, Weight, place_all
+from planner.runtime.serve.place import Laid, Loaded, Loader, Weight, member_of, place_all
 from planner.runtime.sources import Files
 from planner.runtime.weights import Weights, named_weights
 
@@ -79,10 +80,8 @@ def weights_in(
 
 
 def _expert(model: nn.Module, name: str) -> nn.Module | None:
-    """The innermost member of a list of modules that a parameter is in."""
-    parts = name.split(".")
-    number = next((i for i in range(len(parts) - 1, 0, -1) if parts[i].isdigit()), None)
-    return None if number is None else model.get_submodule(".".join(parts[: number + 1]))
+    member = member_of(name)
+    return None if member is None else model.get_submodule(member)
 
 
 def serve_here(
@@ -94,32 +93,31 @@ def serve_here(
 
     files: safetensors for weights that the model was built without. folder: for a disk tier.
     """
-    sources: Mapping[str, Any] = {}
-    opened = Files(Path(files)) if files is not None else None
-    held = list(named_weights([model], weights))
-    if opened is not None:
-        sources = matched(opened.stored(), weights, held, str(files), True)
     served = Served(limits, kv)
-    loader = Loader(sources, None if folder is None else Path(folder))
     routed = weights_in(units, model, weights, laid)
     below = [w for _, _, some in routed for w in some
              if w.laid.tier != "gpu" and w.laid.experts is not None]  # fmt: skip
-    if below:
-        _take_experts_one_by_one(model)
-    served.loaded = place_all(routed, loader, device, slots=slots)
+    with ExitStack() as stack:
+        sources: Mapping[str, Any] = {}
+        if files is not None:
+            stored = stack.enter_context(Files(Path(files))).stored()
+            held = list(named_weights([model], weights))
+            sources = matched(stored, weights, held, str(files), True)
+        if below:
+            _take_experts_one_by_one(model)
+        loader = Loader(sources, None if folder is None else Path(folder))
+        served.loaded = place_all(routed, loader, device, slots=slots)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _filled(name, buffer, sources).to(device)
-    if opened is not None:
-        opened.__exit__()
+                module._buffers[name] = _filled(name, buffer).to(device)
     model.eval()
     model.requires_grad_(False)
     _limit(model, served, staged)
     return served
 
 
-def _filled(name: str, buffer: Tensor, sources: Mapping[str, Any]) -> Tensor:
+def _filled(name: str, buffer: Tensor) -> Tensor:
     if not buffer.is_meta:
         return buffer
     raise PlanError(f"the buffer {name} has no values",

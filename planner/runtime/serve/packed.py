@@ -36,13 +36,24 @@ class Format:
     product: Callable[[Tensor, Parts], Tensor | None] = lambda x, parts: None
 
 
+def _row_scale(wide: Tensor, most: float) -> Tensor:
+    """What brings each row's largest to `most`."""
+    return (wide.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _int8_pack(w: Tensor) -> Parts:
     wide = w.float()
-    scale = (wide.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = _row_scale(wide, 127)
     return (wide / scale[..., None]).round().to(torch.int8), scale
 
 
-def _int8_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
+def _fp8_pack(w: Tensor) -> Parts:
+    wide = w.float()
+    scale = _row_scale(wide, torch.finfo(torch.float8_e4m3fn).max)
+    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     return (parts[0].float() * parts[1][..., None]).to(dtype)
 
 
@@ -50,17 +61,6 @@ def _int8_product(x: Tensor, parts: Parts) -> Tensor | None:
     if x.device.type != "cpu":
         return None
     return torch._weight_int8pack_mm(x.contiguous(), parts[0], parts[1].to(x.dtype))
-
-
-def _fp8_pack(w: Tensor) -> Parts:
-    wide = w.float()
-    most = torch.finfo(torch.float8_e4m3fn).max
-    scale = (wide.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
-
-
-def _fp8_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
-    return (parts[0].float() * parts[1][..., None]).to(dtype)
 
 
 def _halves(codes: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def _fp4_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
 
 
 FORMATS: Mapping[str, Format] = {
-    "int8": Format(pack=_int8_pack, unpack=_int8_unpack, product=_int8_product),
-    "fp8": Format(pack=_fp8_pack, unpack=_fp8_unpack),
+    "int8": Format(pack=_int8_pack, unpack=_scaled_unpack, product=_int8_product),
+    "fp8": Format(pack=_fp8_pack, unpack=_scaled_unpack),
     "int4": Format(pack=_int4_pack, unpack=_int4_unpack),
     "fp4": Format(pack=_fp4_pack, unpack=_fp4_unpack),
 }

@@ -275,11 +275,17 @@ class _Placing:
             w.put(made)
 
 
+def member_of(name: str) -> str | None:
+    """The innermost member of a list of modules that a parameter is in: "experts.3"."""
+    parts = name.split(".")
+    number = next((i for i in range(len(parts) - 1, 0, -1) if parts[i].isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
 def _routed_in(w: Weight) -> str:
     """Where the experts of a parameter are: its module, or the list of experts' modules."""
-    parts = w.name.split(".")
-    number = next((i for i in range(len(parts) - 1, 0, -1) if parts[i].isdigit()), 0)
-    return ".".join(parts[:number]) if w.tensor.dim() < 3 else w.name.rpartition(".")[0]
+    inside = w.name if w.tensor.dim() >= 3 else member_of(w.name) or ""
+    return inside.rpartition(".")[0]
 
 
 def _apart(weights: Sequence[Weight], where: str) -> list[list[Weight]]:
