@@ -58,17 +58,8 @@ class Checked:
 
 def examine(plan: Plan, folder: Path) -> Checked:
     """Re-cost a plan. Raises PlanError where its decisions contradict its hardware."""
-    hardware, d = load_cluster(plan, folder), plan.decisions
-    reason = fault_of_parts(d, hardware)
-    if not isinstance(hardware, Fleet):
-        reason = reason or inconsistent(d, plan.workload, gpus=hardware.count)
-    if reason:
-        raise PlanError(f"the plan contradicts its hardware {plan.hardware}: {reason}")
-    for part in used_parts(hardware, d):
-        for word in (plan.workload.precision, *dict(d.formats).values()):
-            part.device.peak(word)
-        for tier in d.tiers.values():
-            part.tier(tier)
+    hardware = load_cluster(plan, folder)
+    require_legal(plan, hardware)
     estimate = recost(plan, hardware)
     pairs = (
         (f"hardware {plan.hardware}", plan.hardware_hash, hardware.digest),
@@ -82,6 +73,21 @@ def examine(plan: Plan, folder: Path) -> Checked:
         inputs=tuple(pair for pair in pairs if pair[1] != pair[2]),
         stale=found != (plan.step_time_us, plan.peak_memory_bytes),
     )
+
+
+def require_legal(plan: Plan, hardware: Hardware) -> None:
+    """Raise PlanError where a plan's decisions contradict each other or its hardware."""
+    d = plan.decisions
+    reason = fault_of_parts(d, hardware)
+    if not isinstance(hardware, Fleet):
+        reason = reason or inconsistent(d, plan.workload, gpus=hardware.count)
+    if reason:
+        raise PlanError(f"the plan contradicts its hardware {plan.hardware}: {reason}")
+    for part in used_parts(hardware, d):
+        for word in (plan.workload.precision, *dict(d.formats).values()):
+            part.device.peak(word)
+        for tier in d.tiers.values():
+            part.tier(tier)
 
 
 def fault_of_parts(d: Decisions, hardware: Hardware) -> str | None:

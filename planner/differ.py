@@ -1,4 +1,4 @@
-"""What changed between two plans, and what it does: one value, and its renderers.
+"""What changed between two plans, and what it does: one value; `differ_text` renders it.
 
 Both plans are costed with today's constants; what the old plan's own estimate drifted by is told
 apart.
@@ -7,30 +7,31 @@ apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import GateError, UsageError
 from ir.graph import Graph
+from planner.attribution import Coster, Effect, effects
 from planner.check import Checked
 from planner.decisions import VOCABULARY, decisions_json, summarise_recompute
 from planner.keep_words import keep_words
 from planner.names import expand_text, fold_text
 from planner.placements import placements
-from planner.plan import Plan, step_time_us
+from planner.plan import Plan, recost, step_time_us
 from planner.plan_text import recompute_records, stage_records
 
-SCHEMA = "diff/1"
 SAME_RELATIVE = 1e-6  # below the microsecond and byte that plans are stored in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """One figure of both plans. error: relative, of the estimates; better: -1 less, +1 more."""
+    """One figure of both plans. key: its name in JSON, with its unit. unit: s, B, % or none.
+    error: relative, of the estimates; better: -1 less, +1 more."""
 
     name: str
+    key: str
     unit: str
     old: float
     new: float
@@ -45,6 +46,11 @@ class Number:
     @property
     def within_error(self) -> bool:
         return abs(self.change) <= self.error
+
+    @property
+    def moved(self) -> bool:
+        """Whether it differs beyond the grain of what is stored."""
+        return abs(self.change) > SAME_RELATIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +67,9 @@ class Change:
 class Diff:
     """The difference of two plans.
 
+    effects: what each change does alone, and all together beyond that: they sum to the whole.
     drift: the old plan's stored step against the same plan costed today. renamed: modules paired
-    by shape and order, (old, new) folded.
+    by shape and order, (old, new) folded. decisions: those of the greatest effect first.
     """
 
     verdict: str
@@ -73,6 +80,7 @@ class Diff:
     inputs: tuple[Change, ...]
     renamed: tuple[tuple[str, str], ...]
     drift: Number | None
+    effects: tuple[Effect, ...] = ()
 
     @property
     def differs(self) -> bool:
@@ -80,11 +88,12 @@ class Diff:
         return bool(self.decisions or self.stages or self.placements or self.inputs or self.renamed)
 
 
-def diff(old: Checked, new: Checked) -> Diff:
-    """Compare two plans, each costed anew (`check.examine`)."""
+def diff(old: Checked, new: Checked, cost: Coster = recost) -> Diff:
+    """Compare two plans, each costed anew (`check.examine`), by the same `cost`."""
     renamed = _renamed(old.plan.graph, new.plan.graph)
     numbers = _numbers(old, new)
-    changes = _decisions(old.plan, new.plan)
+    rows = effects(old, new, cost)
+    changes = _by_effect(_decisions(old.plan, new.plan), rows)
     stages = _by_name(_stage_words(old.plan), _stage_words(new.plan), renamed)
     placed = _by_name(_placed(old.plan), _placed(new.plan), renamed)
     inputs = _inputs(old, new)
@@ -98,6 +107,7 @@ def diff(old: Checked, new: Checked) -> Diff:
         inputs=inputs,
         renamed=((fold_text(list(renamed)), fold_text(list(renamed.values()))),) if renamed else (),
         drift=_drift(old),
+        effects=rows,
     )
 
 
@@ -105,14 +115,14 @@ def _numbers(old: Checked, new: Checked) -> tuple[Number, ...]:
     a, b = old.estimate, new.estimate
     error = max(a.error, b.error)
     rows = (
-        ("step time", "s", a.step_time_s, b.step_time_s, -1),
-        ("peak memory", "B", a.peak_memory_bytes, b.peak_memory_bytes, -1),
-        ("tokens/s/GPU", "", _rate(old), _rate(new), 1),
-        ("MFU", "%", a.mfu, b.mfu, 1),
+        ("step time", "step_time_s", "s", a.step_time_s, b.step_time_s, -1),
+        ("peak memory", "peak_memory_bytes", "B", a.peak_memory_bytes, b.peak_memory_bytes, -1),
+        ("tokens/s/GPU", "tokens_per_s_per_gpu", "", _rate(old), _rate(new), 1),
+        ("MFU", "mfu", "%", a.mfu, b.mfu, 1),
     )
     return tuple(
-        Number(name=name, unit=unit, old=x, new=y, error=error, better=better)
-        for name, unit, x, y, better in rows
+        Number(name=name, key=key, unit=unit, old=x, new=y, error=error, better=better)
+        for name, key, unit, x, y, better in rows
     )
 
 
@@ -128,8 +138,8 @@ def _verdict(what: bool, numbers: Sequence[Number], new: Checked) -> str:
     step, memory = numbers[:2]
     words = []
     for number, (more, less) in ((step, ("slower", "faster")), (memory, ("more", "less"))):
-        size = abs(number.change)
-        if size > SAME_RELATIVE:
+        if number.moved:
+            size = abs(number.change)
             noise = " (within model error)" if number.within_error else ""
             what_of = " memory" if number is memory else ""
             words.append(f"{size:.1%} {more if number.change > 0 else less}{what_of}{noise}")
@@ -145,6 +155,12 @@ def _decisions(old: Plan, new: Plan) -> tuple[Change, ...]:
         for key in before
         if before[key] != after[key]
     )
+
+
+def _by_effect(changes: Sequence[Change], rows: Sequence[Effect]) -> tuple[Change, ...]:
+    """Those of the greatest effect first; what follows from others last."""
+    order = {key: place for place, row in enumerate(rows) for key in row.keys}
+    return tuple(sorted(changes, key=lambda change: order.get(change.what, len(rows))))
 
 
 def _decided(plan: Plan) -> dict[str, str]:
@@ -238,7 +254,7 @@ def _drift(old: Checked) -> Number | None:
     before, after = old.plan.step_time_us, step_time_us(old.estimate)
     if before == after:
         return None
-    return Number(name="step time", unit="s", old=before / 1e6, new=after / 1e6,
+    return Number(name="step time", key="step_time_s", unit="s", old=before / 1e6, new=after / 1e6,
                   error=old.estimate.error, better=-1)  # fmt: skip
 
 
@@ -257,69 +273,3 @@ def gate(found: Diff, limits: str) -> None:
             broken.append(f"{number.name} {number.change:+.1%}, allowed +{read[2]}%")
     if broken:
         raise GateError("the new plan fails the gate", why="\n".join(broken))
-
-
-def diff_text(d: Diff) -> str:
-    """The diff as text: the verdict first."""
-    lines = [d.verdict, ""]
-    if d.drift:
-        lines[1:1] = [
-            f"(the old plan said {_amount(d.drift, d.drift.old)} a step; with today's inputs "
-            f"{_amount(d.drift, d.drift.new)}: drift {d.drift.change:+.1%}, not counted below)"
-        ]
-    for n in d.numbers:
-        noise = "  within model error" if n.within_error and _moved(n) else ""
-        change = f"{n.change:+.1%}" if _moved(n) else "="
-        lines.append(
-            f"  {n.name:14}{_amount(n, n.old):>12} -> {_amount(n, n.new):<12}{change:>8}{noise}"
-        )
-    lines += _section("decisions", d.decisions)
-    lines += _section("stages", d.stages)
-    lines += _section("placements on tp", d.placements)
-    if d.renamed:
-        lines += ["", "renamed", *(f"  {a} -> {b}" for a, b in d.renamed)]
-    lines += _section("inputs", d.inputs)
-    return "\n".join(lines)
-
-
-def diff_json(d: Diff) -> dict[str, Any]:
-    """The diff as one document with stable keys, base units."""
-    return {
-        "schema": SCHEMA,
-        "verdict": d.verdict,
-        "differs": d.differs,
-        "numbers": [_number_json(n) for n in d.numbers],
-        "drift": None if d.drift is None else _number_json(d.drift),
-        **{
-            key: [{"what": c.what, "old": c.old, "new": c.new} for c in getattr(d, key)]
-            for key in ("decisions", "stages", "placements", "inputs")
-        },
-        "renamed": [{"old": a, "new": b} for a, b in d.renamed],
-    }
-
-
-def _number_json(n: Number) -> dict[str, Any]:
-    keys = {"step time": "step_time_s", "peak memory": "peak_memory_bytes",
-            "tokens/s/GPU": "tokens_per_s_per_gpu", "MFU": "mfu"}  # fmt: skip
-    return {"name": keys[n.name], "old": n.old, "new": n.new, "change": n.change,
-            "within_error": n.within_error}  # fmt: skip
-
-
-def _section(title: str, changes: Iterable[Change]) -> list[str]:
-    lines = [
-        f"  {c.what}: {c.old} -> {c.new}" + (f"   ({c.meaning})" if c.meaning else "")
-        for c in changes
-    ]
-    return ["", title, *lines] if lines else []
-
-
-def _moved(n: Number) -> bool:
-    return abs(n.change) > SAME_RELATIVE
-
-
-def _amount(n: Number, value: float) -> str:
-    if n.unit == "s":
-        return format_seconds(value)
-    if n.unit == "B":
-        return format_bytes(value)
-    return f"{value:.1%}" if n.unit == "%" else format_count(value)

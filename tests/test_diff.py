@@ -11,7 +11,9 @@ from cost_models.sharding import Sharding
 from ir.errors import GateError, UsageError
 from ir.text import format_graph, graph_hash
 from planner.check import Checked
-from planner.differ import diff, diff_json, diff_text, gate
+from planner.differ import diff as diff_of
+from planner.differ import gate
+from planner.differ_text import MOST_CHARACTERS, diff_json, diff_markdown, diff_text
 from planner.plan import step_time_us
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,6 +26,14 @@ def checked(plan, **estimate):
         plan = replace(plan, step_time_us=step_time_us(e))
     e = replace(e, **{k: v for k, v in estimate.items() if k != "step_time_us"})
     return Checked(plan=plan, hardware=CLUSTER, estimate=e, inputs=(), stale=False)
+
+
+def toy_cost(plan, hardware):
+    return toy_estimate(plan.graph, hardware, plan.workload, plan.decisions, {})
+
+
+def diff(old, new):
+    return diff_of(old, new, toy_cost)
 
 
 OLD = checked(toy_plan())
@@ -116,8 +126,8 @@ def test_gate():
 
 def test_json_keys():
     found = diff_json(diff(OLD, checked(toy_plan(decisions=OTHER, shardings=()))))
-    assert list(found) == ["schema", "verdict", "differs", "numbers", "drift", "decisions",
-                           "stages", "placements", "inputs", "renamed"]  # fmt: skip
+    assert list(found) == ["schema", "verdict", "differs", "numbers", "drift", "effects",
+                           "decisions", "stages", "placements", "inputs", "renamed"]  # fmt: skip
     assert found["numbers"][0]["name"] == "step_time_s"
 
 
@@ -125,3 +135,51 @@ def test_a_plan_that_does_not_fit():
     small = checked(toy_plan(decisions=OTHER, shardings=()), capacity_bytes=9_000)
     assert diff(OLD, small).verdict == "the new plan does not fit"
     assert diff(small, small).verdict == "the plans are the same, and do not fit"
+
+
+def test_each_change_alone_and_all_together_sum_to_the_whole():
+    """tp 2 -> 1 with dp 2 -> 4 leaves the toy's time as it is, and adds 2,000 bytes; the
+    micro-batch has no effect; what has none alone is still a row."""
+    d = replace(OTHER, micro_batch=2, microbatches=2)
+    found = diff(OLD, checked(toy_plan(decisions=d, shardings=())))
+    rows = {row.keys: (row.step_time_ps, row.peak_memory_bytes) for row in found.effects}
+    assert rows == {
+        ("dp", "tp", "sequence_parallel"): (0, 2000), ("micro_batch",): (0, 0),
+        ("stages",): (0, 0), ("recompute",): (0, 0),
+    }  # fmt: skip
+    wider = replace(DECISIONS, dp=4, pp=1, shard=4, microbatches=2, micro_batch=2, stages=(8,),
+                    recompute=((0, 0),))  # fmt: skip
+    new = checked(toy_plan(decisions=wider))
+    found = diff(OLD, new)
+    whole = new.estimate.step_time_ps - OLD.estimate.step_time_ps
+    assert sum(row.step_time_ps for row in found.effects) == whole
+    assert "pp" in found.effects[0].keys and "stages" in found.effects[0].keys
+
+
+def test_what_no_legal_plan_has_alone_goes_with_what_it_needs():
+    """A micro-batch of 3 does not divide 16 samples over dp 2: it goes with the batch of 12."""
+    d = replace(OTHER, micro_batch=3, microbatches=1)
+    batch = replace(OLD.plan.workload, global_batch=12)
+    found = diff(OLD, checked(toy_plan(workload=batch, decisions=d, shardings=())))
+    keys = {row.keys for row in found.effects}
+    assert keys == {("micro_batch", "global_batch"), ("dp", "tp", "sequence_parallel"),
+                    ("stages",), ("recompute",)}  # fmt: skip
+
+
+def test_a_comment_holds_no_markup_of_a_plan(update_golden):
+    found = diff(OLD, checked(toy_plan(decisions=OTHER, shardings=())))
+    text = diff_markdown(found, "plans/plan.json")
+    update_golden(GOLDEN / "diff.md", text + "\n")
+    hostile = replace(found.stages[0], what="a|b`<img src=x>\n# @all -->")
+    text = diff_markdown(replace(found, stages=(hostile,)), "x --> <b>")
+    assert "`a\\|b'<img src=x> # @all -->`" in text  # in code nothing is markup
+    assert text.splitlines()[0] == "<!-- meshwright-plan-diff x_-___b_ -->"
+
+
+def test_a_comment_is_short_enough_and_says_what_it_left_out():
+    found = diff(OLD, checked(toy_plan(decisions=OTHER, shardings=())))
+    many = tuple(replace(found.stages[0], what=f"layers.{i}.{'x' * 80}") for i in range(3000))
+    text = diff_markdown(replace(found, stages=many, placements=many))
+    assert 30_000 < len(text) < MOST_CHARACTERS
+    assert text.count("`plan diff` lists them") == 2
+    assert text.count("<details") == text.count("</details>")

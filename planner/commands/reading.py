@@ -89,7 +89,7 @@ def show(
 def diff(
     old: Annotated[str, typer.Argument(metavar="OLD", help="a path, '-' (stdin), or REV:path")],
     new: Annotated[str, typer.Argument(metavar="[NEW]", help="as OLD")] = "plan.json",
-    form: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+    form: Annotated[str, typer.Option("--format", help="text, md (a comment), json")] = "text",
     as_json: Json = False,
     detailed: Annotated[
         bool, typer.Option("--detailed-exitcode", help="exit 2 if the plans differ, 0 if not")
@@ -103,20 +103,23 @@ def diff(
     """\b
     plan diff HEAD:plan.json
     plan diff old.json plan.json --fail-on step-time=+3%
+    plan diff main:plan.json --format md
 
     Say what changed between two plans, and what that does. Both are costed with today's constants.
     """
-    from planner import differ
+    from planner import differ, differ_text
 
-    if form not in ("text", "json"):
-        raise UsageError(f"--format {form} is not known", why="this version has text and json")
+    if form not in ("text", "md", "json"):
+        raise UsageError(f"--format {form} is not known", why="known: text md json")
     if old == new == "-":
         raise UsageError("both plans cannot come from stdin")
     found = differ.diff(examine(old), examine(new))
     if as_json or form == "json":
-        print_json(differ.diff_json(found))
+        print_json(differ_text.diff_json(found))
+    elif form == "md":
+        print(differ_text.diff_markdown(found, new))
     else:
-        print(differ.diff_text(found))
+        print(differ_text.diff_text(found))
     if fail_on is not None:
         differ.gate(found, fail_on)
     return DIFFERENT if detailed and found.differs else 0
