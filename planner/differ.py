@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ir.errors import GateError, UsageError
 from ir.graph import Graph
@@ -22,6 +22,18 @@ from planner.placements import placements
 from planner.plan import Plan, recost, step_time_us
 from planner.plan_text import recompute_records, stage_records
 
+if TYPE_CHECKING:
+    from planner.serving.plan import ServingPlan
+
+VERDICT = {  # figures that the verdict names: more, less
+    "step_time_s": ("slower", "faster"),
+    "ttft_s": ("later at the first token", "sooner at the first token"),
+    "tpot_s": ("slower a token", "faster a token"),
+    "peak_memory_bytes": ("more memory", "less memory"),
+}
+LIMITS = {  # of --fail-on
+    "step-time": "step_time_s", "memory": "peak_memory_bytes", "ttft": "ttft_s", "tpot": "tpot_s",
+}  # fmt: skip
 SAME_RELATIVE = 1e-6  # below the microsecond and byte that plans are stored in
 
 
@@ -69,7 +81,8 @@ class Diff:
 
     effects: what each change does alone, and all together beyond that: they sum to the whole.
     drift: the old plan's stored step against the same plan costed today. renamed: modules paired
-    by shape and order, (old, new) folded. decisions: those of the greatest effect first.
+    by shape and order, (old, new) folded. decisions: those of the greatest effect first. blocks:
+    of serving, formats and tiers.
     """
 
     verdict: str
@@ -81,31 +94,33 @@ class Diff:
     renamed: tuple[tuple[str, str], ...]
     drift: Number | None
     effects: tuple[Effect, ...] = ()
+    blocks: tuple[Change, ...] = ()
 
     @property
     def differs(self) -> bool:
         """Whether anything but the estimate's drift is different."""
-        return bool(self.decisions or self.stages or self.placements or self.inputs or self.renamed)
+        changes = (self.decisions, self.stages, self.blocks, self.placements, self.inputs)
+        return any(changes) or bool(self.renamed)
 
 
 def diff(old: Checked, new: Checked, cost: Coster = recost) -> Diff:
     """Compare two plans, each costed anew (`check.examine`), by the same `cost`."""
-    renamed = _renamed(old.plan.graph, new.plan.graph)
+    renamed = renamed_of(old.plan.graph, new.plan.graph)
     numbers = _numbers(old, new)
     rows = effects(old, new, cost)
     changes = _by_effect(_decisions(old.plan, new.plan), rows)
-    stages = _by_name(_stage_words(old.plan), _stage_words(new.plan), renamed)
-    placed = _by_name(_placed(old.plan), _placed(new.plan), renamed)
+    stages = by_name(_stage_words(old.plan), _stage_words(new.plan), renamed)
+    laid = by_name(placed(old.plan), placed(new.plan), renamed)
     inputs = _inputs(old, new)
-    what = bool(changes or stages or placed or inputs or renamed)
+    what = bool(changes or stages or laid or inputs or renamed)
     return Diff(
-        verdict=_verdict(what, numbers, new),
+        verdict=verdict_of(what, numbers, fits=new.estimate.fits),
         numbers=numbers,
         decisions=changes,
         stages=stages,
-        placements=placed,
+        placements=laid,
         inputs=inputs,
-        renamed=((fold_text(list(renamed)), fold_text(list(renamed.values()))),) if renamed else (),
+        renamed=same_names(renamed),
         drift=_drift(old),
         effects=rows,
     )
@@ -130,19 +145,21 @@ def _rate(c: Checked) -> float:
     return c.estimate.tokens / c.estimate.step_time_s / c.estimate.gpus
 
 
-def _verdict(what: bool, numbers: Sequence[Number], new: Checked) -> str:
+def verdict_of(what: bool, numbers: Sequence[Number], *, fits: bool) -> str:
+    """The difference in a line: of seconds and of memory. what: whether anything differs."""
     if not what:
-        return "the plans are the same" + ("" if new.estimate.fits else ", and do not fit")
-    if not new.estimate.fits:
+        return "the plans are the same" + ("" if fits else ", and do not fit")
+    if not fits:
         return "the new plan does not fit"
-    step, memory = numbers[:2]
     words = []
-    for number, (more, less) in ((step, ("slower", "faster")), (memory, ("more", "less"))):
+    for number in numbers:
+        if number.key not in VERDICT:
+            continue
+        more, less = VERDICT[number.key]
         if number.moved:
             size = abs(number.change)
             noise = " (within model error)" if number.within_error else ""
-            what_of = " memory" if number is memory else ""
-            words.append(f"{size:.1%} {more if number.change > 0 else less}{what_of}{noise}")
+            words.append(f"{size:.1%} {more if number.change > 0 else less}{noise}")
     return "the new plan: " + ", ".join(words) if words else "decided differently, costs the same"
 
 
@@ -218,11 +235,12 @@ def _stage_words(plan: Plan) -> dict[str, str]:
     return words
 
 
-def _placed(plan: Plan) -> dict[str, str]:
+def placed(plan: Plan | ServingPlan) -> dict[str, str]:
+    """How every parameter lies on tp, by its full name."""
     return placements(plan.sharding_by_unit, plan.graph)
 
 
-def _by_name(
+def by_name(
     old: Mapping[str, str], new: Mapping[str, str], renamed: Mapping[str, str]
 ) -> tuple[Change, ...]:
     """Names whose word differs, folded by (old word, new word); renamed ones are the same."""
@@ -235,7 +253,7 @@ def _by_name(
     return tuple(Change(what=fold_text(names), old=a, new=b) for (a, b), names in groups.items())
 
 
-def _renamed(old: Graph, new: Graph) -> dict[str, str]:
+def renamed_of(old: Graph, new: Graph) -> dict[str, str]:
     """Old name -> new name of parameters and units, where all that went pairs with all new."""
     if old.parameters.keys() == new.parameters.keys():
         return {}
@@ -249,6 +267,11 @@ def _renamed(old: Graph, new: Graph) -> dict[str, str]:
     return dict(zip(gone, come)) | {a: b for a, b in paths if a != b}
 
 
+def same_names(renamed: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Names that moved, folded: one (old, new), or none."""
+    return ((fold_text(list(renamed)), fold_text(list(renamed.values()))),) if renamed else ()
+
+
 def _drift(old: Checked) -> Number | None:
     """The old plan's own estimate against the same plan costed today, where they differ."""
     before, after = old.plan.step_time_us, step_time_us(old.estimate)
@@ -260,15 +283,15 @@ def _drift(old: Checked) -> Number | None:
 
 def gate(found: Diff, limits: str) -> None:
     """Raise GateError where a figure worsened beyond `step-time=+3%,memory=+5%`."""
-    names = {"step-time": "step time", "memory": "peak memory"}
-    by_name = {number.name: number for number in found.numbers}
+    by_key = {number.key: number for number in found.numbers}
+    known = [word for word, key in LIMITS.items() if key in by_key]
     broken = []
     for limit in limits.split(","):
-        read = re.fullmatch(r"(step-time|memory)=\+?([0-9]+(?:\.[0-9]+)?)%", limit)
-        if read is None:
+        read = re.fullmatch(r"([a-z-]+)=\+?([0-9]+(?:\.[0-9]+)?)%", limit)
+        if read is None or read[1] not in known:
             raise UsageError(f"--fail-on {limit} is no limit",
-                             why="expected step-time=+3%,memory=+5%")  # fmt: skip
-        number = by_name[names[read[1]]]
+                             why=f"expected {'=+3%,'.join(known)}=+5%")  # fmt: skip
+        number = by_key[LIMITS[read[1]]]
         if number.change > float(read[2]) / 100 + SAME_RELATIVE:
             broken.append(f"{number.name} {number.change:+.1%}, allowed +{read[2]}%")
     if broken:

@@ -31,6 +31,7 @@ def diff_text(d: Diff) -> str:
         lines += ["", "what each change does alone, the old plan otherwise as it is"]
         lines += [f"{_seconds(row):>12}{_bytes(row):>12}  {_what(row)}" for row in d.effects]
     lines += _section("stages", d.stages)
+    lines += _section("blocks: format and place", d.blocks)
     lines += _section("placements on tp", d.placements)
     if d.renamed:
         lines += ["", "renamed", *(f"  {a} -> {b}" for a, b in d.renamed)]
@@ -53,7 +54,7 @@ def diff_json(d: Diff) -> dict[str, Any]:
         ],
         **{
             key: [{"what": c.what, "old": c.old, "new": c.new} for c in getattr(d, key)]
-            for key in ("decisions", "stages", "placements", "inputs")
+            for key in ("decisions", "stages", "blocks", "placements", "inputs")
         },
         "renamed": [{"old": a, "new": b} for a, b in d.renamed],
     }  # fmt: skip
@@ -83,6 +84,7 @@ def diff_markdown(d: Diff, plan: str = "plan.json") -> str:
         ("What each change does alone, the old plan otherwise as it is",
          ("what", "step time", "peak memory"), effects if len(effects) > 1 else []),
         ("Stages", ("what", "before", "after"), _rows(d.stages)),
+        ("Blocks: format and place", ("what", "before", "after"), _rows(d.blocks)),
         ("Placements on tp", ("what", "before", "after"), _rows(d.placements)),
         ("Renamed", ("before", "after"),
          [f"| {_code(a)} | {_code(b)} |" for a, b in d.renamed]),
@@ -141,7 +143,7 @@ def _plain(text: str) -> str:
 
 def _drift(n: Number) -> str:
     return (
-        f"the old plan said {_amount(n, n.old)} a step; with today's inputs "
+        f"the old plan said {n.name} {_amount(n, n.old)}; with today's inputs it is "
         f"{_amount(n, n.new)}: drift {n.change:+.1%}, not counted below"
     )
 

@@ -127,7 +127,8 @@ def test_gate():
 def test_json_keys():
     found = diff_json(diff(OLD, checked(toy_plan(decisions=OTHER, shardings=()))))
     assert list(found) == ["schema", "verdict", "differs", "numbers", "drift", "effects",
-                           "decisions", "stages", "placements", "inputs", "renamed"]  # fmt: skip
+                           "decisions", "stages", "blocks", "placements", "inputs",
+                           "renamed"]  # fmt: skip
     assert found["numbers"][0]["name"] == "step_time_s"
 
 

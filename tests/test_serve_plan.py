@@ -1,5 +1,6 @@
 """Plans of serving, whole: made, saved, read, and run on local ranks as the whole model runs."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,23 @@ def test_another_model_and_another_job_are_refused(made):
         from planner.plan import load
 
         load(path)
+
+
+def test_two_plans_are_compared(made, plan):
+    """What differs is said by block, figures are each plan's own, and a gate reads them."""
+    first, _ = made("llama", ("tp=2",), 2, replicas=1)
+    second, _ = made("llama", ("pp=2",), 2, replicas=1, weights=(("mlp", "int8"),))
+    assert not json.loads(plan("diff", first, first, "--json")[1])["differs"]
+    code, text, _ = plan("diff", first, second, "--json", "--detailed-exitcode")
+    found = json.loads(text)
+    assert code == 2
+    changed = {c["what"]: (c["old"], c["new"]) for c in found["decisions"]}
+    assert changed["tp"] == ("2", "1") and changed["pp"] == ("1", "2")
+    assert [(c["what"], c["old"], c["new"]) for c in found["blocks"]] == [("mlp", "fp32", "int8")]
+    for at, path in (("old", first), ("new", second)):
+        shown = json.loads(plan("show", path, "--json")[1])["estimate"]
+        for number in found["numbers"]:
+            assert number[at] == pytest.approx(shown[number["name"]], abs=1)
+    assert plan("diff", second, first, "--fail-on", "step-time=+3%")[0] == 64
+    worse = next(n for n in found["numbers"] if n["name"] == "ttft_s")["change"] > 0
+    assert plan("diff", first, second, "--fail-on", "ttft=+0%")[0] == (4 if worse else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from planner.commands.shared import (
     print_json,
 )
 from planner.console import say
+
+if TYPE_CHECKING:
+    from planner.differ import Diff
 
 DIFFERENT = 2  # with --detailed-exitcode
 
@@ -96,7 +99,7 @@ def diff(
     ] = False,
     fail_on: Annotated[
         str | None,
-        typer.Option(metavar="LIMITS", help="exit 4 if worse: step-time=+3%,memory=+5%"),
+        typer.Option(metavar="LIMITS", help="exit 4 if worse: step-time=+3%,memory=+5%,ttft=+5%"),
     ] = None,
     verbose: Verbose = 0,
 ) -> int:
@@ -113,7 +116,7 @@ def diff(
         raise UsageError(f"--format {form} is not known", why="known: text md json")
     if old == new == "-":
         raise UsageError("both plans cannot come from stdin")
-    found = differ.diff(examine(old), examine(new))
+    found = difference(old, new)
     if as_json or form == "json":
         print_json(differ_text.diff_json(found))
     elif form == "md":
@@ -123,6 +126,22 @@ def diff(
     if fail_on is not None:
         differ.gate(found, fail_on)
     return DIFFERENT if detailed and found.differs else 0
+
+
+def difference(old: str, new: str) -> Diff:
+    """Two plans of a kind compared, each from where it lies."""
+    from planner import check as checks
+    from planner import differ
+    from planner.plan import Plan, load_plan
+    from planner.serving.check import examine_serving
+    from planner.serving.differ import diff_serving, require_alike
+
+    a, b = load_plan(old), load_plan(new)
+    if isinstance(a, Plan) and isinstance(b, Plan):
+        return differ.diff(checks.examine(a, folder_of(old)), checks.examine(b, folder_of(new)))
+    require_alike(a, b)
+    assert not isinstance(a, Plan) and not isinstance(b, Plan)
+    return diff_serving(examine_serving(a, folder_of(old)), examine_serving(b, folder_of(new)))
 
 
 def check(
