@@ -1,0 +1,31 @@
+"""`plan-check FILES`: the pre-commit hook. Every plan among the files, or beside a graph, is
+checked as `plan check` does; other files are none of its business."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def plans_of(files: Sequence[str]) -> list[str]:
+    """The plans that files are or belong to, each once, in order."""
+    named = [str(Path(file).with_suffix(".json")) for file in files]
+    return [path for path in dict.fromkeys(named) if _is_plan(Path(path))]
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file says that it is one; the first characters tell."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return '"schema": "plan/' in file.read(200)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def main() -> None:
+    """Check each; the exit code is the gravest."""
+    from planner import cli, console
+
+    found = plans_of(sys.argv[1:])
+    sys.exit(max((console.run(cli.app(), ["check", path]) for path in found), default=0))
