@@ -1,4 +1,4 @@
-"""Meshwright in Python: make plans (`trace`, `load`, `diff`), run them (`meta`,
+"""Meshwright in Python: make plans (`trace`, `load`, `cost`, `diff`), run them (`meta`,
 `parallelize`, `serve`)."""
 
 from __future__ import annotations
@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import diff, load, meta, parallelize, serve, trace, trace_serving
+    from planner.api import cost, diff, load, meta, parallelize, serve, trace, trace_serving
 
-__all__ = ["diff", "load", "meta", "parallelize", "serve", "trace", "trace_serving"]
+__all__ = ["cost", "diff", "load", "meta", "parallelize", "serve", "trace", "trace_serving"]
 
 
 def __getattr__(name: str) -> Any:

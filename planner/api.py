@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from planner.check import Checked
     from planner.differ import Diff
     from planner.runtime.parallel import Parallel
+    from planner.serving.check import CheckedServing
     from planner.serving.plan import ServingPlan
 
 
@@ -100,12 +102,31 @@ def load(path: str | Path) -> Plan | ServingPlan:
     return _load(str(path))
 
 
-def diff(old: Plan, new: Plan) -> Diff:
-    """What changed between two plans, both costed with today's constants."""
-    from planner.check import examine
-    from planner.differ import diff as compare
+def cost(plan: Plan | ServingPlan) -> Checked | CheckedServing:
+    """The plan costed with today's hardware files and constants: `.estimate` of training,
+    `.found` of serving, and what moved since it was written."""
+    from planner.displays import costed
 
-    return compare(examine(old, Path()), examine(new, Path()))
+    return costed(plan)
+
+
+def diff(old: Plan | ServingPlan, new: Plan | ServingPlan) -> Diff:
+    """What changed between two plans, both costed with today's constants.
+
+    Raises UsageError where one is of training and the other of serving.
+    """
+    from planner.differ import diff as compare
+    from planner.displays import costed
+    from planner.serving.check import CheckedServing
+    from planner.serving.differ import diff_serving, require_alike
+
+    require_alike(old, new)
+    a, b = costed(old), costed(new)
+    if isinstance(a, CheckedServing):
+        assert isinstance(b, CheckedServing)
+        return diff_serving(a, b)
+    assert not isinstance(b, CheckedServing)
+    return compare(a, b)
 
 
 def meta() -> AbstractContextManager[None]:

@@ -33,6 +33,16 @@ class Checked:
     inputs: tuple[tuple[str, str, str], ...]
     stale: bool
 
+    def __repr__(self) -> str:
+        from planner.displays import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from planner.displays import checked_html
+
+        return checked_html(self)
+
     @property
     def cluster(self) -> Cluster:
         """Hardware of one kind. Raises UsageError where it has parts."""

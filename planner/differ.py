@@ -96,6 +96,16 @@ class Diff:
     effects: tuple[Effect, ...] = ()
     blocks: tuple[Change, ...] = ()
 
+    def __repr__(self) -> str:
+        from planner.differ_text import diff_text
+
+        return diff_text(self)
+
+    def _repr_html_(self) -> str:
+        from planner.displays import diff_html
+
+        return diff_html(self)
+
     @property
     def differs(self) -> bool:
         """Whether anything but the estimate's drift is different."""

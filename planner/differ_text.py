@@ -24,7 +24,7 @@ def diff_text(d: Diff) -> str:
         noise = "  within model error" if n.within_error and n.moved else ""
         change = f"{n.change:+.1%}" if n.moved else "="
         lines.append(
-            f"  {n.name:14}{_amount(n, n.old):>12} -> {_amount(n, n.new):<12}{change:>8}{noise}"
+            f"  {n.name:14}{amount(n, n.old):>12} -> {amount(n, n.new):<12}{change:>8}{noise}"
         )
     lines += _section("decisions", d.decisions)
     if len(d.effects) > 1:
@@ -70,7 +70,7 @@ def diff_markdown(d: Diff, plan: str = "plan.json") -> str:
         for n in d.numbers:
             noise = " (within model error)" if n.within_error and n.moved else ""
             change = f"{n.change:+.1%}{noise}" if n.moved else "="
-            lines.append(f"| {n.name} | {_amount(n, n.old)} | {_amount(n, n.new)} | {change} |")
+            lines.append(f"| {n.name} | {amount(n, n.old)} | {amount(n, n.new)} | {change} |")
         lines.append("")
     if d.drift:
         lines += [f"{_drift(d.drift)[:1].upper()}{_drift(d.drift)[1:]}.", ""]
@@ -143,8 +143,8 @@ def _plain(text: str) -> str:
 
 def _drift(n: Number) -> str:
     return (
-        f"the old plan said {n.name} {_amount(n, n.old)}; with today's inputs it is "
-        f"{_amount(n, n.new)}: drift {n.change:+.1%}, not counted below"
+        f"the old plan said {n.name} {amount(n, n.old)}; with today's inputs it is "
+        f"{amount(n, n.new)}: drift {n.change:+.1%}, not counted below"
     )
 
 
@@ -159,6 +159,11 @@ def _section(title: str, changes: Iterable[Change]) -> list[str]:
         for c in changes
     ]
     return ["", title, *lines] if lines else []
+
+
+def effect_words(row: Effect) -> tuple[str, str, str]:
+    """What changed, and what that does to the step and to the peak memory."""
+    return _what(row), _seconds(row), _bytes(row)
 
 
 def _what(row: Effect) -> str:
@@ -177,7 +182,8 @@ def _signed(value: float, said: str) -> str:
     return ("+" if value > 0 else "-") + said if value else "="
 
 
-def _amount(n: Number, value: float) -> str:
+def amount(n: Number, value: float) -> str:
+    """A figure as people read it."""
     if n.unit == "s":
         return format_seconds(value)
     if n.unit == "B":

@@ -59,6 +59,21 @@ class Plan:
     def sharding_by_unit(self) -> Mapping[str, Sharding]:
         return dict(self.shardings)
 
+    def __repr__(self) -> str:
+        from planner.displays import line
+
+        return line(self)
+
+    def __str__(self) -> str:
+        from planner.displays import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from planner.displays import plan_html
+
+        return plan_html(self)
+
     def save(self, target: str, *, embed: bool = False) -> None:
         """Write `target` and the graph beside it, each whole or not at all; `-` is stdout.
 

@@ -22,6 +22,16 @@ class CheckedServing:
     found: Prediction
     moved: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        from planner.displays import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from planner.displays import checked_html
+
+        return checked_html(self)
+
 
 def examine_serving(plan: ServingPlan, folder: Path) -> CheckedServing:
     """Predict a plan anew. Raises PlanError where its decisions contradict its hardware."""

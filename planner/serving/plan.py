@@ -52,6 +52,21 @@ class ServingPlan:
         found += [f"cache in {s.kv}"] if s.kv not in ("bf16", "fp16") else []
         return (*found, *([f"cache of {s.kv_window} tokens"] if s.kv_window else []))
 
+    def __repr__(self) -> str:
+        from planner.displays import line
+
+        return line(self)
+
+    def __str__(self) -> str:
+        from planner.displays import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from planner.displays import plan_html
+
+        return plan_html(self)
+
     def save(self, target: str, *, embed: bool = False) -> None:
         """Write `target` and the graph beside it, each whole or not at all; `-` is stdout."""
         from ir.text import format_graph

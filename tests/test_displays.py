@@ -1,0 +1,63 @@
+"""How plans, costs and differences look in a notebook; the notebook of the examples, run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import planner
+
+NOTEBOOK = Path(__file__).parent.parent / "examples" / "three_minutes.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    """The cells' values by their place, after running the code in order in one namespace."""
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    names, found = {}, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("notebook"))
+        for place, cell in enumerate(cells):
+            if cell["cell_type"] == "code":
+                *body, last = "".join(cell["source"]).rsplit("\n", 1)
+                try:
+                    value = compile(last, "cell", "eval")
+                except SyntaxError:  # the last line is no expression: an end of a statement
+                    body, value = [*body, last], None
+                exec("\n".join(body), names)
+                found[place] = eval(value, names) if value else None
+    return cells, names, found
+
+
+def test_the_notebook_shows_what_it_computes(notebook):
+    cells, _, found = notebook
+    shown = 0
+    for place, value in found.items():
+        for output in cells[place]["outputs"]:
+            data = output.get("data", {})
+            if "text/html" in data:
+                assert "".join(data["text/html"]) == value._repr_html_()
+                shown += 1
+            if "text/plain" in data:
+                assert "".join(data["text/plain"]) == repr(value)
+    assert shown == 2
+
+
+def test_figures_of_a_plan_are_those_of_its_estimate(notebook):
+    _, names, _ = notebook
+    plan = names["plan"]
+    costed = planner.cost(plan)
+    assert costed.estimate.step_time_s == pytest.approx(plan.step_time_us / 1e6, abs=1e-6)
+    assert str(plan) == repr(costed)
+    assert costed._repr_html_() == plan._repr_html_()
+
+
+def test_names_of_a_plan_are_no_markup(notebook):
+    plan = notebook[1]["plan"]
+    hostile = replace(plan.graph, name="<script>alert(1)</script>")
+    html = replace(plan, graph=hostile)._repr_html_()
+    assert "<script" not in html and "&lt;script&gt;" in html
+    gone = replace(plan, hardware="<b>x</b>.toml")
+    assert "cannot be read" in gone._repr_html_() and "<b>x" not in gone._repr_html_()
+    assert "cannot be read" in str(gone) and repr(gone) in str(gone)
