@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from ir.errors import UsageError
-from planner.export import pytorch
-from planner.export.target import Exported
+from planner.export import accelerate, deepspeed, launchers, megatron, pytorch, torchtitan
+from planner.export.pinned import checked
+from planner.export.target import Exported, Target
 from planner.plan import Plan
 
-TARGETS: dict[str, Callable[[Plan, str], Exported]] = {"pytorch": pytorch.export}
+if TYPE_CHECKING:
+    from planner.serving.plan import ServingPlan
+
+TARGETS: dict[str, Target] = {
+    "pytorch": Target(
+        task="train", checked=f"torch {pytorch.CHECKED_TORCH}", export=pytorch.export,
+        made="a readable Python wrapper",
+    ),
+    "megatron": Target(
+        task="train", checked=checked("megatron"), export=megatron.export,
+        made="arguments as a shell array",
+    ),
+    "torchtitan": Target(
+        task="train", checked=checked("torchtitan"), export=torchtitan.export,
+        made="a Python function that returns Trainer.Config",
+    ),
+    "torchtitan-toml": Target(
+        task="train", checked=checked("torchtitan-toml"), export=torchtitan.export_toml,
+        made="TOML, which releases to 0.2.2 read",
+    ),
+    "deepspeed": Target(
+        task="train", checked=checked("deepspeed"), export=deepspeed.export, made="JSON",
+    ),
+    "accelerate": Target(
+        task="train", checked=checked("accelerate"), export=accelerate.export,
+        made="YAML of `accelerate launch`",
+    ),
+    "torchrun": Target(
+        task="train", checked=checked("launchers"), export=launchers.torchrun,
+        made="a script for every node",
+    ),
+    "slurm": Target(
+        task="train", checked=checked("slurm"), export=launchers.slurm, made="a batch script",
+    ),
+    "trainjob": Target(
+        task="train", checked=checked("trainjob"), export=launchers.trainjob,
+        made="a manifest of Kubeflow Trainer",
+    ),
+}  # fmt: skip
 
 
-def export(plan: Plan, target: str, source: str) -> Exported:
+def export(plan: Plan | ServingPlan, target: str, source: str) -> Exported:
     """The plan for one target. source: the plan's path, as the files name it.
 
-    Raises UsageError for a target that there is not.
+    Raises UsageError for a target that there is not, PlanError where it cannot lay the plan out.
     """
     if target not in TARGETS:
         near = get_close_matches(target, TARGETS, n=1)
@@ -24,4 +63,4 @@ def export(plan: Plan, target: str, source: str) -> Exported:
             f"--to {target} is no target of this version", why=f"known: {', '.join(TARGETS)}",
             hints=tuple(f"--to {name}" for name in near),
         )  # fmt: skip
-    return TARGETS[target](plan, source)
+    return TARGETS[target].export(plan, source)

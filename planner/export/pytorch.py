@@ -14,8 +14,9 @@ from cost_models.decisions import Decisions
 from cost_models.stage_problem import starts_of
 from cost_models.state import ranks_of
 from planner.chain import layer_paths, stage_units
+from planner.export.header import plan_hash
 from planner.export.pytorch_text import HEADER, TORCH_ALONE, WITH_RUNTIME, fill
-from planner.export.target import Exported
+from planner.export.target import Exported, training
 from planner.names import fold_text
 from planner.placements import edge_rules, parameter_rules
 from planner.plan import Plan
@@ -24,13 +25,14 @@ CHECKED_TORCH = "2.13"
 _DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 
-def export(plan: Plan, source: str) -> Exported:
+def export(given: object, source: str) -> Exported:
     """A file `parallel_NAME.py` with `parallelize(model)` and `train_step(...)`."""
+    plan = training(given, "pytorch")
     reasons = beyond_torch(plan.decisions)
     body = _with_runtime(plan, source, reasons) if reasons else _with_torch(plan)
     name = "".join(c if c.isalnum() else "_" for c in plan.graph.name)
     return Exported(
-        files=((f"parallel_{name}.py", body),), fidelity="exact",
+        files=((f"parallel_{name}.py", body),),
         notes=tuple(f"calls meshwright's runtime for {reason}" for reason in reasons),
     )  # fmt: skip
 
@@ -57,7 +59,8 @@ def _text(plan: Plan, body: str, holds: dict[str, bool], holes: dict[str, object
         {"full": bool(again["full"]), "selective": bool(again["selective"]), **holds},
         {
             **asdict(plan.decisions), "gpus": plan.decisions.gpus, "model": plan.graph.name,
-            "hardware": plan.hardware, "graph_hash": plan.graph_hash, "torch": CHECKED_TORCH,
+            "hardware": plan.hardware, "graph_hash": plan.graph_hash, "plan_hash": plan_hash(plan),
+            "torch": CHECKED_TORCH,
             "recomputed_full": _names("RECOMPUTED_FULL", again["full"]),
             "recomputed_selective": _names("RECOMPUTED_SELECTIVE", again["selective"]), **holes,
         },
