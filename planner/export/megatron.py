@@ -35,12 +35,13 @@ def export(plan: object, source: str) -> Exported:
     lines = "".join(f"    {' '.join(flag)}\n" for flag in flags)
     head = comment((*header(p, "megatron", checked("megatron")), *(f"lost: {x}" for x in lost)))
     usage = '# source this file; torchrun ... pretrain_gpt.py "${MEGATRON_ARGS[@]}" <model, data>\n'
-    notes: tuple[str, ...] = ("the model's shape, its data and learning rate are not in a plan: add their flags",)
+    notes = ["the model's shape, its data and learning rate are not in a plan: add their flags"]
     if p.decisions.tp * p.decisions.cp > 1 and p.decisions.zero < 2:
-        notes += ("Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell",)
+        notes.append("Megatron-LM wants CUDA_DEVICE_MAX_CONNECTIONS=1 before Blackwell")
     return Exported(
-        files=((FILE, f"{head}{usage}MEGATRON_ARGS=(\n{lines})\n"),), lost=lost, notes=notes
-    )
+        files=((FILE, f"{head}{usage}MEGATRON_ARGS=(\n{lines})\n"),), lost=lost,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def layout_word(stages: tuple[int, ...]) -> str:
