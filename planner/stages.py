@@ -180,6 +180,7 @@ class _Model:
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
         solver.parameters.max_deterministic_time = seconds
+        solver.parameters.catch_sigint_signal = False  # Ctrl-C is the search's, not this program's
         status = solver.solve(self.model)
         if status == self.cp.INFEASIBLE:  # no cut is as good as the incumbent
             return self.incumbent

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -315,3 +316,18 @@ def test_memory_forces_recomputation():
 def test_no_solver_is_imported_before_it_is_needed():
     code = "import sys, planner.stages; sys.exit('ortools' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_interrupt_is_not_taken_by_the_solver():
+    """OR-tools would catch it, and leave the process to die of the next."""
+    code = """if True:
+        import signal
+        from tests.test_stages import certify, tiny
+        seen = []
+        signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+        p = tiny(0, "1f1b")
+        certify(p, incumbent_ps=10**6)
+        signal.raise_signal(signal.SIGINT)
+        assert seen
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

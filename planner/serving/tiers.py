@@ -140,6 +140,7 @@ def best_tiers(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = 5.0
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C is the search's, not this program's
     if solver.solve(program) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     held = tuple(c.held for v, c in pairs if solver.value(v) and c.held)
