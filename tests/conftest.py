@@ -1,6 +1,8 @@
 """What tests share: golden files, rewritten only by `pytest --update-golden`, and local ranks."""
 
 import os
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,18 @@ def world():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A folder for traced graphs, shared by the session's commands."""
-    return str(tmp_path_factory.mktemp("cache"))
+    """A folder for traced graphs, shared by the commands of all processes of the session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def heeds_interrupts():
+    """For a child before it runs (`preexec_fn`): a suite that was started in the background hands
+    on that SIGINT is ignored."""
+    return partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ refuses, or computes wrongly, is a failure.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -119,6 +121,9 @@ def _layouts() -> tuple[Layout, ...]:
         *(row(f"pp2-zero{z}", 4, f"pp=2 schedule=1f1b zero={z}") for z in (0, 1, 2, 3)),
         row("pp2-zbv-zero3", 4, f"pp=2 schedule=zbv virtual_stages=2 zero=3 {split}"),
         row("pp2-tp2-sp", 4, "pp=2 tp=2 sequence_parallel=on schedule=1f1b"),
+        row("pp2-tp2-interleaved", 4, "pp=2 tp=2 sequence_parallel=on schedule=interleaved"
+            " virtual_stages=2"),
+        row("pp2-recompute", 2, "pp=2 schedule=1f1b recompute=full:1"),
         row("pp2-dp2-tp2-sp", 8, "pp=2 tp=2 sequence_parallel=on schedule=interleaved"
             " virtual_stages=2 zero=1"),
         row("pp2-dp2-tp2-recompute", 8, "pp=2 tp=2 schedule=1f1b zero=3 recompute=full:1"),
@@ -128,6 +133,8 @@ def _layouts() -> tuple[Layout, ...]:
           for k in ("ring", "allgather", "ulysses")),
         row("cp2-dp2-zero3", 4, "cp=2 cp_kind=ring zero=3", 8192),
         row("cp2-tp2", 4, "cp=2 cp_kind=ring tp=2 sequence_parallel=off", 8192),
+        row("cp2-selective", 2, "cp=2 cp_kind=allgather recompute=selective", 8192),
+        row("pp2-cp2", 4, "pp=2 cp=2 cp_kind=ring schedule=1f1b", 8192),
         row("pp2-cp2-tp2", 8, "pp=2 cp=2 tp=2 cp_kind=ring schedule=1f1b", 8192),
         row("dp2-cp2-tp2-selective", 8, "cp=2 tp=2 cp_kind=allgather zero=2 recompute=selective",
             8192),
@@ -156,6 +163,7 @@ def _layouts() -> tuple[Layout, ...]:
         row("offload-layers-pp2", 2, "pp=2 schedule=1f1b zero=1 offload=activations:cpu:1"),
         row("offload-pp2", 4, "pp=2 schedule=1f1b zero=1 offload=optimizer:cpu"),
         row("compile-zero3", 2, "zero=3 compile=on"),
+        row("compile-zero3-full", 2, "zero=3 compile=on recompute=full"),
         row("compile-tp2-sp", 2, "tp=2 sequence_parallel=on compile=on"),
         row("compile-tp2-zero3-full", 4, "tp=2 zero=3 compile=on recompute=full"),
         row("compile-pp2", 2, "pp=2 schedule=1f1b compile=on"),
@@ -204,16 +212,38 @@ def cells() -> tuple[Cell, ...]:
 
 
 def subset() -> tuple[Cell, ...]:
-    """Cells that together have every pin, every two pins that meet, and every model under each
-    kind of axis: those that cover most of what is left, for their ranks, first."""
+    """Cells that together have every pin, every two pins that meet, every three axes that do, and
+    every model under each kind of axis: those that cover most of what is left, for their cost,
+    first."""
     left = [c for c in cells() if not (c.model.startswith("dit") and {"pp", "cp"} & _keys(c))]
     wanted = set().union(*map(_covered, left))
-    chosen = []
+    chosen: list[Cell] = []
     while wanted:
-        cell = max(left, key=lambda c: len(_covered(c) & wanted) / (4 + c.layout.gpus))
+        cell = max(left, key=lambda c: len(_covered(c) & wanted) / _cost(c))
         wanted -= _covered(cell)
         chosen.append(cell)
+    for cell in sorted(chosen, key=_cost, reverse=True):  # what later ones made superfluous
+        others = set().union(*(_covered(c) for c in chosen if c is not cell))
+        if _covered(cell) <= others:
+            chosen.remove(cell)
     return tuple(chosen)
+
+
+def _cost(cell: Cell) -> int:
+    """Half seconds of CPU of a cell, about: two to plan, one a rank of its twin, two a rank of tp
+    (torch finds every operation's shardings), four times as much to compile."""
+    sizes = {axis: min(2, size) for axis, size in _sizes(cell).items()}  # as a twin has them
+    blocks = sizes["pp"] * sizes.pop("ep") * sizes.pop("etp")
+    ranks = max(blocks, prod(sizes.values()) * (2 if "shard" in _keys(cell) else 1))
+    return 2 + ranks * sizes["tp"] * (4 if "compile" in _keys(cell) else 1)
+
+
+def _sizes(cell: Cell) -> dict[str, int]:
+    """The axes of a cell's mesh, and the blocks of experts."""
+    given = dict(pin.split("=", 1) for pin in cell.layout.pins.split())
+    sizes = {axis: int(given.get(axis, 1)) for axis in ("pp", "cp", "tp", "ep", "etp")}
+    dense = sizes["pp"] * sizes["cp"] * sizes["tp"]
+    return {**sizes, "dp": cell.layout.gpus // dense}
 
 
 def _keys(cell: Cell) -> set[str]:
@@ -225,9 +255,11 @@ def _covered(cell: Cell) -> set[tuple[str, ...]]:
     """What a cell is the proof of."""
     keys = sorted(_keys(cell))
     axes = {"pp", "cp", "tp", "ep", "zero", "recompute"} & set(keys)
+    mesh = [axis for axis, size in _sizes(cell).items() if size > 1 and axis != "etp"]
     return {
+        *itertools.combinations(mesh, 3),
         *((pin,) for pin in cell.layout.pins.split() if not pin.endswith("=off")),
-        *((a, b) for i, a in enumerate(keys) for b in keys[i + 1 :]),
+        *itertools.combinations(keys, 2),
         *((cell.model, axis) for axis in axes),
     }
 

@@ -258,12 +258,13 @@ def test_command_faults(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_prints_the_best_so_far(tmp_path, number):
+def test_a_signal_prints_the_best_so_far(tmp_path, number, heeds_interrupts):
     problem = instance(11, nodes=900, states=12, tightness=0.5, forbidden=0.0, follow=0.0)
     path = contest_file(problem, tmp_path / "p.json.gz")
     child = subprocess.Popen(
-        command(path, "--effort", 1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(path, "--effort", 1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heeds_interrupts,
+    )  # fmt: skip
     assert child.stderr is not None and child.stderr.readline().startswith("cost ")
     assert child.poll() is None, "it was done before the signal"
     os.kill(child.pid, number)

@@ -350,12 +350,7 @@ def test_a_failing_write_leaves_the_old_plan(plan, copy, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def heeds_interrupts():
-    """A suite that was started in the background hands on that SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_an_interrupt_keeps_the_best_so_far(tmp_path, tmp_path_factory):
+def test_an_interrupt_keeps_the_best_so_far(tmp_path, tmp_path_factory, heeds_interrupts):
     """Ctrl-C in a long solve: exit 130, and a plan that says FEASIBLE with its gap."""
     arguments = ["trace", LLAMA, "--arg", "size=405b", "--hardware", "h100x16384",
                  "--global-batch", "2048", "--effort", "1000000"]  # fmt: skip

@@ -363,12 +363,7 @@ def test_a_model_that_raises_on_a_rank_is_told_once(tmp_path, capsys):
     assert err.count("not here") == 1
 
 
-def heeds_interrupts():
-    """A suite that was started in the background hands on that SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_ctrl_c_ends_the_workers_too(tmp_path):
+def test_ctrl_c_ends_the_workers_too(tmp_path, heeds_interrupts):
     plan, model = planned(tmp_path, MODEL.format(wrong="") + TWIN)
     mark = tmp_path / "running"
     at_first(
