@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 CELLS = 500_000  # of (mesh, rank, layers) at once, to bound memory
 HALVINGS = 40  # of the interval that a bound lies in
 SLACK_BYTES = 1e4  # sums of bytes as floats
+SPLIT_KINDS = ("zbh1", "folded")  # of schedules whose backward is split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +61,25 @@ class Rows:
         return Rows(**{name: getattr(self, name)[some] for name in self.__slots__})
 
 
+def kind_of_schedule(schedule: str) -> str:
+    """Schedules that hold memory alike, as `flight` has them."""
+    if schedule == "gpipe":
+        return schedule
+    if schedule in V_SHAPED:
+        return "folded"
+    return "zbh1" if schedule in SPLIT_BACKWARD else "fused"
+
+
 def flight(pp: int, m: Floats, kind: str) -> Floats:
     """[mesh, rank]: micro-batches of every layer that a rank holds at one moment, at least.
 
     Under GPipe, 1F1B and interleaved rank r holds min(m, p - r) of every chunk when it first goes
-    backward; ZB-H1 holds min(m, p) on every rank; a V min(m, r + 1) of the chunk it has less of.
+    backward, under GPipe alone all m; ZB-H1 holds min(m, p) on every rank; a V min(m, r + 1) of
+    the chunk it has less of.
     """
     rank = np.arange(pp)
+    if kind == "gpipe":
+        return np.repeat(m[:, None], pp, axis=1).astype(float)
     most = {"fused": pp - rank, "zbh1": np.full(pp, pp), "folded": rank + 1}[kind]
     held: Floats = np.minimum(m[:, None], most[None, :])
     return held
@@ -141,7 +156,7 @@ def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
     each = rows.state_bytes[:, None] + held * rows.kept_bytes[:, None]
     room = rows.room_bytes[:, None] - ends[1] - held * ends[2]
     over = (each[:, :, None] * number - room[:, :, None]) / held[:, :, None]
-    if kind == "fused":
+    if kind not in SPLIT_KINDS:
         freed = np.moveaxis(rows.freed, 0, -1)[..., None, None]
         again = forced_s(freed, over, number.astype(float))
     else:  # nothing is recomputed where backward is split

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.offload import host_s
-from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
 from cost_models.step import Assignments, Costs
 from planner.bound_ranks import (
+    SPLIT_KINDS,
     Layers,
     Rows,
     bubble_s,
@@ -34,6 +34,7 @@ from planner.bound_ranks import (
     forced_s,
     freed,
     freed_by,
+    kind_of_schedule,
     ranks_s,
 )
 from planner.bound_state import Held, Sizes, States, Way
@@ -198,7 +199,7 @@ def mesh_bounds_ps(
         key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
         groups.setdefault(key, []).append(i)
     table, states = _Table(costs, candidates), States(costs, pins or Pins())
-    table.fused = {*schedules, "1f1b"}
+    table.schedules = frozenset(schedules)
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
     for (tp, split, kind, ep, etp), members in groups.items():
@@ -214,7 +215,7 @@ def mesh_bounds_ps(
     for pipeline in (False, True):
         mine = np.flatnonzero((table.pp > 1) == pipeline)
         if len(mine):
-            bounds[mine], tails, guess_bytes = table.least_s(mine, states, schedules, limit)
+            bounds[mine], tails, guess_bytes = table.least_s(mine, states, limit)
             guesses[mine] = table.guess_s(mine, tails, guess_bytes, most_virtual)
     guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
@@ -235,7 +236,7 @@ class _Table:
         self._stacks: dict[tuple[str | int, ...], Floats] = {}
         self.group = np.zeros((2, len(candidates)), dtype=np.int64)  # of chain, and its point
         self.layers = len(costs.chain.layers)
-        self.fused: set[str] = set()  # schedules that may run, and the most chunks a rank
+        self.schedules: frozenset[str] = frozenset()  # that may run, and the most chunks a rank
         self.most_virtual = 1
 
     def fill(self, members: list[int], through: Through, at: list[int], sizes: Sizes) -> None:
@@ -256,7 +257,7 @@ class _Table:
         return found
 
     def least_s(
-        self, mine: Ints, states: States, schedules: Sequence[str], limit: Floats
+        self, mine: Ints, states: States, limit: Floats
     ) -> tuple[Floats, Floats, Floats]:
         """(bound, least tail, a guess at a rank's bytes beside activations) of meshes that are
         all pipelines or none."""
@@ -266,7 +267,9 @@ class _Table:
         reserved = np.array([states.reserved(r) for r in rows])
         room = self.costs.cluster.device.memory_bytes - reserved
         working = self.get(mine, "least_working")
-        kinds = {kind_of_schedule(name) for name in (*schedules, "1f1b")}
+        kinds = {kind_of_schedule(name) for name in self.schedules}
+        if "fused" in kinds:  # holds no more than GPipe: its bound is one of both
+            kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
         for way in states.ways(bool(pp[0] > 1)):
             held = states.of(way, rows, sizes, step)
@@ -291,14 +294,20 @@ class _Table:
         """One rank has the whole chain. What its transfers take is hidden but for a share, or
         beyond what it computes meanwhile."""
         kept, working = self.get(mine, "kept"), self.get(mine, "working")
-        over = kept + held.state_bytes[:, 0] + working - room
+        over = held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
+        over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
         each = m * np.maximum(share * held.each_s, held.each_s - step)
         found: Floats = m * (step + again) + each + held.tail_s
         return found
+
+    def _in_flight(self, mine: Ints) -> Ints:
+        """Micro-batches that the first rank holds at once, at least."""
+        m: Ints = self.m[mine]
+        return m if self.schedules == {"gpipe"} else np.minimum(m, self.pp[mine])
 
     def _wide(self, size_bytes: Floats) -> Floats:
         return size_bytes * (1 + self.costs.engine.fragmentation)
@@ -308,7 +317,7 @@ class _Table:
         at_most: Floats,
     ) -> Floats:  # fmt: skip
         """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened."""
-        pp, m, split = self.pp[mine], self.m[mine], kind != "fused"
+        pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
         quickest = self.get(mine, "quickest_s")
         way_s = self.get(mine, "forward_s") if split else quickest
         if self._elsewhere(way):
@@ -333,7 +342,7 @@ class _Table:
         if not split:  # a micro-batch goes there and back
             least = np.maximum(least, step + again)
             least = np.maximum(
-                least, bubble_s(step + again, m, pp, self.layers, self.fused, self.most_virtual)
+                least, bubble_s(step + again, m, pp, self.layers, self.schedules, self.most_virtual)
             )
         tail = held.tail_s / pp
         near = np.flatnonzero(least + tail < at_most)
@@ -377,20 +386,13 @@ class _Table:
         return np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
 
     def _again_s(self, mine: Ints, pp: Ints, m: Ints, held_bytes: Floats) -> tuple[Floats, Floats]:
-        """A guess at what memory forces on the first rank under 1F1B, recomputation or copies to
+        """A guess at what memory forces on the first rank, recomputation or copies to
         the host, as seconds of a micro-batch through the chain; and by how many GPUs' memory even
         all of it does not do."""
         gpu_bytes = self.costs.cluster.device.memory_bytes
-        held = np.minimum(m, pp) / pp
+        held = self._in_flight(mine) / pp
         over = self.get(mine, "kept") - (gpu_bytes - held_bytes) / held
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         beyond = np.maximum(0.0, over - freed[:, 0].sum(axis=0)) * held / gpu_bytes
         beyond = np.where(beyond * gpu_bytes > ROUNDING_BYTES, beyond, 0.0)
         return np.where(beyond > 0, 0.0, forced_s(freed, over)), beyond
-
-
-def kind_of_schedule(schedule: str) -> str:
-    """Schedules that hold memory alike, as `flight` has them."""
-    if schedule in V_SHAPED:
-        return "folded"
-    return "zbh1" if schedule in SPLIT_BACKWARD else "fused"

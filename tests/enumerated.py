@@ -261,6 +261,9 @@ def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None
     def left(rows):
         return (d for d in rows if not any(d.get(key) == value for key, value in refused))
 
+    alone = [pins.get("schedule", "1f1b")]  # of one stage: what is pinned is what it runs
+    schedules = (("schedule", lambda p, d: _schedule(p, d) if d.pp > 1 else alone),
+                 *SCHEDULE_AXES[1:])  # fmt: skip
     found: dict[Mesh, int | None] = {}
     names = [f.name for f in fields(Mesh)]
     for d in left(product(p, MESH_AXES, pins=pins)):
@@ -269,7 +272,7 @@ def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None
         objectives = []
         for state in left(product(p, STATE_AXES, d, pins)):
             step = p.costs.step(Decisions(**state), laid)
-            for full in left(product(p, SCHEDULE_AXES, state, pins)):
+            for full in left(product(p, schedules, state, pins)):
                 made = Decisions(**full)
                 held = p.costs.step(made, laid) if made.keep else p.costs.rescheduled(step, made)
                 problem = stage_problem(p.costs, held, levels=recomputed(p, made))

@@ -24,8 +24,8 @@ from tiny_models import EXAMPLES
 from cost_models.hardware import load_hardware
 from cost_models.schedule import SCHEDULES, schedule_illegal
 from cost_models.stage_problem import in_flight
-from planner.bound_ranks import flight
-from planner.bounds import kind_of_schedule, mesh_bounds_ps
+from planner.bound_ranks import flight, kind_of_schedule
+from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh, meshes
 from planner.score import score_of
@@ -146,6 +146,7 @@ PINNED = [
     ("groups", {"shard": 2}), ("groups", {"pp": 2, "dp": 4}), ("moe, four", {"ep": 4}),
     ("moe, four", {"ep": 2, "etp": 2}), ("moe, four", {"pp": 2, "ep": 2}),
     ("moe, tight", {"ep": 1}), ("moe, least", {"cp": 1}),
+    ("recompute", {"schedule": "gpipe"}),
     *(("eager, slow", {"pp": 2, "schedule": s}) for s in ("zbh1", "zbv", "dualpipev")),
 ]  # fmt: skip
 

@@ -1,0 +1,35 @@
+"""The gap of GPipe and of 1F1B is 0 on the example models, where memory binds and where it does
+not."""
+
+import pytest
+from tiny_models import graph_of, with_memory
+
+from cost_models.hardware import load_hardware
+from planner.decisions import parse_pins
+from planner.options import TraceOptions
+from planner.tracing import Clock, attempt
+from planner.workload import Asked
+
+# example: (its arguments, hardware, samples a step, GB of a GPU)
+MODELS = {
+    "llama": ({"size": "8b", "n_layers": 4}, "a100x8", 32, 40),
+    "gpt": ({"size": "124m"}, "h100x16", 256, 6),
+    "moe": ({"size": "8b-a1b", "n_layers": 2}, "h100x8", 128, 26),
+    "dit": ({"size": "xl/2", "n_layers": 2}, "a100x8", 128, 2),
+    "resnet": ({"size": "18"}, "h100x16", 1024, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_gap(name):
+    """GPipe, which holds the activations of all micro-batches, is short of memory."""
+    args, hardware, batch, gigabytes = MODELS[name]
+    cluster = with_memory(load_hardware(hardware), gigabytes * 10**9)
+    for schedule in ("gpipe", "1f1b"):
+        options = TraceOptions(
+            model="", hardware=hardware, pins=parse_pins([f"schedule={schedule}"]),
+            asked=Asked(global_batch=batch),
+        )  # fmt: skip
+        _, _, out = attempt(graph_of(name, **args), options, cluster, Clock())
+        assert out.best.decisions.schedule == schedule
+        assert out.proved and out.gap == 0
