@@ -182,7 +182,7 @@ class Cluster:
         return min(tier.gpus or self.node_size, self.count)
 
 
-_DEVICE_KEYS = {
+DEVICE_KEYS = {
     "title": str, "family": str, "constants": str, "memory_bytes": int,
     "memory_bandwidth_bytes_per_s": float, "peak_flop_per_s": dict, "power_w": float,
     "sm_count": int, "host_link_bytes_per_s": float,
@@ -190,7 +190,7 @@ _DEVICE_KEYS = {
 LINK_KEYS = {
     "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
 }  # fmt: skip
-_CLUSTER_KEYS = {
+CLUSTER_KEYS = {
     "node_size": int, "domain_size": int, "host_ram_bytes": int,
     "intra": dict, "inter": dict, "tiers": list,
 }  # fmt: skip
@@ -198,7 +198,7 @@ _FILE_KEYS = {"name": str, "device": dict, "constants": dict, "cluster": dict, "
 
 
 def _device(name: str, raw: Any, where: str, constants: Any) -> Device:
-    fields = table(raw, _DEVICE_KEYS, where, "device.")
+    fields = table(raw, DEVICE_KEYS, where, "device.")
     if constants:
         fields["constants"] = own_constants(constants, fields["constants"], where)
     peaks = fields.pop("peak_flop_per_s")
@@ -223,7 +223,7 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
     listed = given.pop("levels", None)
     if listed:
         given["inter"] = {}
-    body = table(given, _CLUSTER_KEYS, where, "cluster.")
+    body = table(given, CLUSTER_KEYS, where, "cluster.")
     levels = read_levels(listed, body["domain_size"], count, where) if listed else ()
     if levels:
         body["inter"] = _innermost(levels[0])

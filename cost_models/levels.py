@@ -21,7 +21,7 @@ LEVEL_KINDS = {
     "dragonfly": "a link between every two units: neighbours alone fill few of them",
     "wan": "links between datacentres",
 }
-_KEYS = {
+LEVEL_KEYS = {
     "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
     "oversubscription": float, "source": str,
 }  # fmt: skip
@@ -68,7 +68,7 @@ def read_levels(raw: Any, domain: int, count: int, where: str) -> tuple[Level, .
             raise UsageError(f"missing key {path}ranks", where=where,
                              why="the outermost level alone may join all GPUs")  # fmt: skip
         ranks = 0 if ranks is None else typed(ranks, int, where, f"{path}ranks")
-        level = Level(ranks=ranks, **table({**_LEFT_OUT, **fields}, _KEYS, where, path))
+        level = Level(ranks=ranks, **table({**_LEFT_OUT, **fields}, LEVEL_KEYS, where, path))
         if level.kind not in LEVEL_KINDS:
             raise UsageError(f"unknown kind {level.kind!r} of level {level.name!r}", where=where,
                              why=f"known: {', '.join(LEVEL_KINDS)}")  # fmt: skip

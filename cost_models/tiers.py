@@ -10,7 +10,7 @@ from typing import Any
 from cost_models.checked_toml import table
 from cost_models.decisions import Decisions
 
-_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
+TIER_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Tier:
 def read_tier(raw: Any, where: str, path: str) -> Tier:
     """A row of `cluster.tiers`. Raises UsageError with the key's path."""
     pool = isinstance(raw, dict) and "gpus" in raw
-    return Tier(**table(raw, {**_KEYS, "gpus": int} if pool else _KEYS, where, path))
+    return Tier(**table(raw, {**TIER_KEYS, "gpus": int} if pool else TIER_KEYS, where, path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

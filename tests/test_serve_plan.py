@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import runtime_cases_serve as cases
 import torch
+from jsonschema import Draft202012Validator as Validator
 
 import planner
 from cost_models.serving_decisions import Held
 from ir.errors import GateError, PlanError, UsageError
+from planner.schemas import plan_schema
 from planner.serving.plan import ServingPlan
 from planner.serving.text import to_text
 
@@ -129,6 +132,8 @@ def test_two_plans_are_compared(made, plan):
     """What differs is said by block, figures are each plan's own, and a gate reads them."""
     first, _ = made("llama", ("tp=2",), 2, replicas=1)
     second, _ = made("llama", ("pp=2",), 2, replicas=1, weights=(("mlp", "int8"),))
+    for path in (first, second):
+        assert not [*Validator(plan_schema()).iter_errors(json.loads(Path(path).read_text()))]
     assert not json.loads(plan("diff", first, first, "--json")[1])["differs"]
     code, text, _ = plan("diff", first, second, "--json", "--detailed-exitcode")
     found = json.loads(text)
