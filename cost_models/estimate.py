@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from cost_models.chain import Chain
 from cost_models.decisions import Decisions, Workload
 from cost_models.fleet import RULE, Hardware, used_parts
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
@@ -43,16 +44,21 @@ DTYPE_OF_PRECISION = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp
 
 
 def estimate(
-    graph: Graph,
-    hardware: Hardware,
-    workload: Workload,
-    decisions: Decisions,
+    graph: Graph, hardware: Hardware, workload: Workload, decisions: Decisions,
     shardings: Mapping[str, Sharding],
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """Predict a training step. shardings: by unit class name; none needed where tp = 1.
 
     Raises PlanError where placements contradict the graph, UsageError for a missing format.
     """
+    return estimate_step(*costed(graph, hardware, workload, decisions, shardings), decisions)
+
+
+def costed(
+    graph: Graph, hardware: Hardware, workload: Workload, decisions: Decisions,
+    shardings: Mapping[str, Sharding],
+) -> tuple[Costs, Step]:  # fmt: skip
+    """The costs of one mesh and its step. Raises as `estimate` does."""
     points = ((decisions.micro_batch, decisions.cp),)
     made = [
         Costs(graph=graph, cluster=part, workload=workload, points=points,
@@ -60,8 +66,7 @@ def estimate(
         for part in used_parts(hardware, decisions)
     ]  # fmt: skip
     costs = together(hardware, made)
-    assignments = read_assignments(costs, decisions, shardings)
-    return estimate_step(costs, costs.step(decisions, assignments), decisions)
+    return costs, costs.step(decisions, read_assignments(costs, decisions, shardings))
 
 
 def read_assignments(
@@ -235,7 +240,7 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     left = [capacity - used for capacity, used in zip(capacities, memory)]
     return Estimate(
         step_time_ps=total, breakdown_ps=tuple(breakdown.items()),
-        error=max(side.kernels.error(_is_moe(step)) for side in kinds),
+        error=max(side.kernels.error(_is_moe(step.chain)) for side in kinds),
         tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=d.gpus,
         model_flop=model * d.microbatches * d.dp, executed_flop=_executed(step, d),
         peak_flop_per_s=fmean(side.cluster.device.peak(dtype) for side, _ in sides),
@@ -248,8 +253,8 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     )  # fmt: skip
 
 
-def _is_moe(step: Step) -> bool:
-    return any(n.op == "grouped_matmul" for link in step.chain.links for n in link.unit.nodes)
+def _is_moe(chain: Chain) -> bool:
+    return any(n.op == "grouped_matmul" for link in chain.links for n in link.unit.nodes)
 
 
 def _executed(step: Step, d: Decisions) -> int:
@@ -386,13 +391,9 @@ def _assumptions(costs: Costs, d: Decisions) -> tuple[str, ...]:
         if any(w in c.source for w in ("assumed", "transferred"))
     ]  # fmt: skip
     notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
-    if _is_moe_graph(costs) and d.ep >= 1:
+    if _is_moe(costs.chain) and d.ep >= 1:
         notes.append("expert load: balanced, every expert gets the same number of rows")
     return tuple(dict.fromkeys(notes))
-
-
-def _is_moe_graph(costs: Costs) -> bool:
-    return any(n.op == "grouped_matmul" for unit, _, _ in costs.kinds for n in unit.nodes)
 
 
 __all__ = ["Pair", "estimate", "estimate_step", "stage_problem", "whole_step_ps"]

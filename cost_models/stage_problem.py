@@ -11,7 +11,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from cost_models.schedule import chunks_of, global_stage, order, peak_stash, rank_of, simulate
+from cost_models.schedule import (
+    Timeline,
+    chunks_of,
+    global_stage,
+    order,
+    peak_stash,
+    rank_of,
+    simulate,
+)
 
 Pair = tuple[int, int]
 LEVELS = ("none", "selective", "full")  # the order of activation_bytes and working_bytes
@@ -206,6 +214,13 @@ def slow_of(problem: StageProblem) -> list[tuple[int, int]]:
 
 def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
     """The schedule simulated plus the longest tail of a rank."""
+    return timeline(problem, stages, recompute).makespan_ps + tail_ps(problem, stages)
+
+
+def timeline(
+    problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair], events: bool = False
+) -> Timeline:
+    """The schedule of a choice, simulated. events: with every operation of it."""
     forward: list[int] = []
     backward: list[int] = []
     weight: list[int] = []
@@ -220,14 +235,17 @@ def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pa
                         + sum(e.input_grad_ps for e in more))  # fmt: skip
         weight.append(sum(q.weight_grad_ps[i : i + n])
                         + sum(e.weight_grad_ps for e in more))  # fmt: skip
-    slow = slow_of(problem)
-    line = simulate(
-        problem.schedule, forward, backward, weight,
-        [problem.p2p_ps + more for more, _ in slow] or [problem.p2p_ps] * (problem.count - 1),
-        problem.microbatches, problem.pp, problem.virtual_stages,
-        busy_ps=[busy for _, busy in slow],
+    return simulate(
+        problem.schedule, forward, backward, weight, sends_ps(problem), problem.microbatches,
+        problem.pp, problem.virtual_stages, events, [busy for _, busy in slow_of(problem)],
     )  # fmt: skip
-    return line.makespan_ps + tail_ps(problem, stages)
+
+
+def sends_ps(problem: StageProblem) -> list[int]:
+    """What a send takes over every boundary between global stages, from the producer's end to the
+    consumer's start."""
+    slow = slow_of(problem)
+    return [problem.p2p_ps + more for more, _ in slow] or [problem.p2p_ps] * (problem.count - 1)
 
 
 def tail_ps(problem: StageProblem, stages: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ import typer
 from planner.calibrating import calibrate
 from planner.commands.hardware import hardware_list, hardware_show
 from planner.commands.reading import check, diff, show
+from planner.commands.report import report
 from planner.commands.size import size
 from planner.commands.trace import trace
 from planner.commands.verify import verify
@@ -31,6 +32,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ("why", why, "what binds; the best plan without a decision"),
     ("check", check, "is a plan valid, fresh, and does it fit; for CI"),
     ("verify", verify, "does a small twin compute what the model does"),
+    ("report", report, "one static HTML page; the step as a trace"),
     ("export", export, "another engine's own configuration"),
     ("size", size, "which hardware, and how much of it; the Pareto front"),
     ("calibrate", calibrate, "measure this machine; write a hardware file of it"),

@@ -1,0 +1,72 @@
+"""The page: one plan's sections in a column, or two plans' side by side."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+
+from planner.plan import PLANNER_VERSION
+from planner.report.charts import Section
+from planner.report.markup import Children, Html, el, join
+
+Row = tuple[Section, ...]  # one section, or the same one of two plans
+
+
+def page(title: str, subtitle: Children, verdicts: Children, rows: Sequence[Row]) -> str:
+    """The whole document. Nothing but itself is loaded, and no script but its own runs."""
+    style, script = (_file(f"report.{kind}") for kind in ("css", "js"))
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}';"
+        " base-uri 'none'; form-action 'none'"
+    )
+    head = el(
+        "head", el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("meta", name="generator", content=f"Meshwright {PLANNER_VERSION}"),
+        el("title", f"{title}: plan report"), el("style", Html(style)),
+    )  # fmt: skip
+    links = [el("li", el("a", row[0].title, href=f"#{row[0].key}")) for row in rows]
+    body = el(
+        "body",
+        el("a", "Skip to the report", href="#main", class_="skip"),
+        el(
+            "header",
+            el("div", el("p", "Meshwright plan report", class_="eyebrow"),
+               el("button", "Theme: system", type="button", id="theme", class_="quiet",
+                  aria_live="polite"), class_="masthead"),
+            el("h1", title), el("p", subtitle, class_="subtitle"),
+        ),
+        el("nav", el("ul", links), aria_label="Sections"),
+        el("main", verdicts, [_section(row) for row in rows], id="main", tabindex=-1),
+        el("footer", el("p", f"Meshwright {PLANNER_VERSION}. Predicted, not measured. The same"
+                        " plan gives the same page, byte for byte; it loads nothing.")),
+        el("div", id="tip", role="status", aria_live="polite", hidden=True),
+        el("script", Html(script)),
+    )  # fmt: skip
+    return "<!DOCTYPE html>\n" + el("html", head, body, lang="en") + "\n"
+
+
+def _section(row: Row) -> Html:
+    first, title = row[0], f"{row[0].key}-title"
+    if len(row) == 1:
+        inner: Html = join([el("p", first.lede, class_="lede"), first.body])
+    else:
+        inner = el("div", [
+            el("div", el("h3", word), el("p", one.lede, class_="lede"), one.body)
+            for word, one in zip(("Old", "New"), row)
+        ], class_="pair")  # fmt: skip
+    return el("section", el("h2", first.title, id=title), inner, id=first.key,
+              aria_labelledby=title)  # fmt: skip
+
+
+def _file(name: str) -> str:
+    return (files("planner.report") / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """How a content policy names an inline style or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,101 @@
+"""The verdict: the step, whether it fits and by how much, what was proved, what was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cost_models.ledger import Estimate
+from cost_models.units import format_bytes, format_count, format_seconds
+from planner.check import Checked
+from planner.plan import Plan, Solver
+from planner.report.charts import sentences, strong
+from planner.report.markup import Children, Html, el
+from planner.why_text import decided
+
+PROOF = {
+    "OPTIMAL": "no plan of the space is better by what an axis must earn",
+    "ESTIMATE": "every decision was given: an estimate, not a search",
+}
+
+
+def subtitle(plan: Plan) -> str:
+    """What the plan is for, in a line."""
+    w, graph = plan.workload, plan.graph
+    length = f"{w.global_batch:,} x {w.seq_len:,} tokens" if graph.seq_in_input else (
+        f"{w.global_batch:,} samples"
+    )  # fmt: skip
+    return (
+        f"{format_count(graph.parameter_count)} parameters, trained on {plan.hardware}: batch"
+        f" {length}, {w.precision}, {w.optimizer}, {w.engine}"
+    )
+
+
+def verdict(checked: Checked) -> Html:
+    """The numbers that the rest of the page is about."""
+    plan, e = checked.plan, checked.estimate
+    what = "tokens" if plan.graph.seq_in_input else "samples"
+    rate = e.tokens / e.step_time_s / e.gpus
+    tflops = f"{e.model_flop_per_s_per_gpu / 1e12:,.0f} model TFLOP/s a GPU"
+    return el(
+        "div",
+        el("p", sentence(e, plan.solver), class_="verdict"),
+        tiles([
+            ("A step", format_seconds(e.step_time_s), f"model error {e.error:.0%}"),
+            ("Memory at peak", format_bytes(e.peak_memory_bytes), margin(e)),
+            ("Throughput", f"{rate:,.0f}", f"{what}/s a GPU; {rate * e.gpus:,.0f} in all"),
+            ("MFU", f"{e.mfu:.1%}", tflops),
+            ("Search", plan.solver.status.lower(), proof(plan.solver)),
+        ]),
+        el("p", el("span", "Decided", class_="label"), decided(plan.decisions), class_="decided"),
+        stale(checked.moved),
+    )  # fmt: skip
+
+
+def sentence(e: Estimate, solver: Solver) -> Html:
+    """Does it fit, what fills the step."""
+    fits = "It fits" if e.fits else "It does not fit"
+    name, most = max(e.breakdown_ps, key=lambda part: part[1])
+    share = most / e.step_time_ps
+    return sentences(
+        el("span", f"{fits}: {margin(e)}.", class_="good" if e.fits else "bad"),
+        [strong(f"{share:.0%}"), f" of the step is {name.replace('_', ' ')}."],
+        f"{proof(solver).capitalize()}.",
+    )
+
+
+def margin(e: Estimate) -> str:
+    """How much of the fullest GPU is left, or lacking."""
+    rank = e.fullest
+    capacity = e.capacity_of(rank)
+    left = capacity - rank.peak_bytes
+    where = f"of {format_bytes(capacity)}" + (f" on pp rank {rank.pp_rank}" if len(e.ranks) > 1
+                                              else "")  # fmt: skip
+    full = [use.said for use in e.tiers if not use.fits]
+    if full:
+        return f"tier {full[0]}"
+    word = "free" if left >= 0 else "too little"
+    return f"{format_bytes(abs(left))} ({abs(left) / capacity:.0%}) {word} {where}"
+
+
+def proof(s: Solver) -> str:
+    """What the search proved."""
+    if s.status == "FEASIBLE":
+        return f"a plan better by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
+    return PROOF.get(s.status, s.status)
+
+
+def tiles(rows: Sequence[tuple[str, str, str]]) -> Html:
+    """Numbers in large, each with its name and a word about it."""
+    return el("dl", [
+        el("div", el("dt", name), el("dd", el("span", number, class_="figure"),
+                                     el("span", about, class_="about")))
+        for name, number, about in rows
+    ], class_="tiles")  # fmt: skip
+
+
+def stale(moved: Sequence[str]) -> Children:
+    """What moved since the plan was written; the page has today's numbers."""
+    if not moved:
+        return None
+    return el("div", el("strong", "The plan is stale; this page costs it anew."),
+              el("ul", [el("li", line) for line in moved]), class_="notice")  # fmt: skip
