@@ -83,11 +83,11 @@ def _figure(e: Estimate, prefix: str, scale: float) -> Html:
         for i in drawn
     ]  # fmt: skip
     left = len(groups) - len(drawn)
-    note = (
-        f"{left} ranks of {len(groups)} that differ are left out of the chart; all are in the table."
-        if left else "The line is what the driver reports of a GPU. Choose a rank to take it apart."
-        if len(groups) > 1 else "The line is what the driver reports of a GPU."
-    )  # fmt: skip
+    note = sentences(
+        "The line is what the driver reports of a GPU.",
+        "Choose a rank to take it apart." if len(groups) > 1 else None,
+        f"{left} more ranks are in the table alone." if left else None,
+    )
     behind = table(
         "Bytes at the peak by pp rank", ["pp rank", *map(title_of, used), "peak", "capacity"],
         [

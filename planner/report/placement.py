@@ -14,7 +14,7 @@ from planner.placements import placements
 from planner.plan import Plan
 from planner.plan_text import recompute_records, stage_records
 from planner.report.charts import Section, figure, legend, sentences, table
-from planner.report.markup import Html, el
+from planner.report.markup import Children, Html, el
 
 ROW_PX = 22
 LEAST_SHARE = 0.035  # of the width that a unit which is no layer has: it must be seen
@@ -114,7 +114,7 @@ def _figure(plan: Plan) -> Html:
         for path in expand_text(record["units"]):
             again[at[path]] = record["recompute"]
     kinds: dict[str, str] = {}
-    rows = [_row("pp rank", runs(cols, ranks), kinds={}, strip=True)]
+    rows = [_row("pp rank", runs(cols, ranks), kinds={})]
     if any(word != "none" for word in again):
         level = {"none": "again-none", "selective": "again-selective", "full": "again-full"}
         kinds |= {f"recompute {w}": level[w] for w in level if w in again}
@@ -123,11 +123,11 @@ def _figure(plan: Plan) -> Html:
     for name, words in lines:
         named = {word: _kind(word) for word in words if word}
         kinds |= {_meaning(word): kind for word, kind in named.items()}
-        rows.append(_row(name, runs(cols, words), kinds=named))
+        rows.append(_row(el("code", name), runs(cols, words), kinds=named))
     behind = table(
         "Placement on tp of every parameter", ["parameter", "units", "placement"],
-        [[name, run.units, _meaning(run.word)] for name, words in lines for run in runs(cols, words)],
-        words=3,
+        [[name, run.units, _meaning(run.word)]
+         for name, words in lines for run in runs(cols, words)], words=3,
     )  # fmt: skip
     stages = table(
         "Stages of the pipeline", ["stage", "pp rank", "units"],
@@ -144,8 +144,9 @@ def _figure(plan: Plan) -> Html:
     )  # fmt: skip
 
 
-def _row(name: str, found: Sequence[Run], *, kinds: dict[str, str], strip: bool = False) -> Html:
-    drawn = []
+def _row(name: Children, found: Sequence[Run], *, kinds: dict[str, str]) -> Html:
+    """A line of the map. kinds: colours of words; none: runs are told apart, narrow ones named."""
+    drawn, strip = [], not kinds
     for i, run in enumerate(found):
         start, end = run.columns[0].start, run.columns[-1].end
         kind = f"strip-{i % 2}" if strip else kinds[run.word]
@@ -157,8 +158,8 @@ def _row(name: str, found: Sequence[Run], *, kinds: dict[str, str], strip: bool 
             drawn.append(el("text", text, x=f"{50 * (start + end):.3f}%", y=15))
     chart = el("svg", drawn, class_="bar map", width="100%", height=ROW_PX, aria_hidden="true",
                focusable="false")  # fmt: skip
-    return el("div", el("div", name, class_="what" if strip else "what code"),
-              el("div", chart, class_="drawn"), class_="row wide")  # fmt: skip
+    return el("div", el("div", name, class_="what"), el("div", chart, class_="drawn"),
+              class_="row wide")  # fmt: skip
 
 
 def _kind(word: str) -> str:

@@ -1,7 +1,7 @@
 """The simulated step as Chrome trace events, which Perfetto and chrome://tracing open.
 
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU: complete events
-(X), pairs of asynchronous ones (b, e) and names (M); times in microseconds.
+(X), arrows between them (s, f), asynchronous pairs (b, e), names (M); times in microseconds.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from cost_models.decisions import Decisions
-from cost_models.schedule import Event, global_stage, rank_of
+from cost_models.schedule import Event, global_stage
 from cost_models.simulated import TAIL, Simulated
 
 PS_PER_US = 1_000_000
+INSIDE_PS = 1_000  # before an operation's end, where its arrow leaves: what viewers tell apart
 COMPUTE, AFTER = 0, 1  # threads of a pp rank's process
 NAMES = {"F": "forward", "B": "input gradient", "W": "weight gradient", "BW": "backward"}
 TAIL_NAMES = dict(zip(TAIL, ("gradient reduction", "optimizer", "offload")))
@@ -40,10 +41,17 @@ def events(s: Simulated, d: Decisions) -> Iterator[Record]:
     yield _named("process_name", step, "the step")
     yield _named("process_sort_index", step, step)
     yield _named("thread_name", step, "parts of the step", COMPUTE)
+    stages = {(e.rank, e.chunk): global_stage(d.schedule, d.pp, e.rank, e.chunk)
+              for e in s.line.events}  # fmt: skip
+    takers = {(e.op[0], stages[e.rank, e.chunk], e.microbatch): e
+              for e in s.line.events if e.op != "W"}  # fmt: skip
     for number, event in enumerate(s.line.events):
-        stage = global_stage(d.schedule, d.pp, event.rank, event.chunk)
+        stage = stages[event.rank, event.chunk]
         yield _operation(s, event, stage)
-        yield from _send(s, d, event, stage, number)
+        other = {"F": stage + 1, "B": stage - 1, "BW": stage - 1}.get(event.op, -1)
+        taker = takers.get((event.op[0], other, event.microbatch))
+        if taker and taker.rank != event.rank:
+            yield from _send(event, taker, s.sends_ps[min(stage, other)], number)
     for rank, tail in enumerate(s.tails_ps):
         at = s.line.makespan_ps
         for name, size in zip(TAIL, tail):
@@ -70,21 +78,20 @@ def _operation(s: Simulated, e: Event, stage: int) -> Record:
                   args)  # fmt: skip
 
 
-def _send(s: Simulated, d: Decisions, e: Event, stage: int, number: int) -> Iterator[Record]:
-    """What goes to the next stage, or back to the one before, from its end to its arrival; where
-    a slow link is taken by an earlier send, it arrives later by that."""
-    other = {"F": stage + 1, "B": stage - 1, "BW": stage - 1}.get(e.op, -1)
-    if not 0 <= other < len(s.forward_ps):
-        return
-    there = rank_of(d.schedule, d.pp, other)
-    took = s.sends_ps[min(stage, other)]
-    if there == e.rank or not took:
-        return
+def _send(e: Event, taker: Event, took_ps: int, number: int) -> Iterator[Record]:
+    """An arrow from an operation to the one that takes what it made; and the send itself, from
+    the end of one to its arrival, where that is not inside the operations. Where a slow link is
+    taken by an earlier send, it arrives later by that."""
     what = "activations" if e.op == "F" else "gradients"
-    same = {"cat": "comm", "id": number, "pid": e.rank, "tid": COMPUTE,
-            "name": f"send {what} to rank {there}"}  # fmt: skip
-    yield same | {"ph": "b", "ts": e.end_ps / PS_PER_US, "args": {"microbatch": e.microbatch}}
-    yield same | {"ph": "e", "ts": (e.end_ps + took) / PS_PER_US}
+    same = {"cat": "comm", "id": number, "name": f"{what} to rank {taker.rank}"}
+    here = {"pid": e.rank, "tid": COMPUTE}
+    yield same | here | {"ph": "s", "ts": (e.end_ps - INSIDE_PS) / PS_PER_US}
+    yield same | {"ph": "f", "bp": "e", "pid": taker.rank, "tid": COMPUTE,
+                  "ts": taker.start_ps / PS_PER_US}  # fmt: skip
+    if took_ps:
+        args = {"microbatch": e.microbatch}
+        yield same | here | {"ph": "b", "ts": e.end_ps / PS_PER_US, "args": args}
+        yield same | here | {"ph": "e", "ts": (e.end_ps + took_ps) / PS_PER_US}
 
 
 def _slice(

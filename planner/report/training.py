@@ -5,6 +5,7 @@ from __future__ import annotations
 from cost_models.simulated import Simulated, simulated
 from planner.check import Checked
 from planner.report import assumptions, breakdown, memory, placement, timeline
+from planner.report.charts import Section
 from planner.report.page import Row, page
 from planner.report.verdict import subtitle, verdict
 
