@@ -114,7 +114,7 @@ def test_interrupted_keeps_the_plan(plan, search):
         (["show", "--nothing"], 64, "no such option"),
         (["show", "none.json"], 1, "cannot read none.json"),
         (["diff", "-", "-"], 64, "both plans"),
-        (["diff", "a", "b", "--format", "md"], 64, "--format md"),
+        (["diff", "a", "b", "--format", "html"], 64, "--format html"),
         (["hardware", "show", "h1000"], 64, "unknown device"),
     ],
 )
