@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from cost_models.serving_shapes import BLOCKS
 from ir.errors import UsageError
@@ -42,6 +42,22 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A division of GPUs that read prompts alone; degrees as in `Serving`."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 0
+    attention_dp: int = 1
+    replicas: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.tp * self.attention_dp * self.pp * self.replicas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """Decisions.
 
@@ -51,6 +67,8 @@ class Serving:
     prefill_chunk: tokens of prompts a step, 0 is the engine's own. weights: formats by block class,
     `default` of those not named; kv: format of the cache. tiers: blocks that lie below the GPU, in
     whole or in part; kv_tier: where the cache lies. kv_window: tokens that it keeps, 0 is all.
+    prefill: GPUs beside those that read prompts and hand their caches over; the degrees above are
+    then of the GPUs that decode. None where all do both.
     """
 
     tp: int = 1
@@ -67,6 +85,7 @@ class Serving:
     tiers: tuple[Held, ...] = ()
     kv_tier: str = "gpu"
     kv_window: int = 0
+    prefill: Pool | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.tp, self.pp, self.ep, self.attention_dp, self.replicas, self.batch)
@@ -89,6 +108,23 @@ class Serving:
                 raise UsageError(f"unknown format {name!r} of {block}", why=f"one of {known}")
         if self.kv not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv!r}", why=f"one of {', '.join(KV_BYTES)}")
+        if self.prefill is not None and (self.tiers or self.kv_tier != "gpu"):
+            raise UsageError("pools of prefill and decode with weights or caches below the GPU",
+                             why="each pool keeps all of the model on its GPUs")  # fmt: skip
+        _ = self.reading
+
+    @property
+    def reading(self) -> Serving | None:
+        """What the GPUs that read prompts alone are told; None where there are none."""
+        if self.prefill is None:
+            return None
+        sizes = {f.name: getattr(self.prefill, f.name) for f in fields(Pool)}
+        return replace(self, prefill=None, **sizes)
+
+    @property
+    def decoding(self) -> Serving:
+        """What the other GPUs are told."""
+        return replace(self, prefill=None) if self.prefill else self
 
     @property
     def ranks(self) -> int:
@@ -97,7 +133,8 @@ class Serving:
 
     @property
     def devices(self) -> int:
-        return self.ranks * self.pp * self.replicas
+        mine = self.ranks * self.pp * self.replicas
+        return mine + (self.prefill.devices if self.prefill else 0)
 
     @property
     def expert_tp(self) -> int:

@@ -33,6 +33,8 @@ class ServingEngine:
     state: arrivals come in groups.
     memory_share: of the device's memory that it takes. reserves: a sequence is admitted with room
     for all it will write; else for what it has, and half of what it will write.
+    kv_sent: what of a prompt's cache leaves a pool of prefill at a time, as soon as it is there:
+    layer, chunk or prompt; "" where the engine has no such pools.
     all_reduce: kernel family; library is NCCL's. skew: exponent of the power law of experts' loads
     under the prompts of benchmarks (0: uniform at random).
     """
@@ -50,6 +52,7 @@ class ServingEngine:
     wait_prompts: float
     memory_share: float
     reserves: bool
+    kv_sent: str
     all_reduce: str
     skew: float
     source: str
@@ -83,6 +86,11 @@ def error_of(name: str) -> float:
 def serving_engines() -> tuple[str, ...]:
     """Names of the engines there are, in order."""
     return tuple(sorted(_engines()))
+
+
+def engines_with_pools() -> tuple[str, ...]:
+    """Names of those that hand caches from GPUs that read prompts to GPUs that decode."""
+    return tuple(name for name in serving_engines() if _engines()[name].kv_sent)
 
 
 def load_serving_engine(name: str) -> ServingEngine:

@@ -19,7 +19,7 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
 from cost_models.hardware import CLUSTER_KEYS, DEVICE_KEYS, DTYPES, LINK_KEYS
 from cost_models.levels import LEVEL_KEYS, LEVEL_KINDS
-from cost_models.serving_decisions import Held, Serving
+from cost_models.serving_decisions import Held, Pool, Serving
 from cost_models.serving_engines import serving_engines
 from cost_models.serving_shapes import BLOCKS
 from cost_models.tiers import TIER_KEYS
@@ -106,8 +106,10 @@ def _serving() -> Json:
         "task": {"const": "serve"}, "engine": _one_of(serving_engines()),
         "keep": {"type": "object", "additionalProperties": WORD},
     }  # fmt: skip
-    names = ("weights", "tiers", "default")
-    decided = {k: v for k, v in _fields(Serving).items() if k not in names}
+    pool = _fields(Pool)
+    decided = _fields(Serving, but=("weights", "tiers", "default", "prefill")) | {
+        "prefill": _object(pool, needed=tuple(pool)),
+    }
     block = {"format": WORD} | _fields(Held) | {"block": _one_of((*BLOCKS, "all"))}
     estimate = {"ttft_us": WHOLE, "tpot_us": WHOLE, "peak_memory_bytes": WHOLE}
     return _sections(
@@ -155,10 +157,11 @@ def _decisions() -> Json:
     return _object(found, needed=tuple(always))
 
 
-def _fields(record: type) -> Json:
+def _fields(record: type, but: tuple[str, ...] = ()) -> Json:
     """The fields of a record by the types they are annotated with."""
     hints = typing.get_type_hints(record)
-    return {field.name: _kind(hints[field.name]) for field in fields(record)}
+    return {field.name: _kind(hints[field.name]) for field in fields(record)
+            if field.name not in but}  # fmt: skip
 
 
 def _kind(hint: Any) -> Json:

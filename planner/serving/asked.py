@@ -15,13 +15,15 @@ OBJECTIVES = ("latency", "throughput", "cost")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
         "fp4": 4}  # fmt: skip
 ENGINE = "native"
+FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServePins:
     """What the user decided; None is left to the search. weights: of every block that is not kept
-    in another format. offload: (block, tier) pairs; "none" is pinned by ()."""
+    in another format. offload: (block, tier) pairs; "none" is pinned by (). pools: GPUs that read
+    prompts and GPUs that decode, FORCED for any of each, () for none; degrees hold in both."""
 
     tp: int | None = None
     pp: int | None = None
@@ -33,6 +35,7 @@ class ServePins:
     weights: str | None = None
     kv: str | None = None
     offload: tuple[tuple[str, str], ...] | None = None
+    pools: tuple[()] | tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +144,8 @@ def parse_serve_pins(texts: Sequence[str]) -> ServePins:
             raise UsageError(f"--fix {name} is given twice", hints=("give it once",))
         if name == "offload":
             found[name] = _offload(text, value)
+        elif name == "pools":
+            found[name] = _pools(text, value)
         elif name in ("weights", "kv"):
             words = WEIGHT_BYTES if name == "weights" else KV_BYTES
             if value not in words:
@@ -166,3 +171,14 @@ def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
                              why=f"expected BLOCK:TIER, a block of {' '.join(BLOCKS)}, or none")
         found.append((block, tier))
     return tuple(found)
+
+
+def _pools(text: str, value: str) -> tuple[()] | tuple[int, int]:
+    sizes = re.fullmatch(r"([1-9][0-9]{0,8})\+([1-9][0-9]{0,8})", value)
+    if value not in ("none", "any") and not sizes:
+        raise UsageError(f"--fix {text} is no value of that pin",
+                         why="expected GPUs that read prompts and GPUs that decode (2+6), any, or"
+                         " none")  # fmt: skip
+    if value == "none":
+        return ()
+    return (int(sizes[1]), int(sizes[2])) if sizes else FORCED

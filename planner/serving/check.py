@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cost_models.hardware import Cluster
+from cost_models.serving_engines import engines_with_pools, load_serving_engine
 from ir.errors import InfeasibleError, PlanError
 from planner.plan import constants_hash, load_cluster
 from planner.serving.plan import ServingPlan
@@ -41,6 +42,9 @@ def examine_serving(plan: ServingPlan, folder: Path) -> CheckedServing:
     if plan.serving.devices > cluster.count:
         raise PlanError(f"the plan contradicts its hardware {plan.hardware}:"
                         f" it divides {plan.serving.devices} GPUs, there are {cluster.count}")
+    if plan.serving.prefill and not load_serving_engine(plan.asked.engine).kv_sent:
+        raise PlanError(f"{plan.asked.engine} has no pools of prefill and decode",
+                        why=f"{', '.join(engines_with_pools())} have")  # fmt: skip
     for held in plan.serving.tiers:
         cluster.tier(held.tier)
     found = recosted(plan, cluster)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cost_models.hardware import Cluster
 from cost_models.op_models import peak_of
-from cost_models.serving import Memory, Served, admitted, memory_of, serve, step_parts
+from cost_models.serving import Memory, admitted, memory_of, serve, step_parts
 from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
-from cost_models.serving_ops import Costs, step_of
+from cost_models.serving_ops import Costs, FloatArray, step_of
+from cost_models.serving_pools import Decodes, Pooled, Reads, decodes, moves, pooled, reads
 from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import below_bytes, sharers
 
@@ -33,7 +35,8 @@ class Prediction:
     """Seconds and bytes of a plan. parts: a decode step's seconds, which sum to decode_s.
 
     running: sequences that decode at once, of those asked for. gpu, cpu and disks: bytes of the
-    fullest rank by tier, its cache included. missing: why it cannot be, "" where it can.
+    fullest rank by tier, its cache included. missing: why it cannot be, "" where it can. pools:
+    where some GPUs read prompts alone; the memory is then of those that decode.
     """
 
     serving: Serving
@@ -49,6 +52,7 @@ class Prediction:
     tiers: tuple[tuple[str, float], ...]
     bottleneck: str
     missing: str = ""
+    pools: Pooled | None = None
 
     @property
     def fits(self) -> bool:
@@ -77,6 +81,8 @@ def predict(
 ) -> Prediction:
     """What a plan does under the load: a closed loop of `s.batch` requests."""
     model = windowed(model, s.kv_window)
+    if s.prefill is not None:
+        return _predict_pools(model, cluster, engine, s, load)
     costs = Costs(cluster=cluster, engine=engine, serving=s)
     room = admitted(model, cluster, engine, s, load)
     memory = memory_of(model, cluster, engine, s, load)
@@ -93,9 +99,63 @@ def predict(
         running=running, batch=s.batch,
         parts=tuple((name, float(np.ravel(v)[0])) for name, v in found.parts.items()),
         prefill_parts=tuple((name, float(np.ravel(v)[0])) for name, v in prefill.items()),
-        memory=memory, tiers=tiers, bottleneck=_bottleneck(costs, model, found, running, s),
+        memory=memory, tiers=tiers, bottleneck="capacity" if running < s.batch else _bottleneck(
+            costs, model, found.parts, running / s.replicas / s.pp),
         missing=_missing(cluster, s, room, memory, tiers),
     )  # fmt: skip
+
+
+def _predict_pools(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
+) -> Prediction:
+    """What pools do. Where room binds, `running` are those that decode; else all are on their way.
+    """
+    d, p = s.decoding, s.reading
+    assert p is not None
+    read, decode, found = pooled_of(model, cluster, engine, s, load)
+    memory = memory_of(model, cluster, engine, d, load)
+    each = found.decoding / d.replicas
+    one = np.ones(1)
+    prefill = step_parts(
+        Costs(cluster=cluster, engine=engine, serving=p), model,
+        step_of(0.0, 0.0, one * p.attention_dp, load.prompt * one),
+    )  # fmt: skip
+    parts = decode.parts_at(max(each, 1.0))
+    tiers = _tier_bytes(model, d, memory, found.decoding)
+    fullest = max(dict(tiers)["gpu"], read.held_bytes)
+    missing = _missing(cluster, d, decode.room, memory, tiers)
+    if not missing and read.held_bytes > memory.capacity_bytes:
+        missing = f"a GPU holds {memory.capacity_bytes / 1e9:.1f} GB, one that reads prompts" \
+                  f" needs {read.held_bytes / 1e9:.1f} GB"
+    if found.binds == "prompts":
+        bottleneck = _bottleneck(Costs(cluster=cluster, engine=engine, serving=p), model, prefill,
+                                 load.prompt * p.attention_dp)  # fmt: skip
+    elif found.binds:
+        bottleneck = "capacity" if found.binds == "room" else "interconnect"
+    else:
+        costs = Costs(cluster=cluster, engine=engine, serving=d)
+        shown = {name: np.asarray(v) for name, v in parts}
+        bottleneck = _bottleneck(costs, model, shown, each / d.pp)
+    return Prediction(
+        serving=s, ttft_s=found.ttft_s, tpot_s=found.tpot_s, tokens_per_s=found.tokens_per_s,
+        decode_s=found.tpot_s, running=found.decoding if found.binds == "room" else float(s.batch),
+        batch=s.batch, parts=parts,
+        prefill_parts=tuple((name, float(np.ravel(v)[0])) for name, v in prefill.items()),
+        memory=memory, tiers=(("gpu", fullest),), bottleneck=bottleneck, missing=missing,
+        pools=found,
+    )  # fmt: skip
+
+
+def pooled_of(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
+) -> tuple[Reads, Decodes, Pooled]:
+    """A replica of either pool, and what requests see of all of them."""
+    d, p = s.decoding, s.reading
+    assert p is not None
+    read = reads(model, cluster, engine, replace(p, replicas=1, batch=1), load.prompt)
+    decode = decodes(model, cluster, engine, replace(d, replicas=1), load)
+    moved = moves(model, cluster, engine, s, load.prompt, read.alone_s)
+    return read, decode, pooled(engine, s, load, read, decode, moved)
 
 
 def _tier_bytes(
@@ -132,11 +192,12 @@ def _missing(
 
 
 def _bottleneck(
-    costs: Costs, model: ServedModel, found: Served, running: float, s: Serving
+    costs: Costs, model: ServedModel, seconds: Mapping[str, FloatArray], tokens: float
 ) -> str:
-    """What most of a decode step's time goes to."""
-    parts = {name: float(np.ravel(v)[0]) for name, v in found.parts.items()}
-    read_s, multiply_s = _bounds_s(costs, model, running / s.replicas / s.pp)
+    """What most of a step's time goes to; so many tokens pass a stage at once."""
+    s = costs.serving
+    parts = {name: float(np.ravel(v)[0]) for name, v in seconds.items()}
+    read_s, multiply_s = _bounds_s(costs, model, tokens)
     kernels = parts["gemm"] + parts["moe"] + parts["attention"] + parts["elementwise"]
     below = parts.get("stream", 0.0)
     tiers = {h.tier for h in s.tiers} | ({s.kv_tier} - {"gpu"})
@@ -146,8 +207,6 @@ def _bottleneck(
         "disk" if tiers - {"cpu"} else "host link": below,
         "host CPU": parts.get("cpu", 0.0), "host launches": parts["host"],
     }  # fmt: skip
-    if running < s.batch:
-        return "capacity"
     return max(causes, key=lambda name: causes[name])
 
 

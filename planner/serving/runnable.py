@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cost_models.serving_decisions import Serving
+from cost_models.serving_engines import engines_with_pools
 
 NATIVE = "native"
 
@@ -27,6 +28,9 @@ RULES = (
          reason="native experts that are split over ranks stay on the GPU"),
     Rule(refused=lambda s: s.ranks * s.pp > 1 and s.kv not in ("bf16", "fp16"),
          reason="a native cache that is split over ranks is kept in 16 bits"),
+    Rule(refused=lambda s: s.prefill is not None,
+         reason="native GPUs read prompts and decode; pools of their own have"
+         f" {', '.join(engines_with_pools())}"),
     Rule(refused=lambda s: s.prefill_chunk > 0, reason="native prompts are read whole"),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.hardware import Cluster
-from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Pool, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine, load_serving_engine
 from cost_models.serving_ops import Costs
 from cost_models.serving_shapes import ServedModel
@@ -22,6 +22,7 @@ from cost_models.serving_tiers import block_bytes
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
 from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.pools import candidates, considered
 from planner.serving.predict import RELIEF, Prediction, predict
 from planner.serving.runnable import unservable
 from planner.serving.tiers import best_tiers
@@ -43,7 +44,7 @@ def search(
     progress: Callable[[str], None] | None = None,
 ) -> Found:  # fmt: skip
     """The best plan by the objective within the limits. Raises InfeasibleError with what binds."""
-    seen = predictions(model, cluster, asked, pins, progress)
+    seen, tried = predictions(model, cluster, asked, pins, progress)
     fits = [p for p in seen if p.fits]
     if not fits:
         raise _nothing_fits(cluster, model, seen, asked)
@@ -51,21 +52,23 @@ def search(
     if not within:
         raise _limits(fits, asked)
     ordered = best_first(within, asked, cluster)
-    return Found(best=ordered[0], others=_apart(ordered), tried=len(seen))
+    return Found(best=ordered[0], others=_apart(ordered), tried=tried)
 
 
 def predictions(
     model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
     progress: Callable[[str], None] | None = None,
-) -> list[Prediction]:  # fmt: skip
-    """All plans, whether they fit or not. Raises UsageError where the pins, or what the engine
-    runs, leave no way to divide the GPUs."""
+) -> tuple[list[Prediction], int]:  # fmt: skip
+    """Plans, whether they fit or not, and how many were looked at: all, but of those with pools the
+    best. Raises UsageError where the pins, or what the engine runs, leave no way to divide the
+    GPUs."""
     engine = load_serving_engine(asked.engine)
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     routed = any(layer.experts for layer in model.layers)
     seen: list[Prediction] = []
     refused: list[str] = []
-    for s in space(model, cluster, asked, pins):
+    pools = considered(cluster, engine, pins)
+    for s in space(model, cluster, asked, pins) if not pins.pools else ():
         for made in formats(model, cluster, engine, s, asked, pins, load):
             reason = unservable(engine.name, made, routed)
             if reason:
@@ -79,50 +82,99 @@ def predictions(
                     seen.append(p)
         if progress and seen:
             progress(f"solving: {len(seen)} plans predicted")
+    tried = len(seen)
+    if pools:
+        best, more = _with_pools(model, cluster, engine, asked, pins, load)
+        seen, tried = [*seen, *best], tried + more
     if not seen:
         raise UsageError(
             f"{model.name} cannot be divided over {cluster.spec} as pinned",
             why="; ".join(dict.fromkeys(refused)) or "tp divides the heads, ep the experts, and"
             " tp*attention_dp*pp*replicas the GPUs",
         )
-    return seen
+    return seen, tried
+
+
+def _with_pools(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, asked: ServeAsked, pins: ServePins,
+    load: ServeLoad,
+) -> tuple[list[Prediction], int]:  # fmt: skip
+    """The best plans with pools, and of how many: within the limits, of those in which all requests
+    run at once, nearest to the limits; of those that do not fit, the one that lacks least."""
+    bases = [
+        Serving(batch=batch, prefill_chunk=pins.prefill_chunk or 0, default=asked.precision,
+                kv_window=asked.kv_window)
+        for batch in ((asked.batch,) if asked.batch else BATCHES)
+    ]  # fmt: skip
+    counts = divisors(cluster.count) if asked.objective == "cost" else (cluster.count,)
+    best: dict[str, tuple[tuple[object, ...], Serving]] = {}
+    tried = 0
+
+    def keep(name: str, s: Serving, *rank: object) -> None:
+        if name not in best or (*rank, _key(s)) < best[name][0]:
+            best[name] = ((*rank, _key(s)), s)
+
+    for c in candidates(model, cluster, engine, load, bases, counts, pins,
+                        lambda s: formats(model, cluster, engine, s, asked, pins, load)):
+        tried += 1
+        used = _used(c.seen.ttft_s, c.seen.tpot_s, asked)
+        if c.missing_bytes:
+            keep("lacks", c.serving, c.missing_bytes)
+        elif used > 1:
+            keep("near", c.serving, used)
+        else:
+            score = _scored(c.seen.ttft_s, c.seen.tpot_s, c.seen.tokens_per_s, c.serving.devices,
+                            asked)
+            keep("best", c.serving, score)
+            if c.seen.binds != "room":
+                keep("whole", c.serving, score)
+    fits = [s for name, (_, s) in best.items() if name != "lacks"]
+    chosen = dict.fromkeys(fits or [s for _, s in best.values()])
+    return [predict(model, cluster, engine, s, load) for s in chosen], tried
 
 
 def best_first(
     rows: Sequence[Prediction], asked: ServeAsked, cluster: Cluster
 ) -> list[Prediction]:
     """Plans by the objective; those alike by what is simplest."""
-    load = ServeLoad(prompt=asked.prompt, output=asked.output)
-    return sorted(rows, key=lambda p: (_score(p, asked, load, cluster), _key(p.serving)))
+    return sorted(rows, key=lambda p: (
+        _scored(p.ttft_s, p.tpot_s, p.tokens_per_s, p.serving.devices, asked), _key(p.serving)
+    ))  # fmt: skip
 
 
 def _apart(ordered: list[Prediction]) -> tuple[Prediction, ...]:
     """The best of every other division of the GPUs, the best first."""
-    rows: dict[tuple[int, ...], Prediction] = {}
+    rows: dict[tuple[object, ...], Prediction] = {}
     for p in ordered:
         s = p.serving
-        rows.setdefault((s.tp, s.pp, s.ep, s.attention_dp, s.replicas), p)
+        rows.setdefault((s.tp, s.pp, s.ep, s.attention_dp, s.replicas, s.prefill), p)
     return tuple(rows.values())[1:6]
 
 
-def _score(p: Prediction, asked: ServeAsked, load: ServeLoad, cluster: Cluster) -> float:
+def _scored(
+    ttft_s: float, tpot_s: float, tokens_per_s: float, gpus: int, asked: ServeAsked
+) -> float:
     """What is minimised. Throughput a GPU that is used, so that none is used for nothing."""
     if asked.objective == "latency":
-        return p.latency_s(load)
-    if asked.objective == "throughput":
-        return -p.tokens_per_s
-    return p.serving.devices / p.tokens_per_s
+        return ttft_s + (asked.output - 1) * tpot_s
+    return -tokens_per_s if asked.objective == "throughput" else gpus / tokens_per_s
 
 
 def _key(s: Serving) -> tuple[object, ...]:
     """Ties go to fewer axes, and to the model's own formats."""
-    return (len(s.tiers), s.tp > 1, s.pp > 1, s.attention_dp > 1, s.ep > 1, s.devices, s.tp, s.pp,
-            s.ep, s.batch, s.prefill_chunk, s.weights, s.kv)  # fmt: skip
+    p = s.prefill or Pool()
+    return (len(s.tiers), s.prefill is not None, s.tp > 1, s.pp > 1, s.attention_dp > 1, s.ep > 1,
+            s.devices, s.tp, s.pp, s.ep, s.batch, s.prefill_chunk, s.weights, s.kv, p.tp, p.pp,
+            p.ep, p.replicas)  # fmt: skip
 
 
 def limits_used(p: Prediction, asked: ServeAsked) -> float:
     """The greater of TTFT and TPOT over its limit; 1 is just met, 0 where there is none."""
-    return max(p.ttft_s / (asked.max_ttft_s or np.inf), p.tpot_s / (asked.max_tpot_s or np.inf))
+    return _used(p.ttft_s, p.tpot_s, asked)
+
+
+def _used(ttft_s: float, tpot_s: float, asked: ServeAsked) -> float:
+    return max(ttft_s / (asked.max_ttft_s or np.inf), tpot_s / (asked.max_tpot_s or np.inf))
 
 
 # --- the space --------------------------------------------------------------------------------

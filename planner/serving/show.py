@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cost_models.serving_decisions import ServeLoad
+from cost_models.serving_decisions import Pool, ServeLoad, Serving
+from cost_models.serving_pools import Pooled
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.options import Timing
 from planner.serving.plan import ServingPlan
@@ -59,6 +60,16 @@ def estimate_json(p: Prediction) -> dict[str, Any]:
         if m.kv_bytes_per_sequence else None,
         "bottleneck": p.bottleneck, "relief": RELIEF[p.bottleneck],
         "tiers": {name: round(size) for name, size in p.tiers},
+        **({} if p.pools is None else {"pools": pools_json(p.pools)}),
+    }  # fmt: skip
+
+
+def pools_json(found: Pooled) -> dict[str, Any]:
+    """What pools of prefill and decode add: the parts of the first token's time, the cache sent."""
+    return {
+        "waiting_s": found.waiting_s, "reading_s": found.reading_s,
+        "moving_s": found.moves.exposed_s, "kv_bytes_moved": round(found.moves.bytes),
+        "decoding": found.decoding, "full": found.binds or None,
     }  # fmt: skip
 
 
@@ -73,8 +84,12 @@ def summary(
              f" served on {plan.hardware}"]  # fmt: skip
     lines += _packed("load", [_many(s.batch, "request") + " at once", f"{asked.prompt} tokens in",
                               f"{asked.output} out", asked.engine, f"for {asked.objective}"])
-    lines += _packed("division", [f"{k} {v}" for k, v in division(found).items()]
-                     + ["= " + _many(s.devices, "GPU")])  # fmt: skip
+    mine = s.devices - (s.prefill.devices if s.prefill else 0)
+    if s.prefill:
+        lines += _packed("prefill", [f"{k} {v}" for k, v in _degrees(s.prefill).items()]
+                         + ["= " + _many(s.prefill.devices, "GPU")])  # fmt: skip
+    lines += _packed("decode" if s.prefill else "division",
+                     [f"{k} {v}" for k, v in _degrees(s).items()] + ["= " + _many(mine, "GPU")])
     if s.prefill_chunk:
         lines.append(_row("prompts", f"in chunks of {s.prefill_chunk} tokens"))
     lines.append("")
@@ -90,6 +105,8 @@ def summary(
     lines += ["", f"first token {format_seconds(found.ttft_s)}, then one every"
               f" {format_seconds(found.tpot_s)}: a request {format_seconds(found.latency_s(load))};"
               f" {found.tokens_per_s:,.0f} tokens/s"]  # fmt: skip
+    if found.pools:
+        lines += _pools(found.pools)
     if found.running < s.batch:
         lines.append(_row("", f"{found.running:.0f} of {s.batch} run at once, the others wait"))
     lines += _bars(found.parts, found.decode_s)
@@ -102,7 +119,10 @@ def summary(
     predicted = _many(plan.solver.meshes, "plan") + " predicted"
     lines.append(_row("search", f"{plan.solver.status}, {predicted}"))
     for at, p in enumerate(others[:3]):
-        degrees = " ".join(f"{k} {v}" for k, v in division(p).items())
+        degrees = " ".join(f"{k} {v}" for k, v in _degrees(p.serving).items())
+        if p.serving.prefill:
+            read = " ".join(f"{k} {v}" for k, v in _degrees(p.serving.prefill).items())
+            degrees = f"prefill {read} | decode {degrees}"
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(line[:WIDTH] for line in lines)
@@ -112,11 +132,31 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
 
 
-def division(p: Prediction) -> dict[str, int]:
-    """The degrees of a plan, those that divide something."""
-    s = p.serving
+def _pools(found: Pooled) -> list[str]:
+    """The parts of the first token's time, and which pool is full."""
+    moved = found.moves
+    lines = _packed("first", [f"{format_seconds(found.waiting_s)} waiting",
+                              f"{format_seconds(found.reading_s)} reading",
+                              f"{format_seconds(moved.exposed_s)} moving the cache,"
+                              f" {format_bytes(round(moved.bytes))}"])  # fmt: skip
+    full = {"prompts": "the GPUs that read prompts are all busy",
+            "moving": "the links between the pools are all busy"}.get(found.binds)  # fmt: skip
+    decode = f"{found.decoding:.0f} decode at once"
+    return [*lines, _row("", f"{decode}; {full}" if full else decode)]
+
+
+def division(p: Prediction) -> dict[str, Any]:
+    """The degrees of a plan, those that divide something; of prefill apart where it has GPUs."""
+    found: dict[str, Any] = {}
+    if p.serving.prefill:
+        found["prefill"] = _degrees(p.serving.prefill)
+    return found | _degrees(p.serving)
+
+
+def _degrees(s: Serving | Pool) -> dict[str, int]:
     found = {"tp": s.tp, "pp": s.pp}
-    found |= {"ep": s.ep, "etp": s.expert_tp} if s.ep * s.expert_tp > 1 and s.ep > 1 else {}
+    etp = s.expert_tp if isinstance(s, Serving) else s.etp
+    found |= {"ep": s.ep, "etp": etp} if s.ep > 1 else {}
     found |= {"attention_dp": s.attention_dp} if s.attention_dp > 1 else {}
     return found | {"replicas": s.replicas}
 

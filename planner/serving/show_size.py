@@ -93,15 +93,28 @@ def _columns(found: ServeSizing, shown: Sequence[ServeSized]) -> list[Column]:
 
 
 def _plan(row: ServeSized) -> str:
-    words = {"tp": "tp", "pp": "pp", "ep": "ep", "attention_dp": "dp", "replicas": "x"}
     sizes = division(row.found)
-    found = [f"{short}{sizes[name]}" for name, short in words.items() if sizes.get(name, 1) > 1]
+    found = _short(sizes)
+    if "prefill" in sizes:  # prompts > tokens
+        found = [*(_short(sizes["prefill"]) or ["x1"]), ">", *(found or ["x1"])]
     tiers = dict.fromkeys(held.tier for held in row.found.serving.tiers)
     return " ".join([*found, *(f"+{tier}" for tier in tiers)])
 
 
+def _short(sizes: dict[str, int]) -> list[str]:
+    words = {"tp": "tp", "pp": "pp", "ep": "ep", "attention_dp": "dp", "replicas": "x"}
+    return [f"{short}{sizes[name]}" for name, short in words.items() if sizes.get(name, 1) > 1]
+
+
 def _number(usd: float | None) -> str:
     return "-" if usd is None else f"{usd:.3g}"
+
+
+def _decisions(row: ServeSized) -> dict[str, Any]:
+    found = asdict(row.found.serving)
+    if found["prefill"] is None:
+        del found["prefill"]
+    return found
 
 
 def _left(found: ServeSizing, of: Served) -> list[str]:
@@ -143,7 +156,7 @@ def size_json(found: ServeSizing, of: Served) -> dict[str, Any]:
                 "usd_per_million_tokens": row.usd_per_million_tokens,
                 "joules_per_token": row.joules_per_token,
                 "estimate": estimate_json(row.found),
-                "decisions": asdict(row.found.serving),
+                "decisions": _decisions(row),
             }
             for row, on in ordered(found, of.objective)
         ],

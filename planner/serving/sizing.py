@@ -157,7 +157,7 @@ class ServeSizer:
             self.progress(f"{cluster.spec}: {len(self.rows)} found")
         self.searched += 1
         try:
-            seen = predictions(self.model, cluster, self.asked, self.pins)
+            seen, _ = predictions(self.model, cluster, self.asked, self.pins)
         except UsageError:  # the pins, or the engine, divide no such count
             return None, "divided"
         rows = best_first(seen, self.asked, cluster)

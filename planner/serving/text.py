@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from cost_models.serving_decisions import Held, Serving
+from cost_models.serving_decisions import Held, Pool, Serving
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.placements import edge_rules, parameter_rules, parse_placements
@@ -17,6 +17,7 @@ from planner.serving.plan import ServingPlan
 
 SCHEMA = "plan/1"
 _APART = ("weights", "tiers", "default")  # of the decisions: they are said by block
+_UNSAID = (("kv_tier", "gpu"), ("kv_window", 0), ("prefill", None))  # where they are so
 _ESTIMATE = ("ttft_us", "tpot_us", "peak_memory_bytes")
 
 
@@ -59,11 +60,14 @@ def workload_json(asked: ServeAsked) -> dict[str, Any]:
 
 
 def decisions_json(plan: ServingPlan) -> dict[str, Any]:
-    """Decisions but those of blocks; tiers and windows of the cache only where there are."""
+    """Decisions but those of blocks; tiers and windows of the cache, and pools, only where there
+    are."""
     found = {f.name: getattr(plan.serving, f.name) for f in fields(Serving) if f.name not in _APART}
-    for name, none in (("kv_tier", "gpu"), ("kv_window", 0)):
+    for name, none in _UNSAID:
         if found[name] == none:
             del found[name]
+    if plan.serving.prefill is not None:
+        found["prefill"] = asdict(plan.serving.prefill)
     if plan.rows_on_host:
         found["rows_on_host"] = plan.rows_on_host
     return found
@@ -147,6 +151,11 @@ def _serving(given: dict[str, Any], blocks: Any) -> Serving:
     for name, value in given.items():
         if name not in known:
             raise PlanError(f"unknown key decisions.{name}", why=f"known: {' '.join(known)}")
+        if name == "prefill":
+            sizes = object_at(given, name, tuple(f.name for f in fields(Pool)))
+            values[name] = Pool(**{k: _whole(v, f"decisions.prefill.{k}")
+                                   for k, v in sizes.items()})  # fmt: skip
+            continue
         word = str(known[name].type) == "str"
         if word and not isinstance(value, str):
             raise _odd(f"decisions.{name}", value, "a word")

@@ -26,6 +26,7 @@ from planner.runtime.serve.place import Laid
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan
+from planner.serving.runnable import NATIVE, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
@@ -44,6 +45,10 @@ def serve(
     job of that size calls it, and all call the model alike. Raises GateError for another model.
     """
     s = plan.serving
+    routed = any(expert_parameters(unit) for unit in plan.graph.units)
+    if reason := unservable(NATIVE, s, routed):
+        raise PlanError(f"planner.serve does not run this plan of {plan.asked.engine}: {reason}",
+                        hints=("without --engine, plans are made of what it runs",))  # fmt: skip
     ranks = s.ranks * s.pp
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _as_planned(model, s)
