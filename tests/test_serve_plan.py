@@ -148,3 +148,14 @@ def test_two_plans_are_compared(made, plan):
     assert plan("diff", second, first, "--fail-on", "step-time=+3%")[0] == 64
     worse = next(n for n in found["numbers"] if n["name"] == "ttft_s")["change"] > 0
     assert plan("diff", first, second, "--fail-on", "ttft=+0%")[0] == (4 if worse else 0)
+
+
+def test_a_block_that_the_model_lacks_is_refused(made, plan):
+    """A tier, or a format, of experts in a dense model: of an edited plan."""
+    held = (Held(block="routed_experts", tier="cpu", place="stream"),)
+    for changes in ({"tiers": held}, {"weights": (("shared_experts", "int8"),)}):
+        path, _ = made("llama", **changes)
+        code, _, err = plan("show", path)
+        assert code == 1 and "LlamaForCausalLM has none" in err and "its blocks: attention" in err
+        with pytest.raises(PlanError, match="has none"):
+            planner.serve(cases.llama(), planner.load(path), device="cpu")

@@ -167,6 +167,18 @@ def test_the_cache_goes_below_where_more_then_run():
     assert dict(below_.tiers)["cpu"] == pytest.approx(64 * (16384 + 64) * 32 * 8 * 256 * 2)
 
 
+def test_where_the_cache_lies_is_pinned():
+    served = model(layers=32, hidden=4096, inter=14336)
+    asked = {"batch": 64, "prompt": 16384, "output": 64, "objective": "throughput"}
+    assert found(served, "a6000x1", ("kv_tier=gpu",), **asked).best.serving.kv_tier == "gpu"
+    for pins in (("kv_tier=cpu",), ("kv_tier=cpu", "offload=none"),
+                 ("kv_tier=cpu", "offload=head:cpu")):
+        best = found(served, "a6000x1", pins, batch=1).best.serving
+        assert best.kv_tier == "cpu" and bool(best.tiers) == (len(pins) > 1 and "head" in pins[1])
+    with pytest.raises(UsageError, match="no value of that pin"):
+        parse_serve_pins(("kv_tier=nvme",))
+
+
 def test_what_binds_is_named():
     """One sequence reads all weights for one token; a thousand multiply as much as they read."""
     served, engine = model(layers=32, hidden=4096, inter=14336), load_serving_engine("vllm")

@@ -15,6 +15,8 @@ OBJECTIVES = ("latency", "throughput", "cost")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
         "fp4": 4}  # fmt: skip
 ENGINE = "native"
+KV_TIERS = ("gpu", "cpu")
+_WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": tuple(KV_BYTES), "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 
@@ -23,7 +25,8 @@ MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 class ServePins:
     """What the user decided; None is left to the search. weights: of every block that is not kept
     in another format. offload: (block, tier) pairs; "none" is pinned by (). pools: GPUs that read
-    prompts and GPUs that decode, FORCED for any of each, () for none; degrees hold in both."""
+    prompts and GPUs that decode, FORCED for any of each, () for none; degrees hold in both.
+    kv_tier: where the cache lies, one of KV_TIERS."""
 
     tp: int | None = None
     pp: int | None = None
@@ -36,6 +39,7 @@ class ServePins:
     kv: str | None = None
     offload: tuple[tuple[str, str], ...] | None = None
     pools: tuple[()] | tuple[int, int] | None = None
+    kv_tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +150,8 @@ def parse_serve_pins(texts: Sequence[str]) -> ServePins:
             found[name] = _offload(text, value)
         elif name == "pools":
             found[name] = _pools(text, value)
-        elif name in ("weights", "kv"):
-            words = WEIGHT_BYTES if name == "weights" else KV_BYTES
+        elif name in _WORDS:
+            words = _WORDS[name]
             if value not in words:
                 raise UsageError(f"--fix {text} is no value of that pin",
                                  why=f"expected one of {' '.join(words)}")  # fmt: skip

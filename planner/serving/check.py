@@ -9,7 +9,7 @@ from cost_models.hardware import Cluster
 from cost_models.serving_engines import engines_with_pools, load_serving_engine
 from ir.errors import InfeasibleError, PlanError
 from planner.plan import constants_hash, load_cluster
-from planner.serving.plan import ServingPlan
+from planner.serving.plan import ServingPlan, require_blocks
 from planner.serving.predict import RELIEF, Prediction
 from planner.serving.tracing import recosted
 
@@ -45,6 +45,9 @@ def examine_serving(plan: ServingPlan, folder: Path) -> CheckedServing:
     if plan.serving.prefill and not load_serving_engine(plan.asked.engine).kv_sent:
         raise PlanError(f"{plan.asked.engine} has no pools of prefill and decode",
                         why=f"{', '.join(engines_with_pools())} have")  # fmt: skip
+    if plan.serving.kv_tier != "gpu":
+        cluster.tier(plan.serving.kv_tier)
+    require_blocks(plan)
     for held in plan.serving.tiers:
         cluster.tier(held.tier)
     found = recosted(plan, cluster)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import Serving
-from cost_models.serving_reading import parts_of
+from cost_models.serving_reading import parts_of, served_model
 from cost_models.sharding import Sharding
+from ir.errors import PlanError
 from ir.graph import Graph
 from planner.plan import Solver, constants_hash, hardware_name, write_whole
 from planner.serving.asked import ServeAsked
@@ -95,6 +96,16 @@ def make_serving_plan(
         ttft_us=round(found.ttft_s * 1e6), tpot_us=round(found.tpot_s * 1e6),
         peak_memory_bytes=round(dict(found.tiers)["gpu"]), solver=solver,
     )  # fmt: skip
+
+
+def require_blocks(plan: ServingPlan) -> None:
+    """Raise PlanError where the plan says how a block lies, or its format, that the model lacks."""
+    there = served_model(plan.graph).block_elements()
+    for block in (*(held.block for held in plan.serving.tiers),
+                  *(block for block, _ in plan.serving.weights)):  # fmt: skip
+        if block not in there:
+            raise PlanError(f"the plan places {block}: {plan.graph.name} has none",
+                            why=f"its blocks: {', '.join(there)}")  # fmt: skip
 
 
 def shardings_of(graph: Graph, cluster: Cluster, serving: Serving) -> dict[str, Sharding]:

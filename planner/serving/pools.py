@@ -37,13 +37,14 @@ def considered(cluster: Cluster, engine: ServingEngine, pins: ServePins) -> bool
             raise UsageError(f"{engine.name} has no pools of prefill and decode",
                              why=f"{', '.join(engines_with_pools())} have",
                              hints=("--engine vllm",))  # fmt: skip
-        if pins.offload:
-            raise UsageError("pools are pinned, and weights below the GPU",
+        if pins.offload or pins.kv_tier == "cpu":
+            raise UsageError("pools are pinned, and weights or the cache below the GPU",
                              why="each pool keeps all of the model on its GPUs")  # fmt: skip
         if pins.pools != FORCED and sum(pins.pools) > cluster.count:
             raise UsageError(f"--fix pools={pins.pools[0]}+{pins.pools[1]}: {cluster.spec} has"
                              f" {cluster.count} GPUs")  # fmt: skip
-    return bool(engine.kv_sent) and cluster.count > 1 and pins.pools != () and not pins.offload
+    below = pins.offload or pins.kv_tier == "cpu"
+    return bool(engine.kv_sent) and cluster.count > 1 and pins.pools != () and not below
 
 
 def instances(model: ServedModel, cluster: Cluster, pins: ServePins) -> list[Pool]:

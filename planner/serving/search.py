@@ -302,6 +302,10 @@ def _with_tiers(
     """The plan with all on the GPUs and, where that does not fit or runs fewer than asked for, the
     best with blocks, or the cache, below them."""
     found = []
+    first = pins.kv_tier or "gpu"
+    if first != "gpu":
+        cluster.tier(first)
+        s = replace(s, kv_tier=first)
     if not pins.offload:
         found.append(predict(model, cluster, engine, s, load))
         if found[0].running >= s.batch and found[0].fits:
@@ -309,9 +313,9 @@ def _with_tiers(
     if pins.offload == () or not cluster.tiers:
         return found
     caches = ("gpu", "cpu") if any(t.name == "cpu" for t in cluster.tiers) else ("gpu",)
-    for kv_tier in caches:
+    for kv_tier in caches if pins.kv_tier is None else (first,):
         kept = replace(s, kv_tier=kv_tier)
-        if kv_tier != "gpu" and not pins.offload:
+        if kv_tier != first and not pins.offload:
             found.append(predict(model, cluster, engine, kept, load))
             if found[-1].running >= s.batch and found[-1].fits:
                 continue

@@ -25,7 +25,7 @@ from planner.runtime.serve.pipe import answer_calls
 from planner.runtime.serve.place import Laid
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
-from planner.serving.plan import ServingPlan
+from planner.serving.plan import ServingPlan, require_blocks
 from planner.serving.runnable import NATIVE, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +49,7 @@ def serve(
     if reason := unservable(NATIVE, s, routed):
         raise PlanError(f"planner.serve does not run this plan of {plan.asked.engine}: {reason}",
                         hints=("without --engine, plans are made of what it runs",))  # fmt: skip
+    require_blocks(plan)
     ranks = s.ranks * s.pp
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _as_planned(model, s)
