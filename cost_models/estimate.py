@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from cost_models.chain import Chain
+from cost_models.assumptions import assumptions_of, is_moe
 from cost_models.decisions import Decisions, Workload
 from cost_models.fleet import RULE, Hardware, used_parts
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
@@ -240,21 +240,17 @@ def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     left = [capacity - used for capacity, used in zip(capacities, memory)]
     return Estimate(
         step_time_ps=total, breakdown_ps=tuple(breakdown.items()),
-        error=max(side.kernels.error(_is_moe(step.chain)) for side in kinds),
+        error=max(side.kernels.error(is_moe(step.chain)) for side in kinds),
         tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=d.gpus,
         model_flop=model * d.microbatches * d.dp, executed_flop=_executed(step, d),
         peak_flop_per_s=fmean(side.cluster.device.peak(dtype) for side, _ in sides),
         capacity_bytes=capacities[left.index(min(left))], ranks=ranks,
         assumptions=tuple(dict.fromkeys([
             *([RULE] if isinstance(costs, MixedCosts) and not costs.said else []),
-            *(note for side in kinds for note in _assumptions(side, d)),
+            *(note for side in kinds for note in assumptions_of(side, d)),
         ])),
         tiers=tier_uses([(side.cluster, one) for side, one in sides], d, problem),
     )  # fmt: skip
-
-
-def _is_moe(chain: Chain) -> bool:
-    return any(n.op == "grouped_matmul" for link in chain.links for n in link.unit.nodes)
 
 
 def _executed(step: Step, d: Decisions) -> int:
@@ -380,20 +376,6 @@ def _memory(
         "context": reserved["context"],
     }
     return (*found.items(), ("fragmentation", peak - sum(found.values())))
-
-
-def _assumptions(costs: Costs, d: Decisions) -> tuple[str, ...]:
-    """What the user should know the numbers rest on."""
-    engine = costs.engine
-    notes = [*costs.graph.notes]
-    notes += [
-        f"{c.name}: {c.source}" for c in costs.kernels.provenance()
-        if any(w in c.source for w in ("assumed", "transferred"))
-    ]  # fmt: skip
-    notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
-    if _is_moe(costs.chain) and d.ep >= 1:
-        notes.append("expert load: balanced, every expert gets the same number of rows")
-    return tuple(dict.fromkeys(notes))
 
 
 __all__ = ["Pair", "estimate", "estimate_step", "stage_problem", "whole_step_ps"]

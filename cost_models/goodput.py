@@ -128,7 +128,7 @@ def chosen(rows: tuple[Goodput, ...], cluster: Cluster, operations: Operations) 
 
 def _through(cluster: Cluster, tier_bytes_per_s: float) -> float:
     """A node's bytes a second to or from a tier: the tier's, or its devices' links together."""
-    links = min(cluster.node_size, cluster.count) * cluster.device.host_link_bytes_per_s
+    links = min(cluster.node_size, cluster.count) * cluster.uplink_bytes_per_s()
     return min(tier_bytes_per_s, links)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from cost_models.checked_toml import merged, read_toml, table, typed
 from cost_models.constants_table import OwnConstants, own_constants
-from cost_models.levels import Level, read_levels, shape_of, spans_of
+from cost_models.levels import Level, check_network, read_levels, shape_of, spans_of
 from cost_models.tiers import Tier, read_tier
 from ir.errors import UsageError
 
@@ -97,7 +97,8 @@ class Cluster:
     """`count` devices in nodes of `node_size`; `domain_size` of them share the intra link.
 
     levels: of the network between domains, inside out; `inter` is the innermost of them, or all
-    there is where none are listed.
+    there is where none are listed. uplink_gpus: that share one link to the host, as those behind a
+    PCIe switch do; it has the rate of one GPU's own.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Cluster:
     tiers: tuple[Tier, ...]
     sources: tuple[tuple[str, str], ...]
     levels: tuple[Level, ...] = ()
+    uplink_gpus: int = 1
 
     @property
     def spec(self) -> str:
@@ -139,6 +141,8 @@ class Cluster:
             content["levels"] = [
                 {k: v for k, v in level.items() if k not in prose} for level in levels
             ]
+        if self.uplink_gpus == 1:
+            del content["uplink_gpus"]
         content["tiers"] = [
             {k: v for k, v in tier.items() if v is not None} for tier in content["tiers"]
         ]
@@ -181,6 +185,12 @@ class Cluster:
         """GPUs that share a tier."""
         return min(tier.gpus or self.node_size, self.count)
 
+    def uplink_bytes_per_s(self, gpus: int | None = None) -> float:
+        """What each GPU has of the way to its host, either direction, while so many of a node (all,
+        if not said) copy at once."""
+        together = min(self.uplink_gpus, self.count if gpus is None else gpus)
+        return self.device.host_link_bytes_per_s / together
+
 
 DEVICE_KEYS = {
     "title": str, "family": str, "constants": str, "memory_bytes": int,
@@ -191,7 +201,7 @@ LINK_KEYS = {
     "name": str, "kind": str, "bytes_per_s": float, "latency_s": float, "efficiency": float,
 }  # fmt: skip
 CLUSTER_KEYS = {
-    "node_size": int, "domain_size": int, "host_ram_bytes": int,
+    "node_size": int, "domain_size": int, "uplink_gpus": int, "host_ram_bytes": int,
     "intra": dict, "inter": dict, "tiers": list,
 }  # fmt: skip
 _FILE_KEYS = {"name": str, "device": dict, "constants": dict, "cluster": dict, "sources": dict}
@@ -219,11 +229,14 @@ def _device(name: str, raw: Any, where: str, constants: Any) -> Device:
 
 def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
     top = table({"sources": {}, "constants": {}, **raw}, _FILE_KEYS, where, "")
-    given = dict(top["cluster"])
+    given = {"uplink_gpus": 1, **top["cluster"]}
     listed = given.pop("levels", None)
     if listed:
         given["inter"] = {}
     body = table(given, CLUSTER_KEYS, where, "cluster.")
+    if body["uplink_gpus"] < 1:
+        raise UsageError(f"cluster.uplink_gpus is {body['uplink_gpus']}", where=where,
+                         why="GPUs that share one link to the host: 1 or more")  # fmt: skip
     levels = read_levels(listed, body["domain_size"], count, where) if listed else ()
     if levels:
         body["inter"] = _innermost(levels[0])
@@ -337,20 +350,11 @@ def _load_file(path: Path) -> Cluster:
     if count is None:
         raise UsageError("missing key count", where=str(path), why="the number of devices")
     number = typed(count, int, str(path), "count")
-    _check_network(raw, str(path))
+    check_network(raw, str(path))
     if base is not None:
         name = canonical(typed(base, str, str(path), "base"))
         raw = merged({**read_toml(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
     return _cluster(raw, number, str(path))
-
-
-def _check_network(raw: dict[str, Any], where: str) -> None:
-    """Raise UsageError where a file says the network in two ways."""
-    body = raw.get("cluster", {})
-    if isinstance(body, dict) and body.get("levels") and "inter" in body:
-        raise UsageError("cluster.inter and cluster.levels both say the network", where=where,
-                         why="the innermost level is what a GPU's port reaches",
-                         hints=("leave out [cluster.inter]",))  # fmt: skip
 
 
 @functools.cache

@@ -86,6 +86,15 @@ def read_levels(raw: Any, domain: int, count: int, where: str) -> tuple[Level, .
     return tuple(found)
 
 
+def check_network(raw: dict[str, Any], where: str) -> None:
+    """Raise UsageError where a file says the network in two ways."""
+    body = raw.get("cluster", {})
+    if isinstance(body, dict) and body.get("levels") and "inter" in body:
+        raise UsageError("cluster.inter and cluster.levels both say the network", where=where,
+                         why="the innermost level is what a GPU's port reaches",
+                         hints=("leave out [cluster.inter]",))  # fmt: skip
+
+
 def spans_of(domain: int, count: int, levels: tuple[Level, ...]) -> tuple[int, ...]:
     """Ranks of a unit: of a domain, then of each level, in equal parts; the last is all."""
     found = [domain]

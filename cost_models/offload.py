@@ -1,7 +1,7 @@
 """What lies below the device: what moves over the host link for it, and how long that takes.
 
-A GPU's link to its host is its own; a tier is shared by the GPUs of a node, or by as many as its
-row in the hardware file says.
+A link to the host is shared by as many GPUs as the hardware file says (`uplink_gpus`), a tier by
+those of a node, or by as many as its row says; all of them are taken to copy at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,20 @@ def host_s(cluster: Cluster, size_bytes: Size, *, up: bool) -> Size:
     memory = cluster.tier("cpu")
     rate = memory.read_bytes_per_s if up else memory.write_bytes_per_s
     share = rate / cluster.sharers(memory)
-    return size_bytes / min(cluster.device.host_link_bytes_per_s, share)
+    return size_bytes / min(cluster.uplink_bytes_per_s(), share)
+
+
+def host_note(cluster: Cluster) -> str:
+    """What copies between GPUs and their host are taken to share, in words."""
+    memory, link = cluster.tier("cpu"), cluster.uplink_bytes_per_s() / 1e9
+    gpus = cluster.sharers(memory)
+    rates = (memory.read_bytes_per_s / 1e9, memory.write_bytes_per_s / 1e9)
+    total = " and ".join(f"{r:,.0f} GB/s {w}" for r, w in zip(rates, ("read", "written")))
+    got = min(link, *(rate / gpus for rate in rates))
+    uplink = min(cluster.uplink_gpus, cluster.count)
+    behind = f"a link for {uplink} of them" if uplink > 1 else "a link each"
+    return (f"host copies: all {gpus} GPUs of a node at once, {got:,.1f} GB/s each at least:"
+            f" {behind}, its memory {total} for all")  # fmt: skip
 
 
 def parameter_copies_s(cluster: Cluster, engine: Engine, d: Decisions, state: State) -> Pair:
@@ -121,7 +134,10 @@ def update_s(
     up = MASTER_BYTES if fsdp else COMPUTE_BYTES[workload.precision]
     down = MASTER_BYTES if fsdp or wide else GRAD_BYTES[d.grad_dtype]
     once = not ("params" in dict(d.offload) and mode.gather_per_microbatch)
-    link = state.updated * (up + down) * once / cluster.device.host_link_bytes_per_s
+    link = once * (
+        host_s(cluster, state.updated * down, up=False)
+        + host_s(cluster, state.updated * up, up=True)
+    )
     total = link + each * state.updated * cluster.sharers(host) / host.read_bytes_per_s
     tier = dict(d.offload)["optimizer"]
     if tier == "cpu":

@@ -58,7 +58,7 @@ def rate_bytes_per_s(cluster: Cluster, serving: Serving, tier: str) -> float:
     """At which one GPU is given what lies on a tier, all of its node being given alike."""
     held = cluster.tier(tier)
     share = held.read_bytes_per_s / sharers(cluster, serving)
-    return min(cluster.device.host_link_bytes_per_s, share)
+    return min(cluster.uplink_bytes_per_s(sharers(cluster, serving)), share)
 
 
 def below(costs: Costs, model: ServedModel, step: Step) -> Below:

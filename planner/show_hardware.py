@@ -103,7 +103,8 @@ def cluster_text(c: Cluster) -> str:
         *(("between", text) for text in _levels(c)),
         *(("over all", _by_size(c, kind)) for kind in _SHOWN if c.levels),
         ("host", f"{format_bytes(c.host_ram_bytes)} a node, "
-         f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each {kind}"),
+         f"{format_bytes_per_s(d.host_link_bytes_per_s)} to each {kind}"
+         + (f", {c.uplink_gpus} share one uplink" if c.uplink_gpus > 1 else "")),
         *(("tier", f"{t.name}: {format_bytes(t.bytes)} "
            f"{f'for {t.gpus} GPUs' if t.gpus else 'a node'}, reads "
            f"{format_bytes_per_s(t.read_bytes_per_s)}, writes "

@@ -33,12 +33,12 @@ def layer(step):
     return step.row(step.chain.layers[0])
 
 
-def with_host(rate):
+def with_host(rate, sharing=1):
     tiers = tuple(
         replace(t, read_bytes_per_s=rate, write_bytes_per_s=rate) if t.name == "cpu" else t
         for t in H100.tiers
     )
-    return replace(H100, tiers=tiers)
+    return replace(H100, tiers=tiers, uplink_gpus=sharing)
 
 
 @pytest.mark.parametrize("full", [0, LAYERS])
@@ -56,14 +56,20 @@ def test_activations_leave_the_gpu(full):
     assert {k: before[k] for k in others} == {k: after[k] for k in others}
 
 
-@pytest.mark.parametrize(("rate", "link"), [(5.6e11, LINK), (8e10, 1e10)])
+@pytest.mark.parametrize(
+    ("rate", "sharing", "link"), [(5.6e11, 1, LINK), (8e10, 1, 1e10), (5.6e11, 2, LINK / 2)]
+)
 @pytest.mark.parametrize("full", [0, LAYERS])
-def test_activations_take_the_link_each_way(full, rate, link):
-    """What a layer keeps goes down behind its forward and comes up behind its backward, and a slow
-    host's memory is shared by the node's eight GPUs."""
+def test_activations_take_the_link_each_way(full, rate, sharing, link):
+    """What a layer keeps goes down behind its forward and comes up behind its backward; a slow
+    host's memory is shared by the node's eight GPUs, an uplink by those behind its switch."""
     d = replace(BASE, zero=1, reshard=False, recompute=((full, 0),), offload=KEPT)
-    costs, step, e = stepped(d, with_host(rate))
-    _, above, plain = stepped(replace(d, offload=()), with_host(rate))
+    costs, step, e = stepped(d, with_host(rate, sharing))
+    _, above, plain = stepped(replace(d, offload=()), with_host(rate, sharing))
+    got = f"{link / 1e9:.1f} GB/s each"
+    assert any(got in note for note in e.assumptions) and not any(
+        "host copies" in note for note in plain.assumptions
+    )
     level = 2 if full else 0
     seconds = layer(above).kept[level] / link
     unit = step.chain.links[step.chain.layers[0]].unit
@@ -121,6 +127,13 @@ def test_the_optimizer_s_link_is_taken_once_a_step():
     assert layer(step).offload_ps == pytest.approx(
         (8 * n / LINK + 30 * n * 8 / 5.6e11) * 1e12, rel=1e-9
     )
+    # behind a switch that two share the link takes twice as long, and so where memory is slow
+    for host in (with_host(5.6e11, 2), with_host(8 * LINK / 2)):
+        _, slow, _ = stepped(replace(d, offload=BELOW[:1]), host)
+        share = host.tier("cpu").read_bytes_per_s / 8
+        assert layer(slow).offload_ps == pytest.approx(
+            (8 * n / (LINK / 2) + 30 * n / share) * 1e12, rel=1e-9
+        )
     # a disk reads and writes the moments, 8 bytes, at the node's rates
     _, disk, _ = stepped(replace(d, offload=(("optimizer", "nvme"),)))
     more = 8 * n * 8 * (1 / 5e10 + 1 / 3e10) * 1e12

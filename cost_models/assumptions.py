@@ -1,0 +1,29 @@
+"""What an estimate rests on, in words."""
+
+from __future__ import annotations
+
+from cost_models.chain import Chain
+from cost_models.decisions import Decisions
+from cost_models.offload import host_note
+from cost_models.step import Costs
+
+
+def is_moe(chain: Chain) -> bool:
+    """Whether some of the model's matmuls are of experts."""
+    return any(n.op == "grouped_matmul" for link in chain.links for n in link.unit.nodes)
+
+
+def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
+    """What the user should know the numbers rest on."""
+    engine = costs.engine
+    notes = [*costs.graph.notes]
+    notes += [
+        f"{c.name}: {c.source}" for c in costs.kernels.provenance()
+        if any(w in c.source for w in ("assumed", "transferred"))
+    ]  # fmt: skip
+    notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
+    if d.offload:
+        notes.append(host_note(costs.cluster))
+    if is_moe(costs.chain) and d.ep >= 1:
+        notes.append("expert load: balanced, every expert gets the same number of rows")
+    return tuple(dict.fromkeys(notes))
