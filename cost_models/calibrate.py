@@ -42,7 +42,8 @@ class Probe:
 
     op: gemm [m, n, k]; attention and attention_backward [batch, heads, seq, head_dim], causal;
     copy, add, norm [elements]; launch; host_to_device, device_to_host (pinned), unpinned,
-    host_copy, disk_read, disk_write; a collective [ranks]. flop: executed. moved_bytes: read and
+    host_copy, disk_read, disk_write; a collective [ranks]; of the host product [rows, columns,
+    inner], fetch, piece, token and request [layers, ops]. flop: executed. moved_bytes: read and
     written, or sent (collectives: the full tensor). seconds: one value a repeat.
     """
 
@@ -82,7 +83,8 @@ class Probe:
         return self.moved_bytes / self.median_s
 
 
-_SHAPED = ("gemm", "attention", "attention_backward", "launch")
+_SHAPED = ("gemm", "attention", "attention_backward", "launch", "product", "piece", "token",
+           "request")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,17 +15,20 @@ from cost_models.calibrate import (
 )
 from cost_models.calibrate_checks import LARGE_BYTES, Fault
 from cost_models.calibrate_collectives import fit_collectives
+from cost_models.calibrate_host import fit_host
 from cost_models.constants_table import load_constants
 from cost_models.hardware import Cluster, Device, describe, recognise
 
 CPU = "cpu"
 CPU_POWER_W = 200.0  # of a server socket, nominal: a CPU is not costed by its power
 UNKNOWN_GPU_POWER_W = 400.0  # likewise: reference and board are the same, so nothing depends on it
+_RATES = {"row_bytes_per_s": "B/s", "read_bytes_per_s": "B/s", "flop_per_s": "FLOP/s"}
 # Sources of tables that were not fitted.
 _TOLD = {
     "cache": "as the driver or the system tells it",
     "collective": "the line rate that the rates below are relative to",
 }
+_HOST = "a small copy awaited; the tokens of small models by their layers and ops"
 # Its name, bytes a second and latency: what stands for a network that nobody measured.
 _NOT_MEASURED_NETWORK = ("not measured: 10 Gb/s Ethernet", 1.25e9, 3e-5)
 
@@ -70,7 +73,9 @@ def calibration(run: Measured) -> Calibration:
     base = device.constants
     assert isinstance(base, str)
     line = known.intra.bytes_per_s if known else _link_rate(run)
-    tables = (*fit_tables(run, device, base), *fit_collectives(run, base, line))
+    tables = (
+        *fit_tables(run, device, base), *fit_host(run), *fit_collectives(run, base, line),
+    )  # fmt: skip
     return Calibration(
         run=run, base=known.name if known else None, device=device, tables=tables,
         moved=_moved(run, known, base, tables, device),
@@ -154,6 +159,7 @@ def _moved(
             unit = "s" if key.endswith("_s") and not key.endswith("per_s") else ""
             basis = {"clock": "load", "cache": "told"}.get(fitted.name, _basis(fitted))
             unit = "B" if key.endswith("_bytes") else unit
+            unit = _RATES.get(key, unit)
             rows.append(_row(name, old, value, unit, basis))
     tiers = {tier.name: tier for tier in known.tiers} if known else {}
     for name, read, write in _tier_rates(run):
@@ -281,6 +287,10 @@ def _constant_lines(tables: Sequence[FittedTable]) -> list[str]:
         said = f"; {left} noisy ones left out" if left else ""
         if name in _TOLD:
             lines.append(f'source = "{_TOLD[name]}"')
+            continue
+        if name == "host":
+            lines += [f"samples = {samples}", f"median_error = {off:.3g}"]
+            lines.append(f'source = "{SOURCE}: {_HOST}; error: spread of the repeats"')
             continue
         if name == "clock":
             lines.append(f'source = "{SOURCE}: a GEMM under load against short bursts{said}"')

@@ -23,6 +23,13 @@ from ir.errors import UsageError
 _FOLDER = Path(__file__).with_name("constants")
 _COMMON = "common"
 _FORMATS = ("fp32", "tf32", "fp8", "int8", "nvfp4", "int4")  # a file may bring a GEMM table of each
+# What `plan calibrate` measures of a host; nothing is shipped of them but what is assumed where a
+# file has none (`serving_host.py`).
+_HOST = (
+    *(f"host.{dtype}.{key}" for dtype in ("fp32", "bf16")
+      for key in ("row_bytes_per_s", "read_bytes_per_s", "flop_per_s", "smoothness")),
+    *(f"host.{key}_s" for key in ("fetch", "piece", "op", "token", "request")),
+)  # fmt: skip
 # Words that say how well a table was fitted; they may stand in any of them.
 FIT_WORDS = ("samples", "median_error", "p90_error", "held_out_median_error")
 
@@ -160,7 +167,7 @@ def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
             f"device.constants is {base!r}", where=where, why=f"one of {', '.join(_known_names())}"
         )
     found = _flat(raw, "", "")
-    known = {key for name in _known_names() for key in _collect(name)}
+    known = {key for name in _known_names() for key in _collect(name)} | set(_HOST)
     formats = {key.split(".")[2] for key in known if re.match(r"gemm\.[^.]+\.", key)}
     known |= {f"gemm.{dtype}.{key}" for dtype in _FORMATS for key in formats}
     for key, item in found.items():
@@ -169,6 +176,8 @@ def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
             hints = tuple(f"did you mean constants.{name}?" for name in near)
             raise UsageError(f"unknown key constants.{key}", where=where, hints=hints)
         values = item.value if isinstance(item.value, tuple) else (item.value,)
+        if key in _HOST and not item.value:
+            raise UsageError(f"constants.{key} is 0", where=where, why="expected more than 0")
         if not all(0 <= value < float("inf") for value in values):
             raise UsageError(
                 f"constants.{key} is {item.value}", where=where, why="expected 0 or more"

@@ -13,11 +13,13 @@ import numpy as np
 
 from cost_models.collectives import collective_s
 from cost_models.hardware import Cluster
+from cost_models.serving_cpu import CPU
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
-from cost_models.serving_ops import CPU, PARTS, Costs, FloatArray, Step, layer_s, step_of
+from cost_models.serving_host import host_of
+from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
 from cost_models.serving_shapes import LayerShape, ServedModel
-from cost_models.serving_tiers import Below, below, below_bytes, sharers
+from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
 
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL and graphs of a process, as serving engines report it
 WORKSPACE_BYTES = 2.0e9
@@ -66,10 +68,18 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     if s.pp > 1:
         sent = collective_s(costs.cluster, "p2p", tokens * model.hidden * 2, 2)
         total["pp_comm"] = (s.pp - 1) * sent
-    total["host"] = engine.step_host_s + engine.sequence_host_s * step.sequences
+    host = host_of(costs.device)
+    eager = engine.kernel_host_s > 0  # what an engine's own host does is its table's to say
+    own_s = host.token_s if eager else None
+    step_host_s = engine.step_host_s if own_s is None else own_s
+    total["host"] = step_host_s + engine.sequence_host_s * step.sequences
     if s.tiers or s.kv_tier != "gpu":
         _add_below(total, below(costs, model, mine), costs.serving)
     launched = engine.kernel_host_s * _launches(model)  # ahead of the kernels, as far as it can
+    if eager and host.op_s is not None:
+        launched = host.op_s * model.eager_ops
+    if host.piece_s is not None:
+        launched += host.piece_s * streamed_units(model, costs.serving)
     beside = 0.0 if costs.device.family == CPU else sum(total.values())  # a CPU is its own host
     total["host"] = total["host"] + np.maximum(launched - beside, 0.0)
     return total
@@ -139,12 +149,25 @@ def memory_of(
     if s.kv_tier != "gpu":  # two layers' at a time
         whole *= min(1.0, 2 * s.pp / model.layer_count)
     lower = below_bytes(model, s)
+    on_cpu = cluster.device.family == CPU  # no driver's context, no graphs, no pools of kernels
     return Memory(
         weights_bytes=weight_bytes(model, s) - lower.total + lower.buffers,
         kv_bytes_per_sequence=whole, kv_bytes_per_token=whole / length,
-        workspace_bytes=WORKSPACE_BYTES, context_bytes=CONTEXT_BYTES,
+        workspace_bytes=_cpu_values_bytes(model, s, load) if on_cpu else WORKSPACE_BYTES,
+        context_bytes=0.0 if on_cpu else CONTEXT_BYTES,
         capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
     )  # fmt: skip
+
+
+def _cpu_values_bytes(model: ServedModel, s: Serving, load: ServeLoad) -> float:
+    """Values of a prompt's pass on a CPU, which takes memory as it needs it: the residual stream
+    twice, what the widest matrix reads and writes, and in fp32 the logits of each sequence."""
+    matrices = [m for layer in model.layers for m in layer.matrices]
+    widest = max((m.columns(s.tp) + m.inner(s.tp) for m in matrices), default=0.0)
+    experts = [e.topk * (e.hidden + 2 * e.inter) for layer in model.layers for e in layer.experts]
+    tokens = load.prompt * -(-s.batch // (s.replicas * s.attention_dp))
+    each = 2 * model.hidden + max([widest, *experts])
+    return tokens * each * WEIGHT_BYTES["fp32"] + s.batch * model.vocab * WEIGHT_BYTES["fp32"]
 
 
 def admitted(
@@ -234,9 +257,11 @@ def serve(
     group = np.minimum(np.maximum(np.floor(chunk / prompt), 1.0), running)
     batch_s = prompt_steps(costs, model, none, context, prompt, group)
     burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
-    ttft_s = engine.request_host_s + first * burst_s + (1 - first) * steady_s
+    request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
+    request_s = engine.request_host_s if request_s is None else request_s
+    ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
-        tpot_s, ttft_s = decode_s, engine.request_host_s + batch_s
+        tpot_s, ttft_s = decode_s, request_s + batch_s
     residence_s = ttft_s + output * tpot_s
     ttft_s = ttft_s + (each - running) / running * residence_s
     rate = s.replicas * running * output / residence_s

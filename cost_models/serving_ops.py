@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cost_models import serving_cpu as cpu
 from cost_models.attention import decode_seconds, prefill_seconds
 from cost_models.collectives import collective_s
 from cost_models.compute import load_kernels
@@ -24,6 +25,7 @@ from cost_models.links import custom_all_reduce_seconds
 from cost_models.moe import moe_seconds, rows_of_experts
 from cost_models.op_models import constant, peak_of
 from cost_models.op_rows import constants_name
+from cost_models.serving_cpu import CPU
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Serving
 from cost_models.serving_engines import ServingEngine
 from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, Recurrence
@@ -31,7 +33,6 @@ from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matri
 FloatArray: TypeAlias = NDArray[np.float64]
 
 PARTS = ("gemm", "attention", "moe", "elementwise", "tp_comm", "ep_comm", "pp_comm", "host")
-CPU = "cpu"  # the family of a machine that stands for a device (plan calibrate without a GPU)
 _CUSTOM_BYTES = 8 << 20  # engines give larger sums to the library (vLLM's and SGLang's limit)
 
 
@@ -148,8 +149,8 @@ class Costs:
         name = self.serving.format_of(matrix.block)
         if self.device.family == CPU:
             rows = np.maximum(tokens * matrix.rows, 1.0)
-            tp = self.serving.tp
-            return self._cpu_s(name, rows, float(matrix.columns(tp)), float(matrix.inner(tp)))
+            columns, inner = matrix.columns(self.serving.tp), matrix.inner(self.serving.tp)
+            return cpu.product_s(self.device, self.serving, name, rows, columns, inner)
         family, width, peak = _gemm_family(self.device, name)
         facts = self._facts(peak)
         sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
@@ -162,19 +163,13 @@ class Costs:
         return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
                             narrow=family != "bf16")  # fmt: skip
 
-    def _cpu_s(self, name: str, rows: FloatArray, columns: float, inner: float) -> FloatArray:
-        """A CPU's product (rows, inner) x (inner, columns) in a format. It has no tiles to fill: a
-        row costs a row. Only int8 has a kernel; other packed weights are written out first."""
-        wide = "fp32" if self.serving.default == "fp32" else "bf16"
-        weights = columns * inner
-        moved = weights * WEIGHT_BYTES[name] + rows * (columns + inner) * WEIGHT_BYTES[wide]
-        if WEIGHT_BYTES[name] < 2 and name != "int8":
-            moved = moved + 2 * weights * WEIGHT_BYTES[wide]
-        return np.asarray(load_kernels(self.device).roofline(wide).at(2 * rows * weights, moved))
-
     def attention_s(self, attend: Attend, step: Step) -> FloatArray:
         """Attention of a step: the sequences that decode, and the prompts."""
         tp, device = self.serving.tp, self.device
+        if device.family == CPU:
+            ours = (device, self.serving, attend)
+            decoded = cpu.decode_s(*ours, step.sequences, step.context)
+            return decoded + cpu.prefill_s(*ours, step.prompts, step.new, step.past)
         facts = self._facts("bf16")
         facts["kv_bytes"] = np.asarray(KV_BYTES[self.serving.kv])
         heads = np.asarray(max(attend.heads / tp, 1.0))
@@ -227,12 +222,8 @@ class Costs:
         """The routed experts of one rank, `tokens` being of all ranks that share them."""
         s = self.serving
         name = s.format_of("routed_experts")
-        if self.device.family == CPU:  # a loop over the experts that are hit
-            missed = (1 - experts.topk / experts.experts) ** np.asarray(tokens)
-            hit = np.maximum(experts.experts * (1 - missed) / s.ep, 1.0)
-            rows = np.asarray(tokens) * experts.topk / s.ep / hit
-            each = experts.elements / experts.experts / s.expert_tp
-            return hit * self._cpu_s(name, rows, each / experts.hidden, float(experts.hidden))
+        if self.device.family == CPU:
+            return cpu.experts_s(self.device, s, name, experts, tokens)
         families, peak = _moe_families(self.device, name)
         flat = np.maximum(np.round(np.ravel(tokens)), 1.0)
         unique, back = np.unique(flat, return_inverse=True)
@@ -264,6 +255,8 @@ class Costs:
 
     def light_s(self, light: Light, tokens: FloatArray) -> FloatArray:
         """Norms, rotations, activations: kernels that stream."""
+        if self.device.family == CPU:
+            return cpu.light_s(self.device, self.serving, light, tokens)
         kernels = load_kernels(self.device)
         moved = tokens * (light.whole_bytes + light.split_bytes / self.serving.tp)
         start_s = self.engine.start_share * kernels.gap_s

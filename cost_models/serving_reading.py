@@ -12,6 +12,7 @@ from math import prod
 from cost_models.chain import chain_of
 from cost_models.kernels import LOOKUPS, chains
 from cost_models.layout import expert_parameters
+from cost_models.serving_light import eager_elements, edges, has_tokens
 from cost_models.serving_shapes import (
     Attend,
     Experts,
@@ -22,7 +23,7 @@ from cost_models.serving_shapes import (
     ServedModel,
 )
 from ir.errors import PlanError
-from ir.graph import FLOATS, ITEM_BYTES, Graph, Node, Tensor, Unit
+from ir.graph import FLOATS, ITEM_BYTES, Graph, Node, Unit
 from ir.ops import rule
 
 # Reductions over features: a matrix whose result is normalised whole is not split, unless heads
@@ -120,11 +121,6 @@ def parts_of(graph: Graph) -> dict[str, dict[str, Part]]:
 
 def _looked_up(unit: Unit, name: str) -> bool:
     return any(n.op == "embedding" and n.inputs[0] == name for n in unit.nodes)
-
-
-def _tokens(tensor: Tensor) -> bool:
-    """Whether a value has one row a token or more."""
-    return any(d.batch for d in tensor.shape) and any(d.seq for d in tensor.shape)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -239,7 +235,7 @@ class _Walk:
         if rule(node).kind == "combine":
             return "P"
         whole = any(
-            s == "R" and _tokens(self.unit.values[r]) for s, r in zip(ins, node.inputs)
+            s == "R" and has_tokens(self.unit.values[r]) for s, r in zip(ins, node.inputs)
         )
         if "P" in ins and node.op in _ADDING and whole:
             roots = self.roots.get(node.inputs[ins.index("P")], frozenset())
@@ -345,7 +341,7 @@ class _Walk:
             outs = tuple(t.sizes(1, 1) for t in node.outputs)
             ins = tuple(self._sizes(r) for r in node.inputs)
             values = [t for t in (*(self.unit.values[r] for r in node.inputs), *node.outputs)
-                      if _tokens(t)]  # fmt: skip
+                      if has_tokens(t)]  # fmt: skip
             short = node.op == "causal_conv1d"  # keeps its last inputs, 16 bits each
             kept = 2 * (ins[1][-1] - 1) if short else 4 * node.number("state", 1)
             found.append(
@@ -367,7 +363,7 @@ class _Walk:
                 continue
             if any(self.roots[n.name] and self.roots[n.name] <= routers for n in run):
                 continue
-            moving = [r for r in _edges(self.unit, run) if _tokens(self.unit.values[r])]
+            moving = [r for r in edges(self.unit, run) if has_tokens(self.unit.values[r])]
             kernels += bool(moving)
             for r in moving:
                 tensor = self.unit.values[r]  # an engine's own kernels keep 16 bits
@@ -378,7 +374,11 @@ class _Walk:
             n.op in (*_PICKING, *LOOKUPS) and not self.roots[n.name] <= routers
             for n in self.unit.nodes
         )
-        return Light(kernels=kernels, whole_bytes=whole, split_bytes=split)
+        return Light(
+            kernels=kernels, whole_bytes=whole, split_bytes=split,
+            ops=sum(not rule(n).view for n in self.unit.nodes),
+            eager_elements=eager_elements(self.unit),
+        )  # fmt: skip
 
 
 def _of_parameters(unit: Unit) -> dict[str, str]:
@@ -388,12 +388,3 @@ def _of_parameters(unit: Unit) -> dict[str, str]:
         if len(node.inputs) == 1 and node.inputs[0] in found and rule(node).fusible:
             found[node.name] = found[node.inputs[0]]
     return found
-
-
-def _edges(unit: Unit, run: list[Node]) -> list[str]:
-    """Values that a chain reads from outside, and those that leave it."""
-    made = {r: None for n in run for r in n.refs()}
-    names = {n.name for n in run}
-    ins = dict.fromkeys(r for n in run for r in n.inputs if r not in made)
-    outside = {r for n in unit.nodes if n.name not in names for r in n.inputs} | set(unit.outputs)
-    return [*ins, *(r for r in made if r in outside and not rule(unit.producers[r]).view)]

@@ -97,11 +97,14 @@ class Recurrence:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Light:
     """Elementwise kernels of one layer, fused in chains: how many, and bytes a token, of values
-    that every rank has (whole) and of values that tp splits."""
+    that every rank has (whole) and of values that tp splits. Run eagerly: ops of the layer of
+    all kinds, views apart, and elements a token that the light ones read and write."""
 
     kernels: int
     whole_bytes: float
     split_bytes: float
+    ops: int = 0
+    eager_elements: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,12 @@ class ServedModel:
     head: tuple[Matrix, ...]
     embedding_elements: int
     other_elements: int
+
+    @property
+    def eager_ops(self) -> int:
+        """Ops of a step that is run eagerly; each attention adds keys and values to its cache."""
+        return sum(layer.count * (layer.light.ops + 2 * len(layer.attention))
+                   for layer in self.layers)  # fmt: skip
 
     @property
     def layer_count(self) -> int:

@@ -6,8 +6,7 @@ run: they are fetched, or multiplied by the CPU, while the GPU waits. What the C
 for many tokens is brought to the GPU instead, where that is quicker. A host's memory and disks are
 shared by the GPUs that use them; each GPU's link is its own.
 
-Sources: formulas of FlexGen (arXiv:2303.06865) for streams; the share of DRAM bandwidth that CPU
-kernels reach as KTransformers (SOSP 2025) and llama.cpp report it: 20-33% and 8% of peak.
+Source: formulas of FlexGen (arXiv:2303.06865) for streams; the CPU's rates are `serving_host.py`'s.
 """
 
 from __future__ import annotations
@@ -18,14 +17,10 @@ import numpy as np
 
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Held, Serving
+from cost_models.serving_host import Products, host_of
 from cost_models.serving_ops import Costs, FloatArray, Step
 from cost_models.serving_shapes import Experts, LayerShape, Matrix, ServedModel
 
-HOST_READ_SHARE = 0.25  # of DRAM's bandwidth that CPU matrix kernels reach: 20-33% measured
-# A server CPU's matrix FLOP/s over its DRAM's bytes/s: 1.85 TFLOP/s of experts on 2 x Xeon 8488C
-# with 614 GB/s, from a prompt of 2K tokens in 15.9 s (KTransformers' MiniMax-M2.1 tutorial).
-HOST_FLOP_PER_BYTE = 3.0
-FETCH_S = 3e-5  # of one expert fetched on demand: a launch, and the copy's start
 RING_SLOTS = 2  # blocks of a layer on the GPU: one in use, one on its way
 
 
@@ -44,9 +39,15 @@ class Below:
 def rows_on_host(cluster: Cluster, serving: Serving, width_bytes: float) -> int:
     """Rows up to which the CPU multiplies a matrix (width_bytes an element) sooner than it comes to
     the GPU."""
-    dram = cluster.tier("cpu").read_bytes_per_s / sharers(cluster, serving)
+    flop_per_s = _products(cluster, serving).flop_per_s / sharers(cluster, serving)
     arrives_s = width_bytes / rate_bytes_per_s(cluster, serving, "cpu")
-    return max(1, int(arrives_s * HOST_FLOP_PER_BYTE * dram / 2))
+    return max(1, int(arrives_s * flop_per_s / 2))
+
+
+def _products(cluster: Cluster, serving: Serving) -> Products:
+    """Of the whole host, in the format that unpacked weights are multiplied in."""
+    wide = "fp32" if serving.default == "fp32" else "bf16"
+    return host_of(cluster.device).products_of(wide, cluster.tier("cpu").read_bytes_per_s)
 
 
 def sharers(cluster: Cluster, serving: Serving) -> int:
@@ -84,7 +85,7 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
             found = [(count * share, m) for count, m in _matrices(model, held.block)]
             kernels = sum((count * costs.matrix_s(m, tokens) for count, m in found), zero)
             flop = 2 * tokens * sum(count * m.held(s.tp) for count, m in found)
-            here, brought = _host_s(costs, size, flop), (tokens > 0) * size / rate
+            here, brought = _host_s(costs, size, flop, tokens), (tokens > 0) * size / rate
             fetched = fetched + np.where(brought + kernels < here, brought, 0.0)
             on_host = on_host + np.where(brought + kernels < here, 0.0, here)
             saved = saved + np.where(brought + kernels < here, 0.0, kernels)
@@ -104,12 +105,13 @@ def _cached_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatAr
     return found
 
 
-def _host_s(costs: Costs, size_bytes: FloatArray | float, flop: FloatArray) -> FloatArray:
-    """A GPU's share of the CPU, reading so many bytes once and multiplying."""
-    cluster = costs.cluster
-    dram = cluster.tier("cpu").read_bytes_per_s / sharers(cluster, costs.serving)
-    read, multiply = size_bytes / (HOST_READ_SHARE * dram), flop / (HOST_FLOP_PER_BYTE * dram)
-    return np.where(flop > 0, np.maximum(read, multiply), 0.0)
+def _host_s(
+    costs: Costs, size_bytes: FloatArray | float, flop: FloatArray, rows: FloatArray
+) -> FloatArray:
+    """A GPU's share of the CPU, reading so many bytes once and multiplying so many rows."""
+    share = sharers(costs.cluster, costs.serving)
+    found = _products(costs.cluster, costs.serving)
+    return np.where(flop > 0, found.seconds(size_bytes * share, flop * share, rows), 0.0)
 
 
 def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -> Below:
@@ -119,6 +121,7 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
     fetched = on_host = saved = zero
     rate = rate_bytes_per_s(costs.cluster, s, held.tier)
     width = WEIGHT_BYTES[s.format_of("routed_experts")]
+    fetch_s = host_of(costs.device).fetch_s
     for layer in model.layers:
         for one in layer.experts:
             picked = load_of(one, costs.engine.skew)
@@ -128,12 +131,12 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
             chosen = 1 - (1 - cold) ** np.asarray(tokens)[..., None]
             hit = chosen.sum(-1) / s.ep
             if held.place == "stream":
-                fetched = fetched + layer.count * hit * (each * width / rate + FETCH_S)
+                fetched = fetched + layer.count * hit * (each * width / rate + fetch_s)
                 continue
             flop = 2 * tokens * cold.sum() / s.ep * each
             kernels = cold.sum() / one.topk * costs.experts_s(one, tokens)
-            here = _host_s(costs, hit * each * width, flop)
-            brought = hit * (each * width / rate + FETCH_S)
+            here = _host_s(costs, hit * each * width, flop, tokens * cold.sum() / s.ep / hit)
+            brought = hit * (each * width / rate + fetch_s)
             quicker = brought + kernels < here
             fetched = fetched + layer.count * np.where(quicker, brought, 0.0)
             on_host = on_host + layer.count * np.where(quicker, 0.0, here)
@@ -152,6 +155,18 @@ def load_of(experts: Experts, skew: float) -> FloatArray:
         if not len(rest) or rest[0] <= 1:
             break
     return np.concatenate([np.ones(sure), rest])
+
+
+def streamed_units(model: ServedModel, s: Serving) -> int:
+    """Units of a step whose weights, or a part of them, stream to the GPU ahead of their use."""
+    layers, ends = 0, 0
+    for held in s.tiers:
+        if held.place != "stream" or held.block in ("routed_experts", "embeddings"):
+            continue  # experts are fetched on demand, rows of embeddings looked up
+        units = max(layers_of(model, held.block) - held.resident, 0)
+        ends += units if held.block == "head" else 0
+        layers = max(layers, 0 if held.block == "head" else units)
+    return layers + ends
 
 
 def _matrices(model: ServedModel, block: str) -> list[tuple[float, Matrix]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from cost_models.collectives import quickest
-from cost_models.constants_table import load_constants
+from cost_models.constants_table import Constant, load_constants
 from cost_models.fleet import RULE, Fleet, Hardware
 from cost_models.hardware import Cluster, aliases, catalogue, describe
+from cost_models.serving_host import host_of
 from cost_models.units import (
     format_bytes,
     format_bytes_per_s,
@@ -118,12 +120,22 @@ def cluster_text(c: Cluster) -> str:
     for key, text in c.sources:
         lines += _wrapped(f"  {key}: {text}", 4)
     if not isinstance(d.constants, str):
-        lines += ["", "constants of its own"]
-        for item in d.constants.items:
-            values = item.value if isinstance(item.value, tuple) else (item.value,)
-            numbers = ", ".join(f"{value:.4g}" for value in values)
-            lines += _wrapped(f"  {item.name} {numbers}: {item.source}", 4)
+        lines += ["", "constants of its own", *_constant_lines(d.constants.items)]
+    assumed = host_of(d).assumed
+    if assumed:
+        lines += ["", "assumed of its host, for serving from below the GPU"]
+        lines += _constant_lines(assumed)
     return "\n".join(lines)
+
+
+def _constant_lines(items: Sequence[Constant]) -> list[str]:
+    """Each with its numbers and where they are from."""
+    lines = []
+    for item in items:
+        values = item.value if isinstance(item.value, tuple) else (item.value,)
+        numbers = ", ".join(f"{value:.4g}" for value in values)
+        lines += _wrapped(f"  {item.name} {numbers}: {item.source}", 4)
+    return lines
 
 
 _SHOWN = ("all_reduce", "all_gather")
@@ -173,4 +185,6 @@ def cluster_json(c: Cluster) -> dict[str, Any]:
     raw = asdict(c)
     raw["device"]["peak_flop_per_s"] = dict(c.device.peak_flop_per_s)
     return {"schema": "hardware/1", "spec": c.spec, "digest": c.digest, **raw,
-            "sources": dict(c.sources)}  # fmt: skip
+            "sources": dict(c.sources),
+            "assumed_of_host": {item.name: item.value for item in host_of(c.device).assumed},
+            }  # fmt: skip

@@ -1,15 +1,23 @@
-"""A CPU that stands for a device: a row of a product costs a row, and launches are not hidden."""
+"""A CPU that stands for a device, and the host beside a GPU: what was measured of it, and used."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cost_models.calibrate import Machine, Measured, Probe
+from cost_models.calibrate_file import calibration, to_toml
+from cost_models.constants_table import Constant, OwnConstants
 from cost_models.hardware import load_hardware
-from cost_models.serving_decisions import WEIGHT_BYTES, Serving
+from cost_models.serving import memory_of, step_parts
+from cost_models.serving_decisions import WEIGHT_BYTES, Held, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
-from cost_models.serving_ops import Costs
-from cost_models.serving_shapes import Matrix
+from cost_models.serving_host import Products, host_of
+from cost_models.serving_ops import Costs, step_of
+from cost_models.serving_shapes import Attend, LayerShape, Light, Matrix, ServedModel
+from cost_models.serving_tiers import rows_on_host
+from ir.errors import UsageError
+from planner.runtime.probe_timer import undisturbed
 
 FLOP_PER_S, BYTES_PER_S = 1e11, 2e10
 
@@ -46,3 +54,130 @@ def test_weights_without_a_kernel_are_written_out():
         for word in ("int8", "int4")
     )
     assert int4 > 3 * int8
+
+
+ROW, READ, MULTIPLY, SMOOTH = 20e9, 16e9, 9e10, 1.3
+HOST = {"fetch_s": 2e-6, "piece_s": 1e-4, "op_s": 6e-6, "token_s": 2e-4, "request_s": 1e-3}
+
+
+def probes():
+    """What a host of those numbers would be timed at; 36 ops a layer."""
+    true = Products(row_bytes_per_s=ROW, read_bytes_per_s=READ, flop_per_s=MULTIPLY,
+                    smoothness=SMOOTH)  # fmt: skip
+    made = []
+    for rows in (1, 2, 8, 32, 128, 256):
+        moved, flop = 4 * (1024 * 1024 + 2.0 * rows * 1024), 2.0 * rows * 1024 * 1024
+        one = float(true.seconds(moved, flop, rows))
+        made.append(Probe(op="product", dtype="fp32", shape=(rows, 1024, 1024), flop=flop,
+                          moved_bytes=moved, seconds=(one,) * 3))  # fmt: skip
+    for layers in (4, 8):
+        moved = 1e7 * layers
+        token = HOST["token_s"] + 36 * layers * HOST["op_s"]
+        token += float(true.seconds(moved, moved / 2, 1))
+        shape = (layers, 36 * layers)
+        made.append(Probe(op="token", shape=shape, moved_bytes=moved, flop=moved / 2,
+                          seconds=(token,) * 3))  # fmt: skip
+        made.append(Probe(op="request", shape=shape, seconds=(HOST["request_s"],) * 3))
+    made += [Probe(op=op, seconds=(HOST[f"{op}_s"],) * 3) for op in ("fetch", "piece")]
+    gemm = Probe(op="gemm", dtype="fp32", shape=(768,) * 3, flop=9e8, moved_bytes=7e6,
+                 seconds=(0.01,) * 3)  # fmt: skip
+    copies = [Probe(op=op, moved_bytes=1e8, seconds=(1e8 / rate,) * 3)
+              for op, rate in (("copy", 3e10), ("host_copy", 1.5e10))]
+    machine = Machine(name="a CPU", kind="cpu", count=1, memory_bytes=8 << 30, sm_count=1,
+                      host_ram_bytes=8 << 30, disk_bytes=0, cache_bytes=0)  # fmt: skip
+    return Measured(machine=machine, probes=(gemm, *copies, *made), steady_flop_per_s=(9e10,) * 8,
+                    first=gemm, last=gemm)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The cluster of the file that those probes come to."""
+    path = tmp_path_factory.mktemp("host") / "mine.toml"
+    path.write_text(to_toml(calibration(probes()), "mine", "2026-01-01"))
+    return load_hardware(str(path))
+
+
+def test_a_calibrated_host_has_the_numbers_that_it_was_timed_with(measured):
+    host = host_of(measured.device)
+    found = host.measured("fp32")
+    assert found.row_bytes_per_s == pytest.approx(ROW, rel=0.1)
+    assert found.read_bytes_per_s == pytest.approx(READ, rel=0.1)
+    assert found.flop_per_s == pytest.approx(MULTIPLY, rel=0.1)
+    for key, value in HOST.items():
+        assert getattr(host, key) == pytest.approx(value, rel=0.05), key
+    assert host.assumed == () and host.measured("bf16") is None
+
+
+def test_on_a_cpu_the_fastest_third_of_repeats_counts():
+    quiet, disturbed = [1.0, 1.1, 1.2, 1.05], [9.0, 3.0, 2.0, 5.0, 7.0, 4.0, 8.0, 6.0]
+    assert undisturbed([*disturbed, *quiet]) == (1.0, 1.05, 1.1, 1.2)
+    assert undisturbed([2.0, 1.0]) == (1.0, 2.0)
+
+
+def test_what_was_not_measured_is_assumed_by_name():
+    host = host_of(load_hardware("a6000x1").device)
+    assert [item.name.split(".")[1] for item in host.assumed] == [
+        "read_share", "flop_per_byte", "fetch_s"]  # fmt: skip
+    assert all(item.source for item in host.assumed) and host.products == ()
+    found = host.products_of("bf16", 1e11)
+    assert (found.read_bytes_per_s, found.flop_per_s) == (2.5e10, 3e11)
+    assert float(found.seconds(5e10, 3e11)) == 2.0  # the longer of the two
+
+
+def one_layer(ops=36):
+    """A layer of one matrix of 4 MB in fp32, one attention and a head."""
+    matrix = Matrix(block="mlp", k=1024, parts=((1024, 0),), split="column")
+    layer = LayerShape(
+        count=8, matrices=(matrix,), experts=(), recurrences=(), reductions=(), norm_reductions=0,
+        attention=(Attend(heads=8, kv_heads=8, dim_qk=64, dim_v=64),),
+        light=Light(kernels=4, whole_bytes=0.0, split_bytes=0.0, ops=ops),
+    )  # fmt: skip
+    head = Matrix(block="head", k=1024, parts=((256, 0),), split="column")
+    return ServedModel(name="small", hidden=1024, vocab=256, tied=False, layers=(layer,),
+                       head=(head,), embedding_elements=256 << 10, other_elements=0)  # fmt: skip
+
+
+def parts(cluster, **decisions):
+    made = Costs(cluster=cluster, engine=load_serving_engine("native"),
+                 serving=Serving(default="fp32", **decisions))  # fmt: skip
+    found = step_parts(made, one_layer(), step_of(1.0, 0.0))
+    return {name: float(np.ravel(value)[0]) for name, value in found.items()}
+
+
+def test_a_step_on_a_cpu_is_its_bytes_and_its_calls(measured):
+    found = parts(measured)
+    weights = 8 * 4 * (1 << 20) + 4 * (1 << 18)
+    assert found["gemm"] == pytest.approx(weights / ROW, rel=0.2)
+    # the cache is added to twice an attention, keys and values
+    assert found["host"] == pytest.approx(HOST["token_s"] + 8 * 38 * HOST["op_s"], rel=0.05)
+    ring = parts(measured, tiers=(Held(block="mlp", tier="cpu", place="stream", resident=3),))
+    assert ring["host"] - found["host"] == pytest.approx(5 * HOST["piece_s"], rel=0.05)
+
+
+def test_the_cpu_multiplies_at_the_rate_that_was_measured(measured):
+    held = (Held(block="mlp", tier="cpu", place="compute"),)
+    found = parts(measured, tiers=held)
+    size = 8 * 4 * (1 << 20)
+    assert found["cpu"] == pytest.approx(size / ROW, rel=0.2)
+    rows = rows_on_host(measured, Serving(default="fp32", tiers=held), 4.0)
+    assert rows == pytest.approx(4 / 1.5e10 * MULTIPLY / 2, rel=0.1)
+
+
+def test_a_cpu_is_not_charged_a_gpu_s_context(measured):
+    model, load = one_layer(), ServeLoad(prompt=64, output=8)
+    serving, engine = Serving(default="fp32", batch=2), load_serving_engine("native")
+    found = memory_of(model, measured, engine, serving, load)
+    assert found.context_bytes == 0
+    values = 2 * 64 * (2 * 1024 + 2048) * 4 + 2 * 256 * 4  # of a prompt's pass, and logits
+    assert found.workspace_bytes == values
+    assert memory_of(model, load_hardware("t4x1"), engine, serving, load).context_bytes == 1.5e9
+
+
+def test_a_rate_of_nothing_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text('base = "a6000"\ncount = 1\n[constants.host]\nop_s = 0\n')
+    with pytest.raises(UsageError, match=r"constants\.host\.op_s is 0"):
+        load_hardware(str(path))
+    assert host_of(replace(load_hardware("a6000x1").device, constants=OwnConstants(
+        base="a6000", items=(Constant(name="host.op_s", value=1e-5, source="mine"),),
+    ))).op_s == 1e-5  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from cost_models.calibrate import Machine, Measured, Probe
 from planner.runtime.probe_collectives import collectives
 from planner.runtime.probe_copies import copies, disk
+from planner.runtime.probe_host import host_probes
 from planner.runtime.probe_kernels import (
     attentions,
     gemm,
@@ -47,7 +48,7 @@ def effort_of(kind: str, quick: bool) -> Effort:
     """Under five minutes in full: some 60 probes, and a load that heats a GPU through."""
     if quick:
         if kind == "cpu":
-            return Effort(probe_s=0.04, steady_s=0.5, large=0.125)
+            return Effort(probe_s=0.04, steady_s=0.5, large=0.25)
         return Effort(probe_s=0.06, steady_s=3.0, large=0.25)
     return Effort(probe_s=0.8, steady_s=10.0 if kind == "cpu" else 30.0, large=1.0)
 
@@ -83,6 +84,8 @@ def measure(folder: Path, *, quick: bool = False, report: Report | None = None) 
     take(attentions(timer, dtype))
     take(copies(timer, effort.large, left_out))
     take(disk(folder, effort.large, left_out))
+    with torch.no_grad():
+        take(host_probes(timer, effort.large, left_out))
     if report:
         report(f"steady load for {effort.steady_s:.0f} s")
     steady = _steady(timer, dtype, shape, effort.steady_s)

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from cost_models.calibrate import Probe
 from planner.runtime.probe_timer import Timer
 
 COPY_BYTES = 1 << 28  # 256 MiB: far beyond what a copy's start costs, and beyond caches
+PIECE_BYTES = 1 << 24  # of a copy within the host: about what a layer streams
 DISK_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 24  # 16 MiB a read: what an NVMe disk streams at
 REPEATS = 3
@@ -23,7 +25,7 @@ REPEATS = 3
 
 def copies(timer: Timer, large: float, left_out: list[str]) -> Iterator[Probe]:
     """Over the host link, pinned both ways and unpinned; and within the host's memory."""
-    size = max(int(COPY_BYTES * large), 1 << 24)
+    size = max(int(COPY_BYTES * large) // PIECE_BYTES, 4) * PIECE_BYTES
     host = torch.ones(size, dtype=torch.uint8)
     if timer.device.type == "cuda":
         pinned = host.pin_memory()
@@ -36,10 +38,16 @@ def copies(timer: Timer, large: float, left_out: list[str]) -> Iterator[Probe]:
             yield Probe(op=op, moved_bytes=float(size), seconds=timer.repeats(call))
     else:
         left_out.append("host link, pinned and not: a CPU has none; memory copies stand for it")
-    other = torch.empty_like(host)
-    on_host = Timer(device=torch.device("cpu"), budget_s=timer.budget_s)
-    seconds = on_host.repeats(lambda: other.copy_(host))
-    yield Probe(op="host_copy", moved_bytes=float(size), seconds=seconds)
+    # In pieces, all of the memory in turn: as many bytes past the caches, and times so short that
+    # few of them are interrupted.
+    pieces = cycle(zip(torch.empty_like(host).split(PIECE_BYTES), host.split(PIECE_BYTES)))
+
+    def piece() -> None:
+        there, here = next(pieces)
+        there.copy_(here)
+
+    seconds = timer.on_host.repeats(piece)
+    yield Probe(op="host_copy", moved_bytes=float(PIECE_BYTES), seconds=seconds)
 
 
 def disk(folder: Path, large: float, left_out: list[str]) -> Iterator[Probe]:

@@ -15,8 +15,8 @@ from cost_models.hardware import Cluster, catalogue
 from cost_models.pareto import dominates, front
 from cost_models.prices import Price
 from cost_models.serving_decisions import WEIGHT_BYTES
+from cost_models.serving_host import host_of
 from cost_models.serving_shapes import ServedModel
-from cost_models.serving_tiers import HOST_READ_SHARE
 from ir.errors import InfeasibleError, UsageError
 from planner.options import Progress
 from planner.serving.asked import ServeAsked, ServePins
@@ -227,5 +227,8 @@ def least_tpot_s(
     lower = max(0.0, each - device.memory_bytes)
     dram = max((t.read_bytes_per_s for t in cluster.tiers), default=0.0)
     rate = device.host_link_bytes_per_s
-    rate += HOST_READ_SHARE * dram / min(cluster.node_size, cluster.count)
+    if dram:
+        on_host = max(host_of(device).products_of(word, dram).row_bytes_per_s
+                      for word in ("bf16", "fp32"))  # fmt: skip
+        rate += on_host / min(cluster.node_size, cluster.count)
     return max(on_gpu_s, lower / rate if lower else 0.0)

@@ -1,0 +1,105 @@
+"""What serving asks of a host, from its probes: `[constants.host]` of the hardware file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.calibrate import MOST_ERROR, FittedTable, Measured, Probe
+from cost_models.fit.least_squares import fit
+from cost_models.serving_host import PRODUCT_KEYS, Products, assumed_products
+
+FloatArray: TypeAlias = NDArray[np.float64]
+
+_LEAST_PRODUCTS = 5  # of four constants
+# Spread (natural logarithm) of what is started from: the rates of the smallest and the largest
+# product, and 1.5, between limits that add and limits that overlap.
+_SD = np.array([0.5, 0.5, 0.5, 0.5])
+_SMOOTHNESS = 1.5
+
+
+def fit_host(run: Measured) -> tuple[FittedTable, ...]:
+    """Products of the CPU in each format, a piece fetched, a call, a token."""
+    found = {dtype: _products(run, dtype) for dtype in ("fp32", "bf16")}
+    tables = [one[0] for one in found.values() if one]
+    wide = found["fp32"]
+    return (*tables, *_host(run, wide[1] if wide and not wide[0].refused else None))
+
+
+def _host(run: Measured, fp32: Products | None) -> tuple[FittedTable, ...]:
+    samples = list(run.of("fetch", "piece"))
+    values = [(f"{p.op}_s", p.median_s) for p in samples]
+    tokens = sorted(run.of("token"), key=lambda p: p.shape)
+    if len(tokens) == 2 and (not any(p.moved_bytes for p in tokens) or fp32):
+        few, many = tokens
+        # On a CPU products are a part of a token, not on a GPU, which is behind its host.
+        few_s, many_s = (
+            p.median_s - (float(fp32.seconds(p.moved_bytes, p.flop, 1)) if fp32 else 0.0)
+            for p in tokens
+        )
+        op_s = (many_s - few_s) / (many.shape[1] - few.shape[1])
+        token_s = few_s - op_s * few.shape[1]
+        if op_s > 0 and token_s > 0:  # else they were disturbed, and say nothing
+            values += [("op_s", op_s), ("token_s", token_s)]
+            samples += tokens
+            started = sorted(run.of("request"), key=lambda p: p.shape)
+            if started and started[0].median_s > 0:
+                values.append(("request_s", started[0].median_s))
+                samples.append(started[0])
+    if not values:
+        return ()
+    spread = float(np.median([p.spread for p in samples]))
+    return (FittedTable(name="host", values=tuple(values), samples=len(samples),
+                        median_error=spread),)  # fmt: skip
+
+
+def _products(run: Measured, dtype: str) -> tuple[FittedTable, Products] | None:
+    """The table and the products it describes; None of too few samples."""
+    probes = tuple(p for p in run.of("product") if p.dtype == dtype and not p.noisy)
+    left = sum(p.dtype == dtype for p in run.of("product")) - len(probes)
+    if len(probes) < _LEAST_PRODUCTS:
+        return None
+    best = _solve(probes)
+    off = [
+        float(_errors(_solve(probes[:i] + probes[i + 1 :]), probes[i : i + 1])[0])
+        for i in range(len(probes))
+    ]
+    made = FittedTable(
+        name=f"host.{dtype}", samples=len(probes), median_error=float(np.median(off)),
+        left_out=left,
+        values=tuple((key, getattr(best, key)) for key in PRODUCT_KEYS),
+    )  # fmt: skip
+    if made.median_error <= MOST_ERROR:
+        return made, best
+    before = assumed_products(run.rate("host_copy") or best.read_bytes_per_s)
+    kept = float(np.median(_errors(before, probes)))
+    return replace(made, values=(), refused=PRODUCT_KEYS, base_error=kept), best
+
+
+def _solve(probes: tuple[Probe, ...]) -> Products:
+    measured = np.log([p.median_s for p in probes])
+    few, many = (choose(probes, key=lambda p: p.flop) for choose in (min, max))
+    start = np.log([few.bytes_per_s, few.bytes_per_s, many.flop_per_s, _SMOOTHNESS])
+
+    def residuals(x: FloatArray) -> FloatArray:
+        return np.asarray(np.log(_seconds(_made(x), probes)) - measured)
+
+    return _made(fit(residuals, start, _SD, scale=0.1).x)
+
+
+def _made(x: FloatArray) -> Products:
+    row, read, flop, smooth = (float(v) for v in np.exp(x))
+    return Products(row_bytes_per_s=row, read_bytes_per_s=read, flop_per_s=flop,
+                    smoothness=max(smooth, 1.0))  # fmt: skip
+
+
+def _seconds(products: Products, probes: tuple[Probe, ...]) -> FloatArray:
+    moved, flop = (np.array([getattr(p, key) for p in probes]) for key in ("moved_bytes", "flop"))
+    return products.seconds(moved, flop, np.array([p.shape[0] for p in probes]))
+
+
+def _errors(products: Products, probes: tuple[Probe, ...]) -> FloatArray:
+    return np.abs(_seconds(products, probes) / [p.median_s for p in probes] - 1)
