@@ -28,8 +28,8 @@ def update_golden(request):
 
 
 @pytest.fixture(scope="session")
-def world():
-    """Local gloo processes, kept warm for the session: `world.run(ranks, function, *args)`."""
+def local_ranks():
+    """Local gloo processes, forked from one that has imported what they need."""
     from multiprocessing import forkserver
 
     from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, local_world
@@ -37,6 +37,13 @@ def world():
     with local_world(PRELOAD_HF + PRELOAD_COMPILED) as found:
         forkserver.ensure_running()  # a process has one: that of a later `plan verify` is this
         yield found
+
+
+@pytest.fixture(scope="module")
+def world(local_ranks):
+    """The same, warm for a file's tests: `world.run(ranks, function, *args)`."""
+    yield local_ranks
+    local_ranks.close()  # idle ranks look for work: a dozen of them take a core from later tests
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,8 @@ def subset() -> tuple[Cell, ...]:
         others = set().union(*(_covered(c) for c in chosen if c is not cell))
         if _covered(cell) <= others:
             chosen.remove(cell)
-    return tuple(chosen)
+    # those of one mesh together: its process groups stay, and what torch found out of them
+    return tuple(sorted(chosen, key=lambda c: (*_sizes(c).values(), c.model, c.layout.name)))
 
 
 def _cost(cell: Cell) -> int:

@@ -221,3 +221,16 @@ def neighbours(rank: int, plan: Any) -> list[int]:
 def not_loaded(rank, names):
     """Those of the modules that this worker was not forked with."""
     return [name for name in names if name not in sys.modules]
+
+
+def world_of(rank, plan):
+    """This process, the sum over its pipeline, how many groups there are."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    from planner.runtime.meshes import make_meshes
+
+    total = torch.tensor(rank)
+    dist.all_reduce(total, group=make_meshes(plan.decisions, "cpu").pp.get_group())
+    return os.getpid(), int(total), len(_world.pg_map)

@@ -153,6 +153,18 @@ def test_workers_are_forked_with_what_they_import(world):
     assert world.run(1, cases.not_loaded, (*PRELOAD, *PRELOAD_HF, *PRELOAD_COMPILED)) == [[]]
 
 
+def test_a_world_stays_for_the_next_call_of_its_size(world):
+    """With its meshes, of which each has groups; another size is another world."""
+    two, four = planned("llama", (2, 2)), planned("llama", (2, 2), ("tp=2", "cp=1"))
+    first, again, other, back = (
+        world.run(plan.decisions.gpus, cases.world_of, plan) for plan in (two, two, four, two)
+    )
+    assert first == again == back
+    assert [row[0] for row in other[:2]] == [row[0] for row in first]  # the same processes
+    assert [row[1] for row in first] == [1, 1]
+    assert [row[1] for row in other] == [0 + 2, 1 + 3, 0 + 2, 1 + 3]  # tp innermost
+
+
 def test_another_sequence_length_than_planned_is_refused(world):
     with pytest.raises(RankFailure, match="where the plan has"):
         world.run(2, cases.with_batch_of, planned("llama", (2, 2)), 12, timeout_s=20)

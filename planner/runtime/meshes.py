@@ -8,6 +8,7 @@ ep, then edp.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,6 @@ def laid_ranks(d: Decisions) -> torch.Tensor:
     return places.transpose(0, 1).reshape(-1)
 
 
-def _mesh(
-    d: Decisions, device_type: str, sizes: tuple[int, ...], names: tuple[str, ...]
-) -> DeviceMesh:
-    if d.dp_outer == 1:
-        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
-    return DeviceMesh(device_type, laid_ranks(d).reshape(sizes), mesh_dim_names=names)
-
-
 def make_meshes(d: Decisions, device_type: str) -> Meshes:
     """Build the meshes of these decisions. Raises PlanError where the world has another size."""
     world = dist.get_world_size()
@@ -75,15 +68,16 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
                    f"plan trace MODEL --hardware NAMEx{world} --base plan.json"),
         )  # fmt: skip
     dense, expert = ranks_of(d, False), ranks_of(d, True)
-    root = _mesh(
-        d, device_type, (d.pp, dense.replicas, dense.shard, d.tp),
-        ("pp", "replicate", "shard", "tp"),
-    )  # fmt: skip
-    expert_root = _mesh(
-        d, device_type, (d.pp, expert.replicas, expert.shard, d.ep, d.etp),
-        ("pp", "expert_replicate", "expert_shard", "ep", "etp"),
-    )  # fmt: skip
-    axes = _mesh(d, device_type, (d.pp, d.dp, d.cp, d.tp), ("pp", "dp", "cp", "tp"))
+    order = tuple(laid_ranks(d).tolist()) if d.dp_outer > 1 else None
+    lay = functools.partial(_mesh, dist.group.WORLD, device_type, order)
+    root = lay((
+        ("pp", d.pp), ("replicate", dense.replicas), ("shard", dense.shard), ("tp", d.tp),
+    ))  # fmt: skip
+    expert_root = lay((
+        ("pp", d.pp), ("expert_replicate", expert.replicas), ("expert_shard", expert.shard),
+        ("ep", d.ep), ("etp", d.etp),
+    ))  # fmt: skip
+    axes = lay((("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp)))
     return Meshes(
         device_type=device_type, decisions=d, root=root, expert_root=expert_root, axes=axes,
         pp=axes["pp"], dp=axes["dp"], cp=axes["cp"], tp=root["tp"],
@@ -91,3 +85,16 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
         ep=expert_root["ep"], etp=expert_root["etp"], data=root["replicate", "shard"],
         expert_data=expert_root["expert_replicate", "expert_shard"],
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _mesh(
+    world: dist.ProcessGroup, device_type: str, order: tuple[int, ...] | None,
+    axes: tuple[tuple[str, int], ...],
+) -> DeviceMesh:  # fmt: skip
+    """The world's ranks over axes of these sizes, in this order or their own; one mesh for all
+    that ask, for each has process groups of its own."""
+    names, sizes = tuple(name for name, _ in axes), tuple(size for _, size in axes)
+    if order is None:
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return DeviceMesh(device_type, torch.tensor(order).reshape(sizes), mesh_dim_names=names)

@@ -22,9 +22,9 @@ from typing import Any, cast
 from ir.errors import PlanError
 
 TIMEOUT_S = 120.0  # of one call, and of a collective in it
-# calls that a worker serves: gloo leaves the threads of every group that a mesh made, and a
-# thousand of them take all of two cores
-CALLS = 4
+# process groups that a worker may have made: gloo leaves the threads of every one, which look for
+# work a hundred times a second, and a thousand of them take all of two cores
+MOST_GROUPS = 60
 GRACE_S = 3.0  # for idle workers to end, so that what they hold of the system is given back
 PRELOAD = (
     "torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp",
@@ -48,7 +48,11 @@ class RankFailure(PlanError):
 
 
 class World:
-    """Worker processes; `run` gives each its rank in a process group of the asked size."""
+    """Worker processes; `run` gives each its rank in a process group of the asked size.
+
+    The group stays for the next call of that size, and with it the meshes on it and what DTensor
+    found out of them: most of a small model's step is finding out.
+    """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
         """preload: modules that the workers' calls import, loaded once for all of them."""
@@ -56,7 +60,10 @@ class World:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, *preload])
         self._workers: list[tuple[Any, Connection]] = []
-        self._calls = 0
+        self._stores: tempfile.TemporaryDirectory[str] | None = None
+        self._group: tuple[int, float, str] | None = None  # ranks, timeout, its store
+        self._joined = 0  # groups of calls, by which their stores are named
+        self._groups = 0  # that a worker has made, those of meshes too
 
     def run(
         self, ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S
@@ -66,20 +73,21 @@ class World:
         The function and what it takes and returns are pickled. Raises RankFailure of the first
         rank that failed; the workers are then replaced.
         """
-        if self._calls == CALLS:
+        if self._groups >= MOST_GROUPS:
             self.close()
-        self._calls += 1
         while len(self._workers) < ranks:
             ours, theirs = self._context.Pipe()
             worker = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append((worker, ours))
-        with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store")
-            for rank in range(ranks):
-                self._workers[rank][1].send((rank, ranks, store, timeout_s, function, args))
-            return self._collect(ranks, timeout_s)
+        self._stores = self._stores or tempfile.TemporaryDirectory()
+        if self._group is None or self._group[:2] != (ranks, timeout_s):
+            self._joined += 1
+            self._group = ranks, timeout_s, os.path.join(self._stores.name, str(self._joined))
+        for rank in range(ranks):
+            self._workers[rank][1].send((rank, *self._group, function, args))
+        return self._collect(ranks, timeout_s)
 
     def _collect(self, ranks: int, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -95,10 +103,11 @@ class World:
             for pipe in cast(list[Connection], ready):
                 rank = pending.pop(pipe)
                 try:
-                    good, value, text = pipe.recv()
+                    good, value, text, made = pipe.recv()
                 except (EOFError, OSError):
                     failures.append(RankFailure(rank, "the process died", None))
                     continue
+                self._groups = max(self._groups, made)
                 if good:
                     results[rank] = value
                 else:
@@ -119,7 +128,10 @@ class World:
             worker.kill()
         for worker, _ in self._workers:
             worker.join()
-        self._workers, self._calls = [], 0
+        self._workers, self._group, self._groups = [], None, 0
+        if self._stores is not None:
+            self._stores.cleanup()
+            self._stores = None
 
 
 @contextlib.contextmanager
@@ -139,39 +151,55 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it stops the workers
+    group, left = "", 0
     while True:
         try:
-            rank, ranks, store, timeout_s, function, args = pipe.recv()
+            rank, ranks, timeout_s, store, function, args = pipe.recv()
         except (EOFError, OSError):
+            _leave()
             return
         good, value, text = True, None, ""
         try:
-            value = _call(rank, ranks, store, timeout_s, function, args)
+            if store != group:
+                left += _leave()
+                _join(rank, ranks, timeout_s, store)
+                group = store
+            torch.manual_seed(0)
+            value = function(rank, *args)
         except BaseException as fault:  # a worker reports whatever went wrong
             good, value, text = False, fault, traceback.format_exc()
+        made = left + _groups()
         try:
-            pipe.send((good, value, text))
+            pipe.send((good, value, text, made))
         except Exception:
-            pipe.send((False, None, text or traceback.format_exc()))
+            pipe.send((False, None, text or traceback.format_exc(), made))
         sys.stdout.flush()
 
 
-def _call(
-    rank: int, ranks: int, store: str, timeout_s: float, function: Callable[..., Any], args: Any
-) -> Any:
-    import torch
+def _join(rank: int, ranks: int, timeout_s: float, store: str) -> None:
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    torch.manual_seed(0)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
         timeout=datetime.timedelta(seconds=timeout_s),
     )  # fmt: skip
-    try:
-        return function(rank, *args)
-    finally:
+
+
+def _leave() -> int:
+    """Give up the world's groups, if there are any; how many there were."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    left = _groups()
+    if left:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
         # DTensor's cached placements name meshes by shape: those of this world, which is gone
         _clear_sharding_prop_cache()
+    return left
+
+
+def _groups() -> int:
+    from torch.distributed.distributed_c10d import _world
+
+    return len(_world.pg_map)
