@@ -2,7 +2,8 @@
 
 A way is a ZeRO stage, whether parameters are gathered again, and where the optimizer is. The more
 ranks share a state the less each holds, so bytes are those where all data ranks share it; seconds
-are the least of any sharing. Each way is bounded by its own bytes and its own seconds.
+are the least of any sharing that the search tries. Each way is bounded by its own bytes and its
+own seconds.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from cost_models.state import (
     MASTER_BYTES,
     MOMENT_BYTES,
     Layout,
+    Ranks,
     grad_bytes,
     held,
     in_torch,
+    ranks_of,
     reserved_of,
     state_of,
     update_bytes,
@@ -33,7 +36,7 @@ from cost_models.state import (
 from cost_models.step import Assignments, Costs
 from planner.decisions import Pins
 from planner.legality import illegal
-from planner.mesh import Mesh, divisors, outside
+from planner.mesh import Mesh, outside, shard_sizes
 from planner.offloads import grad_dtypes, offloads
 
 Floats = NDArray[np.float64]
@@ -76,7 +79,8 @@ class States:
 
     def __init__(self, costs: Costs, pins: Pins) -> None:
         self.costs, self.pins = costs, pins
-        self._traffic: dict[tuple[int, ...], tuple[float, float, float]] = {}
+        self._traffic: dict[tuple[int, ...], Floats] = {}
+        self._rates: dict[tuple[str, Layout], float] = {}
         self._sent: dict[tuple[int, int, int, bool], int] = {}
 
     def ways(self, pipeline: bool) -> tuple[Way, ...]:
@@ -135,10 +139,12 @@ class States:
         sent = self._sent[key] if m.pp > 1 else 0
         return sum(size for _, size in reserved_of(self.costs.graph, d, self.costs.engine, sent))
 
-    def of(self, way: Way, meshes: Sequence[Mesh], sizes: Sequence[Sizes], step_s: Floats) -> Held:
+    def of(
+        self, way: Way, meshes: Sequence[Mesh], sizes: Sequence[Sizes], kernels_s: Floats
+    ) -> Held:
         """Bytes and seconds of a way, of meshes that are all pipelines or none.
 
-        step_s: a micro-batch through the chain.
+        kernels_s: of a micro-batch through the chain: transfers hide behind these alone.
         """
         costs, engine = self.costs, self.costs.engine
         cp, pp, dp, m, tp, ep, etp = np.array([
@@ -164,16 +170,20 @@ class States:
             (learnt * share).sum(axis=2), accumulates,
         )  # fmt: skip
         grad = grad_bytes(some, costs.workload, engine)
-        traffic = [self._moved_s(r, s, grad) for r, s in zip(meshes, sizes)]
-        reduce_all, gather, reduce = np.array(traffic).T
+        traffic = [self._moved_s(r, s, grad, way.zero) for r, s in zip(meshes, sizes)]
+        most = max(t.shape[1] for t in traffic)  # where there are fewer, the last again
+        reduce_all, gather, reduce = np.stack(
+            [np.pad(t, ((0, 0), (0, most - t.shape[1])), mode="edge") for t in traffic], axis=1
+        )
         once = mode.reduce_per_step * reduce + mode.gather_per_step * gather
         once = once + mode.all_reduce_per_step * reduce_all
         least = engine.dp_exposed_least
         behind = engine.dp_reduce_hidden * bool(
             mode.reduce_per_step or mode.all_reduce_per_step
         ) + engine.dp_gather_hidden * bool(mode.gather_per_step)
-        tail = least * once + np.maximum(0.0, (1 - least) * once - behind * step_s)
+        tail = least * once + np.maximum(0.0, (1 - least) * once - behind * kernels_s[:, None])
         each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
+        tail, each = tail.min(axis=1), each.min(axis=1)
         return Held(
             state_bytes=state, gathered_bytes=gathered,
             tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
@@ -229,46 +239,43 @@ class States:
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
         return update_s(costs.cluster, engine, costs.workload, d, state) / MANY
 
-    def _moved_s(self, m: Mesh, sizes: Sizes, grad: int) -> tuple[float, float, float]:
-        """(an all-reduce, one gather, one reduction) of the whole chain, seconds at least: bytes
-        over the group's bandwidth; no grouping of the ranks moves fewer."""
-        if m.dp * m.cp == 1 and m.dp * m.cp * m.tp == m.ep * m.etp:
-            return 0.0, 0.0, 0.0
-        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad)
-        if key in self._traffic:
-            return self._traffic[key]
-        costs, domain = self.costs, self.costs.cluster.domain_ranks
-        edp = m.dp * m.cp * m.tp // (m.ep * m.etp)
-        whole = ((m.dp * m.cp, m.tp), (edp, m.ep * m.etp))
-
-        def once(kind: str, item: int, groups: tuple[tuple[int, int], ...]) -> float:
-            return sum(
-                float(n) * item * min(
-                    f.s_per_byte for layout in lying(size, stride)
-                    for f in explain(costs.network, kind, *layout).forms
-                )
-                for n, (size, stride) in zip(learnt_or_held, groups) if n and size > 1
-            )  # fmt: skip
-
-        gpus = m.pp * m.dp * m.cp * m.tp
-        outers = [n for n in outside(m, costs.cluster, self.pins.dp_outer) if n > 1]
-
-        def lying(size: int, stride: int) -> list[Layout]:
-            """A group in a row, and, where it is all of them, with some outside the pipeline."""
-            apart = outers if size * stride * m.pp == gpus else []
-            return [
-                (size, stride, (1, 1)),
-                *((size // n, stride, (n, gpus // n)) for n in apart),
-            ]
-
-        compute = COMPUTE_BYTES[costs.workload.precision]
-        # HSDP gathers inside a domain; where experts leave none of it, from nobody
-        inside = tuple(
-            (next(k for k in divisors(size)[::-1] if k == 1 or k * stride <= domain), stride)
-            for size, stride in whole
-        )
-        learnt_or_held = sizes.held[0]
-        gather = min(once("all_gather", compute, whole), once("all_gather", compute, inside))
-        reduce, reduce_all = once("reduce_scatter", grad, whole), once("all_reduce", grad, whole)
-        self._traffic[key] = reduce_all, gather, reduce
+    def _moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int) -> Floats:
+        """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for
+        each way to share the state, [3, way]: bytes over the bandwidth of the groups."""
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad, min(zero, 1))
+        if key not in self._traffic:
+            self._traffic[key] = np.array([
+                [float(sum(rows)) for rows in zip(*(
+                    self._once_s(float(n), ranks_of(d, expert), grad)
+                    for n, expert in zip(sizes.held[0], (False, True)) if n
+                ))]
+                for d in self._shared(m, zero)
+            ]).reshape(-1, 3).T  # fmt: skip
         return self._traffic[key]
+
+    def _shared(self, m: Mesh, zero: int) -> list[Decisions]:
+        """A mesh with its state shared in every way that the search tries."""
+        cluster = self.costs.cluster
+        return [
+            Decisions(
+                pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, zero=zero, shard=shard,
+                dp_outer=outer,
+            )
+            for outer in outside(m, cluster, self.pins.dp_outer)
+            for shard in shard_sizes(m, (cluster,), self.pins, zero, outer)
+        ]  # fmt: skip
+
+    def _once_s(self, elements: float, ranks: Ranks, grad: int) -> tuple[float, float, float]:
+        compute = COMPUTE_BYTES[self.costs.workload.precision]
+        gather = elements * compute * self._rate("all_gather", ranks.sharing)
+        reduce = elements * grad * self._rate("reduce_scatter", ranks.sharing)
+        reduce += elements / ranks.shard * grad * self._rate("all_reduce", ranks.replicating)
+        return elements * grad * self._rate("all_reduce", ranks.all), gather, reduce
+
+    def _rate(self, kind: str, layout: Layout) -> float:
+        """Seconds a byte that a collective takes at least; none for a group of one."""
+        key = (kind, layout)
+        if key not in self._rates:
+            forms = explain(self.costs.network, kind, *layout).forms
+            self._rates[key] = min((f.s_per_byte for f in forms), default=0.0)
+        return self._rates[key]

@@ -16,24 +16,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
-from cost_models.offload import host_s
 from cost_models.step import Assignments, Costs
+from planner.bound_chain import Through, through_chain
 from planner.bound_ranks import (
     SPLIT_KINDS,
-    Layers,
     Rows,
     bubble_s,
     flight,
     forced_s,
-    freed,
-    freed_by,
     kind_of_schedule,
     ranks_s,
 )
@@ -49,117 +46,6 @@ LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest 
 MOST_BEYOND = 50.0
 NEVER_PS = float(1 << 60)  # the bound of a mesh that cannot fit
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Through:
-    """One micro-batch through the whole chain, forward and backward, at every work point.
-
-    step_s: all of it; quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes,
-    nothing recomputed. freed: all that recomputation can free: [piece, (bytes, seconds a byte),
-    point], the cheapest piece first. working: the least that any choice uses. layer: the commonest
-    kind; first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s:
-    one link of each kind.
-    """
-
-    step_s: Floats
-    quickest_s: Floats
-    forward_s: Floats
-    kept: Floats
-    freed: Floats
-    working: Floats
-    least_working: Floats
-    common: int
-    layer: Layers
-    first: tuple[Floats, Floats]
-    last: tuple[Floats, Floats]
-    kinds_s: tuple[Floats, ...]
-
-
-def through_chain(
-    costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = (),
-    moves: bool = False,
-) -> Through:  # fmt: skip
-    """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
-    in part beside what d says. moves: a layer may lie on the host as well as be recomputed."""
-    counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
-    places = costs.chain.layers
-    of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
-    wide = 1 + costs.engine.fragmentation
-    zero = np.zeros(len(costs.points))
-    step, quickest = zero, np.full(len(costs.points), np.inf)
-    ahead = np.full(len(costs.points), np.inf)
-    kept, working = zero, zero
-    least_working = np.full(len(costs.points), np.inf)
-    all_freed, each, layers = [], [], {}
-    for k, (unit, is_layer, _) in enumerate(costs.kinds):
-        found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
-        one = sum(
-            (c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
-             + sum(t.seconds - t.hidden_s for t in c.traffic)
-             for c in found), zero,
-        )  # fmt: skip
-        holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
-        uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
-        step = step + counts[k] * one
-        each.append((one, holds[0]))
-        least = uses[0]
-        if of_layers[k]:
-            least = np.minimum(np.minimum(uses[0], uses[1]), uses[2])
-            quickest = np.minimum(quickest, one)
-            whole = sum(
-                (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
-                 for c in found), zero,
-            )  # fmt: skip
-            light = sum((c.light_s for c in found), zero)
-            ahead = np.minimum(ahead, whole)
-            pieces = freed(holds, light, whole)
-            if keeps or moves:
-                ways = [(holds[1], light), (holds[2], whole)]
-                for keep in keeps:
-                    other = costs.unit(
-                        unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep)
-                    )
-                    held = wide * sum((c.kept_bytes[1] for c in other), zero)
-                    ways.append((held, sum((c.light_s for c in other), zero)))
-                if moves:
-                    kernels = (sum((c.forward_s for c in found), zero),
-                               sum((c.backward_s for c in found), zero))  # fmt: skip
-                    ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
-                pieces = freed_by(holds[0], ways)
-            layers[k] = Layers(
-                count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
-                freed=pieces,
-            )  # fmt: skip
-            all_freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
-            least_working = np.minimum(least_working, least)
-        working = np.maximum(working, least)
-        kept = kept + counts[k] * holds[0]
-    common = max(layers, key=lambda k: layers[k].count)
-
-    def end(links: range) -> tuple[Floats, Floats]:
-        rows = [each[costs.kind_of[i]] for i in links]
-        return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
-
-    pieces = np.concatenate(all_freed)
-    pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
-    return Through(
-        step_s=step, quickest_s=quickest, forward_s=ahead, kept=kept,
-        freed=pieces, working=working,
-        least_working=least_working, common=common, layer=layers[common],
-        first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
-        kinds_s=tuple(one for one, _ in each),
-    )  # fmt: skip
-
-
-def _moved_s(costs: Costs, kept_bytes: Floats, kernels: tuple[Floats, Floats]) -> Floats:
-    """Seconds that a layer's copies to the host and back add at least: nothing else is on the
-    link, or waits behind the same kernels."""
-    share, added = costs.engine.fsdp_interference, np.zeros_like(kept_bytes)
-    for compute, up in zip(kernels, (False, True)):
-        takes = np.asarray(host_s(costs.cluster, kept_bytes, up=up))
-        added = added + np.maximum(share * takes, takes - compute)
-    return added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,13 +152,13 @@ class _Table:
         step, pp = self.get(mine, "step_s"), self.pp[mine]
         reserved = np.array([states.reserved(r) for r in rows])
         room = self.costs.cluster.device.memory_bytes - reserved
-        working = self.get(mine, "least_working")
+        working, kernels = self.get(mine, "least_working"), self.get(mine, "kernels_s")
         kinds = {kind_of_schedule(name) for name in self.schedules}
         if "fused" in kinds:  # holds no more than GPipe: its bound is one of both
             kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
         for way in states.ways(bool(pp[0] > 1)):
-            held = states.of(way, rows, sizes, step)
+            held = states.of(way, rows, sizes, kernels)
             tail = np.minimum(tail, held.tail_s / pp)
             if "optimizer" not in dict(way.offload) or way.offload == states.pins.offload:
                 beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
@@ -292,7 +178,7 @@ class _Table:
 
     def _alone_s(self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way) -> Floats:
         """One rank has the whole chain. What its transfers take is hidden but for a share, or
-        beyond what it computes meanwhile."""
+        beyond what its kernels take meanwhile."""
         kept, working = self.get(mine, "kept"), self.get(mine, "working")
         over = held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
@@ -300,7 +186,8 @@ class _Table:
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
-        each = m * np.maximum(share * held.each_s, held.each_s - step)
+        kernels = self.get(mine, "kernels_s")
+        each = m * np.maximum(share * held.each_s, held.each_s - kernels)
         found: Floats = m * (step + again) + each + held.tail_s
         return found
 

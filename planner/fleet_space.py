@@ -15,7 +15,8 @@ import numpy as np
 from cost_models.decisions import Decisions, Keep
 from cost_models.hardware import Cluster
 from cost_models.mixed import MixedCosts
-from planner.bounds import Bounds, Through, through_chain
+from planner.bound_chain import Through, through_chain
+from planner.bounds import Bounds
 from planner.mesh import Mesh, laid_out
 from planner.search import Searcher
 from planner.stage_sides import least_spread

@@ -9,7 +9,7 @@ model whose sequence is mixed by attention alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cost_models.chain import Chain
@@ -21,6 +21,7 @@ from planner.decisions import Pins
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
 LEAST_CP_TOKENS = 4096  # tokens a cp rank: of 44 published runs with cp, 42 have as many or more,
 # none under 2,048; below, the search does not go unless pinned
+SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 CP_KINDS = ("ring", "allgather", "ulysses")
 MIXES_SEQUENCE = ("scan", "delta_rule", "linear_attention", "causal_conv1d")
 
@@ -142,6 +143,30 @@ def outside(mesh: Mesh, cluster: Cluster, pinned: int | None) -> tuple[int, ...]
         n for n in dict.fromkeys([1, *units] if pinned is None else [pinned])
         if mesh.dp % n == 0 and mesh.dp // n * mesh.cp * mesh.tp % (mesh.ep * mesh.etp) == 0
     )
+
+
+def shard_sizes(
+    mesh: Mesh, clusters: Sequence[Cluster], pins: Pins, zero: int, outer: int
+) -> tuple[int, ...]:
+    """How many data ranks may share the state under a ZeRO stage with so much of dp outside the
+    pipeline: all, or so many whole domains."""
+    ranks, near = mesh.dp * mesh.cp, mesh.dp * mesh.cp // outer
+    nested = [s for s in divisors(ranks)[::-1] if near % s == 0 or s % near == 0]
+    if pins.shard is not None:
+        nested = [s for s in nested if s == pins.shard]
+    elif zero == 0:
+        return (1,)
+    else:
+        spreads: set[int] = set()
+        for cluster in clusters:
+            inside = max(1, cluster.domain_ranks // mesh.tp)
+            spreads |= {inside * k for k in SHARD_SPREADS}
+            spreads |= {cluster.spans[-2] // mesh.tp}
+        if outer > 1:  # laid apart to keep shards together, or where no shards are apart
+            spreads = {near}
+        nested = [s for s in nested if s == ranks or s in spreads]
+    alone = zero > 0 and pins.zero is None  # nobody shares: what ZeRO-0 is
+    return tuple(s for s in nested if not (alone and s == 1 < ranks))
 
 
 def _filled(

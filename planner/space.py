@@ -25,14 +25,13 @@ from planner.formats import format_ways
 from planner.keep_checks import pinned_keep
 from planner.keeps import keep_sets
 from planner.legality import illegal
-from planner.mesh import Mesh, divisors, meshes, outside
+from planner.mesh import Mesh, meshes, outside, shard_sizes
 from planner.names import matches
 from planner.offloads import counts_layers, grad_dtypes, offloads
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 
 MOST_VIRTUAL_STAGES = 8
-SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 SEARCHED_SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbh1", "zbv", "dualpipev")
 
 
@@ -141,14 +140,13 @@ class Space:
             compile=engine.fused, formats=self.formats,
             keep=self.kept,
         )  # fmt: skip
-        ranks = mesh.dp * mesh.cp
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)
         zeros = (0, 1, 2, 3) if pins.zero is None else (pins.zero,)
         held = [*itertools.product(
             offloads(pins, *self.clusters), grad_dtypes(pins, engine)
         )]  # fmt: skip
         for zero, outer in itertools.product(zeros, outers):
-            for shard in self._shards(mesh, zero, outer):
+            for shard in shard_sizes(mesh, self.clusters, pins, zero, outer):
                 for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
                     if pins.reshard not in (None, reshard):
                         continue
@@ -157,10 +155,7 @@ class Space:
                             base, zero=zero, shard=shard, reshard=reshard, offload=offload,
                             dp_outer=outer, grad_dtype=grad,
                         )  # fmt: skip
-                        alone = zero > 0 and shard == 1 < ranks and pins.zero is None
-                        if not alone and not illegal(
-                            d, self.costs.workload, scheduled=False
-                        ):
+                        if not illegal(d, self.costs.workload, scheduled=False):
                             yield d
 
     def runs(self, mesh: Mesh | Decisions) -> bool:
@@ -181,22 +176,6 @@ class Space:
         costs = self.costs
         fault = whole_recomputation_fault(costs.graph, costs.workload, costs.engine.fused)
         return fault is not None
-
-    def _shards(self, mesh: Mesh, zero: int, outer: int) -> tuple[int, ...]:
-        ranks, near = mesh.dp * mesh.cp, mesh.dp * mesh.cp // outer
-        nested = [s for s in divisors(ranks)[::-1] if near % s == 0 or s % near == 0]
-        if self.pins.shard is not None:
-            return (self.pins.shard,) if self.pins.shard in nested else ()
-        if zero == 0:
-            return (1,)
-        spreads: set[int] = set()
-        for cluster in self.clusters:
-            inside = max(1, cluster.domain_ranks // mesh.tp)
-            spreads |= {inside * k for k in SHARD_SPREADS}
-            spreads |= {cluster.spans[-2] // mesh.tp}
-        if outer > 1:  # laid apart to keep shards together, or where no shards are apart
-            spreads = {near}
-        return tuple(s for s in nested if s == ranks or s in spreads)
 
     def by_count(self, d: Decisions) -> Decisions | None:
         """The same with activations of so many layers a stage on the host, or None where that is

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tiny_models import costs_of, graph_of
 
+from cost_models.decisions import Decisions
 from cost_models.schedule import schedule_illegal, simulate
+from planner.bound_chain import through_chain
 from planner.bound_ranks import Rows, bubble_s, flight, forced_s, ranks_s
 from planner.bound_state import States
 from planner.decisions import Pins
@@ -21,8 +23,9 @@ ROUNDING = 1 + 1e-9
     ("native", "bf16"), ("native", "fp32"), ("megatron", "bf16"), ("deepspeed", "fp16"),
 ])  # fmt: skip
 def test_every_way_to_hold_state_is_bounded(engine, precision):
-    """Bytes of all units and of a layer, transient copies, the tail, reserves: none is above what
-    a variant of the mesh has, whatever ranks share it and rows that they do not divide."""
+    """Bytes of all units and of a layer, transient copies, what transfers add to a micro-batch, the
+    tail and what hides of it, reserves: none is above what a variant of the mesh has, whatever
+    ranks share it and rows that they do not divide."""
     graph = graph_of("moe", precision)
     hardware = "h100x4" if precision == "bf16" else "t4x4"
     costs = costs_of(graph, hardware, seq_len=1024, global_batch=4, engine=engine,
@@ -35,21 +38,27 @@ def test_every_way_to_hold_state_is_bounded(engine, precision):
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
         sizes = states.sizes(laid, mesh.ep, mesh.etp, layer)
         ways = states.ways(mesh.pp > 1)
-        bounds = {way: states.of(way, [mesh], [sizes], np.zeros(1)) for way in ways}
+        axes = Decisions(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel,
+                         cp_kind=mesh.cp_kind, ep=mesh.ep, etp=mesh.etp)  # fmt: skip
+        at = costs.points.index((mesh.micro_batch, mesh.cp))
+        busy = through_chain(costs, axes, laid).kernels_s[at : at + 1]
+        bounds = {way: states.of(way, [mesh], [sizes], busy) for way in ways}
         for d in searcher.variants(mesh):
             step = costs.step(d, laid)
             rows, all_rows = step.rows, [step.rows[k] for k in costs.kind_of]
             same = {(w.zero, w.reshard, w.offload): w for w in ways}
             alike = next((w for w in ways if w.zero and w.offload == d.offload), None)
             b = bounds[same.get((d.zero, d.reshard, d.offload), alike)]
-            tail = sum(
-                max(0, r.tail_comm_ps) + r.floor_ps + r.optimizer_ps + r.offload_ps
-                for r in all_rows
-            )
+            tail = max(0, sum(r.tail_comm_ps - r.tail_hide_ps for r in all_rows))
+            tail += sum(r.floor_ps + r.optimizer_ps + r.offload_ps for r in all_rows)
+            added = sum(r.forward[-1] + r.backward[-1] for r in all_rows)
             assert b.state_bytes[0, 0] <= ROUNDING * sum(map(held_bytes, all_rows))
             assert b.state_bytes[0, 1] <= ROUNDING * held_bytes(rows[layer])
             assert b.gathered_bytes[0, 1] <= ROUNDING * rows[layer].state.gathered_bytes
             assert b.tail_s[0] * 1e12 <= ROUNDING * tail + 100
+            share, each = costs.engine.fsdp_interference, b.each_s[0]
+            if d.offload == ():
+                assert max(share * each, each - busy[0]) * 1e12 <= ROUNDING * added + 100
             assert states.reserved(mesh) <= sum(size for _, size in step.reserved)
             seen += 1
     assert seen > 50

@@ -1,0 +1,132 @@
+"""What a micro-batch takes and keeps through the whole chain, of one way to lay a model out.
+
+Sums of unit costs at every work point: what bounds of many meshes are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.decisions import Decisions, Keep
+from cost_models.offload import host_s
+from cost_models.step import Assignments, Costs
+from planner.bound_ranks import Layers, freed, freed_by
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Through:
+    """One micro-batch through the whole chain, forward and backward, at every work point.
+
+    step_s: all of it; kernels_s: what of it transfers hide behind; quickest_s: the quickest layer,
+    forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
+    free: [piece, (bytes, seconds a byte), point], the cheapest piece first. working: the least that
+    any choice uses. layer: the commonest kind; first, last: (seconds, bytes kept) before the first
+    layer and behind the last. kinds_s: one link of each kind.
+    """
+
+    step_s: Floats
+    kernels_s: Floats
+    quickest_s: Floats
+    forward_s: Floats
+    kept: Floats
+    freed: Floats
+    working: Floats
+    least_working: Floats
+    common: int
+    layer: Layers
+    first: tuple[Floats, Floats]
+    last: tuple[Floats, Floats]
+    kinds_s: tuple[Floats, ...]
+
+
+def through_chain(
+    costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = (),
+    moves: bool = False,
+) -> Through:  # fmt: skip
+    """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
+    in part beside what d says. moves: a layer may lie on the host as well as be recomputed."""
+    counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
+    places = costs.chain.layers
+    of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
+    wide = 1 + costs.engine.fragmentation
+    zero = np.zeros(len(costs.points))
+    step, busy, quickest = zero, zero, np.full(len(costs.points), np.inf)
+    ahead = np.full(len(costs.points), np.inf)
+    kept, working = zero, zero
+    least_working = np.full(len(costs.points), np.inf)
+    all_freed, each, layers = [], [], {}
+    for k, (unit, is_layer, _) in enumerate(costs.kinds):
+        found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
+        one = sum(
+            (c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
+             + sum(t.seconds - t.hidden_s for t in c.traffic)
+             for c in found), zero,
+        )  # fmt: skip
+        holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
+        uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
+        step = step + counts[k] * one
+        busy = busy + counts[k] * sum((c.forward_s + c.backward_s for c in found), zero)
+        each.append((one, holds[0]))
+        least = uses[0]
+        if of_layers[k]:
+            least = np.minimum(np.minimum(uses[0], uses[1]), uses[2])
+            quickest = np.minimum(quickest, one)
+            whole = sum(
+                (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
+                 for c in found), zero,
+            )  # fmt: skip
+            light = sum((c.light_s for c in found), zero)
+            ahead = np.minimum(ahead, whole)
+            pieces = freed(holds, light, whole)
+            if keeps or moves:
+                ways = [(holds[1], light), (holds[2], whole)]
+                for keep in keeps:
+                    other = costs.unit(
+                        unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep)
+                    )
+                    held = wide * sum((c.kept_bytes[1] for c in other), zero)
+                    ways.append((held, sum((c.light_s for c in other), zero)))
+                if moves:
+                    kernels = (sum((c.forward_s for c in found), zero),
+                               sum((c.backward_s for c in found), zero))  # fmt: skip
+                    ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
+                pieces = freed_by(holds[0], ways)
+            layers[k] = Layers(
+                count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
+                freed=pieces,
+            )  # fmt: skip
+            all_freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
+            least_working = np.minimum(least_working, least)
+        working = np.maximum(working, least)
+        kept = kept + counts[k] * holds[0]
+    common = max(layers, key=lambda k: layers[k].count)
+
+    def end(links: range) -> tuple[Floats, Floats]:
+        rows = [each[costs.kind_of[i]] for i in links]
+        return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
+
+    pieces = np.concatenate(all_freed)
+    pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
+    return Through(
+        step_s=step, kernels_s=busy, quickest_s=quickest, forward_s=ahead, kept=kept,
+        freed=pieces, working=working,
+        least_working=least_working, common=common, layer=layers[common],
+        first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
+        kinds_s=tuple(one for one, _ in each),
+    )  # fmt: skip
+
+
+def _moved_s(costs: Costs, kept_bytes: Floats, kernels: tuple[Floats, Floats]) -> Floats:
+    """Seconds that a layer's copies to the host and back add at least: nothing else is on the
+    link, or waits behind the same kernels."""
+    share, added = costs.engine.fsdp_interference, np.zeros_like(kept_bytes)
+    for compute, up in zip(kernels, (False, True)):
+        takes = np.asarray(host_s(costs.cluster, kept_bytes, up=up))
+        added = added + np.maximum(share * takes, takes - compute)
+    return added
