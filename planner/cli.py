@@ -15,6 +15,7 @@ import typer
 
 from planner.calibrating import calibrate
 from planner.commands.hardware import hardware_list, hardware_show
+from planner.commands.importing import import_
 from planner.commands.reading import check, diff, show
 from planner.commands.report import report
 from planner.commands.size import size
@@ -34,6 +35,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
     ("verify", verify, "does a small twin compute what the model does"),
     ("report", report, "one static HTML page; the step as a trace"),
     ("export", export, "another engine's own configuration"),
+    ("import", import_, "an existing configuration as a fully pinned plan"),
     ("size", size, "which hardware, and how much of it; the Pareto front"),
     ("calibrate", calibrate, "measure this machine; write a hardware file of it"),
     ("validate", validate, "the cost models against measurements: error by class"),

@@ -31,7 +31,8 @@ def export(plan: object, source: str) -> Exported:
     }
     if w.precision in ("bf16", "fp16"):
         made[w.precision] = {"enabled": True}
-        made["data_types"] = {"grad_accum_dtype": d.grad_dtype}
+        if d.zero:
+            made["data_types"] = {"grad_accum_dtype": d.grad_dtype}
     if d.tp > 1:
         made["tensor_parallel"] = {"autotp_size": d.tp}
     if d.cp > 1:
@@ -92,6 +93,8 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
          "AutoTP keeps the residual stream whole"),
         ("compile", not d.compile, UNSUPPORTED, "in code: engine.compile()"),
         ("cp_kind", d.cp == 1 or d.cp_kind == "ulysses", UNSUPPORTED, "Ulysses alone"),
+        ("grad_dtype", d.zero > 0 or d.grad_dtype == w.precision, UNSUPPORTED,
+         "without ZeRO gradients are in the model's own format"),
         ("grad_dtype", w.precision != "fp32" or d.grad_dtype == "fp32", UNSUPPORTED,
          "under fp32 gradients are fp32"),
         ("placements", not other, APPROXIMATE, other),

@@ -109,18 +109,12 @@ def _work(p: Plan) -> Flags:
         flags.append(("--bf16",))
     if w.precision == "fp16":
         flags.append(("--fp16",))
-    if w.precision == "fp8" or _all_fp8(p):
+    if w.precision == "fp8":
         flags.append(("--fp8-format", FP8))
     if w.precision != "fp32":
         flags.append(("--accumulate-allreduce-grads-in-fp32" if d.grad_dtype == "fp32"
                       else "--grad-reduce-in-bf16",))  # fmt: skip
     return [*flags, ("--optimizer", OPTIMIZERS.get(w.optimizer, "adam"))]
-
-
-def _all_fp8(p: Plan) -> bool:
-    groups = {"attention", "mlp"}
-    groups |= {"experts"} if facts_of(chain_of(p.graph)).experts else set()
-    return groups <= {g for g, word in p.decisions.formats if word == "fp8"}
 
 
 def _offloads_layers(d: Decisions) -> bool:
@@ -165,13 +159,15 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("keep", not d.keep, UNSUPPORTED, "no list of operations"),
         ("offload", not tiers or (set(tiers) == {"activations"} and _offloads_layers(d)),
          UNSUPPORTED, "on the CPU: the optimizer; activations without pipeline and recomputation"),
-        ("formats", not d.formats or _all_fp8(p), UNSUPPORTED,
-         "one recipe for all matmuls of the layers"),
+        ("formats", not d.formats, UNSUPPORTED,
+         "one recipe for all matmuls: trace with --precision fp8"),
         ("sequence_parallel", d.sequence_parallel or d.ep == 1 or d.tp == 1, UNSUPPORTED,
          "experts under tp want --sequence-parallel"),
-        ("compile", w.engine.startswith("megatron"), APPROXIMATE,
+        ("compile", d.compile and w.engine.startswith("megatron"), APPROXIMATE,
          "Transformer Engine's fused kernels, no torch.compile"),
-        ("cp_kind", True, "", ""), ("grad_dtype", True, "", ""),
+        ("cp_kind", True, "", ""),
+        ("grad_dtype", w.precision != "fp32" or d.grad_dtype == "fp32", UNSUPPORTED,
+         "under fp32 gradients are fp32"),
         ("placements", not other, APPROXIMATE, other),
         ("precision", w.precision != "nvfp4", UNSUPPORTED, "nvfp4 is not written yet"),
         ("optimizer", w.optimizer in OPTIMIZERS, UNSUPPORTED, f"it has no {w.optimizer}"),
