@@ -32,6 +32,7 @@ from cost_models.hardware import Device
 FloatArray: TypeAlias = NDArray[np.float64]
 
 PRODUCT_KEYS = ("row_bytes_per_s", "read_bytes_per_s", "flop_per_s", "smoothness")
+DESKTOP_BYTES_PER_S = 1.1e11  # two channels of DDR5: what few cores of one socket can draw
 _TABLE = Path(__file__).with_name("serving_host.toml")
 
 
@@ -101,7 +102,9 @@ def _assumed(name: str) -> _Assumed:
 
 def assumed_products(dram_bytes_per_s: float) -> Products:
     """Of a CPU with memory of that bandwidth, where it was not measured."""
-    read = _assumed("read_share").number * dram_bytes_per_s
+    desktop = dram_bytes_per_s <= DESKTOP_BYTES_PER_S
+    share = _assumed("read_share_desktop" if desktop else "read_share").number
+    read = share * dram_bytes_per_s
     return Products(
         row_bytes_per_s=read, read_bytes_per_s=read,
         flop_per_s=_assumed("flop_per_byte").number * dram_bytes_per_s, smoothness=np.inf,
@@ -120,8 +123,8 @@ def host_of(device: Device) -> Host:
             products.append((dtype, Products(**dict(zip(PRODUCT_KEYS, numbers)))))
     keys = ("fetch_s", "piece_s", "op_s", "token_s", "request_s")
     measured = {k: table.number(f"host.{k}") for k in keys if table.has(f"host.{k}")}
-    lacking = [*(() if products else ("read_share", "flop_per_byte")),
-               *(() if "fetch_s" in measured else ("fetch_s",))]  # fmt: skip
+    unmeasured = ("read_share", "read_share_desktop", "flop_per_byte") if not products else ()
+    lacking = [*unmeasured, *(() if "fetch_s" in measured else ("fetch_s",))]
     return Host(
         products=tuple(products), fetch_s=measured.get("fetch_s", _assumed("fetch_s").number),
         piece_s=measured.get("piece_s"), op_s=measured.get("op_s"), token_s=measured.get("token_s"),

@@ -117,11 +117,12 @@ def test_on_a_cpu_the_fastest_third_of_repeats_counts():
 def test_what_was_not_measured_is_assumed_by_name():
     host = host_of(load_hardware("a6000x1").device)
     assert [item.name.split(".")[1] for item in host.assumed] == [
-        "read_share", "flop_per_byte", "fetch_s"]  # fmt: skip
+        "read_share", "read_share_desktop", "flop_per_byte", "fetch_s"]  # fmt: skip
     assert all(item.source for item in host.assumed) and host.products == ()
-    found = host.products_of("bf16", 1e11)
-    assert (found.read_bytes_per_s, found.flop_per_s) == (2.5e10, 3e11)
-    assert float(found.seconds(5e10, 3e11)) == 2.0  # the longer of the two
+    found = host.products_of("bf16", 2e11)
+    assert (found.read_bytes_per_s, found.flop_per_s) == (5e10, 6e11)
+    assert float(found.seconds(1e11, 6e11)) == 2.0  # the longer of the two
+    assert host.products_of("bf16", 8e10).read_bytes_per_s == 0.56 * 8e10  # two channels
 
 
 def one_layer(ops=36):

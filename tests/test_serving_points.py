@@ -29,6 +29,20 @@ def test_points_of_a_small_model_are_met(table):
         assert one.predicted == pytest.approx(1 / step_s)
 
 
+def test_what_streams_from_host_and_disk_is_met(table):
+    """FlexGen's OPT-30B from host memory, weights and cache, on a T4; nothing fitted."""
+    raw = next(raw for raw in table["points"] if raw["id"] == "opt-30b fp16 streamed")
+    model = view.model_of(table["models"]["opt-30b"])
+    found = view.predicted(raw, model, "")
+    assert abs(found.error) < 0.15
+    link = 1.2e10  # T4's
+    layer, cached = 12 * 7168**2 * 2, 2 * 7168 * 2  # bytes of a layer, and of a token there
+    moved = 38 * layer + 48 * 144 * (512 + 16) * cached  # 10 layers stay on the GPU
+    parts = dict(found.parts)
+    step_s = sum(parts.values())
+    assert step_s == pytest.approx(moved / link, rel=0.02)  # the link is busy throughout
+
+
 def test_every_point_says_where_it_is_from(table):
     points = table["points"]
     assert {raw["source"] for raw in points} == set(table["sources"])

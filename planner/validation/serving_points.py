@@ -62,12 +62,17 @@ def predicted(raw: dict[str, Any], model: ServedModel, source: str) -> Point:
     """One point of the table."""
     fmt = raw["weights"]
     # gpt-fast quantizes every linear module, the head too; streamed models the layers alone.
-    ends = _WIDE if raw.get("tiers") else _WIDE[:1]
+    ends: tuple[tuple[str, str], ...] = _WIDE if raw.get("tiers") else _WIDE[:1]
+    if "wide" in raw:
+        ends = tuple((block, raw["wide_format"]) for block in raw["wide"])
     serving = Serving(
-        tp=raw["tp"], batch=raw["batch"], default=fmt, weights=() if fmt == "bf16" else ends,
+        tp=raw["tp"], batch=raw["batch"], default=fmt,
+        weights=() if fmt in ("bf16", "fp16") else ends,
+        kv=raw.get("kv", "bf16"), kv_tier=raw.get("kv_tier", "gpu"),
+        prefill_chunk=raw.get("chunk", 0),
         tiers=tuple(
-            Held(block=block, tier=tier, place=place)
-            for block, tier, place in raw.get("tiers", ())
+            Held(block=block, tier=tier, place=place, resident=resident[0] if resident else 0)
+            for block, tier, place, *resident in raw.get("tiers", ())
         ),
     )  # fmt: skip
     name = raw["hardware"]
