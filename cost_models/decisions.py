@@ -25,6 +25,7 @@ class Workload:
     expert_imbalance: float = 1.0
     allowed_formats: tuple[str, ...] = ()
 
+STATE_BELOW = ("optimizer", "params")  # of what may be offloaded, the state of a unit
 Keep = tuple[tuple[str, tuple[str, ...]], ...]  # (unit class, words of the operations it keeps)
 
 
@@ -41,7 +42,9 @@ class Decisions:
     again in part, by their words in `ir.keep`; classes that are not named keep all of them.
     offload: pairs (what, tier); of activations the tier may be "cpu:4/3": of each global stage so
     many layers, behind those computed again whole, and "cpu:" where the stages are not cut yet;
-    without counts it is all layers. formats: pairs (group of layers' matmuls, format), in the order
+    without counts it is all layers. The optimizer's "cpu:4/3" is of so many layers of each global
+    stage, its first, with their parameters where "params" is there too; without counts it is that
+    of all units. formats: pairs (group of layers' matmuls, format), in the order
     of `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the
     placements on tp that the per-op program chose, as (parameter or edge, words) pairs; empty
     where tp = 1. parts: where the hardware has parts, (name, its pp ranks) of those that are used,
@@ -100,6 +103,25 @@ class Decisions:
         return tuple(map(int, counts.split("/") if counts else ())) if counted else None
 
     @property
+    def below(self) -> tuple[int, ...] | None:
+        """Of each stage, the layers whose optimizer lies below, its first; None: not counted, it is
+        that of all units or of none. One count may stand for all stages until they are cut."""
+        _, counted, counts = dict(self.offload).get("optimizer", "").partition(":")
+        return tuple(map(int, counts.split("/"))) if counted else None
+
+    def below_of(self, stages: tuple[int, ...]) -> tuple[int, ...]:
+        """`below` of these stages: no more layers than they have."""
+        counts = self.below or (0,)
+        return tuple(min(counts[k % len(counts)], n) for k, n in enumerate(stages))
+
+    def with_state(self, below: bool) -> Decisions:
+        """These decisions as a unit has them whose state is below, or not, where that is counted.
+        """
+        rows = (row for row in self.offload if below or row[0] not in STATE_BELOW)
+        whole = ((w, self.tiers[w] if w in STATE_BELOW else t) for w, t in rows)
+        return replace(self, offload=tuple(whole))
+
+    @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Of each stage (computed again whole, the next treated by half): `StageProblem`'s. Half is
         selective recomputation, or offload where layers are offloaded by count."""
@@ -115,15 +137,25 @@ class Decisions:
 
     def cut(self, stages: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> Decisions:
         """These decisions with their stages and `pairs` decided."""
+        offload = self._lowered(stages).offload
         if self.moved is None:
-            return replace(self, stages=stages, recompute=pairs)
-        others = tuple(row for row in self.offload if row[0] != "activations")
+            return replace(self, stages=stages, recompute=pairs, offload=offload)
+        others = tuple(row for row in offload if row[0] != "activations")
         word = f"{self.tiers['activations']}:" + "/".join(str(n) for _, n in pairs)
         below = (("activations", word),) if any(n for _, n in pairs) else ()
         return replace(
             self, stages=stages, recompute=tuple((full, 0) for full, _ in pairs),
             offload=(*others, *below),
         )
+
+    def _lowered(self, stages: tuple[int, ...]) -> Decisions:
+        """The same with the optimizer's count said of each stage."""
+        if self.below is None:
+            return self
+        counts = self.below_of(stages)
+        if not any(counts):
+            return self.with_state(False)
+        return self.on(f"{self.tiers['optimizer']}:" + "/".join(map(str, counts)))
 
     @property
     def edp(self) -> int:

@@ -119,7 +119,8 @@ def _alike(
     wide, split = step.wide, d.schedule in SPLIT_BACKWARD
     exposed = exposed_send_ps(costs, step, d)
     base = moved_level(d, fixed_recompute)
-    groups, group_of = costs.layer_groups
+    counted = d.below is not None
+    groups, group_of = costs.groups_of(step.kinds) if counted else costs.layer_groups
     distinct = [[step.rows[k] for k in group] for group in groups]
 
     def each(value: Callable[[list[Row]], int]) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from cost_models.chain import Chain
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
 from cost_models.point import ps
+from cost_models.stage_problem import starts_of
 from cost_models.state import (
     COMPUTE_BYTES,
     GRAD_BYTES,
@@ -139,7 +141,7 @@ def update_s(
         + host_s(cluster, state.updated * up, up=True)
     )
     total = link + each * state.updated * cluster.sharers(host) / host.read_bytes_per_s
-    tier = dict(d.offload)["optimizer"]
+    tier = d.tiers["optimizer"]
     if tier == "cpu":
         return total
     disk = cluster.tier(tier)
@@ -151,6 +153,16 @@ def _apart_bytes(workload: Workload, fsdp: bool) -> float:
     """Bytes a parameter on the optimizer's own tier, where that is not the host's memory: FSDP2
     keeps fp32 parameters in memory, the moments alone are on the disk."""
     return MOMENT_BYTES.get(workload.optimizer, 0.0) + (0 if fsdp else MASTER_BYTES)
+
+
+def layers_below(chain: Chain, d: Decisions) -> frozenset[int]:
+    """Positions in the chain of the layers whose state lies below, where that is counted: the first
+    of each stage. The stages are cut, or one."""
+    stages = d.stages or (len(chain.layers),)
+    return frozenset(
+        place for start, count in zip(starts_of(stages), d.below_of(stages))
+        for place in chain.layers[start : start + count]
+    )  # fmt: skip
 
 
 def below_bytes(

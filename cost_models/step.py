@@ -29,6 +29,7 @@ from cost_models.offload import (
     below_bytes,
     by_count,
     exposed_s,
+    layers_below,
     parameter_copies_s,
     update_s,
 )
@@ -52,6 +53,7 @@ from cost_models.unit_costs import UnitCost, context_cost, expert_cost, learns_o
 from cost_models.work import Axes, Floats, Work
 from ir.graph import Graph, Unit, full_name
 
+Groups = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
 
 
@@ -124,9 +126,13 @@ class Costs:
         return tuple(where[kind] for kind in self._kind_of_link)
 
     @cached_property
-    def layer_groups(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-        """Distinct groups of kinds that a layer's links are, and which each layer's are."""
-        kinds = [tuple(self.kind_of[i] for i in group) for group in self.chain.groups]
+    def layer_groups(self) -> Groups:
+        """`groups_of` the kinds of all links."""
+        return self.groups_of(self.kind_of)
+
+    def groups_of(self, kind_of: tuple[int, ...]) -> Groups:
+        """Distinct groups of rows that a layer's links have, and which each layer's are."""
+        kinds = [tuple(kind_of[i] for i in group) for group in self.chain.groups]
         distinct = tuple(dict.fromkeys(kinds))
         where = {group: i for i, group in enumerate(distinct)}
         return distinct, tuple(where[group] for group in kinds)
@@ -167,15 +173,18 @@ class Costs:
 
     def step(self, d: Decisions, assignments: Assignments) -> Step:
         """Every row of a mesh, its (micro-batch, cp) one of `points`."""
-        rows = tuple(
-            self._row(d, unit, is_layer, earlier, assignments[unit, is_layer])
-            for unit, is_layer, earlier in self.kinds
-        )
+        if d.below is None:
+            rows, kinds = self._rows(d, assignments), self.kind_of
+        else:  # a second row of each kind, for layers whose state lies below
+            above, below = (self._rows(d.with_state(x), assignments) for x in (False, True))
+            rows = (*above, *below)
+            low = layers_below(self.chain, d)
+            kinds = tuple(k + len(above) * (i in low) for i, k in enumerate(self.kind_of))
         glue = self.chain.glue
         whole = replicated(glue, d.tp)
         sent = self.boundary_bytes(d)
         return Step(
-            chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
+            chain=self.chain, decisions=d, rows=rows, kinds=kinds,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
             p2p_ps=ps(self.send_s(d, sum(sent))) if d.pp > 1 else 0,
             slow_sends=self.slow_sends(d, sum(sent)),
@@ -183,10 +192,18 @@ class Costs:
             fragmentation=self.engine.fragmentation,
         )  # fmt: skip
 
+    def _rows(self, d: Decisions, assignments: Assignments) -> tuple[Row, ...]:
+        """A row of each of `kinds`."""
+        return tuple(
+            self._row(d, unit, is_layer, earlier, assignments[unit, is_layer])
+            for unit, is_layer, earlier in self.kinds
+        )
+
     def kept_otherwise(self, step: Step, d: Decisions, assignments: Assignments) -> Step:
         """The step of a mesh whose layers keep something else in part."""
         rows = list(step.rows)
-        for i, (unit, is_layer, _) in enumerate(self.kinds):
+        for i in range(len(rows)):
+            unit, is_layer, _ = self.kinds[i % len(self.kinds)]
             if (unit, is_layer) in self.layer_kinds:
                 cost = self.at(d, unit, is_layer, assignments[unit, is_layer])
                 rows[i] = replace(
@@ -269,10 +286,12 @@ class Costs:
     def counted(self, step: Step, d: Decisions, assignments: Assignments) -> Step:
         """The step of the same mesh and state with activations offloaded by count of layers."""
         rows = []
-        for row, (unit, is_layer, _) in zip(step.rows, self.kinds):
+        for i, row in enumerate(step.rows):
+            unit, is_layer, _ = self.kinds[i % len(self.kinds)]
             if (unit, is_layer) in self.layer_kinds:
                 cost = self.at(d, unit, is_layer, assignments[unit, is_layer])
-                moved = self._exposed(d, row.state, cost, True).activations[0]
+                of = d if d.below is None else d.with_state(i >= len(self.kinds))
+                moved = self._exposed(of, row.state, cost, True).activations[0]
                 row = by_count(row, cost.kept[0], moved)
             rows.append(row)
         return replace(step, decisions=d, rows=tuple(rows))

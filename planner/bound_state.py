@@ -211,7 +211,7 @@ class States:
         else:
             state = (0 if below else compute if wide or offloaded else own) * piece
             gathered = gathered + compute * whole
-        if offloaded and fsdp:
+        if offloaded and fsdp and d.below is None:
             gathered = gathered + MASTER_BYTES * piece
         reduced = (own if fsdp else grad) * part * (not (below or (offloaded and fsdp)))
         summed = accumulates & (mode.gradients_peak == "whole")
@@ -237,7 +237,8 @@ class States:
             each = update_bytes(costs.workload.optimizer, engine.optimizer_bytes_per_parameter)
             return float(costs.kernels.memory_bound_s(each * MANY, 0)) / MANY
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
-        return update_s(costs.cluster, engine, costs.workload, d, state) / MANY
+        below = update_s(costs.cluster, engine, costs.workload, d, state) / MANY
+        return below if d.below is None else min(below, self._update_s(d.with_state(False), way))
 
     def _moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int) -> Floats:
         """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for

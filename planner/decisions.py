@@ -25,6 +25,7 @@ FORMATS = ("bf16", "fp16", "fp8", "nvfp4")
 WHOLE = "layers"  # every group of formats
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
+COUNTED = ("optimizer", "activations")  # of what may be offloaded, by layers a stage
 _COUNTED = re.compile(r"cpu:([0-9]+(?:/[0-9]+)*)")  # layers a stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
 
@@ -200,18 +201,18 @@ def _keep(text: str, value: str) -> Keep:
 
 
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
-    """Pairs (what, tier) in the vocabulary's order; of activations with layers a stage, one count
-    for all or one each: `activations:cpu:4/3`. Parameters are updated where they lie, so the
-    optimizer goes with them."""
+    """Pairs (what, tier) in the vocabulary's order; of activations and of the optimizer with layers
+    a stage, one count for all or one each: `activations:cpu:4/3`. Parameters are updated where they
+    lie, so the optimizer goes with them."""
     found: dict[str, str] = {}
     for what, tier in (item.partition(":")[::2] for item in value.split(",") if item != "none"):
-        counted = what == "activations" and _COUNTED.fullmatch(tier)
+        counted = what in COUNTED and _COUNTED.fullmatch(tier)
         if (
             what not in OFFLOADED or not tier or found.get(what, tier) != tier
             or (":" in tier and not counted)
         ):
-            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, activations:cpu:12 (layers"
-                          " per stage), or none")  # fmt: skip
+            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, optimizer:cpu:12 or"
+                          " activations:cpu:12 (layers per stage), or none")  # fmt: skip
         if what != "optimizer" and tier != "cpu" and not counted:
             raise UsageError(f"--fix {text}: {what} are offloaded to the cpu alone",
                              why="each micro-batch moves them, which a disk is too slow for",
@@ -285,7 +286,7 @@ VOCABULARY = (
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
         meaning="what lies on which of the hardware's tiers; params needs zero=3;"
-                " activations:cpu:12 is of 12 layers a stage"),
+                " activations:cpu:12 or optimizer:cpu:12 is of 12 layers a stage"),
     Key(name="formats", words="layers:fp8 attention:fp8,mlp:fp8 experts:fp8 none", parse=_formats,
         meaning="of layers' matmuls by group, where not the precision",
         default="searched among those that --precision bf16,fp8 allows, else none"),
@@ -346,11 +347,12 @@ def decisions_from_json(
             raise PlanError(f"{where} is {value!r}", why=f"expected one of {_word(words)}")
     for what, tier in raw["offload"].items():
         word = tier if isinstance(tier, str) else ""
-        counted = what == "activations" and _COUNTED.fullmatch(word)
-        fits = bool(word) if what == "optimizer" else word == "cpu" or counted
+        counted = what in COUNTED and _COUNTED.fullmatch(word)
+        named = bool(word) and ":" not in word if what == "optimizer" else word == "cpu"
+        fits = named or counted
         if what not in OFFLOADED or not fits:
             raise PlanError(f"decisions.offload.{what} is {tier!r}",
-                            why='expected {"optimizer": TIER, "params": "cpu", '
+                            why='expected {"optimizer": TIER or "cpu:4/3", "params": "cpu", '
                                 '"activations": "cpu" or "cpu:4/3"}, or some of them')  # fmt: skip
     if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
         raise PlanError("decisions.offload has params and no optimizer",

@@ -92,6 +92,13 @@ RULES = (
         fix="zero=1, or zero=3 and offload=optimizer:cpu,params:cpu",
     ),
     Rule(
+        keys=("offload",),
+        refused=lambda c: ":" in dict(c.offload or ()).get("optimizer", "")
+        and c.engine not in NATIVE,
+        reason="the optimizer of some layers: our own runtime alone holds units' state apart",
+        fix="offload=optimizer:cpu, or --engine native-compiled",
+    ),
+    Rule(
         keys=("recompute", "offload"),
         refused=lambda c: bool(c.selective) and _below(c, "activations"),
         reason="what selective recomputation keeps is torch's own cache, which stays on the GPU",
@@ -296,6 +303,12 @@ def inconsistent(
          "keep says what is kept in part, and no layer is computed again in part"),
         (not d.moved or len(d.moved) == count,
          f"activations offloaded of {len(d.moved or ())} stages of {count}"),
+        (d.below is None or len(d.below) == count,
+         f"the optimizer offloaded of {len(d.below or ())} stages of {count}"),
+        (d.below in (None, d.below_of(d.stages)) and d.below != (0,) * count,
+         "a stage offloads the optimizer of more layers than it has, or none does"),
+        (d.below is None or len(d.parts) < 2,
+         "over several kinds of GPUs the optimizer is offloaded whole"),
         (all(full + n <= layers for layers, (full, n) in zip(d.stages, d.pairs)),
          "a stage offloads or recomputes more layers than it has"),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cost_models.decisions import Decisions
+from cost_models.decisions import STATE_BELOW, Decisions
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
 from planner.decisions import ANY, Pins
@@ -17,10 +17,13 @@ SEARCHED: tuple[Offload, ...] = (
 
 
 def offloads(pins: Pins, *clusters: Cluster) -> tuple[Offload, ...]:
-    """How state may lie on all parts alike; counts of layers are left to the stages. Over several
-    parts no more than the optimizer is searched."""
+    """How state may lie on all parts alike; counts of layers whose activations lie below are left
+    to the stages. Over several parts no more than the optimizer is searched."""
     if pins.offload is not None:
-        return (tuple((w, t.partition(":")[0] + ":" * (":" in t)) for w, t in pins.offload),)
+        return (tuple(
+            (w, t.partition(":")[0] + ":" if w == "activations" and ":" in t else t)
+            for w, t in pins.offload
+        ),)  # fmt: skip
     host = all(any(t.name == "cpu" for t in cluster.tiers) for cluster in clusters)
     return SEARCHED[: 2 if len(clusters) > 1 else 3] if host else SEARCHED[:1]
 
@@ -56,6 +59,8 @@ def grad_dtypes(pins: Pins, engine: Engine) -> tuple[str, ...]:
 def offload_words(d: Decisions) -> list[str]:
     """What lies where: `activations of 24 layers on cpu`."""
     below = {"activations": f" of {sum(d.moved)} layers"} if d.moved else {}
+    if d.below is not None:
+        below |= dict.fromkeys(STATE_BELOW, f" of {sum(d.below)} layers")
     return [f"{what}{below.get(what, '')} on {tier}" for what, tier in d.tiers.items()]
 
 
@@ -63,6 +68,10 @@ def keeps_offload(pinned: tuple[tuple[str, str], ...], d: Decisions) -> bool:
     """Whether a plan offloads what is pinned; one count of layers stands for every stage."""
     asked = Decisions(offload=pinned)
     if asked.tiers != d.tiers or (asked.moved is None) != (d.moved is None):
+        return False
+    if (asked.below is None) != (d.below is None) or (
+        asked.below is not None and d.below != asked.below_of(d.stages)
+    ):
         return False
     return asked.moved is None or d.moved == moved_layers(asked.moved, d)
 

@@ -27,6 +27,18 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
     _check_schedule(pins, workload)
     _check_stages(pins, layers)
     _check_keep(pins)
+    _check_below(pins)
+
+
+def _check_below(pins: Pins) -> None:
+    """The optimizer by count of layers is costed where it is known which they are."""
+    counted = ":" in dict(pins.offload or ()).get("optimizer", "")
+    if counted and pins.pp != 1 and pins.stages is None:
+        raise UsageError(
+            f"{_joined(['offload'], pins)}: which layers these are depends on the stages",
+            why="the optimizer of so many layers of each stage, its first, is not searched",
+            hints=("pp=1", "stages=... and pp", "offload=optimizer:cpu"),
+        )
 
 
 def _check_mesh(pins: Pins, gpus: int) -> None:

@@ -290,6 +290,7 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
             _row("recompute", f"{full} layers in full, {selective} in part"
                  + (f", keeping {_kept(plan)}" if d.keep and selective else "")),
             *([_row("offload", f"activations of {d.moved[stage]} layers")] if d.moved else []),
+            *([_row("offload", f"optimizer of {d.below[stage]} layers")] if d.below else []),
             "",
             f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
             f"{format_bytes(capacity)}",

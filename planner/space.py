@@ -138,7 +138,7 @@ class Space:
             micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
             compile=engine.fused, formats=self.formats,
-            keep=self.kept,
+            keep=self.kept, stages=self._known_stages,
         )  # fmt: skip
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)
         zeros = (0, 1, 2, 3) if pins.zero is None else (pins.zero,)
@@ -157,6 +157,12 @@ class Space:
                         )  # fmt: skip
                         if not illegal(d, self.costs.workload, scheduled=False):
                             yield d
+
+    @functools.cached_property
+    def _known_stages(self) -> tuple[int, ...]:
+        """The pinned stages, where it is pinned of how many layers the optimizer lies below."""
+        counted = Decisions(offload=self.pins.offload or ()).below is not None
+        return (self.pins.stages or ()) if counted else ()
 
     def runs(self, mesh: Mesh | Decisions) -> bool:
         """Whether the engine can run the model so, where the engine is our own runtime."""

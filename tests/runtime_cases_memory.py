@@ -176,6 +176,25 @@ def trained(rank, plan, kind, folder=None, steps=3, options=None):
     return found, left, (len(mapped), len(state))
 
 
+def trained_below(rank, plan, options):
+    """What three steps make of the parameters; the modules that FSDP2 updates on the host, each of
+    whose parameters the plan lays there."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    module, _, parallel, ids, targets = made(plan)
+    optimizer = parallel.optimizer(**options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        parallel.step(ids, targets, module.loss)
+        optimizer.step()
+    hosted = [
+        name for name, m in parallel.modules[0].named_modules() if hasattr(m, "_get_fsdp_state")
+        for group in m._get_fsdp_state()._fsdp_param_groups
+        if isinstance(group.offload_policy, CPUOffloadPolicy)
+    ]
+    return {n: whole(p.detach()).clone() for n, p in parallel.named_parameters()}, hosted
+
+
 def alone_trained(plan, build, steps=3, name="llama"):
     """The same steps of the model alone; build makes its optimizers from its named parameters."""
     module, w = example(name), plan.workload

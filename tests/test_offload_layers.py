@@ -10,6 +10,7 @@ from tiny_models import costs_of, graph_of
 from cost_models.decisions import Decisions
 from cost_models.estimate import estimate_step, stage_problem
 from cost_models.hardware import load_hardware
+from cost_models.stage_problem import evaluate
 from cost_models.tiers import Tier, fullest
 from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
@@ -17,6 +18,7 @@ from planner.infeasible import infeasible
 from planner.legality import illegal, inconsistent
 from planner.mesh import meshes
 from planner.offloads import keeps_offload, lower, offload_words
+from planner.pin_checks import check_pins
 from planner.search import Searcher
 
 H100 = load_hardware("h100x8")
@@ -183,7 +185,7 @@ def test_a_pinned_count_is_kept(count):
 
 def test_words_of_counts():
     assert parse_pins(["offload=activations:cpu:4/3"]).offload == (("activations", "cpu:4/3"),)
-    for bad in ("optimizer:cpu:3", "params:cpu:1", "activations:cpu:", "activations:nvme:3"):
+    for bad in ("optimizer:nvme:3", "params:cpu:1", "activations:cpu:", "activations:nvme:3"):
         with pytest.raises(UsageError):
             parse_pins([f"offload={bad}"])
     d = replace(BASE, stages=(2, 2), recompute=((1, 0), (0, 0)), pp=2, dp=4, shard=4,
@@ -213,6 +215,86 @@ def test_every_choice_of_a_program_by_count():
             assert cut.pairs == (pairs if any(n for _, n in pairs) else cut.recompute)
             assert ("activations" in cut.tiers) == any(n for _, n in pairs)
     assert problem.activation_bytes[1] == (0,) * LAYERS
+
+
+BELOW = (("optimizer", "cpu:1"),)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_optimizer_of_some_layers(zero):
+    """The first layer is as it is where all optimizers are below, all other units as where none is;
+    under ZeRO-3 its parameters go with it. Bytes, seconds and the tier are the sums of these."""
+    params = (("params", "cpu"),) if zero == 3 else ()
+    base = replace(BASE, zero=zero, recompute=((0, 0),))
+    _, whole, _ = stepped(replace(base, offload=(*OPTIMIZER, *params)))
+    costs, plain, before = stepped(base)
+    _, step, e = stepped(replace(base, offload=(*BELOW, *params)))
+    first, *rest = step.chain.layers
+    assert step.row(first) == whole.row(first) != plain.row(first)
+    others = {*range(len(step.chain.links))} - {first}
+    assert all(step.row(i) == plain.row(i) for i in others) and rest
+    up = step.row(first)
+    assert dict(e.breakdown_ps)["offload"] == up.offload_ps + base.microbatches * (
+        up.forward[-2] + up.backward[-2]
+    )
+    held = [sum(dict(x.ranks[0].memory_bytes)[k] for k in ("parameters", "gradients", "optimizer"))
+            for x in (before, e)]  # fmt: skip
+    s, t = plain.row(first).state, up.state
+    less = s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes
+    less -= t.parameter_bytes + t.gradient_bytes + t.optimizer_bytes
+    assert held[0] - held[1] == less > 0
+    assert [(x.name, x.used_bytes) for x in e.tiers] == [("cpu", 8 * dict(up.below)["cpu"])]
+    # with activations by count, and kept otherwise: what costing anew gives
+    d = replace(base, offload=(*BELOW, *params, ("activations", "cpu:2")))
+    laid = Searcher(costs=costs).assign(1, False)
+    assert costs.counted(step, d, laid) == costs.step(d, laid)
+
+
+@pytest.mark.parametrize("pins", [["pp=1"], ["pp=2", "stages=3,1"]])
+def test_a_pinned_count_of_the_optimizer(pins):
+    """More layers below hold less and take longer; the plan is what it was said to be, no bound is
+    above it, and it reads back."""
+    found = []
+    for count in ("1", "2", "9"):
+        searching = searcher(
+            replace(H100, count=2), [f"offload=optimizer:cpu:{count}", *pins, "zero=1"],
+            megabytes=80_000, seq_len=512,
+        )  # fmt: skip
+        out = searching.run()
+        best, d = out.best, out.best.decisions
+        assert out.proved and keeps_offload((("optimizer", f"cpu:{count}"),), d)
+        assert d.below == tuple(min(int(count), n) for n in d.stages)
+        assert offload_words(d) == [f"optimizer of {sum(d.below)} layers on cpu"]
+        again = decisions_json(d)
+        assert again["offload"]["optimizer"] == "cpu:" + "/".join(map(str, d.below))
+        assert decisions_from_json(json.loads(json.dumps(again)), d.stages, d.recompute) == d
+        costs = searching.costs
+        step = costs.step(d, best.assignments)
+        assert evaluate(stage_problem(costs, step), d.stages, d.pairs)[::2] == (
+            best.objective_ps, True
+        )  # fmt: skip
+        mesh = next(m for m in searching.meshes() if (m.pp, m.dp, m.cp, m.tp, m.micro_batch) == (
+            d.pp, d.dp, d.cp, d.tp, d.micro_batch
+        ) and m.sequence_parallel == d.sequence_parallel)  # fmt: skip
+        assert searching.bounds([mesh]).lower_ps[0] <= best.objective_ps
+        e = estimate_step(costs, step, d)
+        assert e.tiers[0].fits and inconsistent(d, costs.workload) is None
+        found.append((e.peak_memory_bytes, -dict(e.breakdown_ps)["offload"]))
+    assert found == sorted(found)[::-1] and len(set(found)) > 1
+
+
+def test_which_layers_the_optimizer_is_of_is_known():
+    """Elsewhere than on our runtime, or with stages left open, it is refused."""
+    workload = stepped(BASE)[0].workload
+    for engine, words in (("native", ["pp=2"]), ("native", []), ("megatron", ["pp=1"])):
+        pins = parse_pins(["offload=optimizer:cpu:2", *words])
+        with pytest.raises(UsageError):
+            check_pins(pins, replace(workload, engine=engine), gpus=8, layers=LAYERS)
+    d = replace(BASE, offload=(("optimizer", "cpu:5"),))
+    assert "more layers than it has" in inconsistent(d, workload)
+    assert "of 2 stages of 1" in inconsistent(
+        replace(BASE, offload=(("optimizer", "cpu:1/1"),)), workload
+    )
 
 
 def test_gradients_lose_bits_by_leave_alone():

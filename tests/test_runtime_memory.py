@@ -231,6 +231,20 @@ def test_offloaded_state(world, decisions):
     exact(world.run(2, cases.step, plan(**decisions)))
 
 
+@pytest.mark.parametrize("decisions", [
+    {"zero": 1, "offload": (("optimizer", "cpu:1"),)},
+    {"reshard": True, "offload": (("optimizer", "cpu:1"), ("params", "cpu"))},
+])  # fmt: skip
+def test_offloaded_state_of_some_layers(world, decisions):
+    """One of two layers: three steps of AdamW give the model's own weights, and that layer alone
+    is updated on the host."""
+    made = plan(**decisions)
+    expected = cases.alone_trained(made, lambda p: [torch.optim.AdamW(p.values(), **ADAM)])
+    for found, hosted in world.run(2, cases.trained_below, made, ADAM):
+        close(found, expected)
+        assert hosted == ["layers.0"]
+
+
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_compiled_layers_share_a_graph(world, kind):
     """One graph for the embedding, one for both layers, one for the norm, one for the head."""

@@ -115,7 +115,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("recompute", not any(again) or d.zero > 0, UNSUPPORTED,
          "under DDP in code: model.gradient_checkpointing_enable()"),
         ("keep", not d.keep, UNSUPPORTED, "no list of operations"),
-        ("offload", not d.tiers or d.tiers == fsdp, UNSUPPORTED,
+        ("offload", d.below is None and (not d.tiers or d.tiers == fsdp), UNSUPPORTED,
          "parameters with gradients and optimizer, or nothing"),
         ("formats", not d.formats, UNSUPPORTED, "fp8 has a recipe of its own (fp8_config)"),
         ("sequence_parallel", not d.sequence_parallel, APPROXIMATE,

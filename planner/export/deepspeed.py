@@ -85,6 +85,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
          "in code: deepspeed.checkpointing.checkpoint around the layers"),
         ("keep", not d.keep, UNSUPPORTED, "no list of operations"),
         ("offload", "activations" not in d.tiers, UNSUPPORTED, "activations: in code"),
+        ("offload", d.below is None, UNSUPPORTED, "the optimizer of all layers alone"),
         ("offload", all(t in ("cpu", "nvme") for t in tiers), UNSUPPORTED,
          "its tiers are cpu and nvme"),
         ("offload", d.zero > 0 or "optimizer" not in d.tiers, UNSUPPORTED, "under ZeRO 1 to 3"),

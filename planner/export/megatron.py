@@ -159,6 +159,8 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("keep", not d.keep, UNSUPPORTED, "no list of operations"),
         ("offload", not tiers or (set(tiers) == {"activations"} and _offloads_layers(d)),
          UNSUPPORTED, "on the CPU: the optimizer; activations without pipeline and recomputation"),
+        ("offload", d.below is None, APPROXIMATE,
+         "a share of all parameters (--optimizer-offload-fraction), not layers: here all of it"),
         ("formats", not d.formats, UNSUPPORTED,
          "one recipe for all matmuls: trace with --precision fp8"),
         ("sequence_parallel", d.sequence_parallel or d.ep == 1 or d.tp == 1, UNSUPPORTED,

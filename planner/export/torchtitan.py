@@ -205,7 +205,7 @@ def _rows(p: Plan, dialect: Dialect) -> tuple[tuple[str, bool, str, str], ...]:
         ("recompute", kind != "selective" or w.engine.startswith("torchtitan"), APPROXIMATE,
          "its selective computes every second matmul again, the plan's none"),
         ("keep", not d.keep, UNSUPPORTED, "no list of operations"),
-        ("offload", not d.tiers or d.tiers == tiers, UNSUPPORTED,
+        ("offload", d.below is None and (not d.tiers or d.tiers == tiers), UNSUPPORTED,
          "parameters with gradients and optimizer, or nothing"),
         ("formats", not d.formats, UNSUPPORTED, "converters of the model: in its registry"),
         ("sequence_parallel", d.sequence_parallel or d.tp == 1 or not dialect.toml, APPROXIMATE,

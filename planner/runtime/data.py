@@ -44,11 +44,6 @@ def precision_policy(workload: Workload, d: Decisions) -> MixedPrecisionPolicy:
     )
 
 
-def params_on_host(d: Decisions) -> bool:
-    """Whether fp32 parameters live in host memory: where they or their optimizer are offloaded."""
-    return bool({"optimizer", "params"} & dict(d.offload).keys())
-
-
 def shard_over_data(
     root: nn.Module, sites: Sequence[Site], meshes: Meshes, policy: MixedPrecisionPolicy
 ) -> None:
@@ -59,21 +54,19 @@ def shard_over_data(
     d = meshes.decisions
     experts = {p for site in sites for p in _experts(site)} if d.ep * d.etp * d.tp > 1 else set()
     over_experts, place = _over_experts(experts, meshes) if experts else (None, None)
-    offload = (
-        CPUOffloadPolicy(pin_memory=meshes.device_type != "cpu")
-        if params_on_host(d)
-        else OffloadPolicy()
-    )
+    host = CPUOffloadPolicy(pin_memory=meshes.device_type != "cpu")
+    below = {site.module for site in sites if site.below}
+    whole = "optimizer" in d.tiers and d.below is None  # the stage itself as well
     reshard = d.zero == 3 and d.reshard
     units = _together([site.module for site in sites if site.module is not root])
     for modules in [*units, [root]]:
-        module = modules[0]
+        module, hosted = modules[0], whole or all(m in below for m in modules)
         fully_shard(
             modules if len(modules) > 1 else module,
             mesh=meshes.data,
             reshard_after_forward=reshard,
             mp_policy=policy,
-            offload_policy=offload,
+            offload_policy=host if hosted else OffloadPolicy(),
             shard_placement_fn=place,
         )
         groups = fully_shard.state(module)._fsdp_param_groups if experts else ()  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ def make_optimizer(
     makes an optimizer of parameters. folder: on the disk that the plan names, if it does.
     Raises PlanError for an optimizer that cannot be had here, or a disk without a folder.
     """
-    tier = dict(plan.decisions.offload).get("optimizer")
+    tier = plan.decisions.tiers.get("optimizer")
     on_disk = tier not in (None, "cpu")
     if on_disk and folder is None:
         raise PlanError(f"the plan holds optimizer state on {tier}, and no folder is given",

@@ -18,7 +18,7 @@ from planner.runtime import context_parallel, tied
 from planner.runtime.checkpoint import Checkpoints, Parts, Saving
 from planner.runtime.clip import clip_grad_norm_
 from planner.runtime.context import Context, Report
-from planner.runtime.data import before_microbatch, params_on_host
+from planner.runtime.data import before_microbatch
 from planner.runtime.export_weights import export
 from planner.runtime.health import ExpertLoad, OnLoad
 from planner.runtime.init import init
@@ -122,8 +122,14 @@ class Parallel:
 
     def _place(self, tensor: Tensor) -> str:
         """The device that holds a parameter or buffer."""
-        held = isinstance(tensor, nn.Parameter) and params_on_host(self.plan.decisions)
-        return "cpu" if held else self.meshes.device_type
+        d, learnt = self.plan.decisions, isinstance(tensor, nn.Parameter)
+        below = learnt and "optimizer" in d.tiers
+        if below and d.below is not None:
+            below = any(
+                tensor is p for stage in self._stages for site in stage.sites if site.below
+                for p in site.module.parameters()
+            )
+        return "cpu" if below else self.meshes.device_type
 
     def optimizer(
         self, kind: str | Factory | None = None, *, folder: str | None = None, **options: Any

@@ -9,6 +9,7 @@ from torch import nn
 
 from cost_models.chain import chain_of
 from cost_models.layout import Assignment
+from cost_models.offload import layers_below
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import starts_of
 from cost_models.words import assignment_of
@@ -25,7 +26,8 @@ class Site:
 
     path: the module's name in the model, "" where the model itself is the one unit. stage: its
     global pipeline stage. assignment: an option for each of the unit's nodes; None where tp = 1.
-    recompute: "none", "selective" or "full".
+    recompute: "none", "selective" or "full". below: its fp32 parameters live in host memory, where
+    their optimizer is.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Site:
     recompute: str
     sharding: Sharding
     assignment: Assignment | None
+    below: bool = False
 
 
 def find_sites(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
@@ -55,6 +58,8 @@ def find_sites(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
     for start, count, (full, some) in zip(starts_of(d.stages), d.stages, d.recompute):
         for place, path in enumerate(layers[start : start + count]):
             level[path] = "full" if place < full else "selective" if place < full + some else "none"
+    low = {chain.links[i].path for i in layers_below(chain, d)}
+    whole = "optimizer" in d.tiers and d.below is None
     modules = dict(model.named_modules())
     found: dict[str, Site] = {}
     for link in chain.links:
@@ -71,6 +76,7 @@ def find_sites(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
             assignment=assignment_of(link.unit, sharding, d.tp, d.sequence_parallel)
             if d.tp > 1
             else None,
+            below=whole or link.path in low,
         )
     return tuple(found.values())
 
