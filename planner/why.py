@@ -16,7 +16,7 @@ from cost_models.formats import Formats
 from cost_models.ledger import Estimate
 from cost_models.schedule import SPLIT_BACKWARD, rank_of
 from cost_models.stage_problem import StageProblem
-from cost_models.step import Costs, Step
+from cost_models.step import Assignments, Costs, Step
 from ir.errors import PlanError, UsageError
 from planner.asking import Answer, Asking, estimated
 from planner.check import Checked
@@ -144,6 +144,7 @@ class Alternative:
     refused: Refused
     binding: Binding
     decisions: Decisions | None = None
+    assignments: Assignments = field(default_factory=dict, repr=False)
     estimate: Estimate | None = None
     solver: Solver = field(default_factory=Solver)
 
@@ -221,7 +222,8 @@ class Why:
             meshes=out.meshes, meshes_solved=out.expanded,
         )  # fmt: skip
         return Alternative(
-            refused=refused, decisions=out.best.decisions, estimate=made, solver=solver,
+            refused=refused, decisions=out.best.decisions, assignments=out.best.assignments,
+            estimate=made, solver=solver,
             binding=self._memory(refused, effort, out.best) or _slower(self.base.estimate, made),
         )  # fmt: skip
 
@@ -241,6 +243,10 @@ class Why:
             if not idle:
                 found.append(self.alternative(((key, value),), ROW_EFFORT))
         return tuple(found)
+
+    def roomier(self, effort: int = ROW_EFFORT) -> Answer:
+        """The best plan on the same GPUs with more memory."""
+        return self._search((), effort, MOST_MEMORY)
 
     def _search(
         self, refused: Refused, effort: int, memory: float = 1.0, known: Tried | None = None

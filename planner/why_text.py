@@ -26,7 +26,7 @@ def alternative_text(base: Checked, found: Alternative) -> str:
     without = f"without {refused_words(found.refused)}"
     if found.estimate is None or found.decisions is None:
         what = "nothing legal is left" if found.binding.kind == "rule" else "nothing fits"
-        return "\n".join([f"{without}: {what}", *_row("binding", _told(found, base))])
+        return "\n".join([f"{without}: {what}", *_row("binding", told(found, base))])
     old, new = base.estimate, found.estimate
     lines = [
         f"{without}: step {format_seconds(old.step_time_s)} -> "
@@ -35,7 +35,7 @@ def alternative_text(base: Checked, found: Alternative) -> str:
         *_row("instead", decided(found.decisions)),
         *_row("memory", f"{format_bytes(old.peak_memory_bytes)} -> "
               f"{format_bytes(new.peak_memory_bytes)} of {format_bytes(new.capacity_bytes)}"),
-        *_row("binding", _told(found, base)),
+        *_row("binding", told(found, base)),
     ]  # fmt: skip
     parts = _parts(old, new)
     if parts:
@@ -137,7 +137,7 @@ def decided(d: Decisions) -> str:
     return ", ".join(words)
 
 
-def _told(found: Alternative, base: Checked) -> str:
+def told(found: Alternative, base: Checked) -> str:
     """What first stands in the way, in words."""
     b, capacity = found.binding, format_bytes(base.estimate.capacity_bytes)
     if b.kind == "rule":

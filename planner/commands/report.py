@@ -24,6 +24,10 @@ def report(
             help="also the simulated step as Chrome trace events, for Perfetto",
         ),
     ] = "",
+    why: Annotated[
+        bool,
+        typer.Option("--why/--no-why", help="search for what else there is: seconds"),
+    ] = True,
     verbose: Verbose = 0,
 ) -> int:
     """\b
@@ -31,7 +35,8 @@ def report(
     plan report plan.json -o report.html --trace step.json
 
     Write a plan as one static HTML page: the verdict, memory by rank, the simulated timeline, where
-    the time goes, where everything lies, and what that rests on. It loads nothing.
+    the time goes, where everything lies, why not otherwise, what would change the decision, and
+    what all that rests on. It loads nothing.
     """
     from planner.report.trace_events import trace_text
     from planner.report.training import one_page, simulate
@@ -39,7 +44,7 @@ def report(
     for target in (path, trace):
         _require_place(target)
     checked = examine(plan)
-    _write(path, one_page(checked))
+    _write(path, one_page(checked, ask=why))
     if trace:
         title = f"{checked.plan.graph.name} on {checked.plan.hardware}"
         _write(trace, trace_text(simulate(checked), checked.plan.decisions, title))
