@@ -14,6 +14,9 @@ from cost_models.hardware import load_hardware
 from planner.check import Checked, examine
 from planner.plan import Solver, make_plan
 from planner.report.markup import VOID
+from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.check import CheckedServing, examine_serving
+from planner.serving.tracing import plan_serving
 
 PIPELINE = Decisions(pp=2, dp=4, shard=4, zero=1, micro_batch=1, microbatches=6,
                      stages=(1, 1), recompute=((1, 0), (0, 0)))  # fmt: skip
@@ -28,6 +31,15 @@ def small(hardware: str = "h100x8", decisions: Decisions = PIPELINE, **changes: 
     made = estimate(graph, cluster, workload, decisions, {})
     plan = make_plan(graph, hardware, cluster, workload, decisions, {}, made, Solver())
     return examine(plan, Path())
+
+
+def served(hardware: str = "h100x2", **asked: object) -> CheckedServing:
+    """The same two layers, served."""
+    plan, _, _ = plan_serving(
+        graph_of("llama"), hardware, load_hardware(hardware),
+        ServeAsked(prompt=128, output=32, batch=8, **asked), ServePins(),
+    )  # fmt: skip
+    return examine_serving(plan, Path())
 
 
 @dataclass

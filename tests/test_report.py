@@ -10,14 +10,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from reports import PIPELINE, small, tree
+from reports import PIPELINE, served, small, tree
 from toy_plan import toy_graph, toy_plan
 
 from cost_models.schedule import global_stage
-from planner.report import memory, placement, timeline
+from planner.differ import diff
+from planner.report import memory, placement, serving, serving_asked, serving_page, timeline
 from planner.report.markup import Html, el, escape, join
 from planner.report.trace_events import trace_text
-from planner.report.training import one_page, simulate
+from planner.report.training import page as page_of
+from planner.report.training import simulate
+from planner.serving.tracing import recosted
 
 HOSTILE = '</script><script>alert(1)</script>"\' onload=x <img src=x onerror=y>&amp;\x00\ud800'
 MICRO_PS = 1_000_000
@@ -33,7 +36,7 @@ def checked():
 
 @pytest.fixture(scope="module")
 def page(checked):
-    return one_page(checked, ask=False)
+    return page_of([checked], ask=False)
 
 
 # --- the schedule ------------------------------------------------------------------------------
@@ -144,7 +147,8 @@ def test_what_is_drawn_is_what_was_simulated(checked):
 
 def spans(element, kind):
     """(from, to) of every mark of a kind, in percent."""
-    rects = [r for r in element.all("rect") if r.attributes["class"].startswith(kind)]
+    rects = [r for r in element.all("rect")
+             if r.attributes["class"].startswith(kind) and "x" in r.attributes]  # not a legend's
     return [(float(r.attributes["x"][:-1]), float(r.attributes["x"][:-1])
              + float(r.attributes["width"][:-1])) for r in rects]  # fmt: skip
 
@@ -191,6 +195,62 @@ def names_of(folded):
     return expand_text(folded)
 
 
+# --- two plans, and plans of serving -----------------------------------------------------------
+
+
+def test_two_plans_stand_side_by_side_on_one_scale(checked):
+    other = replace(PIPELINE, microbatches=12, dp=2, shard=2, recompute=((0, 0), (0, 0)))
+    both = checked, small("h100x4", other)
+    root = tree(page_of(both, ask=False))
+    for key in ("memory", "timeline", "time", "placement"):
+        halves = root.all("section", id=key)[0].all("div", class_="pair")[0].children
+        assert [h.all("h3")[0].words() for h in halves] == ["Old", "New"]
+    wide = max(memory.scale_of(c.estimate) for c in both)
+    halves = root.all("section", id="memory")[0].all("div", class_="pair")[0].children
+    for half, c in zip(halves, both):
+        peak = max(end for _, end in spans(half, "k-total"))
+        assert peak == pytest.approx(100 * c.estimate.peak_memory_bytes / wide, abs=0.01)
+    changed = root.all("section", id="changes")[0].words()
+    assert diff(*both).verdict[1:] in changed and "recompute" in changed
+    ids = [e.attributes["id"] for e in root.all() if "id" in e.attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_plan_of_serving(plan, checked):
+    found = served()
+    p = found.found
+    assert sum(size for _, size in serving.gpu_items(p)) == pytest.approx(dict(p.tiers)["gpu"])
+    assert all(size >= 0 for _, size in serving.gpu_items(p))
+    page = serving_page.page([found])
+    root = tree(page)
+    assert all(f.all("svg") and f.all("table") for f in root.all("figure"))
+    whole = spans(root.all("section", id="time")[0].all("div", class_="whole")[0], "k-v-")
+    assert whole[-1][1] == pytest.approx(100, abs=0.02)
+    ends = spans(root.all("section", id="timeline")[0], "k-decode")
+    assert ends[-1][1] == pytest.approx(100, abs=0.01)
+    assert len(page) < 1_000_000 and page == serving_page.page([found])
+    found.plan.save("plan.json")
+    assert plan("report", "-o", "s.html", "--no-why")[0] == 0
+    code, _, err = plan("report", "--trace", "t.json")
+    assert code == 64 and "of plans of training" in err
+    assert plan("report", "plan.json", "plan.json", "-o", "-", "--no-why")[0] == 0
+    checked.plan.save("train.json")
+    assert plan("report", "train.json", "plan.json")[0] == 64
+
+
+def test_inputs_of_serving_are_predicted_anew():
+    found = served()
+    effects = {e.name: e for e in serving_asked.effects(found, ())}
+    plan, cluster = found.plan, found.cluster
+    rate = cluster.device.memory_bandwidth_bytes_per_s
+    for factor, ttft, tpot in effects["memory bandwidth"].changes:
+        device = replace(cluster.device, memory_bandwidth_bytes_per_s=factor * rate)
+        made = recosted(plan, replace(cluster, device=device))
+        assert made.ttft_s / found.found.ttft_s - 1 == ttft
+        assert made.tpot_s / found.found.tpot_s - 1 == tpot
+    assert effects["requests at once"].changes[0][0] == 0.5
+
+
 # --- safety and form ---------------------------------------------------------------------------
 
 
@@ -201,7 +261,7 @@ def test_whatever_is_not_markup_is_escaped():
 
 
 def test_hostile_names_stay_words():
-    page = one_page(small(name=HOSTILE, notes=(HOSTILE,)), ask=False)
+    page = page_of([small(name=HOSTILE, notes=(HOSTILE,))], ask=False)
     page.encode("utf-8")
     root = tree(page)
     assert len(root.all("script")) == 1 and not root.all("img")

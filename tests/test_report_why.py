@@ -9,7 +9,7 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import estimate
 from planner.report import flips, whynot
 from planner.report.sensitivity import FACTORS, sensitivity
-from planner.report.training import one_page
+from planner.report.training import page as page_of
 from planner.score import score_of
 from planner.why import Why
 
@@ -104,5 +104,5 @@ def test_what_differs_is_said_by_key():
 
 
 def test_what_was_not_asked_is_said(asked):
-    page = one_page(asked[0], ask=False)
+    page = page_of([asked[0]], ask=False)
     assert "--no-why" in page and 'id="sensitivity"' not in page

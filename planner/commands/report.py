@@ -8,12 +8,18 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
-from planner.commands.shared import Plan_, Verbose, examine
+from planner.commands.shared import Verbose, folder_of
 from planner.console import say
 
 
 def report(
-    plan: Plan_ = "plan.json",
+    plans: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OLD] PLAN", show_default=False,
+            help="a path, '-' (stdin), or REV:path; two are put side by side (plan.json)",
+        ),
+    ] = None,
     path: Annotated[
         str, typer.Option("-o", metavar="PATH", help="the page; '-' is stdout")
     ] = "report.html",
@@ -33,22 +39,56 @@ def report(
     """\b
     plan report
     plan report plan.json -o report.html --trace step.json
+    plan report HEAD~1:plan.json plan.json
 
     Write a plan as one static HTML page: the verdict, memory by rank, the simulated timeline, where
     the time goes, where everything lies, why not otherwise, what would change the decision, and
-    what all that rests on. It loads nothing.
+    what all that rests on. Two plans are put side by side. It loads nothing.
     """
-    from planner.report.trace_events import trace_text
-    from planner.report.training import one_page, simulate
-
+    sources = plans or ["plan.json"]
+    if len(sources) > 2:
+        raise UsageError(f"plan report takes one plan or two, not {len(sources)}")
+    if sources.count("-") > 1:
+        raise UsageError("both plans cannot come from stdin")
     for target in (path, trace):
         _require_place(target)
-    checked = examine(plan)
-    _write(path, one_page(checked, ask=why))
-    if trace:
-        title = f"{checked.plan.graph.name} on {checked.plan.hardware}"
-        _write(trace, trace_text(simulate(checked), checked.plan.decisions, title))
+    _write(path, trace, sources, why)
     return 0
+
+
+def _write(path: str, trace: str, sources: list[str], ask: bool) -> None:
+    """The page, and the trace of the (new) plan's step where one is asked for."""
+    from planner.plan import Plan, load_plan
+
+    found = [load_plan(source) for source in sources]
+    folders = [folder_of(source) for source in sources]
+    training = [(p, f) for p, f in zip(found, folders) if isinstance(p, Plan)]
+    serving = [(p, f) for p, f in zip(found, folders) if not isinstance(p, Plan)]
+    if serving and training:
+        raise UsageError("one plan is of training, the other of serving",
+                         hints=("put two of a kind side by side",))  # fmt: skip
+    if serving and trace:
+        raise UsageError(
+            "--trace is of plans of training",
+            why="a server is predicted as a closed loop: no schedule of a pipeline is simulated",
+        )
+    if serving:
+        from planner.report.serving_page import page
+        from planner.serving.check import examine_serving
+
+        _save(path, page([examine_serving(p, f) for p, f in serving], ask=ask))
+        return
+    from planner.check import examine
+    from planner.report import training as report_of
+
+    checked = [examine(p, f) for p, f in training]
+    _save(path, report_of.page(checked, ask=ask))
+    if trace:
+        from planner.report.trace_events import trace_text
+
+        plan = checked[-1].plan
+        title = f"{plan.graph.name} on {plan.hardware}"
+        _save(trace, trace_text(report_of.simulate(checked[-1]), plan.decisions, title))
 
 
 def _require_place(target: str) -> None:
@@ -59,7 +99,7 @@ def _require_place(target: str) -> None:
         raise UsageError(f"{target}: there is no folder {Path(target).parent}")
 
 
-def _write(target: str, text: str) -> None:
+def _save(target: str, text: str) -> None:
     from planner.plan import write_whole
 
     if target == "-":

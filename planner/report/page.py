@@ -11,11 +11,15 @@ from planner.plan import PLANNER_VERSION
 from planner.report.charts import Section
 from planner.report.markup import Children, Html, el, join
 
+OLD_NEW = ("Old", "New")
 Row = tuple[Section, ...]  # one section, or the same one of two plans
 
 
-def page(title: str, subtitle: Children, verdicts: Children, rows: Sequence[Row]) -> str:
-    """The whole document. Nothing but itself is loaded, and no script but its own runs."""
+def document(title: str, about: Sequence[str], verdicts: Html, rows: Sequence[Row]) -> str:
+    """The whole document. Nothing but itself is loaded, and no script but its own runs.
+
+    about: what the plan, or each of two, is for.
+    """
     style, script = (_file(f"report.{kind}") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}';"
@@ -38,7 +42,8 @@ def page(title: str, subtitle: Children, verdicts: Children, rows: Sequence[Row]
             el("div", el("p", "Meshwright plan report", class_="eyebrow"),
                el("button", "Theme: system", type="button", id="theme", class_="quiet",
                   aria_live="polite"), class_="masthead"),
-            el("h1", title), el("p", subtitle, class_="subtitle"),
+            el("h1", title),
+            [el("p", words, class_="subtitle") for words in _named(about)],
         ),
         el("nav", el("ul", links), aria_label="Sections"),
         el("main", verdicts, [_section(row) for row in rows], id="main", tabindex=-1),
@@ -50,16 +55,24 @@ def page(title: str, subtitle: Children, verdicts: Children, rows: Sequence[Row]
     return "<!DOCTYPE html>\n" + el("html", head, body, lang="en") + "\n"
 
 
+def pair(parts: Sequence[Children]) -> Html:
+    """The same of the old plan and of the new one, beside each other; of one plan, alone."""
+    if len(parts) == 1:
+        return join(parts)
+    return el("div", [el("div", el("h3", word), part) for word, part in zip(OLD_NEW, parts)],
+              class_="pair")  # fmt: skip
+
+
+def _named(parts: Sequence[Children]) -> list[Children]:
+    if len(parts) == 1:
+        return list(parts)
+    return [[el("b", f"{word}: "), part] for word, part in zip(OLD_NEW, parts)]
+
+
 def _section(row: Row) -> Html:
     first, title = row[0], f"{row[0].key}-title"
-    if len(row) == 1:
-        inner: Html = join([el("p", first.lede, class_="lede"), first.body])
-    else:
-        inner = el("div", [
-            el("div", el("h3", word), el("p", one.lede, class_="lede"), one.body)
-            for word, one in zip(("Old", "New"), row)
-        ], class_="pair")  # fmt: skip
-    return el("section", el("h2", first.title, id=title), inner, id=first.key,
+    parts = [join([el("p", one.lede, class_="lede"), one.body]) for one in row]
+    return el("section", el("h2", first.title, id=title), pair(parts), id=first.key,
               aria_labelledby=title)  # fmt: skip
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cost_models.fleet import Fleet
 from cost_models.simulated import Simulated, simulated
 from planner.check import Checked
-from planner.report import assumptions, breakdown, flips, memory, placement, timeline, whynot
+from planner.differ import diff
+from planner.report import (
+    assumptions,
+    breakdown,
+    changes,
+    flips,
+    memory,
+    placement,
+    timeline,
+    whynot,
+)
 from planner.report.charts import Section
-from planner.report.page import Row, page
+from planner.report.page import Row, document, pair
 from planner.report.sensitivity import sensitivity
 from planner.report.verdict import subtitle, verdict
 from planner.why import Why
+
+PREFIXES = ("old", "new")
 
 
 def simulate(checked: Checked) -> Simulated:
@@ -19,40 +33,49 @@ def simulate(checked: Checked) -> Simulated:
     return simulated(p.graph, checked.hardware, p.workload, p.decisions, p.sharding_by_unit)
 
 
-def one_page(checked: Checked, *, ask: bool = True) -> str:
-    """The report of one plan. ask: also search for what else there is, which takes seconds."""
-    rows: list[Row] = [(section,) for section in _sections(checked, "plan")]
-    rows[-1:-1] = [(section,) for section in _asked(checked, ask)]
-    return page(checked.plan.graph.name, subtitle(checked.plan), verdict(checked), rows)
+def page(plans: Sequence[Checked], *, ask: bool = True) -> str:
+    """The report of a plan, or of an old and a new one side by side on scales that compare.
+
+    ask: also search for what else there is (than the new one), which takes seconds.
+    """
+    old, new, both = plans[0], plans[-1], len(plans) == 2
+    rows: list[Row] = [(changes.section(diff(old, new)),)] if both else []
+    rows += [*_rows(plans, PREFIXES if both else ("plan",)), *_asked(new, ask), _rests_on(new)]
+    return document(new.plan.graph.name, [subtitle(c.plan) for c in plans],
+                    pair([verdict(c) for c in plans]), rows)  # fmt: skip
 
 
-def _sections(checked: Checked, prefix: str) -> list[Section]:
-    """What needs no search."""
-    plan, e = checked.plan, checked.estimate
+def _rows(plans: Sequence[Checked], prefixes: Sequence[str]) -> list[Row]:
+    """What needs no search: the same section of every plan, on one scale."""
+    steps = [simulate(c) for c in plans]
+    wide_bytes = max(memory.scale_of(c.estimate) for c in plans)
+    wide_ps = max(c.estimate.step_time_ps for c in plans)
     return [
-        memory.section(e, prefix),
-        timeline.section(simulate(checked), plan.decisions),
-        breakdown.section(e),
-        placement.section(plan),
-        assumptions.section(plan, checked.hardware, e.assumptions, e.error),
+        tuple(memory.section(c.estimate, p, wide_bytes) for c, p in zip(plans, prefixes)),
+        tuple(timeline.section(s, c.plan.decisions, wide_ps) for s, c in zip(steps, plans)),
+        tuple(breakdown.section(c.estimate, wide_ps) for c in plans),
+        tuple(placement.section(c.plan) for c in plans),
     ]
 
 
-def _asked(checked: Checked, ask: bool) -> list[Section]:
+def _rests_on(c: Checked) -> Row:
+    e = c.estimate
+    return (assumptions.section(c.plan, c.hardware, e.assumptions, e.error),)
+
+
+def _asked(checked: Checked, ask: bool) -> list[Row]:
     """What else there is, and what would change the decision."""
     if not ask:
-        return [whynot.left_out("Not asked (--no-why): alternatives and sensitivity take a search"
-                                " each.")]  # fmt: skip
+        return [(whynot.left_out(whynot.NOT_ASKED),)]
     if isinstance(checked.hardware, Fleet):
-        return [whynot.left_out("Not asked: alternatives are of hardware of one kind, and this is"
-                                f" {checked.plan.hardware}.")]  # fmt: skip
+        return [(whynot.left_out("Not asked: alternatives are of hardware of one kind, and this is"
+                                 f" {checked.plan.hardware}."),)]  # fmt: skip
     why = Why(checked)
-    rows = why.rows()
+    found: list[Section] = [whynot.section(checked, rows := why.rows())]
     price = (
         f"No price flips it: every plan here uses the same {checked.plan.decisions.gpus:,} GPUs, so"
         " that cost goes with time."
     )
-    return [
-        whynot.section(checked, rows),
-        flips.section(sensitivity(checked, why, rows), checked.plan.decisions, price),
-    ]
+    d = checked.plan.decisions
+    found.append(flips.section(sensitivity(checked, why, rows), d, price))
+    return [(section,) for section in found]

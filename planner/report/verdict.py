@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.check import Checked
-from planner.plan import Plan, Solver
+from planner.plan import Plan
 from planner.report.charts import sentences, strong
 from planner.report.markup import Children, Html, el
 from planner.why_text import decided
@@ -38,28 +38,29 @@ def verdict(checked: Checked) -> Html:
     tflops = f"{e.model_flop_per_s_per_gpu / 1e12:,.0f} model TFLOP/s a GPU"
     return el(
         "div",
-        el("p", sentence(e, plan.solver), class_="verdict"),
+        el("p", sentence(checked), class_="verdict"),
         tiles([
             ("A step", format_seconds(e.step_time_s), f"model error {e.error:.0%}"),
             ("Memory at peak", format_bytes(e.peak_memory_bytes), margin(e)),
             ("Throughput", f"{rate:,.0f}", f"{what}/s a GPU; {rate * e.gpus:,.0f} in all"),
             ("MFU", f"{e.mfu:.1%}", tflops),
-            ("Search", plan.solver.status.lower(), proof(plan.solver)),
+            ("Search", plan.solver.status.lower(), proof(checked)),
         ]),
         el("p", el("span", "Decided", class_="label"), decided(plan.decisions), class_="decided"),
         stale(checked.moved),
     )  # fmt: skip
 
 
-def sentence(e: Estimate, solver: Solver) -> Html:
-    """Does it fit, what fills the step."""
+def sentence(checked: Checked) -> Html:
+    """Does it fit, what fills the step, what was proved."""
+    e, proved = checked.estimate, proof(checked)
     fits = "It fits" if e.fits else "It does not fit"
     name, most = max(e.breakdown_ps, key=lambda part: part[1])
     share = most / e.step_time_ps
     return sentences(
         el("span", f"{fits}: {margin(e)}.", class_="good" if e.fits else "bad"),
         [strong(f"{share:.0%}"), f" of the step is {name.replace('_', ' ')}."],
-        f"{proof(solver).capitalize()}.",
+        f"{proved[:1].upper()}{proved[1:]}.",
     )
 
 
@@ -77,8 +78,11 @@ def margin(e: Estimate) -> str:
     return f"{format_bytes(abs(left))} ({abs(left) / capacity:.0%}) {word} {where}"
 
 
-def proof(s: Solver) -> str:
-    """What the search proved."""
+def proof(checked: Checked) -> str:
+    """What the search proved, of the inputs that it had."""
+    s = checked.plan.solver
+    if checked.moved and s.status != "ESTIMATE":
+        return "what its search proved was of other inputs than today's"
     if s.status == "FEASIBLE":
         return f"a plan better by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
     return PROOF.get(s.status, s.status)

@@ -11,6 +11,7 @@ from planner.report.markup import Children, el
 from planner.why import ROW_EFFORT, Alternative, refused_words
 from planner.why_text import decided, told
 
+NOT_ASKED = "Not asked (--no-why): alternatives and sensitivity take a search each."
 LEAST_SCALE = 0.02  # of the step: bars of smaller differences are not blown up beyond it
 
 
