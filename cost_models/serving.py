@@ -14,9 +14,10 @@ import numpy as np
 from cost_models.collectives import collective_s
 from cost_models.hardware import Cluster
 from cost_models.serving_cpu import CPU
-from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, ServeLoad, Serving
+from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
 from cost_models.serving_host import host_of
+from cost_models.serving_kv import kv_bytes, kv_here_bytes
 from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
@@ -27,7 +28,8 @@ WORKSPACE_BYTES = 2.0e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of the fullest rank. kv: of one sequence at the load's full length."""
+    """Bytes of the fullest rank. kv: of one sequence at the load's full length; below: of its
+    cache, where that is not on the GPU."""
 
     weights_bytes: float
     kv_bytes_per_sequence: float
@@ -35,6 +37,7 @@ class Memory:
     workspace_bytes: float
     context_bytes: float
     capacity_bytes: float
+    kv_below_bytes_per_sequence: float = 0.0
 
     @property
     def room_bytes(self) -> float:
@@ -110,18 +113,6 @@ def step_s(costs: Costs, model: ServedModel, step: Step) -> FloatArray:
     return np.asarray(sum(step_parts(costs, model, step).values()))
 
 
-def kv_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatArray:
-    """Bytes that sequences of so many tokens keep on one rank: caches, windows and states."""
-    found = np.zeros(np.shape(tokens))
-    for layer in model.layers:
-        for attend in layer.attention:
-            held = np.minimum(tokens, attend.window) if attend.window else tokens
-            found = found + layer.count * held * attend.cached(s.tp) * KV_BYTES[s.kv]
-        for one in layer.recurrences:
-            found = found + layer.count * one.state_bytes / s.tp
-    return found / s.pp
-
-
 def weight_bytes(model: ServedModel, s: Serving) -> float:
     """Bytes of weights on the fullest rank."""
 
@@ -145,9 +136,8 @@ def memory_of(
 ) -> Memory:
     """The fullest rank's memory."""
     length = load.prompt + load.output
-    whole = float(kv_bytes(model, s, np.asarray(length)))
-    if s.kv_tier != "gpu":  # two layers' at a time
-        whole *= min(1.0, 2 * s.pp / model.layer_count)
+    tokens = np.asarray(length)
+    whole = float(kv_here_bytes(model, s, tokens))
     lower = below_bytes(model, s)
     on_cpu = cluster.device.family == CPU  # no driver's context, no graphs, no pools of kernels
     return Memory(
@@ -156,6 +146,7 @@ def memory_of(
         workspace_bytes=_cpu_values_bytes(model, s, load) if on_cpu else WORKSPACE_BYTES,
         context_bytes=0.0 if on_cpu else CONTEXT_BYTES,
         capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
+        kv_below_bytes_per_sequence=float(kv_bytes(model, s, tokens)) * (s.kv_tier != "gpu"),
     )  # fmt: skip
 
 
@@ -176,10 +167,10 @@ def admitted(
     """Sequences of one replica that the cache has room for at once; 0 where weights do not fit."""
     room = memory_of(model, cluster, engine, s, load).room_bytes
     written = load.output if engine.reserves else load.output / 2
-    each = float(kv_bytes(model, s, np.asarray(load.prompt + written)))
-    most = room / each
+    tokens = np.asarray(load.prompt + written)
+    each = float(kv_bytes(model, s, tokens))
+    most = room / float(kv_here_bytes(model, s, tokens))
     if s.kv_tier != "gpu":
-        most *= max(1.0, model.layer_count / (2 * s.pp))
         left = cluster.tier(s.kv_tier).bytes / sharers(cluster, s)
         left -= dict(below_bytes(model, s).tiers).get(s.kv_tier, 0.0)
         most = min(most, left / each)

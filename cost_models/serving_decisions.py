@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 
 from cost_models.serving_shapes import BLOCKS
@@ -17,6 +18,21 @@ WEIGHT_BYTES = {
 }  # fmt: skip
 PLACES = ("stream", "compute")
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0}
+
+
+def policy_of(word: str) -> tuple[int, int]:
+    """(tokens of a block, blocks that are retrieved; 0 where each is one entry) of a policy of the
+    cache: `summary:64`, `retrieve:16x64`; none is "". Raises UsageError for what is none."""
+    if not word:
+        return 0, 0
+    if found := re.fullmatch(r"summary:([1-9][0-9]{0,6})", word):
+        return int(found[1]), 0
+    if found := re.fullmatch(r"retrieve:([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", word):
+        return int(found[2]), int(found[1])
+    raise UsageError(f"unknown policy {word!r} of the cache",
+                     why="known: summary:BLOCK, one entry for each block of so many tokens;"
+                     " retrieve:TOPxBLOCK, so many blocks read of all",
+                     hints=("--kv-window 2048 --kv-policy summary:64",))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +83,7 @@ class Serving:
     prefill_chunk: tokens of prompts a step, 0 is the engine's own. weights: formats by block class,
     `default` of those not named; kv: format of the cache. tiers: blocks that lie below the GPU, in
     whole or in part; kv_tier: where the cache lies. kv_window: tokens that it keeps, 0 is all.
+    kv_policy: what is kept, or read, of what is older than kv_window (`policy_of`), "" is nothing.
     prefill: GPUs beside those that read prompts and hand their caches over; the degrees above are
     then of the GPUs that decode. None where all do both.
     """
@@ -85,6 +102,7 @@ class Serving:
     tiers: tuple[Held, ...] = ()
     kv_tier: str = "gpu"
     kv_window: int = 0
+    kv_policy: str = ""
     prefill: Pool | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +126,9 @@ class Serving:
                 raise UsageError(f"unknown format {name!r} of {block}", why=f"one of {known}")
         if self.kv not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv!r}", why=f"one of {', '.join(KV_BYTES)}")
+        if policy_of(self.kv_policy)[0] and not self.kv_window:
+            raise UsageError(f"policy {self.kv_policy} of the cache without a window",
+                             hints=("--kv-window 2048: the tokens that are kept as they are",))
         if self.prefill is not None and (self.tiers or self.kv_tier != "gpu"):
             raise UsageError("pools of prefill and decode with weights or caches below the GPU",
                              why="each pool keeps all of the model on its GPUs")  # fmt: skip

@@ -28,6 +28,7 @@ from cost_models.op_rows import constants_name
 from cost_models.serving_cpu import CPU
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Serving
 from cost_models.serving_engines import ServingEngine
+from cost_models.serving_kv import beside_bytes, seen
 from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, Recurrence
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -166,10 +167,12 @@ class Costs:
     def attention_s(self, attend: Attend, step: Step) -> FloatArray:
         """Attention of a step: the sequences that decode, and the prompts."""
         tp, device = self.serving.tp, self.device
+        context = seen(attend, step.context) if attend.block else step.context
         if device.family == CPU:
             ours = (device, self.serving, attend)
-            decoded = cpu.decode_s(*ours, step.sequences, step.context)
-            return decoded + cpu.prefill_s(*ours, step.prompts, step.new, step.past)
+            decoded = cpu.decode_s(*ours, step.sequences, context)
+            read = cpu.prefill_s(*ours, step.prompts, step.new, step.past)
+            return decoded + read + (self._policy_s(attend, step) if attend.block else 0.0)
         facts = self._facts("bf16")
         facts["kv_bytes"] = np.asarray(KV_BYTES[self.serving.kv])
         heads = np.asarray(max(attend.heads / tp, 1.0))
@@ -183,14 +186,14 @@ class Costs:
             latent = np.asarray(float(attend.latent))
             known = self._known("mla_decode", "absorbed")
             decode = decode_seconds(
-                known, facts, step.sequences, step.context, heads, one,
+                known, facts, step.sequences, context, heads, one,
                 latent + attend.rope, latent, none, latent,
             )  # fmt: skip
             decode = decode + self._absorb_s(attend, heads, step.sequences)
             known, many = self._known("mla_prefill", "separate"), heads
         else:
             decode = decode_seconds(
-                self._known("decode", family), facts, step.sequences, step.context, heads,
+                self._known("decode", family), facts, step.sequences, context, heads,
                 kv_heads, qk, v, window, none,
             )  # fmt: skip
             known, many = self._known("prefill", family), kv_heads
@@ -204,7 +207,18 @@ class Costs:
         behind = np.where(step.past > 0, prompts(step.past) - known["overhead_s"], 0.0)
         fresh = prompts(step.new + step.past) - behind
         found = np.where(step.sequences > 0, decode, 0.0)
+        found = found + (self._policy_s(attend, step) if attend.block else 0.0)
         return np.asarray(found + np.where(step.new > 0, fresh, 0.0))
+
+    def _policy_s(self, attend: Attend, step: Step) -> FloatArray:
+        """What a lossy policy adds: mean keys scored, blocks picked and gathered, or a mean that
+        grows; prompts' keys and values read once more for the means of their blocks."""
+        kernels, s = load_kernels(self.device), self.serving
+        decode = kernels.memory_bound_s(step.sequences * beside_bytes(attend, s, step.context), 1)
+        decode = decode + (2 * kernels.gap_s if attend.top else 0.0)
+        read = step.prompts * step.new * attend.cached(s.tp) * KV_BYTES[s.kv]
+        found = np.where(step.sequences > 0, decode, 0.0)
+        return found + np.where(step.new > 0, kernels.memory_bound_s(read, 1), 0.0)
 
     def _absorb_s(self, attend: Attend, heads: FloatArray, tokens: FloatArray) -> FloatArray:
         """Queries into the latent space and results out of it: a product a head each (MLA)."""

@@ -21,9 +21,10 @@ import numpy as np
 
 from cost_models.collectives import collective_s
 from cost_models.hardware import Cluster
-from cost_models.serving import admitted, kv_bytes, memory_of, prompt_steps, step_parts
+from cost_models.serving import admitted, memory_of, prompt_steps, step_parts
 from cost_models.serving_decisions import ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
+from cost_models.serving_kv import kv_bytes
 from cost_models.serving_ops import Costs, FloatArray, step_of
 from cost_models.serving_shapes import ServedModel
 

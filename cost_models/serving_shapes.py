@@ -54,6 +54,7 @@ class Matrix:
 class Attend:
     """One attention. window: keys that a query sees, 0 is all. latent, rope: elements a token
     leaves in the cache for all heads together (MLA); else 0, and heads have their own.
+    recent, block, top: what a lossy policy keeps of what it sees (`serving_kv.py`), 0 is all.
     """
 
     heads: int
@@ -63,6 +64,9 @@ class Attend:
     window: int = 0
     latent: int = 0
     rope: int = 0
+    recent: int = 0
+    block: int = 0
+    top: int = 0
 
     def cached(self, tp: int = 1) -> float:
         """Elements a token leaves in the cache of one of tp ranks."""

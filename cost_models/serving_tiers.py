@@ -18,6 +18,7 @@ import numpy as np
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Held, Serving
 from cost_models.serving_host import Products, host_of
+from cost_models.serving_kv import picked, seen
 from cost_models.serving_ops import Costs, FloatArray, Step
 from cost_models.serving_shapes import Experts, LayerShape, Matrix, ServedModel
 
@@ -90,19 +91,28 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
             on_host = on_host + np.where(brought + kernels < here, 0.0, here)
             saved = saved + np.where(brought + kernels < here, 0.0, kernels)
     if s.kv_tier != "gpu":
-        cached = step.sequences * _cached_bytes(model, s, step.context + zero)
-        stream = stream + cached / rate_bytes_per_s(cluster, s, s.kv_tier)
+        rate = rate_bytes_per_s(cluster, s, s.kv_tier)
+        ahead, asked, times = _cached_bytes(model, s, step.context + zero)
+        stream = stream + step.sequences * ahead / rate
+        waits_s = times * host_of(costs.device).fetch_s
+        fetched = fetched + step.sequences * asked / rate + (step.sequences > 0) * waits_s
     return Below(stream_s=stream, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
 
 
-def _cached_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatArray:
-    """What attention of one sequence reads of the cache, on one rank."""
-    found = np.zeros(np.shape(tokens))
+def _cached_bytes(
+    model: ServedModel, s: Serving, tokens: FloatArray
+) -> tuple[FloatArray, FloatArray, int]:
+    """What attention of one sequence reads of a cache below the GPU, on one rank: bytes that come
+    ahead of it, bytes that are known when it runs, and in how many layers."""
+    ahead, asked, times = np.zeros(np.shape(tokens)), np.zeros(np.shape(tokens)), 0
     for layer in model.layers:
         for attend in layer.attention:
-            seen = np.minimum(tokens, attend.window) if attend.window else tokens
-            found = found + layer.count * seen * attend.cached(s.tp) * KV_BYTES[s.kv]
-    return found
+            each = layer.count * attend.cached(s.tp) * KV_BYTES[s.kv]
+            if attend.top:
+                asked, times = asked + picked(attend, tokens) * each, times + layer.count
+            else:
+                ahead = ahead + seen(attend, tokens) * each
+    return ahead, asked, times
 
 
 def _host_s(

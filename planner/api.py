@@ -69,7 +69,8 @@ def trace_serving(
     """Plan how a module is served on hardware that may be elsewhere; the module is not changed.
 
     inputs: as `trace` takes it. load: prompt, output, batch, engine, objective, allow, allow_kv,
-    keep, max_bits, kv_window, max_ttft_s, max_tpot_s. Raises as `plan trace --task serve` fails.
+    keep, max_bits, kv_window, kv_policy, max_ttft_s, max_tpot_s. Raises as `plan trace --task
+    serve` fails.
     """
     from cost_models.hardware import load_hardware
     from ir.capture import capture_graph

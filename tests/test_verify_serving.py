@@ -57,9 +57,10 @@ def test_tiers_answer_token_for_token_and_a_wrong_weight_does_not(plan, made, mo
     found, tokens = verify.on_rank(0, twin.plan, twin.recipe)
     assert found.holds and found.error < 1e-6 and not found.lossy and tokens.shape == (2, 16)
 
-    lossy = replace(twin.plan, serving=replace(twin.plan.serving, kv="int8", kv_window=6))
-    found, _ = verify.on_rank(0, lossy, twin.recipe)
-    assert found.holds and found.error < 1e-6 and found.lossy_error > 1e-4
+    for changes in ({"kv": "int8", "kv_window": 6}, {"kv_window": 6, "kv_policy": "summary:3"}):
+        lossy = replace(twin.plan, serving=replace(twin.plan.serving, **changes))
+        found, _ = verify.on_rank(0, lossy, twin.recipe)
+        assert found.holds and found.error < 1e-6 and found.lossy_error > 1e-4
 
     def hurt(model, *args, **kwargs):
         model.model.norm.weight.data[:32] *= 2

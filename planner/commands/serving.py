@@ -62,6 +62,13 @@ KvWindow = Annotated[
         metavar="N", show_default=False, help="serve: the cache forgets what is older (lossy)"
     ),
 ]
+KvPolicy = Annotated[
+    str,
+    typer.Option(
+        metavar="POLICY", show_default=False,
+        help="serve: of older tokens summary:BLOCK or retrieve:TOPxBLOCK (lossy)",
+    ),
+]  # fmt: skip
 TRAINING = ("seq_len", "global_batch", "optimizer", "base", "stability", "prices", "assume",
             "max_gpus", "max_cost", "max_memory", "effort")  # fmt: skip
 
@@ -79,6 +86,7 @@ class ServeFlags:
     keep: tuple[str, ...] = ()
     max_bits: int | None = None
     kv_window: int | None = None
+    kv_policy: str = ""
 
     def given(self) -> list[str]:
         """The flags that were used."""
@@ -108,7 +116,7 @@ def asked_of(
     return ServeAsked(
         engine=engine or ServeAsked().engine, objective=objective, precision=precision,
         allow=allow, allow_kv=allow_kv, keep=parse_keep(flags.keep),
-        max_ttft_s=parse_seconds(flags.max_ttft, "--max-ttft"),
+        kv_policy=flags.kv_policy, max_ttft_s=parse_seconds(flags.max_ttft, "--max-ttft"),
         max_tpot_s=parse_seconds(flags.max_tpot, "--max-tpot"), **given,
     )  # fmt: skip
 

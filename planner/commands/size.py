@@ -12,6 +12,7 @@ from planner.commands.serving import (
     Allow,
     Batch,
     Keep,
+    KvPolicy,
     KvWindow,
     MaxBits,
     MaxTpot,
@@ -107,6 +108,7 @@ def size(
     keep: Keep = [],  # noqa: B006
     max_bits: MaxBits = None,
     kv_window: KvWindow = None,
+    kv_policy: KvPolicy = "",
     fix: Annotated[
         list[str],
         typer.Option(metavar="K=V", help="serve: a decision that is made: weights=int4, tp=8"),
@@ -140,6 +142,7 @@ def size(
     flags = ServeFlags(
         prompt=prompt, output=output, batch=batch, max_ttft=max_ttft, max_tpot=max_tpot,
         allow=tuple(allow), keep=tuple(keep), max_bits=max_bits, kv_window=kv_window,
+        kv_policy=kv_policy,
     )  # fmt: skip
     if task == "serve":
         return size_serving(

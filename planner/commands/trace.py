@@ -14,6 +14,7 @@ from planner.commands.serving import (
     Allow,
     Batch,
     Keep,
+    KvPolicy,
     KvWindow,
     MaxBits,
     MaxTpot,
@@ -142,6 +143,7 @@ def trace(
     keep: Keep = [],  # noqa: B006
     max_bits: MaxBits = None,
     kv_window: KvWindow = None,
+    kv_policy: KvPolicy = "",
     arg: Args = [],  # noqa: B006
     path: Annotated[
         str, typer.Option("-o", metavar="PATH", help="the plan; '-' is stdout")
@@ -189,6 +191,7 @@ def trace(
     flags = ServeFlags(
         prompt=prompt, output=output, batch=batch, max_ttft=max_ttft, max_tpot=max_tpot,
         allow=tuple(allow), keep=tuple(keep), max_bits=max_bits, kv_window=kv_window,
+        kv_policy=kv_policy,
     )  # fmt: skip
     if task == "serve":
         return trace_serving(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES
+from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, policy_of
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_shapes import BLOCKS
 from ir.errors import UsageError
@@ -48,8 +48,8 @@ class ServeAsked:
 
     precision: the model's own format. allow: lossy formats of weights that may be used; allow_kv:
     of the cache. keep: (block, format), which nothing changes. max_bits: no other weight in more.
-    kv_window: tokens that the cache keeps, 0 is all: what is older is forgotten. max_ttft_s,
-    max_tpot_s: limits.
+    kv_window: tokens that the cache keeps, 0 is all: what is older is forgotten, or as kv_policy
+    says (`policy_of`). max_ttft_s, max_tpot_s: limits.
     """
 
     prompt: int = 1024
@@ -63,6 +63,7 @@ class ServeAsked:
     keep: tuple[tuple[str, str], ...] = ()
     max_bits: int = 0
     kv_window: int = 0
+    kv_policy: str = ""
     max_ttft_s: float | None = None
     max_tpot_s: float | None = None
 
@@ -74,6 +75,10 @@ class ServeAsked:
         for flag, value in (("--batch", self.batch), ("--kv-window", self.kv_window)):
             if not 0 <= value <= MOST:
                 raise UsageError(f"{flag} {value:.6g} is too many", why=f"at most {MOST:,}")
+        if policy_of(self.kv_policy)[0] and not self.kv_window:
+            raise UsageError(f"--kv-policy {self.kv_policy} needs --kv-window",
+                             why="which tokens are kept as they are",
+                             hints=(f"--kv-window 2048 --kv-policy {self.kv_policy}",))
         if self.objective not in OBJECTIVES:
             raise UsageError(f"--objective {self.objective} is not one of serving",
                              why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip

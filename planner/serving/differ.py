@@ -17,6 +17,7 @@ MEANINGS = {
     "attention_dp": "ranks that each attend for their own requests", "replicas": "of the model",
     "prefill_chunk": "tokens of a prompt at once; 0: whole", "kv": "format of the cache",
     "kv_tier": "where the cache lies", "kv_window": "tokens that the cache keeps; 0: all",
+    "kv_policy": "what is kept, or read, of older tokens",
     "prefill": "GPUs that read prompts alone, by degree",
     "rows_on_host": "tokens up to which the CPU multiplies what it holds",
 }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cost_models.hardware import Cluster
-from cost_models.serving_decisions import Serving
+from cost_models.serving_decisions import Serving, policy_of
 from cost_models.serving_reading import parts_of, served_model
 from cost_models.sharding import Sharding
 from ir.errors import PlanError
@@ -51,7 +51,7 @@ class ServingPlan:
         s = self.serving
         found = [f"{block} in {word}" for block, word in s.weights if word != self.asked.precision]
         found += [f"cache in {s.kv}"] if s.kv not in ("bf16", "fp16") else []
-        return (*found, *([f"cache of {s.kv_window} tokens"] if s.kv_window else []))
+        return (*found, *([f"cache of {kept_words(s)}"] if s.kv_window else []))
 
     def __repr__(self) -> str:
         from planner.displays import line
@@ -80,6 +80,15 @@ class ServingPlan:
         if not embed:
             write_whole(Path(target).with_suffix(".graph"), format_graph(self.graph))
         write_whole(Path(target), text)
+
+
+def kept_words(s: Serving) -> str:
+    """What a cache with a window keeps, or is read of it."""
+    block, top = policy_of(s.kv_policy)
+    found = f"{s.kv_window} tokens"
+    if top:
+        return f"{found} and, of those before, {top} blocks of {block} at a time"
+    return f"{found} and an entry for every {block} before" if block else found
 
 
 def make_serving_plan(

@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields, replace
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine, engines_with_pools
+from cost_models.serving_kv import forgetful
 from cost_models.serving_pools import Decodes, Pooled, Reads, decodes, moves, pooled, reads
 from cost_models.serving_shapes import ServedModel
 from ir.errors import UsageError
 from planner.mesh import divisors
 from planner.serving.asked import FORCED, ServePins
-from planner.serving.predict import windowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +96,8 @@ def candidates(
                               for made in formats(divided(base, row)))  # fmt: skip
         for weights, kv in words:
             named = replace(base, weights=weights, kv=kv)
-            yield from _pairs(windowed(model, base.kv_window), cluster, engine, load, named, rows,
-                              counts, pins)  # fmt: skip
+            lossy = forgetful(model, base.kv_window, base.kv_policy)
+            yield from _pairs(lossy, cluster, engine, load, named, rows, counts, pins)
 
 
 def _pairs(

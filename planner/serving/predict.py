@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from cost_models.op_models import peak_of
 from cost_models.serving import Memory, admitted, memory_of, serve, step_parts
 from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
+from cost_models.serving_kv import forgetful
 from cost_models.serving_ops import Costs, FloatArray, step_of
 from cost_models.serving_pools import Decodes, Pooled, Reads, decodes, moves, pooled, reads
 from cost_models.serving_shapes import ServedModel
@@ -63,24 +63,11 @@ class Prediction:
         return self.ttft_s + (load.output - 1) * self.tpot_s
 
 
-@functools.lru_cache(maxsize=64)
-def windowed(model: ServedModel, window: int) -> ServedModel:
-    """The model with a cache that forgets what is older than so many tokens; 0 forgets none."""
-    if not window:
-        return model
-    layers = tuple(
-        replace(layer, attention=tuple(
-            replace(a, window=min(a.window or window, window)) for a in layer.attention
-        )) for layer in model.layers
-    )  # fmt: skip
-    return replace(model, layers=layers)
-
-
 def predict(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
 ) -> Prediction:
     """What a plan does under the load: a closed loop of `s.batch` requests."""
-    model = windowed(model, s.kv_window)
+    model = forgetful(model, s.kv_window, s.kv_policy)
     if s.prefill is not None:
         return _predict_pools(model, cluster, engine, s, load)
     costs = Costs(cluster=cluster, engine=engine, serving=s)
@@ -167,8 +154,7 @@ def _tier_bytes(
     gpu += each * memory.kv_bytes_per_sequence
     found = {"gpu": gpu, **dict(below_bytes(model, s).tiers)}
     if s.kv_tier != "gpu":
-        whole = memory.kv_bytes_per_sequence * max(1.0, model.layer_count / (2 * s.pp))
-        found[s.kv_tier] = found.get(s.kv_tier, 0.0) + each * whole
+        found[s.kv_tier] = found.get(s.kv_tier, 0.0) + each * memory.kv_below_bytes_per_sequence
     return tuple(found.items())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cost_models.serving_decisions import Serving
+from cost_models.serving_decisions import Serving, policy_of
 from cost_models.serving_engines import engines_with_pools
 
 NATIVE = "native"
@@ -28,6 +28,8 @@ RULES = (
          reason="native experts that are split over ranks stay on the GPU"),
     Rule(refused=lambda s: s.ranks * s.pp > 1 and s.kv not in ("bf16", "fp16"),
          reason="a native cache that is split over ranks is kept in 16 bits"),
+    Rule(refused=lambda s: bool(s.kv_policy) and s.kv not in ("bf16", "fp16"),
+         reason="native means of blocks are kept in 16 bits"),
     Rule(refused=lambda s: s.prefill is not None,
          reason="native GPUs read prompts and decode; pools of their own have"
          f" {', '.join(engines_with_pools())}"),
@@ -41,3 +43,10 @@ def unservable(engine: str, s: Serving, routed: bool) -> str:
         return ""
     rules = RULES if routed else tuple(r for r in RULES if "expert" not in r.reason)
     return next((r.reason for r in rules if r.refused(s)), "")
+
+
+def unrun(s: Serving) -> str:
+    """Why a plan, whose cost holds for whoever runs it so, is not run by us; "" where it is."""
+    if policy_of(s.kv_policy)[1]:
+        return "the query picks the blocks that are retrieved, and a model's cache does not see it"
+    return ""

@@ -103,7 +103,7 @@ def _with_pools(
     run at once, nearest to the limits; of those that do not fit, the one that lacks least."""
     bases = [
         Serving(batch=batch, prefill_chunk=pins.prefill_chunk or 0, default=asked.precision,
-                kv_window=asked.kv_window)
+                kv_window=asked.kv_window, kv_policy=asked.kv_policy)
         for batch in ((asked.batch,) if asked.batch else BATCHES)
     ]  # fmt: skip
     counts = divisors(cluster.count) if asked.objective == "cost" else (cluster.count,)
@@ -218,6 +218,7 @@ def space(
                                     tp=tp, pp=pp, ep=ep, etp=etp, attention_dp=adp,
                                     replicas=replicas, batch=batch, prefill_chunk=chunk,
                                     default=asked.precision, kv_window=asked.kv_window,
+                                    kv_policy=asked.kv_policy,
                                 )  # fmt: skip
 
 

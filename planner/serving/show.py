@@ -9,7 +9,7 @@ from cost_models.serving_decisions import Pool, ServeLoad, Serving
 from cost_models.serving_pools import Pooled
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.options import Timing
-from planner.serving.plan import ServingPlan
+from planner.serving.plan import ServingPlan, kept_words
 from planner.serving.predict import RELIEF, Prediction
 from planner.serving.text import block_records, decisions_json, workload_json
 
@@ -98,8 +98,11 @@ def summary(
     lines += [_row("blocks", _block(row)) for row in rows]
     cache = f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"
     cache += f", on {s.kv_tier}" if s.kv_tier != "gpu" else ""
-    cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window else ""
+    cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window and not s.kv_policy else ""
     lines.append(_row("cache", cache))
+    if s.kv_policy:
+        read = "read" if s.kv_policy.startswith("retrieve") else "kept"
+        lines.append(_row("", f"{kept_words(s)} {read}"))
     if plan.lossy:
         lines += _packed("lossy", list(plan.lossy))
     lines += ["", f"first token {format_seconds(found.ttft_s)}, then one every"

@@ -17,7 +17,8 @@ from planner.serving.plan import ServingPlan
 
 SCHEMA = "plan/1"
 _APART = ("weights", "tiers", "default")  # of the decisions: they are said by block
-_UNSAID = (("kv_tier", "gpu"), ("kv_window", 0), ("prefill", None))  # where they are so
+# said where they are not so
+_UNSAID = (("kv_tier", "gpu"), ("kv_window", 0), ("kv_policy", ""), ("prefill", None))
 _ESTIMATE = ("ttft_us", "tpot_us", "peak_memory_bytes")
 
 

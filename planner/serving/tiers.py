@@ -128,8 +128,10 @@ def best_tiers(
     weights = (max(1, round(load.output)), 1)
     spans, bare = [], replace(costs, serving=replace(s, kv_tier="gpu"))
     for phase, step in enumerate(steps):
-        cached = int(float(np.ravel(below(costs, model, step).stream_s)[0]) * _US)
-        gpu = int(float(np.ravel(step_s(bare, model, _whole(step, s)))[0]) * _US)
+        cache = below(costs, model, step)
+        cached = int(float(np.ravel(cache.stream_s)[0]) * _US)
+        runs = step_s(bare, model, _whole(step, s)) + cache.fetched_s
+        gpu = int(float(np.ravel(runs)[0]) * _US)
         span = program.new_int_var(0, _LONGEST, f"step{phase}")
         program.add(span >= gpu + sum(v * round(c.waits_s[phase] * _US) for v, c in pairs))
         streams = sum(v * round(c.streams_s[phase] * _US) for v, c in pairs)

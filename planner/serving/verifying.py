@@ -103,6 +103,7 @@ def document(found: ServingVerified, source: str, model: str) -> dict[str, Any]:
         "twin": {
             "tp": s.tp, "pp": s.pp, "ep": s.ep, "weights": dict(s.weights), "kv": s.kv,
             "kv_window": s.kv_window, "tiers": [asdict(h) for h in s.tiers],
+            **({"kv_policy": s.kv_policy} if s.kv_policy else {}),
             "parameters": found.twin.plan.graph.parameter_count,
             "not_kept": list(found.twin.notes),
         },

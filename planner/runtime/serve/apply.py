@@ -12,7 +12,7 @@ from torch import nn
 from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.layout import expert_parameters
-from cost_models.serving_decisions import Held, Serving
+from cost_models.serving_decisions import Held, Serving, policy_of
 from cost_models.serving_reading import parts_of
 from ir.errors import PlanError
 from ir.graph import full_name
@@ -26,7 +26,7 @@ from planner.runtime.serve.place import Laid
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.runnable import NATIVE, unservable
+from planner.serving.runnable import NATIVE, unrun, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
@@ -46,7 +46,7 @@ def serve(
     """
     s = plan.serving
     routed = any(expert_parameters(unit) for unit in plan.graph.units)
-    if reason := unservable(NATIVE, s, routed):
+    if reason := unservable(NATIVE, s, routed) or unrun(s):
         raise PlanError(f"planner.serve does not run this plan of {plan.asked.engine}: {reason}",
                         hints=("without --engine, plans are made of what it runs",))  # fmt: skip
     require_blocks(plan)
@@ -57,6 +57,7 @@ def serve(
     limits = Limits(batch=max(1, -(-s.batch // s.replicas)), prompt=plan.asked.prompt,
                     tokens=plan.asked.prompt + plan.asked.output)  # fmt: skip
     kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window,
+            block=policy_of(s.kv_policy)[0],
             below=s.kv_tier != "gpu" and device != "cpu")  # fmt: skip
     shared = _shared_plan(plan)
     if ranks == 1:

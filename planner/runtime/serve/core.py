@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ir.errors import PlanError
 from planner.runtime.load import matched
-from planner.runtime.serve.kv import Kv, cache_of
+from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.lent import Place
 from planner.runtime.serve.pipe import layers_here, outputs_whole
 from planner.runtime.serve.place import Laid, Loaded, Loader, Weight, member_of, place_all
@@ -160,6 +160,8 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
         if (staged or not served.kv.plain) and kwargs.get("past_key_values") is None:
             cache = cache_of(model, served.kv)
             kwargs["past_key_values"] = layers_here(cache) if staged else cache
+        if served.kv.block and ids is not None:
+            kwargs["attention_mask"] = even_mask(ids, kwargs.get("attention_mask"))
         if inputs is not None:
             args = (inputs, *args)
         return generate(*args, **kwargs)

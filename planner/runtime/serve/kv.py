@@ -3,7 +3,7 @@
 A layer's keys and values are kept as `Packed` along the head dimension, each token and head with a
 scale of its own; attention reads them in the model's dtype. Sliding layers keep their window, as
 transformers reads it off the model's configuration; a planned window, which forgets what is older,
-holds for every layer.
+holds for every layer. Where a policy is planned, each block of what is older leaves its mean.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ KV_FORMATS = ("bf16", "fp8", "int8")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kv:
     """How the cache is kept. word: a format of KV_FORMATS, bf16 being the model's own. window:
-    tokens that are kept, 0 for all. below: layers wait on the host."""
+    tokens that are kept, 0 for all. block: tokens that become one entry when they leave the window,
+    0 where they are forgotten. below: layers wait on the host."""
 
     word: str = "bf16"
     window: int = 0
+    block: int = 0
     below: bool = False
 
     @property
@@ -49,7 +51,11 @@ def cache_of(model: Any, kv: Kv) -> Any:
     for at, layer in enumerate(cache.layers):
         if kv.window and isinstance(layer, DynamicLayer):
             width = min(kv.window, getattr(layer, "sliding_window", None) or kv.window)
-            cache.layers[at] = layer = DynamicSlidingWindowLayer(sliding_window=width)
+            if kv.block and getattr(layer, "sliding_window", kv.window + 1) > kv.window:
+                layer = _summary_layer(DynamicLayer)(kv.window, kv.block)
+            else:
+                layer = DynamicSlidingWindowLayer(sliding_window=width)
+            cache.layers[at] = layer
         if kv.word != "bf16":
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise UsageError(
@@ -89,6 +95,68 @@ def _packed_layer(base: type, word: str) -> type:
 
     Layer.__name__ = f"{word.capitalize()}{base.__name__}"
     return Layer
+
+
+def _summary_layer(base: type) -> type:
+    """A cache layer that keeps a window, and of each block before it the mean of its keys and of
+    its values. A prompt attends to all of itself; what follows to what is kept.
+
+    Keys are means of rotated keys, as they are cached; every sequence has as many tokens.
+    """
+
+    class Layer(base):  # type: ignore[misc]
+        is_croppable = False
+
+        def __init__(self, window: int, block: int) -> None:
+            super().__init__()
+            self.window, self.block = window, block
+            self.cumulative_length = 0  # tokens that came, kept or not
+            self.means = 0  # entries that stand for blocks, the first of those kept
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            self.cumulative_length += key_states.shape[-2]
+            blocks = (keys.shape[-2] - self.means - self.window) // self.block
+            if blocks > 0:
+                self.keys, self.values = (self._folded(x, blocks) for x in (keys, values))
+                self.means += blocks
+            return keys, values
+
+        def _folded(self, x: Tensor, blocks: int) -> Tensor:
+            end = self.means + blocks * self.block
+            old = x[..., self.means : end, :].unflatten(-2, (blocks, self.block))
+            means = old.float().mean(-2).to(x.dtype)
+            return torch.cat([x[..., : self.means, :], means, x[..., end:, :]], dim=-2)
+
+        def get_seq_length(self) -> int:
+            return self.cumulative_length
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            entries = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+            return entries + query_length, self.cumulative_length - entries
+
+        def reset(self) -> None:
+            super().reset()
+            self.cumulative_length = self.means = 0
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            raise UsageError("a cache of means of blocks cannot give tokens back",
+                             hints=("generate without an assistant",))  # fmt: skip
+
+    Layer.__name__ = "SummaryLayer"
+    return Layer
+
+
+def even_mask(ids: Tensor, given: Any) -> Tensor:
+    """The mask of prompts that all have as many tokens. Raises UsageError for one that leaves some
+    out: a mean of a block would have them in it."""
+    if given is not None and not bool(torch.as_tensor(given).all()):
+        raise UsageError("prompts of several lengths, and the plan's cache has means of blocks",
+                         why="padding would be in the means",
+                         hints=("ask prompts of one length together",))  # fmt: skip
+    return torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
 
 
 def _plain(x: Tensor) -> Tensor:

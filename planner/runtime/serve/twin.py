@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cost_models.chain import chain_of
 from cost_models.layout import expert_parameters
-from cost_models.serving_decisions import Held, Serving
+from cost_models.serving_decisions import Held, Serving, policy_of
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import BLOCKS, ServedModel
 from cost_models.serving_tiers import layers_of
@@ -22,7 +22,7 @@ from ir.text import format_graph, graph_hash
 from planner.runtime.serve.apply import PACKED
 from planner.runtime.verify.twin import capture_twin, cut_models, misplaced, words_for
 from planner.serving.plan import ServingPlan
-from planner.serving.runnable import NATIVE, unservable
+from planner.serving.runnable import NATIVE, unrun, unservable
 
 BATCH, PROMPT, OUTPUT = 2, 12, 16  # sequences, and tokens of each: more than a twin's window
 ROWS = 8  # tokens that the twin's host multiplies at most: a step's 2, not a prompt's 24
@@ -53,7 +53,7 @@ def make_serving_twin(
     """
     s = plan.serving
     routed = any(expert_parameters(unit) for unit in plan.graph.units)
-    if reason := unservable(NATIVE, s, routed):
+    if reason := unservable(NATIVE, s, routed) or unrun(s):
         raise PlanError(f"the plan runs on {plan.asked.engine}, not on our runtime: {reason}",
                         hints=("plan verify runs what planner.serve does",))  # fmt: skip
     small = _smaller(plan, routed)
@@ -86,6 +86,7 @@ def _smaller(plan: ServingPlan, routed: bool) -> Serving:
         s, tp=2 if s.tp > 1 else 1, pp=2 if s.pp > 1 else 1, ep=ranks if routed and s.ep > 1 else 1,
         etp=0, replicas=1, batch=BATCH, default="fp32", weights=packed,
         kv_window=min(s.kv_window, PROMPT // 2),
+        kv_policy=f"summary:{min(policy_of(s.kv_policy)[0], PROMPT // 4)}" if s.kv_policy else "",
     )  # fmt: skip
 
 

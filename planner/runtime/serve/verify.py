@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cost_models.serving_decisions import policy_of
 from ir.capture.export import logits_of
 from ir.capture.real import Real, Recipe, build
 from ir.errors import PlanError
 from planner.runtime.parts import Box, boxes_of, local_of
 from planner.runtime.serve.apply import laid_by, serve
-from planner.runtime.serve.kv import Kv, cache_of
+from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.packed import pack
 from planner.runtime.serve.place import Laid
 from planner.runtime.serve.twin import BATCH, OUTPUT, PROMPT, ServingTwin
@@ -90,7 +91,8 @@ def on_rank(rank: int, plan: ServingPlan, recipe: Recipe) -> tuple[ServedCompare
     warnings.simplefilter("ignore")  # torch's and transformers' advice
     logging.getLogger("transformers").setLevel(logging.ERROR)
     s = plan.serving
-    kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window)
+    kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window,
+            block=policy_of(s.kv_policy)[0])  # fmt: skip
     laid = laid_by(plan)
     for seed in range(MOST_SEEDS):
         real, ids = _drawn(recipe, seed)
@@ -180,6 +182,8 @@ def _generated(
     kwargs: dict[str, Any] = {}
     if not kv.plain:
         kwargs["past_key_values"] = cache_of(model, kv)
+    if kv.block:
+        kwargs["attention_mask"] = even_mask(ids, None)
     if text is not None:
         said = text.tolist()
         kwargs["prefix_allowed_tokens_fn"] = lambda row, sent: [said[row][len(sent) - ids.shape[1]]]
