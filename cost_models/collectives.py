@@ -342,6 +342,20 @@ def collective_s(
     return np.where(size > 0, _least(forms, size), 0.0)
 
 
+def reaching_s(
+    cluster: Cluster, kind: str, size_bytes: float, members: int, stride: int, size: int
+) -> float:
+    """Seconds of one collective of `size` ranks, of which `members`, `stride` apart, lie in this
+    cluster and the others behind its network: as if those were in units of it like its own.
+
+    size_bytes: as `collective_s` takes it. Raises PlanError for an unknown kind.
+    """
+    _check(kind)
+    shape = (*cluster.shape(members, stride)[:-1], size)
+    forms = _across(cluster, kind, shape, load_constants(cluster.device.constants))
+    return float(_least(forms, np.asarray(size_bytes, dtype=np.float64)))
+
+
 def quickest(
     cluster: Cluster, kind: str, size_bytes: float, group_size: int, stride: int = 1
 ) -> str:

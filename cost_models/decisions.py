@@ -30,6 +30,21 @@ Keep = tuple[tuple[str, tuple[str, ...]], ...]  # (unit class, words of the oper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one part of the hardware does of a step, where every part has replicas of its own.
+
+    dp: its data ranks, one behind the other. microbatches: of each of them. recompute: as
+    `Decisions.recompute`, where it is not that.
+    """
+
+    part: str
+    dp: int
+    microbatches: int
+    recompute: tuple[tuple[int, int], ...] = ()
+
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
     """A training configuration, whole. pp * dp * cp * tp = GPUs; dp * cp * tp = edp * ep * etp.
 
@@ -48,7 +63,9 @@ class Decisions:
     of `formats.GROUPS`, where not the workload's precision. sharding: per unit class, the
     placements on tp that the per-op program chose, as (parameter or edge, words) pairs; empty
     where tp = 1. parts: where the hardware has parts, (name, its pp ranks) of those that are used,
-    in the order of ranks; empty where it is of one kind.
+    in the order of ranks; empty where it is of one kind. shares: where parts have replicas of the
+    model instead, what each does, in the order of ranks; dp is of all of them, and microbatches of
+    the one that runs the most.
     """
 
     pp: int = 1
@@ -75,11 +92,33 @@ class Decisions:
     recompute: tuple[tuple[int, int], ...] = ()
     keep: Keep = ()
     parts: tuple[tuple[str, int], ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @property
     def part_of_rank(self) -> tuple[str, ...]:
         """The part that each pp rank lies on; empty where the hardware is of one kind."""
         return tuple(name for name, ranks in self.parts for _ in range(ranks))
+
+    def on_part(self, share: Share) -> Decisions:
+        """These decisions as the ranks of one part run them: its micro-batches, what it computes
+        again. dp stays that of all parts."""
+        return replace(
+            self, microbatches=share.microbatches, recompute=share.recompute or self.recompute
+        )
+
+    def at_data_rank(self, rank: int) -> Decisions:
+        """The same of the part that a data rank of all of them lies on."""
+        for share in self.shares:
+            if rank < share.dp:
+                return self.on_part(share)
+            rank -= share.dp
+        return self
+
+    @property
+    def microbatches_by_data_rank(self) -> tuple[int, ...]:
+        """What each data rank of all parts runs."""
+        shares = self.shares or (Share(part="", dp=self.dp, microbatches=self.microbatches),)
+        return tuple(share.microbatches for share in shares for _ in range(share.dp))
 
     @property
     def gpus(self) -> int:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from cost_models.assumptions import assumptions_of, is_moe
 from cost_models.decisions import Decisions, Workload
-from cost_models.fleet import RULE, Hardware, used_parts
+from cost_models.fleet import RULE, Fleet, Hardware, used_parts
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
 from cost_models.mixed import MixedCosts, join, sides_of, together
 from cost_models.rank_ledger import (
@@ -24,6 +24,7 @@ from cost_models.rank_ledger import (
 )
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
+from cost_models.shares import SharedCosts, kinds_of, side_by_side
 from cost_models.stage_problem import (
     LEVELS,
     Extra,
@@ -66,6 +67,8 @@ def costed(
         for part in used_parts(hardware, decisions)
     ]  # fmt: skip
     costs = together(hardware, made)
+    if decisions.shares and isinstance(hardware, Fleet):
+        costs = side_by_side(hardware, made)
     return costs, costs.step(decisions, read_assignments(costs, decisions, shardings))
 
 
@@ -201,9 +204,7 @@ def _extra(step: Step, links: range, split: bool) -> Extra:
 def step_overhead(costs: Costs) -> tuple[int, float]:
     """(host picoseconds a step, jitter as a share of the step): both for any mesh."""
     engine = costs.engine
-    gpus = sum(c.cluster.count for c in costs.sides) if isinstance(costs, MixedCosts) else (
-        costs.cluster.count
-    )  # fmt: skip
+    gpus = sum(one.cluster.count for one in kinds_of(costs))
     doublings = max(0.0, math.log2(gpus / engine.jitter_from_gpus))
     return ps(engine.step_host_s), engine.jitter_per_doubling * doublings
 
@@ -219,11 +220,20 @@ def whole_step_ps(costs: Costs, objective_ps: int) -> int:
 
 def estimate_step(costs: Costs, step: Step, d: Decisions) -> Estimate:
     """The estimate of one mesh with its stages and recomputation decided."""
+    if isinstance(costs, SharedCosts):
+        from cost_models.share_estimate import estimate_shares
+
+        return estimate_shares(costs, step, d)
+    return estimate_alike(costs, step, d)
+
+
+def estimate_alike(costs: Costs, step: Step, d: Decisions) -> Estimate:
+    """The same where all replicas are alike, or of those of one part."""
     problem = stage_problem(costs, step)
     objective, memory, _ = evaluate(problem, d.stages, d.pairs)
     total = whole_step_ps(costs, objective)
     sides = sides_of(costs, step)
-    kinds = costs.sides if isinstance(costs, MixedCosts) else (costs,)
+    kinds = kinds_of(costs)
     breakdown = _breakdown(costs, sides, problem, d, objective, total)
     ranks = tuple(
         RankLedger(

@@ -69,7 +69,8 @@ def used_parts(hardware: Hardware, d: Decisions) -> tuple[Cluster, ...]:
     """The clusters that a plan uses, in the order of its ranks."""
     if not isinstance(hardware, Fleet):
         return (hardware,)
-    return tuple(hardware.part(name) for name, _ in d.parts)
+    names = [share.part for share in d.shares] or [name for name, _ in d.parts]
+    return tuple(hardware.part(name) for name in names)
 
 
 def load_any(spec: str) -> Hardware:

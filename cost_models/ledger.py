@@ -40,7 +40,8 @@ class RankLedger:
 
     parameters: elements of the units it runs, split over tp and experts, before the data ranks
     share them; in_flight: micro-batches whose activations it holds at the peak, by chunk.
-    capacity_bytes: what its GPU has, where ranks' GPUs are of several kinds.
+    capacity_bytes: what its GPU has, where ranks' GPUs are of several kinds. part: of the hardware,
+    where each part has replicas of its own, and with them such a rank.
     """
 
     pp_rank: int
@@ -49,6 +50,12 @@ class RankLedger:
     memory_bytes: tuple[tuple[str, int], ...]
     collectives: tuple[Collective, ...]
     capacity_bytes: int | None = None
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """Which rank it is, in words."""
+        return f"pp rank {self.pp_rank}" + (f" of {self.part}" if self.part else "")
 
     @property
     def peak_bytes(self) -> int:
@@ -60,7 +67,8 @@ class Estimate:
     """A step of training, predicted.
 
     `breakdown_ps` has the keys of `BREAKDOWN` and sums to `step_time_ps`: exposed time of the
-    busiest pp rank. `error` is the expected relative error. `model_flop` counts 6N + full
+    busiest pp rank; where parts have replicas of their own, the mean over GPUs, what a part waits
+    for others being bubble. `error` is the expected relative error. `model_flop` counts 6N + full
     attention for the whole step and job, `executed_flop` what the devices run. peak_flop_per_s,
     capacity_bytes: of a GPU; where these are of several kinds the mean, and the fullest rank's.
     `tiers`: the fullest of each that holds something.

@@ -176,11 +176,12 @@ def together(hardware: Hardware, made: Sequence[Costs]) -> Costs:
     clusters = [costs.cluster for costs in made]
     border = border_form(clusters, hardware.between, made[0].engine.network_share)
     first, *others = made
-
-    def shared(costs: Costs) -> dict[str, Any]:
-        return {f.name: getattr(costs, f.name) for f in fields(costs)}
-
     return MixedCosts(
-        **shared(first), border=border, said=hardware.between is not None,
-        others=tuple(PartCosts(**shared(c), border=border) for c in others),
+        **fields_of(first), border=border, said=hardware.between is not None,
+        others=tuple(PartCosts(**fields_of(c), border=border) for c in others),
     )  # fmt: skip
+
+
+def fields_of(costs: Costs) -> dict[str, Any]:
+    """What another kind of costs of the same cluster is made of; what they know is shared."""
+    return {f.name: getattr(costs, f.name) for f in fields(Costs)}

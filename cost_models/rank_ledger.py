@@ -11,7 +11,7 @@ from cost_models.decisions import Decisions
 from cost_models.hardware import Cluster
 from cost_models.ledger import Collective
 from cost_models.stage_problem import StageProblem, slow_of, starts_of, stash_bytes
-from cost_models.state import State, mode_of, ranks_of
+from cost_models.state import State, mode_of, ranks_of, replica_sums
 from cost_models.step import Costs, Row, Step
 from cost_models.tiers import TierUse, fullest
 from ir.graph import full_name
@@ -199,9 +199,11 @@ def _repeats(costs: Costs, d: Decisions) -> tuple[tuple[str, int, int], ...]:
     mode, (compute, grad) = mode_of(d, costs.engine), costs.formats(d)
     gathers = mode.gather_per_microbatch * d.microbatches + mode.gather_per_step
     reduces = mode.reduce_per_microbatch * d.microbatches + mode.reduce_per_step
+    each, once = replica_sums(mode, d)
     return (
         ("all_gather", gathers, compute), ("reduce_scatter", reduces, grad),
-        ("all_reduce_replicas", reduces, grad), ("all_reduce", mode.all_reduce_per_step, grad),
+        ("all_reduce_replicas", each * d.microbatches + once, grad),
+        ("all_reduce", mode.all_reduce_per_step, grad),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from cost_models.schedule import Timeline, rank_of
 from cost_models.sharding import Sharding
 from cost_models.stage_problem import sends_ps, timeline
 from cost_models.step import PARTS, Costs, Step
+from ir.errors import UsageError
 from ir.graph import Graph
 
 TAIL = ("dp_comm", "optimizer", "offload")  # what a rank does after its last backward, in order
@@ -61,8 +62,15 @@ def simulated(
     graph: Graph, hardware: Hardware, workload: Workload, decisions: Decisions,
     shardings: Mapping[str, Sharding],
 ) -> Simulated:  # fmt: skip
-    """Simulate a step of what `estimate` predicts. Raises as it does."""
+    """Simulate a step of what `estimate` predicts. Raises as it does, and UsageError where parts
+    of the hardware have shares of their own: their replicas run apart."""
     d = decisions
+    if d.shares:
+        raise UsageError(
+            "the step of a plan with shares is not drawn",
+            why="parts run other numbers of micro-batches, and one timeline is of all",
+            hints=("plan show tells what each part does",),
+        )
     costs, step = costed(graph, hardware, workload, d, shardings)
     problem, sides = stage_problem(costs, step), sides_of(costs, step)
     line = timeline(problem, d.stages, d.pairs, events=True)

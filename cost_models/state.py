@@ -159,6 +159,14 @@ def mode_of(d: Decisions, engine: Engine) -> ZeroMode:
     return engine.zero_mode(d.zero, reshard=d.reshard, pp=d.pp)
 
 
+def replica_sums(mode: ZeroMode, d: Decisions) -> tuple[int, int]:
+    """All-reduces among those that hold the same shard: (of each micro-batch, of each step). Parts
+    with replicas of their own run other numbers of micro-batches: there it is one a step."""
+    if d.shares:
+        return 0, int(mode.reduce_per_microbatch + mode.reduce_per_step > 0)
+    return mode.reduce_per_microbatch, mode.reduce_per_step
+
+
 def in_torch(mode: ZeroMode) -> bool:
     """Whether FSDP2 holds the state, as it does under every ZeRO stage of torch's engines."""
     return mode.call.startswith(("fully_shard", "replicate"))

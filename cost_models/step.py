@@ -44,6 +44,7 @@ from cost_models.state import (
     in_torch,
     mode_of,
     ranks_of,
+    replica_sums,
     reserved_of,
     state_of,
     update_bytes,
@@ -380,7 +381,8 @@ class Costs:
         if mode.gather_per_microbatch or mode.reduce_per_microbatch:
             gather = self.transfers(d, state, "all_gather", compute)
             reduce = self.transfers(d, state, "reduce_scatter", grad)
-            reduce += self.transfers(d, state, "all_reduce_replicas", grad)
+            if not d.shares:  # those of other parts run other numbers of micro-batches
+                reduce += self.transfers(d, state, "all_reduce_replicas", grad)
             data = (
                 gather * (mode.gather_per_microbatch >= 1),
                 gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch,
@@ -399,10 +401,8 @@ class Costs:
         mode, engine = mode_of(d, self.engine), self.engine
         compute, grad = self.formats(d)
         reduce = (
-            mode.reduce_per_step * (
-                self.transfers(d, state, "reduce_scatter", grad)
-                + self.transfers(d, state, "all_reduce_replicas", grad)
-            )
+            mode.reduce_per_step * self.transfers(d, state, "reduce_scatter", grad)
+            + replica_sums(mode, d)[1] * self.transfers(d, state, "all_reduce_replicas", grad)
             + mode.all_reduce_per_step * self.transfers(d, state, "all_reduce", grad)
         )  # fmt: skip
         summed = self.summed_s(d, state)

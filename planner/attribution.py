@@ -21,7 +21,7 @@ from planner.plan import Plan
 Coster = Callable[[Plan, Hardware], Estimate]
 
 TOGETHER = "together"  # the row of what only the changes at once do
-AXES = ("pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "parts")
+AXES = ("pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "parts", "shares")
 PROGRAM = ("schedule", "virtual_stages")
 BUNDLES = (  # decisions that are one choice
     ("zero", "reshard"), ("shard",), ("micro_batch",), PROGRAM, ("stages",),
@@ -136,6 +136,8 @@ def _costed(old: Checked, new: Checked, keys: Collection[str], cost: Coster) -> 
     if _full_shard(a.decisions) and "shard" not in keys:
         d = replace(d, shard=d.dp * d.cp)
     batches, left = divmod(workload.global_batch, d.dp * d.micro_batch)
+    if d.shares:
+        batches, left = max(d.microbatches_by_data_rank), 0
     if left or not batches:
         return None
     model = b if "model" in keys else a

@@ -103,9 +103,18 @@ def require_legal(plan: Plan, hardware: Hardware) -> None:
 def fault_of_parts(d: Decisions, hardware: Hardware) -> str | None:
     """Why a plan's stages do not lie on the hardware's parts, or None."""
     if not isinstance(hardware, Fleet):
-        return "its stages name parts, and the hardware has none" if d.parts else None
+        return "its stages name parts, and the hardware has none" if d.parts else (
+            "it has shares of parts, and the hardware has none" if d.shares else None
+        )  # fmt: skip
+    for share in d.shares:
+        gpus = share.dp * d.cp * d.tp
+        found = next((part for part in hardware.parts if part.name == share.part), None)
+        if found is None:
+            return f"it has no part {share.part}"
+        if found.count != gpus:
+            return f"a share of {gpus} GPUs lies on {found.spec}"
     if not d.parts:
-        return "its stages name no parts"
+        return None if d.shares else "its stages name no parts"
     each = d.dp * d.cp * d.tp
     for name, ranks in d.parts:
         found = next((part for part in hardware.parts if part.name == name), None)

@@ -16,6 +16,7 @@ from cost_models.formats import GROUPS
 from cost_models.schedule import SCHEDULES
 from ir.errors import PlanError, UsageError
 from planner.keep_words import keep_from_json, keep_json, keep_words, read_keep
+from planner.share_words import read_shares, shares_from_json, shares_json
 
 GRAD_DTYPES = ("bf16", "fp32")
 ANY = "any"  # of a format that loses bits: chosen by the search, as it is allowed to
@@ -85,6 +86,7 @@ class Pins:
     cp_kind: str | None = None
     grad_dtype: str | None = None
     weights: str | None = None
+    shares: tuple[tuple[str, int], ...] | None = None
     place: tuple[tuple[str, str], ...] = ()
 
     def items(self) -> tuple[tuple[str, Any], ...]:
@@ -200,6 +202,13 @@ def _keep(text: str, value: str) -> Keep:
     )  # fmt: skip
 
 
+def _shares(text: str, value: str) -> tuple[tuple[str, int], ...]:
+    found = read_shares(value)
+    return found if found is not None else _refuse(
+        text, "micro-batches a step by part, as in h100:11,a100:5, or none"
+    )  # fmt: skip
+
+
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     """Pairs (what, tier) in the vocabulary's order; of activations and of the optimizer with layers
     a stage, one count for all or one each: `activations:cpu:4/3`. Parameters are updated where they
@@ -302,6 +311,10 @@ VOCABULARY = (
     Key(name="weights", words="bf16 fp8 int8 int4 fp4",
         parse=_words("bf16", "fp8", "int8", "int4", "fp4"),
         meaning="format of the weights", default="the workload's precision"),
+    Key(name="shares", words="h100:11,a100:5 none", parse=_shares,
+        meaning="micro-batches a step of each data rank, where parts of the hardware have replicas"
+                " of their own",
+        default="searched where the hardware has parts, else none"),
     Key(name="kv", words="bf16 fp8 int8", parse=_serving, meaning="format of the KV cache"),
 )  # fmt: skip
 
@@ -309,7 +322,7 @@ VOCABULARY = (
 def decisions_json(decisions: Decisions) -> dict[str, Any]:
     """Decisions as JSON keys in the contract's order; stages and recompute are told apart, and a
     dp_outer of 1 is not said, nor are formats where all is in the precision, nor a keep of all
-    operations."""
+    operations, nor shares where there are none."""
     d = decisions
     head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
             "microbatches", "schedule", "virtual_stages")  # fmt: skip
@@ -321,6 +334,7 @@ def decisions_json(decisions: Decisions) -> dict[str, Any]:
         **({"dp_outer": d.dp_outer} if d.dp_outer > 1 else {}),
         **({"formats": dict(d.formats)} if d.formats else {}),
         **({"keep": keep_json(d.keep)} if d.keep else {}),
+        **({"shares": shares_json(d.shares)} if d.shares else {}),
     }
 
 
@@ -328,8 +342,9 @@ def decisions_from_json(
     raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
 ) -> Decisions:
     """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
-    template = decisions_json(Decisions()) | {"dp_outer": 1, "formats": {}, "keep": {}}
-    raw = {"dp_outer": 1, "formats": {}, "keep": {}, **raw}
+    left_out: dict[str, Any] = {"dp_outer": 1, "formats": {}, "keep": {}, "shares": {}}
+    template = decisions_json(Decisions()) | left_out
+    raw = {**left_out, **raw}
     for key in [*template, *raw]:
         where = f"decisions.{key}"
         if key not in template:
@@ -363,6 +378,7 @@ def decisions_from_json(
                         why=f"expected a format of {', '.join(FORMATS)} for some of"
                             f" {', '.join(GROUPS)}")  # fmt: skip
     values = {**raw, "formats": formats, "keep": keep_from_json(raw["keep"]),
+              "shares": shares_from_json(raw["shares"]),
               "offload": tuple(
         (what, raw["offload"][what]) for what in OFFLOADED if what in raw["offload"]
     )}
@@ -383,11 +399,21 @@ def summarise_recompute(decisions: Decisions) -> Recompute:
     )
 
 
+def recompute_words(decisions: Decisions) -> str:
+    """As a pin says it; of parts with shares of their own, each that has another."""
+    others = [
+        f", {share.part} {summarise_recompute(decisions.on_part(share))}"
+        for share in decisions.shares if share.recompute
+    ]
+    return str(summarise_recompute(decisions)) + "".join(others)
+
+
 def pins_of(decisions: Decisions) -> Pins:
     """Pins that leave nothing to decide: the plan as an estimator's input."""
     keys = {key.name for key in VOCABULARY} & {f.name for f in fields(Decisions)}
     values = {key: getattr(decisions, key) for key in keys} | {
-        "recompute": summarise_recompute(decisions)
+        "recompute": summarise_recompute(decisions),
+        "shares": tuple((share.part, share.microbatches) for share in decisions.shares),
     }
     return Pins(**values)
 
@@ -409,5 +435,5 @@ def _word(value: object) -> str:
     if value == ():
         return "none"
     if isinstance(value, tuple):
-        return ",".join(":".join(v) if isinstance(v, tuple) else str(v) for v in value)
+        return ",".join(":".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
     return str(value)

@@ -15,12 +15,13 @@ from ir.errors import GateError, UsageError
 from ir.graph import Graph
 from planner.attribution import Coster, Effect, effects
 from planner.check import Checked
-from planner.decisions import VOCABULARY, decisions_json, summarise_recompute
+from planner.decisions import VOCABULARY, decisions_json, recompute_words
 from planner.keep_words import keep_words
 from planner.names import expand_text, fold_text
 from planner.placements import placements
 from planner.plan import Plan, recost, step_time_us
 from planner.plan_text import recompute_records, stage_records
+from planner.share_words import share_words
 
 if TYPE_CHECKING:
     from planner.serving.plan import ServingPlan
@@ -193,7 +194,8 @@ def _by_effect(changes: Sequence[Change], rows: Sequence[Effect]) -> tuple[Chang
 def _decided(plan: Plan) -> dict[str, str]:
     words = {key: _plain(value) for key, value in decisions_json(plan.decisions).items()}
     words["keep"] = keep_words(plan.decisions.keep)
-    words["recompute"] = str(summarise_recompute(plan.decisions))
+    words["recompute"] = recompute_words(plan.decisions)
+    words["shares"] = share_words(plan.decisions.shares)
     words.setdefault("dp_outer", "1")
     words.setdefault("formats", "none")
     order = [key.name for key in VOCABULARY if key.name in words]

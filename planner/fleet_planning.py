@@ -5,20 +5,22 @@ order; the fastest is the plan, so none is slower than the best part alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.chain import chain_of
 from cost_models.decisions import Workload
 from cost_models.estimate import estimate, whole_step_ps
-from cost_models.fleet import Fleet
+from cost_models.fleet import Fleet, used_parts
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.mixed import MixedCosts, together
+from cost_models.shares import kinds_of, side_by_side
 from cost_models.step import Assignments, Costs
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
+from planner.decisions import Pins
 from planner.fleet_space import FleetSearcher
 from planner.infeasible import needs
 from planner.limits import capped
@@ -26,8 +28,9 @@ from planner.mesh import facts_of
 from planner.options import Baseline, Progress, TraceOptions, TraceResult
 from planner.pin_checks import check_pins
 from planner.plan import Plan, Solver, make_plan
-from planner.runnable import may_compile
+from planner.runnable import NATIVE, may_compile
 from planner.search import Outcome, Searcher, Tried
+from planner.share_space import ShareSearcher
 from planner.tracing import Clock, check_model
 from planner.workload import resolve
 
@@ -44,9 +47,7 @@ class Searched:
     @property
     def words(self) -> str:
         """The parts by name."""
-        costs = self.searcher.costs
-        sides = costs.sides if isinstance(costs, MixedCosts) else (costs,)
-        return "+".join(side.cluster.spec for side in sides)
+        return "+".join(side.cluster.spec for side in kinds_of(self.searcher.costs))
 
 
 @dataclass(kw_only=True)
@@ -129,7 +130,7 @@ def plan_fleet(
         searcher.progress = progress
         clock.mark("cost_s")
         found.search(searcher)
-        if not isinstance(searcher, FleetSearcher):
+        if len(searcher.clusters) == 1:
             found.note_alone()
         clock.mark("solve_s")
         if found.rows[-1].outcome.interrupted:
@@ -149,34 +150,22 @@ def plan_fleet(
 def _searchers(
     graph: Graph, fleet: Fleet, workload: Workload, options: TraceOptions
 ) -> Iterator[Searcher]:
-    """Each part alone, the quickest first; then all orders of several. Raises UsageError where
-    the pins suit none of them."""
-    pins, chain = options.pins, chain_of(graph)
-    layers = facts_of(chain).layers
+    """Each part alone, the quickest first; then replicas on several, side by side; then pipelines
+    over several in every order. Raises UsageError where the pins suit none of them."""
+    pins = options.pins
     for part in fleet.parts:
         check_model(graph, part, workload, pins)
     usable = [capped(part, options.limits.memory_bytes) for part in fleet.parts]
     usable.sort(key=lambda part: -part.count * part.device.peak(workload.precision))
-    orders: list[tuple[Cluster, ...]] = [(part,) for part in usable]
-    if not facts_of(chain).pipeline_reason:
-        for several in range(2, len(usable) + 1):
-            orders += itertools.permutations(usable, several)
-    suited, fault = [], None
-    for order in orders:
-        try:
-            check_pins(pins, workload, gpus=sum(part.count for part in order), layers=layers)
-        except UsageError as raised:
-            fault = raised
-        else:
-            suited.append(order)
-    if not suited:
-        assert fault is not None
-        raise fault
     blank = {part.name: Costs(graph=graph, cluster=part, workload=workload,
                               compiled=may_compile(workload, pins)) for part in usable}  # fmt: skip
     searchers: list[Searcher] = []
-    for order in suited:
-        costs = together(fleet, [blank[part.name] for part in order])
+    for parts, replicas in _suited(graph, fleet, workload, pins, usable):
+        made = [blank[part.name] for part in parts]
+        if replicas:
+            searchers.append(ShareSearcher(costs=side_by_side(fleet, made), pins=pins))
+            continue
+        costs = together(fleet, made)
         if isinstance(costs, MixedCosts):
             searchers.append(FleetSearcher(costs=costs, pins=pins))
         else:
@@ -185,26 +174,60 @@ def _searchers(
     shared: dict[frozenset[str], FleetSearcher] = {}  # by parts, whatever their order
     laid: dict[str, dict[tuple[int, bool], Assignments]] = {}  # by part alone
     for searcher in searchers:
-        costs = searcher.costs
-        sides = costs.sides if isinstance(costs, MixedCosts) else (costs,)
+        sides = kinds_of(searcher.costs)
+        name = sides[0].cluster.name
         for side in sides:
             side.points = tuple(points) or ((1, 1),)
         if isinstance(searcher, FleetSearcher):
             names = frozenset(side.cluster.name for side in sides)
             first = shared.setdefault(names, searcher)
             if first is searcher:
-                searcher._laid = laid.get(costs.cluster.name, searcher._laid)
+                searcher._laid = laid.get(name, searcher._laid)
             searcher.share(first)
         else:
-            laid[costs.cluster.name] = searcher._laid
+            searcher._laid = laid.setdefault(name, searcher._laid)
         searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
         yield searcher
+
+
+def _suited(
+    graph: Graph, fleet: Fleet, workload: Workload, pins: Pins, usable: Sequence[Cluster]
+) -> list[tuple[tuple[Cluster, ...], bool]]:
+    """(parts in the order of ranks, whether they have replicas each) of all that the pins suit.
+    Raises UsageError where that is nothing."""
+    if pins.shares and len({fleet.part(name).name for name, _ in pins.shares}) < 2:
+        raise UsageError(f"--fix {pins.said('shares')} is of one part",
+                         hints=(f"--hardware {fleet.part(pins.shares[0][0]).spec}",))  # fmt: skip
+    facts, native = facts_of(chain_of(graph)), workload.engine in NATIVE
+    several = range(2, len(usable) + 1)
+    alone = [((part,), False) for part in usable]
+    replicas = [(some, True) for n in several for some in itertools.combinations(usable, n)]
+    orders = [(some, False) for n in several for some in itertools.permutations(usable, n)]
+    ways = [
+        *(alone if not pins.shares else ()),
+        *(replicas if pins.shares or (native and pins.shares is None) else ()),
+        *(orders if not pins.shares and not facts.pipeline_reason else ()),
+    ]
+    suited, fault = [], None
+    for parts, split in ways:
+        # with replicas of their own parts have other numbers of micro-batches
+        checked = replace(pins, dp=None, microbatches=None) if split else pins
+        try:
+            check_pins(checked, workload, gpus=sum(p.count for p in parts), layers=facts.layers)
+        except UsageError as raised:
+            fault = raised if fault is None or not split else fault
+        else:
+            suited.append((parts, split))
+    if not suited:
+        assert fault is not None
+        raise fault
+    return suited
 
 
 def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimate]:
     assert found.best is not None and found.costs is not None
     d, workload = found.best.decisions, found.workload
-    if not d.parts:
+    if not d.parts and not d.shares:
         d = replace(d, parts=((found.costs.cluster.name, d.pp),))
     shardings = {u.name: sharding_of(u, a) for (u, _), a in found.best.assignments.items()}
     if d.tp == 1:
@@ -222,9 +245,10 @@ def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimat
 
 def _used(plan: Plan, fleet: Fleet) -> tuple[str, ...]:
     """Which GPUs the plan uses, and which are idle."""
-    used = [name for name, _ in plan.decisions.parts]
+    used = [part.name for part in used_parts(fleet, plan.decisions)]
     idle = [part.spec for part in fleet.parts if part.name not in used]
-    words = " then ".join(fleet.part(name).spec for name in used)
+    joint = " beside " if plan.decisions.shares else " then "
+    words = joint.join(fleet.part(name).spec for name in used)
     return (
         f"--hardware {fleet.spec}: the plan uses {words}",
         *(f"{spec} is idle: no shorter step was found with it" for spec in idle),

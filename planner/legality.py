@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
+from cost_models.shares import share_fault
 from cost_models.state import in_torch
 from planner.runnable import NATIVE
 
@@ -49,6 +50,7 @@ class Case:
     cp_kind: str | None
     weights: str | None
     place: bool
+    shares: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +246,12 @@ RULES = (
         fix="compile=on, or formats=none",
     ),
     Rule(
+        keys=("shares",),
+        refused=lambda c: c.shares and c.engine not in NATIVE,
+        reason="the engine gives every data rank as many micro-batches",
+        fix="shares=none, or --engine native-compiled",
+    ),
+    Rule(
         keys=("weights",),
         refused=lambda c: c.weights not in (None, c.precision),
         reason="this version plans training with the weights in the workload's precision",
@@ -278,7 +286,8 @@ def inconsistent(
     d = decisions
     ranks, block = d.dp * d.cp * d.tp, d.ep * d.etp
     near = max(1, d.dp // d.dp_outer) * d.cp  # data ranks of a stage in a row
-    samples = d.dp * d.micro_batch * d.microbatches
+    each = sum(s.dp * s.microbatches for s in d.shares) or d.dp * d.microbatches
+    samples = d.micro_batch * each
     count = d.pp * d.virtual_stages
     checks = (
         (gpus in (None, d.gpus), f"pp*dp*cp*tp is {d.gpus}, the hardware has {gpus} GPUs"),
@@ -290,7 +299,8 @@ def inconsistent(
         (near % d.shard == 0 or d.shard % near == 0,
          f"shard = {d.shard}, beside {near} data ranks in each of dp_outer = {d.dp_outer} parts"),
         (samples == workload.global_batch,
-         f"dp*micro_batch*microbatches is {samples}, global_batch {workload.global_batch}"),
+         f"{'samples of all shares are' if d.shares else 'dp*micro_batch*microbatches is'}"
+         f" {samples}, global_batch {workload.global_batch}"),
         (len(d.stages) == count, f"{len(d.stages)} stages, but pp*virtual_stages is {count}"),
         (layers in (None, sum(d.stages)),
          f"the stages hold {sum(d.stages)} layers, the model has {layers}"),
@@ -312,7 +322,8 @@ def inconsistent(
         (all(full + n <= layers for layers, (full, n) in zip(d.stages, d.pairs)),
          "a stage offloads or recomputes more layers than it has"),
     )  # fmt: skip
-    return next((reason for holds, reason in checks if not holds), None)
+    fault = share_fault(d) if d.shares else None
+    return fault or next((reason for holds, reason in checks if not holds), None)
 
 
 def _case_of(d: Decisions, workload: Workload) -> Case:
@@ -324,4 +335,5 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
         selective=any(selective for _, selective in d.recompute), keep=bool(d.keep),
         offload=d.offload, compile=d.compile, formats=bool(d.formats),
         sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind, weights=None, place=False,
+        shares=bool(d.shares),
     )  # fmt: skip

@@ -9,6 +9,7 @@ model whose sequence is mixed by attention alone.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -132,7 +133,45 @@ def laid_out(
                 dp = gpus // (pp * tp * cp)
                 if pins.dp not in (None, dp) or workload.global_batch % dp:
                     continue
-                yield from _filled(facts, workload, pins, pp, tp, cp, dp)
+                samples = workload.global_batch // dp
+                counts = [
+                    (b, samples // b) for b in divisors(samples)
+                    if pins.micro_batch in (None, b)
+                    and (b <= MOST_MICRO_BATCH or pins.micro_batch)
+                    and pins.microbatches in (None, samples // b)
+                ]  # fmt: skip
+                axes = (pp, tp, cp, dp)
+                yield from _filled(facts, workload, pins, axes, dp * cp * tp, counts)
+
+
+def shared_out(
+    chain: Chain, gpus: Sequence[int], domain_ranks: int, workload: Workload, pins: Pins
+) -> Iterator[Mesh]:
+    """Every candidate of replicas on parts of so many GPUs each, all with the same tp and cp and
+    no pipeline; `microbatches` is the mean of the data ranks, rounded up."""
+    facts, common = facts_of(chain), math.gcd(*gpus)
+    tps = _choices(pins.tp, tuple(
+        t for t in divisors(common)
+        if t == 1 or (t <= domain_ranks and splits_something(chain, t))
+    ))  # fmt: skip
+    cps = _choices(pins.cp, tuple(
+        c for c in divisors(common)
+        if c == 1 or (facts.attention_only and workload.seq_len >= c * LEAST_CP_TOKENS)
+    ))  # fmt: skip
+    for tp in tps:
+        for cp in cps:
+            dp = sum(gpus) // (tp * cp)
+            if common % (tp * cp) or workload.seq_len % cp or pins.dp not in (None, dp):
+                continue
+            near = common // (tp * cp)  # each part's data ranks are so many, some times
+            batches = [
+                b for b in divisors(workload.global_batch // near)
+                if workload.global_batch % (near * b) == 0
+                and pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
+                and b * dp <= workload.global_batch
+            ]  # fmt: skip
+            counts = [(b, -(-workload.global_batch // (b * dp))) for b in batches]
+            yield from _filled(facts, workload, pins, (1, tp, cp, dp), common, counts)
 
 
 def outside(mesh: Mesh, cluster: Cluster, pinned: int | None) -> tuple[int, ...]:
@@ -170,23 +209,20 @@ def shard_sizes(
 
 
 def _filled(
-    facts: Facts, workload: Workload, pins: Pins, pp: int, tp: int, cp: int, dp: int
-) -> Iterator[Mesh]:
-    """The same mesh with every micro-batch, expert layout and way to share the sequence."""
-    samples = workload.global_batch // dp
-    batches = [
-        b for b in divisors(samples)
-        if pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
-        and pins.microbatches in (None, samples // b)
-    ]  # fmt: skip
+    facts: Facts, workload: Workload, pins: Pins, axes: tuple[int, int, int, int], ranks: int,
+    counts: Sequence[tuple[int, int]],
+) -> Iterator[Mesh]:  # fmt: skip
+    """The same mesh with every expert layout and way to share the sequence. axes: pp, tp, cp, dp.
+    ranks: among which experts lie. counts: (micro-batch, micro-batches) pairs."""
+    pp, tp, cp, dp = axes
     splits = facts.sequence and workload.seq_len // cp % tp == 0 and tp > 1
     ways = (False, True) if splits else (False,)
     ways = ways if pins.sequence_parallel is None else (pins.sequence_parallel,)
-    for ep, etp in _expert_layouts(facts, pins, dp * cp * tp):
+    for ep, etp in _expert_layouts(facts, pins, ranks):
         for kind in _cp_kinds(facts, workload, pins, tp, cp):
             for split in ways:
-                for b in batches:
-                    yield Mesh(pp, tp, cp, ep, etp, dp, b, samples // b, split, kind)
+                for b, n in counts:
+                    yield Mesh(pp, tp, cp, ep, etp, dp, b, n, split, kind)
 
 
 def _expert_layouts(facts: Facts, pins: Pins, ranks: int) -> list[tuple[int, int]]:

@@ -185,7 +185,7 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
         selective=None if r is None else any(r.selective), keep=bool(p.keep), offload=p.offload,
         compile=p.compile, formats=any(word in NARROW for _, word in p.formats or ()),
         sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind, weights=p.weights,
-        place=bool(p.place),
+        place=bool(p.place), shares=bool(p.shares),
     )  # fmt: skip
 
 

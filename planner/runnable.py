@@ -146,7 +146,7 @@ def may_compile(workload: Workload, pins: Pins) -> bool:
 
 def check_runnable(refused: Sequence[tuple[GraphRule, str]], pins: Pins) -> None:
     """Raise UsageError where pins ask for what the runtime cannot run of this model."""
-    names = {f.name for f in fields(Decisions)} - {"recompute", "stages"}
+    names = {f.name for f in fields(Decisions)} - {"recompute", "stages", "shares"}
     asked = Decisions(**{key: value for key, value in pins.items() if key in names})
     for rule, reason in refused:
         said = [f"--fix {pins.said(key)}" for key in rule.keys if getattr(pins, key) is not None]

@@ -145,7 +145,7 @@ def _decisions() -> Json:
     always = decisions_json(Decisions())
     kinds = _fields(Decisions)
     found: Json = {}
-    for name in (*always, "dp_outer", "formats", "keep"):
+    for name in (*always, "dp_outer", "formats", "keep", "shares"):
         kind = kinds[name]
         if isinstance(always.get(name), str):
             kind = _one_of(tuple(word for word in words[name] if word != "any"))
@@ -153,6 +153,9 @@ def _decisions() -> Json:
             kind = {"type": "object", "additionalProperties": WORD}
         if name == "keep":
             kind = {"type": "object", "additionalProperties": _list(WORD)}
+        if name == "shares":
+            share = {"dp": WHOLE, "microbatches": WHOLE, "recompute": _list(_list(WHOLE))}
+            kind = {"type": "object", "additionalProperties": _object(share, needed=(*share,)[:2])}
         found[name] = kind | ({"description": meanings[name]} if name in meanings else {})
     return _object(found, needed=tuple(always))
 

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import UsageError
 from planner.charges import Charges
-from planner.decisions import decisions_json, summarise_recompute
+from planner.decisions import decisions_json, recompute_words
 from planner.names import fold, fold_text
 from planner.offloads import offload_words
 from planner.options import Baseline, Timing
 from planner.placements import placements
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
+from planner.share_words import share_words
 
 WIDTH = 80
 BAR = 32
@@ -37,7 +39,7 @@ def document(
 ) -> dict[str, Any]:
     """The plan as cli.md's JSON, base units. timing, baselines and charges are trace's alone."""
     keys = decisions_json(plan.decisions)
-    recompute = {"recompute": str(summarise_recompute(plan.decisions))}
+    recompute = {"recompute": recompute_words(plan.decisions)}
     place = list(keys).index("offload")
     decisions = dict([*keys.items()][:place]) | recompute | dict([*keys.items()][place:])
     found: dict[str, Any] = {
@@ -106,8 +108,8 @@ def _head(plan: Plan) -> list[str]:
     length = f"{w.global_batch} x {w.seq_len} tokens" if graph.seq_in_input else w.global_batch
     mesh = [f"{axis} {size}" for axis, size in _mesh(plan)]
     shard = "" if d.shard in (1, d.dp * d.cp) else f" in groups of {d.shard}"
-    recompute = str(summarise_recompute(d))
-    if len(recompute) > SHORT_RECOMPUTE:
+    recompute = recompute_words(d)
+    if len(recompute) > SHORT_RECOMPUTE and not d.shares:
         full, selective = (sum(counts) for counts in zip(*d.recompute))
         recompute = f"{full} layers in full, {selective} in part"
     if d.keep:
@@ -133,8 +135,8 @@ def _head(plan: Plan) -> list[str]:
             f"batch {length}, {w.precision}{allowed}, {w.optimizer}, {w.engine}{skew}",
         ),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
-        *([_row("parts", _parts(plan))] if d.parts else []),
-        _row("steps", f"micro-batches {d.microbatches} x {d.micro_batch}, {d.schedule}{virtual}"),
+        *([_row("parts", _parts(plan))] if d.parts or d.shares else []),
+        _row("steps", f"micro-batches {_microbatches(d)} x {d.micro_batch}, {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
     ]
 
@@ -148,12 +150,20 @@ def _mesh(plan: Plan) -> list[tuple[str, int]]:
 def _parts(plan: Plan) -> str:
     """Which GPUs run which stages, where the hardware is of several kinds."""
     d, at, words = plan.decisions, 0, []
+    if d.shares:
+        shares = (f"{s.dp * d.cp * d.tp} {s.part}: {s.microbatches * s.dp * d.micro_batch} samples"
+                  for s in d.shares)  # fmt: skip
+        return "; ".join(shares) + "; replicas on each"
     for name, ranks in d.parts:
         gpus = ranks * d.dp * d.cp * d.tp
         here = f"stages {at} to {at + ranks - 1}" if ranks > 1 else f"stage {at}"
         words.append(f"{gpus} {name}: {here if len(d.parts) > 1 else 'all stages'}")
         at += ranks
     return "; ".join(words) + ("" if len(d.parts) > 1 else "; all others idle")
+
+
+def _microbatches(d: Decisions) -> str:
+    return share_words(d.shares) if d.shares else str(d.microbatches)
 
 
 def _stage_words(record: Mapping[str, Any]) -> str:
@@ -179,7 +189,7 @@ def _memory(e: Estimate) -> list[str]:
     rank = e.fullest
     total = rank.peak_bytes
     share = total / e.capacity_bytes
-    head = f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
+    head = f"memory of {rank.name}: {format_bytes(total)} of "
     lines = [head + f"{format_bytes(e.capacity_bytes)} ({share:.0%})"]
     if not e.fits:
         lines[0] += "  DOES NOT FIT"
@@ -280,34 +290,43 @@ def stage_text(plan: Plan, e: Estimate, stage: int) -> str:
     if not 0 <= stage < len(d.stages):
         raise UsageError(f"--stage {stage}: there are stages 0 to {len(d.stages) - 1}")
     full, selective = d.recompute[stage] if d.recompute else (0, 0)
-    rank = e.ranks[rank_of(d.schedule, d.pp, stage)]
-    total, capacity = rank.peak_bytes, e.capacity_of(rank)
-    moved = sorted(rank.collectives, key=lambda c: (-c.exposed_s, c.kind, c.where))
+    mine = rank_of(d.schedule, d.pp, stage)
     return "\n".join(
         [
-            f"stage {stage} on pp rank {rank.pp_rank}: {d.stages[stage]} layers",
+            f"stage {stage} on pp rank {mine}: {d.stages[stage]} layers",
             _row("units", fold_text(stage_units(plan.graph, d.stages)[stage])),
             _row("recompute", f"{full} layers in full, {selective} in part"
                  + (f", keeping {_kept(plan)}" if d.keep and selective else "")),
+            *(_row("", f"on {share.part} {full} in full, {selective} in part")
+              for share in d.shares if share.recompute
+              for full, selective in share.recompute[stage : stage + 1]),
             *([_row("offload", f"activations of {d.moved[stage]} layers")] if d.moved else []),
             *([_row("offload", f"optimizer of {d.below[stage]} layers")] if d.below else []),
-            "",
-            f"memory of pp rank {rank.pp_rank}: {format_bytes(total)} of "
-            f"{format_bytes(capacity)}",
-            *(
-                _bar(name, format_bytes(size), size / capacity)
-                for name, size in rank.memory_bytes
-                if size
-            ),
-            "",
-            f"{'collective':16}{'axis':5}{'count':>8}{'bytes':>10}{'exposed':>10}  where",
-            *(
-                f"{c.kind:16}{c.axis:5}{c.count:8}{format_bytes(c.size_bytes):>10}"
-                f"{format_seconds(c.exposed_s):>10}  {c.where}"
-                for c in moved
-            ),
+            *(line for rank in e.ranks if rank.pp_rank == mine
+              for line in _rank_lines(rank, e.capacity_of(rank))),
         ]
-    )
+    )  # fmt: skip
+
+
+def _rank_lines(rank: RankLedger, capacity: int) -> list[str]:
+    """A rank's memory and collectives."""
+    moved = sorted(rank.collectives, key=lambda c: (-c.exposed_s, c.kind, c.where))
+    return [
+        "",
+        f"memory of {rank.name}: {format_bytes(rank.peak_bytes)} of {format_bytes(capacity)}",
+        *(
+            _bar(name, format_bytes(size), size / capacity)
+            for name, size in rank.memory_bytes
+            if size
+        ),
+        "",
+        f"{'collective':16}{'axis':5}{'count':>8}{'bytes':>10}{'exposed':>10}  where",
+        *(
+            f"{c.kind:16}{c.axis:5}{c.count:8}{format_bytes(c.size_bytes):>10}"
+            f"{format_seconds(c.exposed_s):>10}  {c.where}"
+            for c in moved
+        ),
+    ]
 
 
 def _kept(plan: Plan) -> str:

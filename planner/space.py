@@ -15,7 +15,7 @@ from cost_models.formats import Formats
 from cost_models.hardware import Cluster
 from cost_models.layout import expert_parameters, placement
 from cost_models.schedule import SPLIT_BACKWARD
-from cost_models.stage_problem import StageProblem
+from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
 from ir.errors import UsageError
@@ -146,7 +146,7 @@ class Space:
             offloads(pins, *self.clusters), grad_dtypes(pins, engine)
         )]  # fmt: skip
         for zero, outer in itertools.product(zeros, outers):
-            for shard in shard_sizes(mesh, self.clusters, pins, zero, outer):
+            for shard in self.shards(mesh, zero, outer):
                 for reshard in (False, True) if zero == 3 and mesh.pp == 1 else (False,):
                     if pins.reshard not in (None, reshard):
                         continue
@@ -182,6 +182,10 @@ class Space:
         costs = self.costs
         fault = whole_recomputation_fault(costs.graph, costs.workload, costs.engine.fused)
         return fault is not None
+
+    def shards(self, mesh: Mesh, zero: int, outer: int) -> tuple[int, ...]:
+        """How many data ranks may share the state."""
+        return shard_sizes(mesh, self.clusters, self.pins, zero, outer)
 
     def by_count(self, d: Decisions) -> Decisions | None:
         """The same with activations of so many layers a stage on the host, or None where that is
@@ -225,8 +229,15 @@ class Space:
 
     def problem(self, step: Step, d: Decisions) -> StageProblem:
         """The stage program of a mesh under one schedule, with the pins it has to keep."""
-        pins = self.pins
-        fixed = None
+        fixed, levels = self.recomputed(d)
+        return stage_problem(
+            self.costs, self.costs.rescheduled(step, d), fixed_stages=self.pins.stages,
+            fixed_recompute=fixed, levels=levels,
+        )  # fmt: skip
+
+    def recomputed(self, d: Decisions) -> tuple[tuple[Pair, ...] | None, tuple[str, ...]]:
+        """What of a schedule's layers is computed again by pins, and the levels there are."""
+        pins, fixed = self.pins, None
         if pins.recompute is not None:
             r, count = pins.recompute, d.pp * d.virtual_stages
             fixed = tuple(
@@ -245,10 +256,7 @@ class Space:
             levels = ("none",)
         elif d.tp > 1 and self._never_whole:
             levels = ("none", "selective")
-        return stage_problem(
-            self.costs, self.costs.rescheduled(step, d), fixed_stages=pins.stages,
-            fixed_recompute=fixed, levels=levels,
-        )  # fmt: skip
+        return fixed, levels
 
 
 def _pinned_places(pins: Pins, unit: Unit, paths: list[str]) -> dict[str, int]:

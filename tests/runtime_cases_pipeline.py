@@ -135,14 +135,14 @@ def compare(rank: int, cases: list[tuple[str, Any]]) -> list[dict[str, Any]]:
         model, loss_fn = example(name)
         reference, _ = example(name)
         ids, targets = batch_of(plan)
-        d = plan.decisions
+        parts = sum(plan.decisions.microbatches_by_data_rank)
         parallel = parallelize(model, plan)
         ours = torch.optim.AdamW(parallel.parameters(), lr=1e-2, eps=1e-3)
         theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, eps=1e-3)
         worst = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "parameter": 0.0}
         table = dict(reference.named_parameters(remove_duplicate=False))
         for _ in range(2):
-            whole = unsharded(reference, ids, targets, d.dp * d.microbatches, loss_fn)
+            whole = unsharded(reference, ids, targets, parts, loss_fn)
             loss = parallel.step({"input_ids": ids}, targets, loss_fn)
             worst["loss"] = max(worst["loss"], abs(float(loss) - whole) / whole)
             for key, parameter in parallel.named_parameters():

@@ -46,6 +46,7 @@ def beyond_torch(d: Decisions) -> tuple[str, ...]:
         (d.ep * d.etp > 1, "expert parallelism: torch has no dispatch"),
         (bool(d.offload), "offload"),
         (bool(d.formats), "matmuls in fewer bits"),
+        (bool(d.shares), "unequal shares of the batch"),
         (bool(d.keep), "operations kept one by one: torch's list of what is kept is by kind"),
     )
     return tuple(reason for holds, reason in cases if holds)

@@ -17,10 +17,10 @@ DECISIONS = (
     "pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "zero", "shard", "reshard", "micro_batch",
     "microbatches", "schedule", "virtual_stages", "stages", "recompute", "keep", "offload",
     "formats", "sequence_parallel", "compile", "cp_kind", "grad_dtype", "placements", "precision",
-    "optimizer", "parts",
+    "optimizer", "parts", "shares",
 )  # fmt: skip
 # Without these the file would start another layout of ranks: it is not written at all.
-LAYOUT = ("pp", "dp", "cp", "tp", "ep", "etp", "parts")
+LAYOUT = ("pp", "dp", "cp", "tp", "ep", "etp", "parts", "shares")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,10 @@ def judge(
         raise PlanError(
             f"--to {target} cannot lay out this plan",
             why="\n".join(f"{row.decision}: {row.note}" for row in fatal),
-            hints=tuple(f"plan trace --fix {x.decision}=1" for x in fatal if x.decision != "parts"),
+            hints=tuple(
+                f"plan trace --fix {x.decision}={'none' if x.decision == 'shares' else 1}"
+                for x in fatal if x.decision != "parts"
+            ),
         )
     return found
 

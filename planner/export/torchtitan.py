@@ -192,6 +192,7 @@ def _rows(p: Plan, dialect: Dialect) -> tuple[tuple[str, bool, str, str], ...]:
          "expert_tensor_parallel_degree is 1 or tp" if dialect.expert_tp else
          "experts are not split further"),
         ("parts", len(d.parts) < 2, UNSUPPORTED, "one kind of GPU"),
+        ("shares", not d.shares, UNSUPPORTED, "every data rank runs as many micro-batches"),
         ("dp_outer", d.dp_outer == 1, UNSUPPORTED, "its pipeline ranks lie outermost"),
         ("zero", d.zero in (0, 3), APPROXIMATE,
          "FSDP2 keeps shards of parameters and gradients too, gathered for each micro-batch"),

@@ -176,7 +176,7 @@ def _pins(setup: Setup, options: TraceOptions, path: str) -> tuple[Pins, int]:
                         f" of {micro}", where=path)  # fmt: skip
     defaults = parse_pins(["recompute=none", "compile=off"])
     return replace(
-        pins, microbatches=count, dp_outer=1,
+        pins, microbatches=count, dp_outer=1, shares=(),
         recompute=pins.recompute if pins.recompute is not None else defaults.recompute,
         compile=pins.compile if pins.compile is not None else defaults.compile,
     ), dp * micro * count  # fmt: skip

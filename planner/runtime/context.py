@@ -39,7 +39,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """One application of a plan on this rank."""
+    """One application of a plan on this rank. plan: with the decisions of this rank's part of the
+    hardware, where parts have shares of their own."""
 
     plan: Plan
     meshes: Meshes

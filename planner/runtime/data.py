@@ -135,4 +135,6 @@ def before_microbatch(root: FSDPModule, d: Decisions, last: bool) -> None:
     """
     each = d.zero >= 2 and d.pp == 1
     root.set_requires_gradient_sync(each or last)
+    if d.shares:  # replicas on other parts run other numbers of micro-batches, and meet at the last
+        root.set_requires_all_reduce(last)
     root.set_reshard_after_backward(last or (d.zero == 3 and d.pp == 1))

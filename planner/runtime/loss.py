@@ -2,7 +2,8 @@
 
 The mean is over the targets that count on all data ranks of a micro-batch, as for a model that is
 not sharded: a rank's loss is its sum over their number divided by the data ranks, since gradients
-are averaged over these. The result is a plain scalar, the same on all tp ranks.
+are averaged over these. The result is a plain scalar, the same on all tp ranks. Where parts of the
+hardware have shares of their own, a micro-batch is what the data ranks of one part run at once.
 """
 
 from __future__ import annotations
@@ -148,13 +149,17 @@ def _rows_of(target: Tensor, at: Placement, ways: int, rank: int) -> Tensor:
 
 
 def _count(target: Tensor, weight: Tensor | None, ignore_index: int, meshes: Meshes) -> Tensor:
-    """How many targets count, or their weights, as a mean over the data ranks."""
+    """How many targets count, or their weights, as a mean over the data ranks, or over those of
+    this part of the hardware."""
     counts = target != ignore_index
     if weight is None:
         total = counts.sum()
     else:
         total = (weight[target.where(counts, 0)] * counts).sum()
     d = meshes.decisions
+    if meshes.part is not None:  # other parts run other numbers of micro-batches
+        dist.all_reduce(total, group=meshes.part)
+        return total / dist.get_world_size(meshes.part)
     if d.dp * d.cp > 1:
         dist.all_reduce(total, group=meshes.axes["dp", "cp"]._flatten().get_group())
     return total / (d.dp * d.cp)

@@ -44,11 +44,25 @@ class Meshes:
     etp: DeviceMesh
     data: DeviceMesh
     expert_data: DeviceMesh
+    part: dist.ProcessGroup | None = None  # data ranks of this one's part, where it has a share
 
     def rank(self, axis: str) -> int:
         """This process's place on an axis: pp, dp, cp, tp, ep or etp."""
         mesh = self.expert_root if axis in ("ep", "etp") else self.axes
         return int(mesh.get_local_rank(axis))
+
+
+def _part_group(d: Decisions, axes: DeviceMesh) -> dist.ProcessGroup | None:
+    """The data ranks of this rank's part of the hardware, which run as many micro-batches as it;
+    None where parts have no shares of their own."""
+    mine, at = None, 0
+    for share in d.shares:  # every rank makes every group, in one order
+        block = axes.mesh[:, at : at + share.dp]
+        for ranks in block.permute(0, 3, 1, 2).flatten(2).flatten(0, 1).tolist():
+            group = dist.new_group(ranks)
+            mine = group if dist.get_rank() in ranks else mine
+        at += share.dp
+    return mine
 
 
 def laid_ranks(d: Decisions) -> torch.Tensor:
@@ -84,6 +98,7 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
         cp_tp=axes["cp", "tp"]._flatten() if d.cp > 1 and d.tp > 1 else axes["cp"],
         ep=expert_root["ep"], etp=expert_root["etp"], data=root["replicate", "shard"],
         expert_data=expert_root["expert_replicate", "expert_shard"],
+        part=_part_group(d, axes),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
 from ir.errors import PlanError
+from planner.plan import Plan
 from planner.runtime import context_parallel, tied
 from planner.runtime.checkpoint import Checkpoints, Parts, Saving
 from planner.runtime.clip import clip_grad_norm_
@@ -43,13 +44,16 @@ class Parallel:
     """What `parallelize` returns. modules: this rank's sharded modules, one a pipeline stage;
     their parameters keep the names that they have in the user's model."""
 
-    def __init__(self, context: Context, stages: tuple[Stage, ...]) -> None:
+    def __init__(
+        self, context: Context, stages: tuple[Stage, ...], plan: Plan | None = None
+    ) -> None:
+        """plan: of all ranks, where the context's has this rank's share of it."""
         self._context, self._stages = context, stages
-        self.plan, self.meshes = context.plan, context.meshes
+        self.plan, self.meshes = plan or context.plan, context.meshes
         self.modules: tuple[nn.Module, ...] = tuple(stage.module for stage in stages)
         self._pipeline = Pipeline(stages, context) if context.plan.decisions.pp > 1 else None
         self._checkpoints = Checkpoints(Parts(
-            plan=context.plan, meshes=context.meshes, modules=self.modules,
+            plan=self.plan, meshes=context.meshes, modules=self.modules,
             weights=context.weights, place=self._place,
             duplicates=frozenset(duplicates(stages, context)),
         ))  # fmt: skip
@@ -166,13 +170,15 @@ class Parallel:
                 hints=("parallel.step(batch, targets, loss_fn) with a loss of single positions",),
             )
         given = self._microbatches((batch, targets))
+        counts = self.plan.decisions.microbatches_by_data_rank
+        mean = sum(counts) / len(counts)  # each rank's gradients weigh as its samples do
         self._context.health.before_step()
 
         def share(outputs: Any, target: Any) -> Tensor:
             ours = context_parallel.own_tokens(outputs, target, self._context)
             with parallel_loss(self._context):
                 loss = outputs if loss_fn is None else loss_fn(*ours)
-            return plain_loss(loss) / len(given)
+            return plain_loss(loss) / mean
 
         own = parallel_loss(self._context) if loss_fn is None else contextlib.nullcontext()
         with own:
@@ -209,20 +215,21 @@ class Parallel:
 
     def _microbatches(self, given: Any) -> list[Any]:
         """The step's samples of this data rank, cut into the plan's micro-batches."""
-        d = self.plan.decisions
+        d, dp = self._context.plan.decisions, self.meshes.rank("dp")
         share = d.micro_batch * d.microbatches
+        counts = d.microbatches_by_data_rank
+        first, whole = (d.micro_batch * sum(n) for n in (counts[:dp], counts))
         leaves, spec = pytree.tree_flatten(given)
         rows: list[list[Any]] = [[] for _ in range(d.microbatches)]
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim():
                 count = leaf.shape[0]
-                if count == share * d.dp and d.dp > 1:
-                    at = self.meshes.rank("dp") * share
-                    leaf = leaf[at : at + share]
+                if count == whole and d.dp > 1:
+                    leaf = leaf[first : first + share]
                 elif count != share:
                     raise PlanError(
                         f"the batch has {count} samples",
-                        why=f"the plan runs {share} a data rank, {share * d.dp} in all",
+                        why=f"the plan runs {share} on this data rank, {whole} in all",
                     )
                 parts = list(torch.split(leaf, d.micro_batch))
             else:

@@ -8,6 +8,7 @@ user's modules runs as it is; what a part adds is around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def parallelize(
         shard_over_data(stage.module, stage.sites, context.meshes,
                         precision_policy(plan.workload, plan.decisions))  # fmt: skip
         refuse_without_values(stage.module)
-    return Parallel(context, stages)
+    return Parallel(context, stages, plan)
 
 
 def begin(
@@ -63,6 +64,8 @@ def begin(
         )
     device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     meshes = make_meshes(plan.decisions, device)
+    own = plan.decisions.at_data_rank(meshes.rank("dp"))
+    plan = replace(plan, decisions=own)
     sites = find_sites(model, plan)
     weights = weights_of(model, plan.graph.tied)
     context = Context(plan=plan, meshes=meshes, report=Report(), weights=weights)

@@ -68,7 +68,7 @@ def look_at(
             why="a plan is looked at on a fake group of its size",
             hints=("in a process of its own",),
         )
-    d = plan.decisions
+    d = plan.decisions.at_data_rank(0)
     runs: tuple[tuple[int, int], ...] = ((d.microbatches, 1),)  # (micro-batches, times it counts)
     few = {"zbh1": d.pp, "dualpipev": 2 * d.pp}.get(d.schedule, 2)
     if d.pp > 1 and d.microbatches > 2 * few + 1:
@@ -114,13 +114,15 @@ def _shortened(plan: Plan, microbatches: int) -> Plan:
     and 1f1b, which takes no fewer than pp, has gpipe's in another order."""
     d = plan.decisions
     schedule = "gpipe" if d.schedule == "1f1b" and microbatches < d.pp else d.schedule
+    shares = tuple(replace(share, microbatches=microbatches) for share in d.shares)
     return replace(
         plan,
         decisions=replace(
-            d, microbatches=microbatches, schedule=schedule, compile=False, formats=()
+            d, microbatches=microbatches, schedule=schedule, compile=False, formats=(),
+            shares=shares,
         ),
         workload=replace(plan.workload, global_batch=d.micro_batch * microbatches * d.dp),
-    )
+    )  # fmt: skip
 
 
 def _run(

@@ -193,7 +193,7 @@ def unsharded(plan: Plan, recipe: Recipe) -> tuple[Case, int]:
 
 def shares(case: Case, d: Decisions) -> list[tuple[Any, Any]]:
     """The batch in the pieces that a data rank runs at once, in the order of data ranks."""
-    count = d.dp * d.microbatches
+    count = sum(d.microbatches_by_data_rank)
 
     def cut(value: Any) -> list[Any]:
         whole = isinstance(value, Tensor) and value.dim()

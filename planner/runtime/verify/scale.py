@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from cost_models.decisions import Decisions, Workload
+from cost_models.decisions import Decisions, Share, Workload
 from cost_models.state import ranks_of
 from planner.legality import illegal, inconsistent
 
@@ -29,6 +29,7 @@ def _kind(d: Decisions) -> tuple[object, ...]:
     dense, expert = ranks_of(d, False), ranks_of(d, True)
     return (
         dense.shard > 1, dense.replicas > 1, d.dp_outer > 1 and d.dp > d.dp_outer,
+        bool(d.shares) and d.shard == d.dp * d.cp,
         d.ep * d.etp > 1 and (d.edp > 1, expert.shard > 1, expert.replicas > 1),
     )  # fmt: skip
 
@@ -129,6 +130,8 @@ def lost(d: Decisions, small: Decisions) -> tuple[str, ...]:
     asked = {level for row in _levels(d) for level in row}
     kept = {level for row in _levels(small) for level in row}
     found += [f"no layer of the twin has recompute {level}" for level in sorted(asked - kept)]
+    if len(d.shares) > len(small.shares):
+        found.append(f"the plan's replicas are on {len(d.shares)} parts, the twin's on two")
     if d.formats:
         found.append("the twin's matmuls are in fp32, the plan's in fewer bits")
     return tuple(found)
@@ -148,14 +151,32 @@ def cut_decisions(
         small.cut(cut, cut_recompute(d, cut)), virtual_stages=count // small.pp,
         micro_batch=min(2, d.micro_batch), microbatches=batches, formats=(),
     )  # fmt: skip
-    if not any(some for _, some in small.recompute):
+    if d.shares:
+        small = replace(small, shares=cut_shares(d, small, cut))
+    parts = [small.recompute, *(share.recompute for share in small.shares)]
+    if not any(some for rows in parts for _, some in rows):
         small = replace(small, keep=())
     engine = workload.engine
     if engine not in ("native", "native-compiled"):
         engine = "native-compiled" if d.compile else "native"
     return small, replace(
         workload, engine=engine, seq_len=length, precision="fp32",
-        global_batch=small.dp * small.micro_batch * small.microbatches,
+        global_batch=small.micro_batch * sum(small.microbatches_by_data_rank),
+    )  # fmt: skip
+
+
+def cut_shares(d: Decisions, small: Decisions, cut: tuple[int, ...]) -> tuple[Share, ...]:
+    """Two parts with half of the twin's data ranks each: of the plan's, the one that runs the most
+    micro-batches and the one that runs the fewest, which are fewer where the plan's are."""
+    most = max(d.shares, key=lambda share: share.microbatches)
+    least = min((s for s in d.shares if s is not most), key=lambda share: share.microbatches)
+    fewer = least.microbatches < most.microbatches and small.microbatches > 1
+    rows = [cut_recompute(d.on_part(share), cut) for share in (most, least)]
+    counts = (small.microbatches, small.microbatches - fewer)
+    return tuple(
+        Share(part=share.part, dp=small.dp // 2, microbatches=count,
+              recompute=() if again == small.recompute else again)
+        for share, count, again in zip((most, least), counts, rows)
     )  # fmt: skip
 
 
@@ -175,7 +196,7 @@ def only(d: Decisions, axes: tuple[str, ...]) -> Decisions:
     sizes: dict[str, Any] = {axis: getattr(d, axis) if axis in axes else 1 for axis in AXES}
     small = replace(d, **sizes)
     if small.pp == 1 or small.dp == 1:
-        small = replace(small, dp_outer=1)
+        small = replace(small, dp_outer=1, shares=small.shares if small.dp > 1 else ())
     ranks = small.dp * small.cp
     whole = d.shard == d.dp * d.cp
     shard = ranks if whole and d.zero else min(d.shard, ranks)
