@@ -1,9 +1,10 @@
-# make demo: from nothing to a plan. make test: the test suite. make matrix: every kind of plan of
-# every model, run and compared. Each sets up .venv once.
+# make demo: from nothing to a plan. make test: the test suite. make docs: the documentation as a
+# site, its commands run. make matrix: every kind of plan of every model, run and compared. Each sets
+# up .venv once.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test matrix lint setup clean
+.PHONY: demo test matrix lint docs setup clean
 
 setup: .venv/ready
 
@@ -22,6 +23,12 @@ test: setup
 
 matrix: setup
 	$(BIN)/python tests/matrix.py
+
+# The site in build/site, links checked; then every command of the pages is run, and the wheel.
+docs: setup
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --quiet
+	$(BIN)/python -m pytest docs/site
 
 lint: setup
 	$(BIN)/ruff check .
