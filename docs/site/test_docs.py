@@ -49,6 +49,7 @@ CONFIG = {
     "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 8192,
 }  # fmt: skip
+RUN = "torchrun pretrain_gpt.py --tensor-model-parallel-size 2 --micro-batch-size 1\n"
 PRICES = "[h100]\nusd_per_gpu_hour = 2.5\n[b200]\nusd_per_gpu_hour = 4.0\n"
 
 
@@ -80,6 +81,8 @@ def here(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for name in ("my.toml", "host.toml", "mine.toml"):
         (folder / name).write_text('base = "h100"\ncount = 8\n')
+    for name in ("run.sh", "pretrain.sh"):
+        (folder / name).write_text(RUN)
     (folder / "prices.toml").write_text(PRICES)
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "action").symlink_to(ROOT / "action")
