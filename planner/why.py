@@ -227,7 +227,7 @@ class Why:
             binding=self._memory(refused, effort, out.best) or _slower(self.base.estimate, made),
         )  # fmt: skip
 
-    def rows(self) -> tuple[Alternative, ...]:
+    def rows(self, effort: int = ROW_EFFORT) -> tuple[Alternative, ...]:
         """An alternative for every decision that has one, in the vocabulary's order."""
         d, found = self.d, []
         experts = facts_of(self.asking.searcher.costs.chain).experts
@@ -241,7 +241,7 @@ class Why:
                 or (key == "ep" and not experts) or (key == "schedule" and d.pp == 1)
             )  # fmt: skip
             if not idle:
-                found.append(self.alternative(((key, value),), ROW_EFFORT))
+                found.append(self.alternative(((key, value),), effort))
         return tuple(found)
 
     def roomier(self, effort: int = ROW_EFFORT) -> Answer:

@@ -11,7 +11,7 @@ from planner.report import flips, whynot
 from planner.report.sensitivity import FACTORS, sensitivity
 from planner.report.training import page as page_of
 from planner.score import score_of
-from planner.why import Why
+from planner.why import ROW_EFFORT, Why
 
 DATA = Decisions(dp=8, shard=8, zero=2, micro_batch=1, microbatches=4, stages=(2,))
 
@@ -26,7 +26,7 @@ def asked():
 @pytest.fixture(scope="module")
 def found(asked):
     checked, rows, why = asked
-    return sensitivity(checked, why, rows)
+    return sensitivity(checked, why, rows, ROW_EFFORT)
 
 
 def costed(checked, decisions, **cluster):
@@ -88,7 +88,7 @@ def test_other_micro_batches(asked, found):
 
 def test_the_sections_say_what_was_found(asked, found):
     checked, rows, _ = asked
-    body = tree(whynot.section(checked, rows).body)
+    body = tree(whynot.section(checked, rows, ROW_EFFORT).body)
     assert len(body.all("tbody")[0].all("tr")) == len(rows) == len(body.all("p", class_="because"))
     words = tree(flips.section(found, checked.plan.decisions, "").body)
     drawn = words.all("div", class_="reasoned")

@@ -34,6 +34,10 @@ def report(
         bool,
         typer.Option("--why/--no-why", help="search for what else there is: seconds"),
     ] = True,
+    effort: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, show_default=False, help="of each search (default: 100)"),
+    ] = 0,
     verbose: Verbose = 0,
 ) -> int:
     """\b
@@ -52,11 +56,11 @@ def report(
         raise UsageError("both plans cannot come from stdin")
     for target in (path, trace):
         _require_place(target)
-    _write(path, trace, sources, why)
+    _write(path, trace, sources, ask=why, effort=effort)
     return 0
 
 
-def _write(path: str, trace: str, sources: list[str], ask: bool) -> None:
+def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int) -> None:
     """The page, and the trace of the (new) plan's step where one is asked for."""
     from planner.plan import Plan, load_plan
 
@@ -80,9 +84,10 @@ def _write(path: str, trace: str, sources: list[str], ask: bool) -> None:
         return
     from planner.check import examine
     from planner.report import training as report_of
+    from planner.why import ROW_EFFORT
 
     checked = [examine(p, f) for p, f in training]
-    _save(path, report_of.page(checked, ask=ask))
+    _save(path, report_of.page(checked, ask=ask, effort=effort or ROW_EFFORT))
     if trace:
         from planner.report.trace_events import trace_text
 

@@ -94,14 +94,17 @@ class Sensitivity:
     room: Room
 
 
-def sensitivity(checked: Checked, why: Why, rows: Sequence[Alternative]) -> Sensitivity:
-    """Ask about every input that the plan's hardware and model have."""
+def sensitivity(
+    checked: Checked, why: Why, rows: Sequence[Alternative], effort: int
+) -> Sensitivity:
+    """Ask about every input that the plan's hardware and model have. effort: of the one search,
+    for what more memory would allow."""
     table = _Table(checked)
     found = {
         row.decisions: Candidate(decisions=row.decisions, assignments=row.assignments)
         for row in rows if row.decisions not in (None, table.chosen.decisions)
     }  # fmt: skip
-    rivals, roomier = list(found.values()), why.roomier().outcome.best
+    rivals, roomier = list(found.values()), why.roomier(effort).outcome.best
     own = table.cost(table.cluster, table.workload, [table.chosen, *rivals])
     fit = [c for c, made in zip(rivals, own[1:]) if made.over_bytes <= 0]
     ahead = [c for c, made in zip(rivals, own[1:]) if made.score < own[0].score]

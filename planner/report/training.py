@@ -22,7 +22,7 @@ from planner.report.charts import Section
 from planner.report.page import Row, document, pair
 from planner.report.sensitivity import sensitivity
 from planner.report.verdict import subtitle, verdict
-from planner.why import Why
+from planner.why import ROW_EFFORT, Why
 
 PREFIXES = ("old", "new")
 
@@ -33,14 +33,15 @@ def simulate(checked: Checked) -> Simulated:
     return simulated(p.graph, checked.hardware, p.workload, p.decisions, p.sharding_by_unit)
 
 
-def page(plans: Sequence[Checked], *, ask: bool = True) -> str:
+def page(plans: Sequence[Checked], *, ask: bool = True, effort: int = ROW_EFFORT) -> str:
     """The report of a plan, or of an old and a new one side by side on scales that compare.
 
     ask: also search for what else there is (than the new one), which takes seconds.
+    effort: of each search.
     """
     old, new, both = plans[0], plans[-1], len(plans) == 2
     rows: list[Row] = [(changes.section(diff(old, new)),)] if both else []
-    rows += [*_rows(plans, PREFIXES if both else ("plan",)), *_asked(new, ask), _rests_on(new)]
+    rows += [*_rows(plans, PREFIXES if both else ("plan",)), *_asked(new, effort if ask else None), _rests_on(new)]
     return document(new.plan.graph.name, [subtitle(c.plan) for c in plans],
                     pair([verdict(c) for c in plans]), rows)  # fmt: skip
 
@@ -63,19 +64,19 @@ def _rests_on(c: Checked) -> Row:
     return (assumptions.section(c.plan, c.hardware, e.assumptions, e.error),)
 
 
-def _asked(checked: Checked, ask: bool) -> list[Row]:
-    """What else there is, and what would change the decision."""
-    if not ask:
+def _asked(checked: Checked, effort: int | None) -> list[Row]:
+    """What else there is, and what would change the decision; None: not asked."""
+    if effort is None:
         return [(whynot.left_out(whynot.NOT_ASKED),)]
     if isinstance(checked.hardware, Fleet):
         return [(whynot.left_out("Not asked: alternatives are of hardware of one kind, and this is"
                                  f" {checked.plan.hardware}."),)]  # fmt: skip
     why = Why(checked)
-    found: list[Section] = [whynot.section(checked, rows := why.rows())]
+    found: list[Section] = [whynot.section(checked, rows := why.rows(effort), effort)]
     price = (
         f"No price flips it: every plan here uses the same {checked.plan.decisions.gpus:,} GPUs, so"
         " that cost goes with time."
     )
     d = checked.plan.decisions
-    found.append(flips.section(sensitivity(checked, why, rows), d, price))
+    found.append(flips.section(sensitivity(checked, why, rows, effort), d, price))
     return [(section,) for section in found]

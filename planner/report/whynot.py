@@ -8,15 +8,15 @@ from cost_models.units import format_seconds
 from planner.check import Checked
 from planner.report.charts import Mark, Section, bar, figure, row, sentences, table
 from planner.report.markup import Children, el
-from planner.why import ROW_EFFORT, Alternative, refused_words
+from planner.why import Alternative, refused_words
 from planner.why_text import decided, told
 
 NOT_ASKED = "Not asked (--no-why): alternatives and sensitivity take a search each."
 LEAST_SCALE = 0.02  # of the step: bars of smaller differences are not blown up beyond it
 
 
-def section(checked: Checked, rows: Sequence[Alternative]) -> Section:
-    """rows: `Why.rows`."""
+def section(checked: Checked, rows: Sequence[Alternative], effort: int) -> Section:
+    """rows: `Why.rows`, of that effort each."""
     base = checked.estimate
     made = [r for r in rows if r.estimate is not None]
     worse = [r for r in made if _change(checked, r) > base.error]
@@ -42,7 +42,7 @@ def section(checked: Checked, rows: Sequence[Alternative]) -> Section:
         body=figure(
             "The step of the best plan without each decision, against this one.",
             el("div", drawn, class_="rows"), behind,
-            note=f"Each row is a search of effort {ROW_EFFORT}; plan why --not asks one in full.",
+            note=f"Each row is a search of effort {effort}; plan why --not asks one in full.",
         ),
     )  # fmt: skip
 
