@@ -317,8 +317,10 @@ def test_words_stand_out_in_both_themes():
             for ground in ("paper", "card"):
                 a, b = sorted((luminance(theme[word]), luminance(theme[ground])))
                 assert (b + 0.05) / (a + 0.05) >= 4.5, (word, ground)
-        a, b = sorted((luminance(theme["ink"]), luminance(theme["notice"])))
-        assert (b + 0.05) / (a + 0.05) >= 4.5
+        on = [("ink", "notice"), ("card", "blue"), ("paper", "ink"), ("ink", "idle")]
+        for word, ground in on:  # words on marks, in notices and in the tip
+            a, b = sorted((luminance(theme[word]), luminance(theme[ground])))
+            assert (b + 0.05) / (a + 0.05) >= 4.5, (word, ground)
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ def test_the_sections_say_what_was_found(asked, found):
 def test_what_differs_is_said_by_key():
     other = replace(DATA, dp=4, tp=2, shard=4, zero=3, reshard=True)
     assert flips.differing(DATA, other) == "dp 4, tp 2, ZeRO-3 resharding"
+    piped = replace(DATA, pp=2, dp=4, shard=4, virtual_stages=2, schedule="interleaved")
+    assert flips.differing(piped, replace(piped, schedule="1f1b", virtual_stages=1)) == "1f1b"
     assert flips.differing(replace(DATA, sequence_parallel=True), DATA) == "no sequence parallel"
 
 

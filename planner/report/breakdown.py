@@ -54,7 +54,7 @@ def section(e: Estimate, scale_ps: int = 0) -> Section:
             f"Parts of a step of {format_seconds(e.step_time_s)}.",
             [el("div", whole, class_="whole"), el("div", rows, class_="rows")],
             join([behind, _collectives(e)]),
-            note=f"{left} parts of less than {SMALL:.2%} are in the table alone." if left else None,
+            note=f"Less than {SMALL:.2%} each, in the table alone: {left}." if left else None,
         ),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cost_models.decisions import Decisions
+from cost_models.schedule import SCHEDULES
 from cost_models.units import format_bytes
 from planner.report.charts import Mark, Section, bar, figure, row, sentences, table
 from planner.report.markup import Children, Html, el
@@ -61,8 +62,12 @@ def differing(old: Decisions, new: Decisions) -> str:
 
 def _replaced(word: str, others: list[str]) -> bool:
     """Whether another word says the same key: tp 2 for tp 4, ZeRO-3 for ZeRO-1."""
-    key = word.replace("-", " ").split(" ")[0]
-    return any(o.replace("-", " ").split(" ")[0] == key for o in others)
+    return any(_key(other) == _key(word) for other in others)
+
+
+def _key(word: str) -> str:
+    first = word.replace("-", " ").split(" ")[0]
+    return "schedule" if first in SCHEDULES else first
 
 
 def _listed(names: list[str]) -> str:

@@ -41,7 +41,8 @@ def page(plans: Sequence[Checked], *, ask: bool = True, effort: int = ROW_EFFORT
     """
     old, new, both = plans[0], plans[-1], len(plans) == 2
     rows: list[Row] = [(changes.section(diff(old, new)),)] if both else []
-    rows += [*_rows(plans, PREFIXES if both else ("plan",)), *_asked(new, effort if ask else None), _rests_on(new)]
+    rows += _rows(plans, PREFIXES if both else ("plan",))
+    rows += [*_asked(new, effort if ask else None), _rests_on(new)]
     return document(new.plan.graph.name, [subtitle(c.plan) for c in plans],
                     pair([verdict(c) for c in plans]), rows)  # fmt: skip
 
