@@ -6,7 +6,18 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ir.errors import UsageError
-from planner.export import accelerate, deepspeed, launchers, megatron, pytorch, torchtitan
+from planner.export import (
+    accelerate,
+    deepspeed,
+    launchers,
+    leaderworkerset,
+    llamacpp,
+    megatron,
+    pytorch,
+    sglang,
+    torchtitan,
+    vllm,
+)
 from planner.export.pinned import checked
 from planner.export.target import Exported, Target
 from planner.plan import Plan
@@ -48,6 +59,18 @@ TARGETS: dict[str, Target] = {
     "trainjob": Target(
         task="train", checked=checked("trainjob"), export=launchers.trainjob,
         made="a manifest of Kubeflow Trainer",
+    ),
+    "vllm": Target(task="serve", checked=checked("vllm"), export=vllm.export, made="a command"),
+    "sglang": Target(
+        task="serve", checked=checked("sglang"), export=sglang.export, made="a command",
+    ),
+    "llamacpp": Target(
+        task="serve", checked=checked("llamacpp"), export=llamacpp.export,
+        made="a command of llama-server",
+    ),
+    "leaderworkerset": Target(
+        task="both", checked=checked("leaderworkerset"), export=leaderworkerset.export,
+        made="a manifest: SGLang, or torchrun",
     ),
 }  # fmt: skip
 

@@ -20,7 +20,8 @@ DECISIONS = (
     "optimizer", "parts", "shares",
 )  # fmt: skip
 # Without these the file would start another layout of ranks: it is not written at all.
-LAYOUT = ("pp", "dp", "cp", "tp", "ep", "etp", "parts", "shares")
+DEGREES = ("pp", "dp", "cp", "tp", "ep", "etp", "attention_dp")
+LAYOUT = (*DEGREES, "parts", "shares", "prefill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +84,8 @@ def judge(
             f"--to {target} cannot lay out this plan",
             why="\n".join(f"{row.decision}: {row.note}" for row in fatal),
             hints=tuple(
-                f"plan trace --fix {x.decision}={'none' if x.decision == 'shares' else 1}"
-                for x in fatal if x.decision != "parts"
+                f"plan trace --fix {x.decision}={1 if x.decision in DEGREES else 'none'}"
+                for x in fatal if x.decision in (*DEGREES, "shares")
             ),
         )
     return found
