@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from cost_models.hardware import Cluster
 from cost_models.serving import memory_of, step_s
@@ -83,6 +82,8 @@ def best_tiers(
     """The decisions with the best place for every block, `s.batch` sequences being run; None where
     no tiers hold them. pinned: blocks and the tier that each lies on, the others on the GPU."""
     costs = Costs(cluster=cluster, engine=engine, serving=s)
+    from ortools.sat.python import cp_model  # late: who reads a plan needs no solver
+
     each = s.batch / s.replicas / s.attention_dp
     one = np.ones(1)
     steps = (
