@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a rank forked fro
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/")
+
+
+def pytest_configure(config):
+    """A cache of traced graphs of the session's own, which its workers and commands inherit."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="meshwright-tests-")
+        os.environ["XDG_CACHE_HOME"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture
@@ -47,12 +56,9 @@ def world(local_ranks):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A folder for traced graphs, shared by the commands of all processes of the session."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-    folder.mkdir(exist_ok=True)
-    return str(folder)
+def cache():
+    """The folder of traced graphs that all of the session's processes share."""
+    return os.environ["XDG_CACHE_HOME"]
 
 
 @pytest.fixture(scope="session")

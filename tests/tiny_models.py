@@ -10,6 +10,9 @@ from cost_models.decisions import Workload
 from cost_models.hardware import Cluster, load_hardware
 from cost_models.step import Costs
 from ir.graph import Graph
+from planner.options import TraceOptions
+from planner.tracing import capture
+from planner.workload import Asked
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRECISION = {"t4": "fp16"}
@@ -17,12 +20,14 @@ PRECISION = {"t4": "fp16"}
 
 @functools.cache
 def graph_of(name: str, precision: str = "bf16", **args: object) -> Graph:
-    """An example's graph; args go to its factory."""
-    from ir.capture import capture_graph
-    from ir.capture.load import load
-
+    """An example's graph, traced or from the session's cache; args go to its factory."""
     words = {"size": "tiny", **{k: str(v) for k, v in args.items()}}
-    return capture_graph(load(str(EXAMPLES / f"{name}.py"), words), precision=precision)
+    return capture(
+        TraceOptions(
+            model=str(EXAMPLES / f"{name}.py"), args=tuple(words.items()), hardware="h100x1",
+            asked=Asked(precision=precision),
+        )
+    )
 
 
 def with_memory(cluster: Cluster, memory_bytes: int) -> Cluster:
