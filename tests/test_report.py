@@ -13,7 +13,9 @@ import pytest
 from reports import PIPELINE, served, small, tree
 from toy_plan import toy_graph, toy_plan
 
+from cost_models.ledger import BREAKDOWN, MEMORY
 from cost_models.schedule import global_stage
+from cost_models.serving_ops import PARTS
 from planner.differ import diff
 from planner.report import memory, placement, serving, serving_asked, serving_page, timeline
 from planner.report.markup import Html, el, escape, join
@@ -299,6 +301,19 @@ def test_a_table_is_behind_every_chart(page):
 
 def test_the_page_is_small(page):
     assert len(page.encode()) < 1_000_000
+
+
+def test_every_mark_has_a_colour(page):
+    """Of every kind that the ledgers name, whether or not a plan here has it."""
+    css = (Path(memory.__file__).parent / "report.css").read_text()
+    coloured = set(re.findall(r"\.k-([\w-]+)", css))
+    parts = {f"t-{name}" for name in BREAKDOWN} | {f"m-{name}" for name in MEMORY}
+    parts |= {f"v-{name}" for name in (*PARTS, "cpu", "stream")} | {"m-cache"}
+    parts |= {f"op-{kind}" for kind in timeline.KINDS}
+    assert parts <= coloured
+    marks = [e for e in tree(page).all() if e.tag in ("rect", "path")]
+    drawn = {c for e in marks for c in e.attributes["class"].split() if c.startswith("k-")}
+    assert {c.removeprefix("k-") for c in drawn} <= coloured
 
 
 def luminance(colour):

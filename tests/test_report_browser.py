@@ -106,6 +106,17 @@ def test_print_opens_every_table(browser, pages):
     assert browser.run(count) == 0
 
 
+def test_paper_is_white_whatever_the_theme(browser, pages):
+    browser.open(pages / "one.html", 1280, 900, "dark")
+    for _ in range(2):
+        browser.ask("Emulation.setEmulatedMedia", media="print",
+                    features=[{"name": "prefers-color-scheme", "value": "dark"}])  # fmt: skip
+        ground = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert ground == "rgb(255, 255, 255)"
+        browser.run("document.documentElement.dataset.theme = 'dark'")
+    browser.ask("Emulation.setEmulatedMedia", media="")
+
+
 def test_a_script_of_the_plan_would_not_run(browser, pages):
     text = (pages / "one.html").read_text()
     broken = pages / "broken.html"

@@ -58,7 +58,8 @@ def verdict(checked: CheckedServing) -> Html:
         "div",
         el("p", sentences(
             el("span", f"{fits}{missed}.", class_="good" if p.fits and not missed else "bad"),
-            [strong(p.bottleneck.capitalize()), f" binds: {RELIEF[p.bottleneck]} would help."],
+            [strong(p.bottleneck[:1].upper() + p.bottleneck[1:]),
+             f" binds: {RELIEF[p.bottleneck]} would help."],
             f"What is lossy: {', '.join(plan.lossy)}." if plan.lossy else "Nothing in it is lossy.",
         ), class_="verdict"),
         tiles([
@@ -131,9 +132,10 @@ def memory(checked: CheckedServing, scale_bytes: float = 0) -> Section:
     below = [(name, size * sharers(checked.cluster, plan.serving), checked.cluster.tier(name).bytes)
              for name, size in p.tiers if name != "gpu"]  # fmt: skip
     rows += [
-        row(f"{name}, a node", bar([Mark(start=0, end=size / max(size, held), kind="m-context",
-                                         tip=f"{name}: {format_bytes(size)}")]),
-            f"{format_bytes(size)} of {format_bytes(held)}")
+        row(f"{name}, of {format_bytes(held)} a node",
+            bar([Mark(start=0, end=size / max(size, held), kind="m-context",
+                      tip=f"{name}: {format_bytes(size)}")]),
+            format_bytes(size))
         for name, size, held in below
     ]  # fmt: skip
     kv, each = p.memory.kv_bytes_per_token, p.memory.kv_bytes_per_sequence
