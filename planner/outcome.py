@@ -81,3 +81,17 @@ class Outcome:
         if self.best is None:
             return 0
         return min(self.best.objective_ps, self.best.below(self.bound))
+
+
+def less_over(old: TierUse | None, new: TierUse) -> TierUse:
+    """The tier that is less too small, the first of equals."""
+    if old and old.used_bytes / old.bytes <= new.used_bytes / new.bytes:
+        return old
+    return new
+
+
+def nearer(old: Misfit | None, new: Misfit) -> Misfit:
+    """The misfit that overflows less, the first of equals."""
+    if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
+        return old
+    return new

@@ -24,8 +24,9 @@ from planner.dominance import undominated
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
-from planner.outcome import Misfit, Outcome, Program, Tried
+from planner.outcome import Misfit, Outcome, Program, Tried, less_over, nearer
 from planner.proving import FIRST, Proof, Unsettled
+from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
@@ -44,7 +45,7 @@ DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages
 # its state may fit, and one for every 4 programs it has: some 8 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
-UNLIMITED = 1 << 62  # bytes, or picoseconds
+ENDLESS = 1 << 62  # picoseconds
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,7 @@ class Searcher(Space):
     gain_ppm: int = AXIS_GAIN_PPM  # of the step that an axis must earn
     _over: dict[tuple[object, ...], bool] = field(default_factory=dict)  # state alone is too much
     _shapes: Shapes = field(default_factory=Shapes)
+    _known: Refuted = field(default_factory=Refuted)
 
     def under(self, pins: Pins) -> Searcher:
         """The same model and costs under other pins."""
@@ -90,7 +92,7 @@ class Searcher(Space):
     def run(self, incumbent: Tried | None = None) -> Outcome:
         """Most promising first, by guess; bounds prune. Every mesh is tried under every choice of
         formats. incumbent: a plan of the space."""
-        self._shapes = Shapes()  # the same paths whatever was searched before
+        self._shapes, self._known = Shapes(), Refuted()  # the same whatever was searched before
         runs = [m for m in self.meshes() if self.runs(m)]
         spaces = [replace(self, formats=way) for way in self.format_ways()]
         candidates = [(space, m) for space in spaces for m in runs]
@@ -174,7 +176,7 @@ class Searcher(Space):
                 step = self.costs.step(d, laid)
                 use = None if d.parts else over_below(self.costs.cluster, step)
                 if use is not None:
-                    out.full = _less_over(out.full, use)
+                    out.full = less_over(out.full, use)
                     full.append(d)
                 else:
                     held.append((d, step))
@@ -184,7 +186,7 @@ class Searcher(Space):
             for d, step in steps:
                 for made in self.schedules(d):
                     problem = self.problem(step, made)
-                    least[made] = lower_bound_ps(_unlimited(problem))
+                    least[made] = lower_bound_ps(unlimited(problem))
                     if not out.best or least[made] < self._below(out.best, mesh):
                         todo += self._programs(step, made, problem, out)
             full += self._solve_all(todo, mesh, laid, out, unsettled)
@@ -200,7 +202,7 @@ class Searcher(Space):
     ) -> Iterator[Program]:  # fmt: skip
         """The programs of states with activations on the host by count of layers, that could be
         better than the best if memory were in nobody's way. least: bounds of that, where known."""
-        target = self._below(out.best, mesh) if out.best else UNLIMITED
+        target = self._below(out.best, mesh) if out.best else ENDLESS
         for d, step in held:
             made = self.by_count(d)
             if made is None:
@@ -212,7 +214,7 @@ class Searcher(Space):
                 if least.get(replace(one, offload=d.offload), 0) >= target:
                     continue
                 problem = self.problem(below, one)
-                pays = lower_bound_ps(_unlimited(problem)) < target
+                pays = lower_bound_ps(unlimited(problem)) < target
                 if pays and not (out.best and surely_infeasible(problem)):
                     yield Program(
                         bound_ps=lower_bound_ps(problem), decisions=one, problem=problem, step=None
@@ -261,14 +263,14 @@ class Searcher(Space):
         """Of a solved program whose bound has no recomputation in it: the same with other sets
         that layers may keep, if without a limit to memory it were better than the best."""
         best = out.best
-        below = self._below(best, row.decisions) if best else UNLIMITED
+        below = self._below(best, row.decisions) if best else ENDLESS
         if row.step is None or row.bound_ps >= below:
             return
         others = list(self._kept_otherwise(row.step, row.decisions, row.problem))
         if best is not None and others and row.problem.chunks == 1:
             out.solved += 1
             out.spent += 1
-            if solve(_unlimited(row.problem), incumbent_ps=below).status == "CUTOFF":
+            if solve(unlimited(row.problem), incumbent_ps=below).status == "CUTOFF":
                 return
         for other in others:
             if out.best is None or other.bound_ps < self._below(out.best, row.decisions):
@@ -280,7 +282,7 @@ class Searcher(Space):
         d = row.decisions
         if row.step is None or out.best is None or not self.keeps(d.tp, d.sequence_parallel):
             return False
-        return self._refuted(_unlimited(row.problem), self._below(out.best, d), out)
+        return self._refuted(unlimited(row.problem), self._below(out.best, d), out)
 
     def _solve(
         self, row: Program, laid: Assignments, out: Outcome, unsettled: list[Unsettled]
@@ -299,7 +301,7 @@ class Searcher(Space):
             if problem.chunks > 1:  # layers were moved about before that was said
                 out.spent += d.pp * d.virtual_stages // 2
             out.misfits += 1
-            out.misfit = _nearer(out.misfit, Misfit(
+            out.misfit = nearer(out.misfit, Misfit(
                 decisions=decided(d, found.nearest.stages, found.nearest.recompute),
                 assignments=laid, nearest=found.nearest,
             ))  # fmt: skip
@@ -313,7 +315,7 @@ class Searcher(Space):
                     gain_ppm=self.gain_ppm,
                 )  # fmt: skip
             else:
-                out.full = _less_over(out.full, over)
+                out.full = less_over(out.full, over)
         settled = (found.status == "OPTIMAL" and over is None) or (
             found.status == "INFEASIBLE" and refutes(problem)
         )
@@ -327,12 +329,25 @@ class Searcher(Space):
 
     def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         """Whether a few linear programs show that a program with several stages a rank has nothing
-        better; cheaper than to solve it."""
+        better, or what they showed of others does: cheaper than to solve it. At first without a
+        limit to memory: that says something of others."""
+        if self._known.covers(problem, best):
+            return True
         if problem.chunks == 1 or not applies(problem):
             return False
+        free = unlimited(problem)
+        if self._known.promising(free, best) and self._planes(free, best, out):
+            return True
+        return free != problem and self._planes(problem, best, out)
+
+    def _planes(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         effort = Effort(programs=FIRST)
         refuted, _ = refute(problem, best, self._shapes.of(problem), effort)
         out.spent += 1 + (FIRST - effort.programs) * problem.count // 256
+        if refuted:
+            self._known.add(problem, best)
+        elif problem.capacity_bytes == UNLIMITED:
+            self._known.failed(problem, best)
         return refuted
 
     def tier_uses(self, step: Step, d: Decisions, problem: StageProblem) -> tuple[TierUse, ...]:
@@ -362,15 +377,9 @@ class Searcher(Space):
             near = solve(self.problem(self.costs.step(d, laid), made)).nearest
             if near is not None:
                 nearest = decided(made, near.stages, near.recompute)
-                out.misfit = _nearer(
+                out.misfit = nearer(
                     out.misfit, Misfit(decisions=nearest, assignments=laid, nearest=near)
                 )
-
-
-def _unlimited(problem: StageProblem) -> StageProblem:
-    """Without a limit to memory nothing is recomputed, but what is pinned."""
-    free = replace(problem, capacity_bytes=UNLIMITED)
-    return free if free.fixed_recompute is not None else replace(free, levels=("none",))
 
 
 def decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
@@ -384,19 +393,6 @@ def _state_key(d: Decisions) -> tuple[object, ...]:
     """What the bytes of a mesh's state depend on: not its schedule nor the size of its batches."""
     axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel)
     return (*axes, d.zero, d.shard, d.reshard, d.offload, d.microbatches == 1)
-
-
-def _less_over(old: TierUse | None, new: TierUse) -> TierUse:
-    """The tier that is less too small, the first of equals."""
-    if old and old.used_bytes / old.bytes <= new.used_bytes / new.bytes:
-        return old
-    return new
-
-
-def _nearer(old: Misfit | None, new: Misfit) -> Misfit:
-    if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
-        return old
-    return new
 
 
 __all__ = ["Outcome", "Searcher", "Tried"]

@@ -27,7 +27,7 @@ from planner.bounds import Bounds
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
 from planner.outcome import Outcome, Tried
 from planner.proving import Unsettled
-from planner.search import UNLIMITED, Searcher, decided
+from planner.search import ENDLESS, Searcher, decided
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
 
@@ -101,7 +101,7 @@ class Pace:
     def run_ps(self, microbatches: int) -> int:
         """What so many micro-batches take; more than any step where they do not fit."""
         found = self.each(microbatches) if microbatches else (0, ())
-        return UNLIMITED if found is None else microbatches * found[0]
+        return ENDLESS if found is None else microbatches * found[0]
 
     def tail_ps(self, microbatches: int) -> int:
         """What follows the last of so many: the same whatever their number, but for gradients that
@@ -196,8 +196,8 @@ class ShareSearcher(Searcher):
                 known[key] = [through_chain(side, d, laid) for side in self.costs.sides]
             at = point[m.micro_batch, m.cp]
             each = [int(t.step_s[at] * 1e12 * (1 - ROUNDING)) for t in known[key]]
-            least = self.division(m, [partial(mul, ps) for ps in each], each).least_ps(UNLIMITED)
-            found.append(UNLIMITED if least is None else least)
+            least = self.division(m, [partial(mul, ps) for ps in each], each).least_ps(ENDLESS)
+            found.append(ENDLESS if least is None else least)
         ps = np.array(found, dtype=np.int64)
         return Bounds(lower_ps=ps, guess_ps=ps)
 
@@ -215,7 +215,7 @@ class ShareSearcher(Searcher):
             division = self.division(
                 mesh, [pace.run_ps for pace in paces], [pace.floor_ps for pace in paces]
             )
-            below = self._below(out.best, mesh) if out.best else UNLIMITED
+            below = self._below(out.best, mesh) if out.best else ENDLESS
             found = division.best([pace.tail_ps for pace in paces], below)
             if found is not None:
                 out.best = Tried(

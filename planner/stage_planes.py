@@ -20,6 +20,7 @@ import numpy as np
 
 from cost_models.schedule_paths import Paths, critical_path, rank_paths
 from cost_models.stage_problem import StageProblem, slow_of
+from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
@@ -188,6 +189,8 @@ class _Planes:
     def _add_memory(self) -> None:
         """Of every rank at every moment that can be its peak, in shares of the capacity."""
         p, capacity = self.p, float(self.p.capacity_bytes)
+        if p.capacity_bytes >= UNLIMITED:
+            return
         levels = [at for at, name in enumerate(("none", "selective", "full")) if name in p.levels]
         work = min(float(self.of[13 + level].min()) for level in levels)
         for rank in range(p.pp):

@@ -1,0 +1,75 @@
+"""What a refuted stage program says of others, against all choices of those."""
+
+import random
+from dataclasses import fields, replace
+
+import pytest
+from test_stages import brute, tiny
+
+from cost_models.schedule import SCHEDULES
+from planner.refuted import Refuted, unlimited
+
+TIMES = ("forward_ps", "input_grad_ps", "weight_grad_ps", "tail_own_ps")
+SIZES = ("state_bytes", "gathered_bytes")
+
+
+def changed(p, rng):
+    """A program of the same shape: times by a factor, and some numbers a little more or less."""
+    factor = rng.choice((1, 1, 2))
+
+    def some(row, least=0):
+        low = -1 if rng.random() < 0.1 else 0
+        return tuple(max(least, factor * x + rng.randint(low, 3)) for x in row)
+
+    def ends(e):
+        grown = {f.name: some((getattr(e, f.name),))[0] for f in fields(e)
+                 if f.name not in ("tail_comm_ps", "tail_hide_ps")}  # fmt: skip
+        return replace(e, **grown, tail_comm_ps=factor * e.tail_comm_ps + rng.randint(0, 2),
+                       tail_hide_ps=factor * e.tail_hide_ps)  # fmt: skip
+
+    made = {name: some(getattr(p, name)) for name in (*TIMES, *SIZES)}
+    return replace(
+        p, **made, recompute_ps=tuple(map(some, p.recompute_ps)), first=ends(p.first),
+        last=ends(p.last), activation_bytes=tuple(map(some, p.activation_bytes)),
+        tail_comm_ps=tuple(factor * x for x in p.tail_comm_ps),
+        tail_hide_ps=tuple(factor * x for x in p.tail_hide_ps), p2p_ps=factor * p.p2p_ps,
+        rank_glue_forward_ps=factor * p.rank_glue_forward_ps,
+        rank_glue_backward_ps=factor * p.rank_glue_backward_ps,
+        capacity_bytes=p.capacity_bytes + rng.choice((-50, 0, 0, 50)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_choice_is_below_what_is_known(schedule):
+    """With and without a limit to memory; and much is known: of those no faster and no smaller,
+    by a factor too."""
+    rng, said = random.Random(schedule), {True: 0, False: 0}
+    for seed in range(8):
+        p = tiny(seed, schedule)
+        free = unlimited(p)
+        for one in (p, free):
+            best = brute(one)[0]
+            if best is None or "none" not in p.levels:
+                continue
+            known = Refuted()
+            known.add(one, best)
+            assert known.covers(one, best) and not known.covers(one, best + 1)
+            assert known.covers(p, best)
+            for _ in range(6):
+                other = changed(p, rng)
+                least = brute(other)[0]
+                for below in (best, best + best // 10, 2 * best):
+                    covered = known.covers(other, below)
+                    assert not covered or least is None or least >= below, seed
+                    said[covered] += 1
+    assert said[True] > 10 and said[False] > 10
+
+
+def test_what_was_asked_in_vain_is_not_asked_of_what_is_farther():
+    p = unlimited(tiny(3, "1f1b"))
+    slower = replace(p, forward_ps=tuple(2 * t for t in p.forward_ps))
+    known = Refuted()
+    assert known.promising(p, 1000)
+    known.failed(p, 1000)
+    assert not known.promising(p, 1000) and not known.promising(p, 1001)
+    assert known.promising(slower, 1000) and known.promising(p, 999)
