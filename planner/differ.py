@@ -15,7 +15,8 @@ from ir.errors import GateError, UsageError
 from ir.graph import Graph
 from planner.attribution import Coster, Effect, effects
 from planner.check import Checked
-from planner.decisions import VOCABULARY, decisions_json, recompute_words
+from planner.decisions import VOCABULARY, recompute_words
+from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.names import expand_text, fold_text
 from planner.placements import placements

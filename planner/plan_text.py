@@ -17,7 +17,7 @@ from cost_models.formats import NARROW
 from cost_models.schedule import rank_of
 from ir.errors import PlanError
 from ir.graph import Graph
-from planner.decisions import decisions_from_json, decisions_json
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.formats import fault, settled
 from planner.keep_checks import check_keep
 from planner.legality import illegal, inconsistent

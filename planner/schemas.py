@@ -23,7 +23,8 @@ from cost_models.serving_decisions import Held, Pool, Serving
 from cost_models.serving_engines import serving_engines
 from cost_models.serving_shapes import BLOCKS
 from cost_models.tiers import TIER_KEYS
-from planner.decisions import VOCABULARY, decisions_json
+from planner.decisions import VOCABULARY
+from planner.decisions_json import decisions_json
 from planner.plan import Solver
 from planner.plan_text import MODES, SCHEMA
 from planner.serving.asked import ServeAsked

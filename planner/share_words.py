@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cost_models.decisions import Share
+from cost_models.decisions import Decisions, Share
 from ir.errors import PlanError
 
 _KEYS = ("dp", "microbatches")
@@ -28,6 +28,11 @@ def read_shares(value: str) -> tuple[tuple[str, int], ...] | None:
 def share_words(shares: Sequence[Share]) -> str:
     """As a pin says it."""
     return ",".join(f"{share.part}:{share.microbatches}" for share in shares) or "none"
+
+
+def microbatch_words(d: Decisions) -> str:
+    """The micro-batches of a data rank, of each part where these differ."""
+    return share_words(d.shares) if d.shares else str(d.microbatches)
 
 
 def shares_json(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:

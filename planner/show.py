@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import UsageError
 from planner.charges import Charges
-from planner.decisions import decisions_json, recompute_words
+from planner.decisions import recompute_words
+from planner.decisions_json import decisions_json
 from planner.names import fold, fold_text
 from planner.offloads import offload_words
 from planner.options import Baseline, Timing
 from planner.placements import placements
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
-from planner.share_words import share_words
+from planner.share_words import microbatch_words
 
 WIDTH = 80
 BAR = 32
@@ -136,7 +136,8 @@ def _head(plan: Plan) -> list[str]:
         ),
         _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
         *([_row("parts", _parts(plan))] if d.parts or d.shares else []),
-        _row("steps", f"micro-batches {_microbatches(d)} x {d.micro_batch}, {d.schedule}{virtual}"),
+        _row("steps", f"micro-batches {microbatch_words(d)} x {d.micro_batch},"
+             f" {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
     ]
 
@@ -160,10 +161,6 @@ def _parts(plan: Plan) -> str:
         words.append(f"{gpus} {name}: {here if len(d.parts) > 1 else 'all stages'}")
         at += ranks
     return "; ".join(words) + ("" if len(d.parts) > 1 else "; all others idle")
-
-
-def _microbatches(d: Decisions) -> str:
-    return share_words(d.shares) if d.shares else str(d.microbatches)
 
 
 def _stage_words(record: Mapping[str, Any]) -> str:

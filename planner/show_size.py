@@ -11,7 +11,8 @@ from typing import Any
 
 from cost_models.operations import SOURCES, Operations
 from cost_models.units import format_bytes, format_bytes_per_s, format_count, format_seconds
-from planner.decisions import decisions_json, summarise_recompute
+from planner.decisions import summarise_recompute
+from planner.decisions_json import decisions_json
 from planner.plan_text import workload_json
 from planner.sizing import PAST, Sized, Sizing
 from planner.sizing_options import Question

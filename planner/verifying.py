@@ -14,11 +14,12 @@ from cost_models.units import format_count
 from ir.errors import GateError, PlanError
 from planner.check import require_model
 from planner.console import progress
-from planner.decisions import decisions_json
+from planner.decisions_json import decisions_json
 from planner.offloads import offload_words
 from planner.options import Progress, TraceOptions
 from planner.plan import Plan, load_cluster
 from planner.runnable import NATIVE
+from planner.share_words import microbatch_words
 from planner.workload import Asked
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _twin_lines(plan: Plan, twin: Twin) -> list[str]:
         _row("model", f"{sum(small.decisions.stages)} layers,"
              f" {format_count(small.graph.parameter_count)} parameters,"
              f" {w.global_batch}{length}, fp32, no dropout"),
-        _row("steps", f"micro-batches {small.decisions.microbatches} x"
+        _row("steps", f"micro-batches {microbatch_words(small.decisions)} x"
              f" {small.decisions.micro_batch}, {small.decisions.schedule}, stages of"
              f" {'/'.join(map(str, small.decisions.stages))} layers"),
         *(_row("not kept", note) for note in twin.notes),
@@ -201,9 +202,9 @@ def _twin_lines(plan: Plan, twin: Twin) -> list[str]:
 
 
 def _levels(plan: Plan) -> str:
-    from planner.decisions import summarise_recompute
+    from planner.decisions import recompute_words
 
-    return str(summarise_recompute(plan.decisions))
+    return recompute_words(plan.decisions)
 
 
 def _offloaded(plan: Plan) -> str:

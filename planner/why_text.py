@@ -9,7 +9,8 @@ from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
-from planner.decisions import decisions_json, summarise_recompute
+from planner.decisions import summarise_recompute
+from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.offloads import offload_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used

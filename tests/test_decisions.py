@@ -17,12 +17,11 @@ from planner.decisions import (
     VOCABULARY,
     Pins,
     Recompute,
-    decisions_from_json,
-    decisions_json,
     parse_pins,
     pins_of,
     summarise_recompute,
 )
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.legality import illegal, inconsistent
 from planner.pin_checks import check_pins
 from planner.workload import Asked, resolve

@@ -18,7 +18,8 @@ from cost_models.formats import decided, groups_in, groups_of
 from cost_models.hardware import load_hardware
 from cost_models.step import replicated
 from ir.errors import PlanError, UsageError
-from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.decisions import Pins, parse_pins
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.formats import check_formats, fault, format_ways, settled
 from planner.pin_checks import check_pins
 from planner.plan import load

@@ -18,7 +18,8 @@ from ir.errors import PlanError, UsageError
 from ir.keep import keepable, repeated, words
 from planner.bound_ranks import freed_by
 from planner.chain import layer_units
-from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.decisions import Pins, parse_pins
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.keep_checks import check_keep, pinned_keep
 from planner.keep_words import keep_words
 from planner.keeps import keep_sets

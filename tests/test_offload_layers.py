@@ -13,7 +13,8 @@ from cost_models.hardware import load_hardware
 from cost_models.stage_problem import evaluate
 from cost_models.tiers import Tier, fullest
 from ir.errors import InfeasibleError, PlanError, UsageError
-from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.decisions import Pins, parse_pins
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.infeasible import infeasible
 from planner.legality import illegal, inconsistent
 from planner.mesh import meshes

@@ -20,7 +20,8 @@ from cost_models.schedule import global_stage, order, rank_of, schedule_illegal,
 from cost_models.state import ranks_of
 from ir.errors import PlanError, UsageError
 from planner.bounds import mesh_bounds_ps
-from planner.decisions import Pins, decisions_from_json, decisions_json, parse_pins
+from planner.decisions import Pins, parse_pins
+from planner.decisions_json import decisions_from_json, decisions_json
 from planner.legality import illegal, inconsistent
 from planner.mesh import meshes as candidates
 from planner.pin_checks import check_pins
