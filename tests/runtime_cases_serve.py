@@ -24,7 +24,47 @@ def mixtral(**sizes):
     return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
 
 
-MODELS = {"llama": llama, "mixtral": mixtral}
+def gpt2(**sizes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 96, "n_positions": 64} | sizes
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def gpt_oss(**sizes):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+             "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5,
+             "max_position_embeddings": 64} | sizes  # fmt: skip
+    return GptOssForCausalLM(GptOssConfig(**sizes)).eval()
+
+
+def qwen3_moe(**sizes):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64,
+             "num_hidden_layers": 3, "head_dim": 16, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96, "num_experts": 4,
+             "num_experts_per_tok": 2, "max_position_embeddings": 64} | sizes  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
+
+
+def deepseek(**sizes):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64,
+             "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+             "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "vocab_size": 96,
+             "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+             "n_shared_experts": 1, "max_position_embeddings": 64} | sizes  # fmt: skip
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).eval()
+
+
+MODELS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
+          "qwen3_moe": qwen3_moe, "deepseek": deepseek}  # fmt: skip
 
 
 def whole(kind):

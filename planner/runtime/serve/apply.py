@@ -41,8 +41,9 @@ def serve(
 
     model: best built under `planner.meta()`; its modules change in place. weights: a folder of
     safetensors, where it was built so. folder: on the disk that the plan means, for weights that
-    no file holds as planned. Where the plan divides a replica over several GPUs, each rank of a
-    job of that size calls it, and all call the model alike. Raises GateError for another model.
+    no file holds as planned; each rank of a job has its own in it. Where the plan divides a replica
+    over several GPUs, each rank of a job of that size calls it, and all call the model alike.
+    Raises GateError for another model.
     """
     s = plan.serving
     routed = any(expert_parameters(unit) for unit in plan.graph.units)
@@ -84,6 +85,8 @@ def serve(
         if staged:
             answer_calls(stage, served.forward, context)
         units = [(site.path, site.module) for site in stage.sites]
+        if folder is not None:  # ranks hold other parts of what has the same name
+            folder = Path(folder) / f"rank{dist.get_rank()}"
     done: Served = serve_here(
         served, units, rule, weights=noted, files=weights, folder=folder,
         device=torch.device(device), kv=kv, limits=limits, staged=staged,

@@ -1,0 +1,169 @@
+"""Plans of serving on models of other families, and what goes wrong while one is served.
+
+Which models, formats, tiers and ranks meet is a pairwise-minimal set: each model streams and is in
+int8, each tier and each way is met by a dense model and by a mixture, tp by two of them.
+"""
+
+import copy
+import json
+import os
+import resource
+import signal
+from dataclasses import replace
+
+import pytest
+import runtime_cases_serve as cases
+import torch
+
+import planner
+from cost_models.serving_decisions import Held
+from ir.errors import PlanError
+from planner.runtime.serve.apply import laid_by
+from planner.runtime.serve.packed import pack
+
+CASES = {  # model: (blocks in int8, tiers, tp)
+    "gpt2": (("mlp",), (("attention", "cpu", "stream", 1), ("mlp", "nvme", "stream", 0)), 1),
+    "gpt_oss": (("attention",), (("routed_experts", "nvme", "stream", 1),
+                                 ("attention", "cpu", "compute", 1)), 1),
+    "qwen3_moe": (("routed_experts",), (("attention", "cpu", "stream", 1),), 2),
+    "deepseek": (("attention", "routed_experts"), (("mlp", "cpu", "compute", 0),
+                                                   ("routed_experts", "cpu", "stream", 2)), 1),
+    "llama": (("attention", "mlp"), (("mlp", "nvme", "stream", 2),
+                                     ("attention", "cpu", "stream", 1)), 2),
+}  # fmt: skip
+
+
+def inputs(batch, seq_len):
+    return {"input_ids": torch.zeros(batch, seq_len, dtype=torch.long)}
+
+
+def planned(kind, tp=1, **changes):
+    pins = (f"tp={tp}", f"ep={tp}") if tp > 1 and kind != "llama" else (f"tp={tp}",)
+    plan = planner.trace_serving(cases.MODELS[kind](), inputs, hardware=f"h100x{tp}", fix=pins,
+                                 precision="fp32", prompt=16, output=16, batch=2)  # fmt: skip
+    return replace(plan, serving=replace(plan.serving, **changes), rows_on_host=3)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_streamed_and_packed_weights_answer_as_their_values_do(world, tmp_path, kind):
+    blocks, tiers, tp = CASES[kind]
+    held = tuple(Held(block=b, tier=t, place=p, resident=r) for b, t, p, r in tiers)
+    plan = planned(kind, tp, weights=tuple((b, "int8") for b in blocks), tiers=held)
+    model, ids = cases.whole(kind)
+    model.save_pretrained(tmp_path / "weights")
+    plan.save(str(tmp_path / "plan.json"))
+    given = (kind, str(tmp_path / "plan.json"), str(tmp_path / "weights"), tmp_path)
+    found = world.run(tp, cases.served, *given) if tp > 1 else [cases.served(0, *given)]
+    laid, values = laid_by(plan), copy.deepcopy(model)
+    packed = 0
+    for name, p in values.named_parameters():
+        if laid(name).word:
+            packed += p.numel()
+            p.data = pack(p.data, laid(name).word).whole()
+    assert packed
+    for answers, logits, _, names in found:
+        assert names == [n for n, _ in model.named_parameters()]
+        assert torch.equal(answers, found[0][0])
+        if tp == 1:  # ranks pack their parts, each row of which has a scale of its own
+            assert torch.equal(answers, cases.answer(values, ids))
+            torch.testing.assert_close(logits, values(ids).logits.detach(), rtol=1e-4, atol=1e-5)
+        assert float((logits - model(ids).logits.detach()).abs().max()) < 0.05
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def streamed():
+    held = (Held(block="mlp", tier="nvme", place="stream"),
+            Held(block="attention", tier="cpu", place="stream"))  # fmt: skip
+    return planned("llama", tiers=held)
+
+
+def shards(folder):
+    """The model's weights in three files and an index."""
+    model, ids = cases.whole("llama")
+    model.save_pretrained(folder, max_shard_size="200KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    return model, ids, files
+
+
+def rotten(path):
+    """Another header than the bytes' own."""
+    raw = bytearray(path.read_bytes())
+    raw[8:40] = b"\xff" * 32
+    path.write_bytes(raw)
+
+
+FAULTS = {
+    "missing": (lambda path: path.unlink(), "No such file"),
+    "rotten": (rotten, "invalid UTF-8 in header"),
+    "short": (lambda path: os.truncate(path, path.stat().st_size // 2), "not fully covered"),
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_shard_that_is_missing_or_hurt_is_named_before_anything_runs(tmp_path, streamed, how):
+    model, _, files = shards(tmp_path / "weights")
+    hurt, said = FAULTS[how]
+    hurt(files[1])
+    with pytest.raises(PlanError, match=f"cannot read weights from .*{files[1].name}") as fault:
+        planner.serve(cases.bare(model), streamed, weights=tmp_path / "weights", device="cpu")
+    assert said in fault.value.why
+
+
+def test_a_shard_without_a_tensor_of_the_model_is_an_error(tmp_path, streamed):
+    model, _, files = shards(tmp_path / "weights")
+    index = next((tmp_path / "weights").glob("*.index.json"))
+    raw = json.loads(index.read_text())
+    lost = [n for n, file in raw["weight_map"].items() if file == files[1].name]
+    raw["weight_map"] = {n: f for n, f in raw["weight_map"].items() if n not in lost}
+    index.write_text(json.dumps(raw))
+    files[1].unlink()
+    with pytest.raises(PlanError, match=f"lacks {len(lost)} of the model's 39 weights") as fault:
+        planner.serve(cases.bare(model), streamed, weights=tmp_path / "weights", device="cpu")
+    assert sum(name in str(fault.value) for name in lost) == 5
+
+
+def test_a_disk_that_is_full_is_an_error_with_its_size(tmp_path, streamed):
+    model, _ = cases.whole("llama")
+    plan = replace(streamed, serving=replace(streamed.serving, weights=(("mlp", "int8"),)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(PlanError, match=r"cannot write \d+ bytes of weights") as fault:
+            planner.serve(copy.deepcopy(model), plan, folder=tmp_path, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "folder=DIR" in fault.value.hints[0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match="cannot write"):
+        planner.serve(copy.deepcopy(model), plan, folder=tmp_path / "file", device="cpu")
+
+
+def test_an_interrupt_ends_a_call_and_the_next_answers_alike(tmp_path, streamed):
+    model, ids = cases.whole("llama")
+    wanted = cases.answer(model, ids)
+    model.save_pretrained(tmp_path)
+    made = planner.serve(cases.bare(model), streamed, weights=tmp_path, device="cpu")
+    calls = []
+
+    def press(module, args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = made.model.layers[2].mlp.register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        cases.answer(made, ids)
+    hook.remove()
+    assert len(calls) == 6
+    assert torch.equal(cases.answer(made, ids), wanted)
+    for more, flag in ((ids.repeat(2, 1), "--batch"), (ids.repeat(1, 3), "--prompt")):
+        with pytest.raises(PlanError, match="the plan has memory for") as fault:
+            cases.answer(made, more)
+        assert flag in fault.value.hints[0]
+    assert torch.equal(cases.answer(made, ids), wanted)
