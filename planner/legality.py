@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
-from cost_models.shares import share_fault
+from cost_models.share_rules import share_fault
 from cost_models.state import in_torch
 from planner.runnable import NATIVE
 

@@ -19,7 +19,8 @@ from cost_models.decisions import Decisions, Keep, Share
 from cost_models.estimate import stage_problem
 from cost_models.hardware import Cluster
 from cost_models.rank_ledger import tier_uses
-from cost_models.shares import ShareCosts, SharedCosts, share_fault
+from cost_models.share_rules import share_fault
+from cost_models.shares import ShareCosts, SharedCosts
 from cost_models.stage_problem import Pair, StageProblem, tail_ps
 from cost_models.step import Assignments, Step
 from planner.bound_chain import Through, through_chain

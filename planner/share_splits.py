@@ -62,7 +62,11 @@ class Division:
         """The divisions in which no part takes longer."""
         if self.total < sum(self.ranks):
             return iter(())
-        counts = [longest_within(p, limit_ps, k) for p, k in zip(self.paces, self.most)]
+        counts: list[int] = []
+        for pace, most in zip(self.paces, self.most):
+            counts.append(longest_within(pace, limit_ps, most))
+            if not counts[-1]:  # nothing fits there: the others need not be known
+                return iter(())
         return filter(self.allowed, divisions(self.total, self.ranks, counts))
 
     def makespan_ps(self, division: tuple[int, ...]) -> int:

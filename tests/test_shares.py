@@ -17,7 +17,8 @@ from cost_models.decisions import Decisions, Share, Workload
 from cost_models.estimate import stage_problem, step_overhead, whole_step_ps
 from cost_models.fleet import load_any
 from cost_models.rank_ledger import tier_uses
-from cost_models.shares import Bridge, SharedCosts, joined_ps, share_fault
+from cost_models.share_rules import share_fault
+from cost_models.shares import Bridge, SharedCosts, joined_ps
 from cost_models.stage_problem import evaluate, tail_ps
 from planner import trace
 from planner.decisions import Pins, pins_of, recompute_words
