@@ -7,7 +7,7 @@ binds and the alternative is slower by the parts that are told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,7 +227,9 @@ class Why:
             binding=self._memory(refused, effort, out.best) or _slower(self.base.estimate, made),
         )  # fmt: skip
 
-    def rows(self, effort: int = ROW_EFFORT) -> tuple[Alternative, ...]:
+    def rows(
+        self, effort: int = ROW_EFFORT, progress: Callable[[str], None] | None = None
+    ) -> tuple[Alternative, ...]:
         """An alternative for every decision that has one, in the vocabulary's order."""
         d, found = self.d, []
         experts = facts_of(self.asking.searcher.costs.chain).experts
@@ -241,6 +243,8 @@ class Why:
                 or (key == "ep" and not experts) or (key == "schedule" and d.pp == 1)
             )  # fmt: skip
             if not idle:
+                if progress:
+                    progress(f"solving: without {refused_words(((key, value),))}")
                 found.append(self.alternative(((key, value),), effort))
         return tuple(found)
 

@@ -9,7 +9,7 @@ import typer
 
 from ir.errors import UsageError
 from planner.commands.shared import Verbose, folder_of
-from planner.console import say
+from planner.console import progress, say
 
 
 def report(
@@ -87,7 +87,9 @@ def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int)
     from planner.why import ROW_EFFORT
 
     checked = [examine(p, f) for p, f in training]
-    _save(path, report_of.page(checked, ask=ask, effort=effort or ROW_EFFORT))
+    with progress() as show:
+        made = report_of.page(checked, ask=ask, effort=effort or ROW_EFFORT, progress=show)
+    _save(path, made)
     if trace:
         from planner.report.trace_events import trace_text
 

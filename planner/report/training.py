@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cost_models.fleet import Fleet
 from cost_models.simulated import Simulated, simulated
@@ -24,6 +24,7 @@ from planner.report.sensitivity import sensitivity
 from planner.report.verdict import subtitle, verdict
 from planner.why import ROW_EFFORT, Why
 
+Progress = Callable[[str], None]
 PREFIXES = ("old", "new")
 
 
@@ -33,7 +34,10 @@ def simulate(checked: Checked) -> Simulated:
     return simulated(p.graph, checked.hardware, p.workload, p.decisions, p.sharding_by_unit)
 
 
-def page(plans: Sequence[Checked], *, ask: bool = True, effort: int = ROW_EFFORT) -> str:
+def page(
+    plans: Sequence[Checked], *, ask: bool = True, effort: int = ROW_EFFORT,
+    progress: Progress | None = None,
+) -> str:  # fmt: skip
     """The report of a plan, or of an old and a new one side by side on scales that compare.
 
     ask: also search for what else there is (than the new one), which takes seconds.
@@ -42,7 +46,7 @@ def page(plans: Sequence[Checked], *, ask: bool = True, effort: int = ROW_EFFORT
     old, new, both = plans[0], plans[-1], len(plans) == 2
     rows: list[Row] = [(changes.section(diff(old, new)),)] if both else []
     rows += _rows(plans, PREFIXES if both else ("plan",))
-    rows += [*_asked(new, effort if ask else None), _rests_on(new)]
+    rows += [*_asked(new, effort if ask else None, progress), _rests_on(new)]
     return document(new.plan.graph.name, [subtitle(c.plan) for c in plans],
                     pair([verdict(c) for c in plans]), rows)  # fmt: skip
 
@@ -65,7 +69,7 @@ def _rests_on(c: Checked) -> Row:
     return (assumptions.section(c.plan, c.hardware, e.assumptions, e.error),)
 
 
-def _asked(checked: Checked, effort: int | None) -> list[Row]:
+def _asked(checked: Checked, effort: int | None, progress: Progress | None) -> list[Row]:
     """What else there is, and what would change the decision; None: not asked."""
     if effort is None:
         return [(whynot.left_out(whynot.NOT_ASKED),)]
@@ -73,7 +77,7 @@ def _asked(checked: Checked, effort: int | None) -> list[Row]:
         return [(whynot.left_out("Not asked: alternatives are of hardware of one kind, and this is"
                                  f" {checked.plan.hardware}."),)]  # fmt: skip
     why = Why(checked)
-    found: list[Section] = [whynot.section(checked, rows := why.rows(effort), effort)]
+    found: list[Section] = [whynot.section(checked, rows := why.rows(effort, progress), effort)]
     price = (
         f"No price flips it: every plan here uses the same {checked.plan.decisions.gpus:,} GPUs, so"
         " that cost goes with time."
