@@ -42,6 +42,7 @@ from planner.offloads import grad_dtypes, offloads
 Floats = NDArray[np.float64]
 PARTS = 4  # of the chain: all of it, one layer of the commonest kind, before the layers, behind
 MANY = 10**9  # parameters of which a rate is taken
+NO_WAY_S = 1e9  # thirty years: of a mesh whose state cannot be shared as it is pinned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,15 +243,17 @@ class States:
 
     def _moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int) -> Floats:
         """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for
-        each way to share the state, [3, way]: bytes over the bandwidth of the groups."""
+        each way to share the state, [3, way]: bytes over the bandwidth of the groups. Where a
+        pinned shard leaves no way there is no plan, and no time that it could take."""
         key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad, min(zero, 1))
         if key not in self._traffic:
-            self._traffic[key] = np.array([
+            shared = self._shared(m, zero)
+            self._traffic[key] = np.full((3, 1), NO_WAY_S) if not shared else np.array([
                 [float(sum(rows)) for rows in zip(*(
                     self._once_s(float(n), ranks_of(d, expert), grad)
                     for n, expert in zip(sizes.held[0], (False, True)) if n
                 ))]
-                for d in self._shared(m, zero)
+                for d in shared
             ]).reshape(-1, 3).T  # fmt: skip
         return self._traffic[key]
 

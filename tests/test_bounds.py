@@ -129,3 +129,11 @@ def test_the_bubble_is_below_every_schedule_of_equal_layers():
         assert 0 <= low <= min(found)
         tight += [low / min(found)] * (most == 1 and layers == pp)
     assert len(tight) > 10 and np.mean(tight) > 0.9
+
+
+def test_a_shard_that_no_mesh_has_leaves_nothing_to_search():
+    """Of 4 GPUs no data ranks divide by 3: without a fault, and without a plan."""
+    costs = costs_of(graph_of("llama"), "h100x4", seq_len=128, global_batch=4)
+    for zero in (1, 3):
+        out = Searcher(costs=costs, pins=Pins(shard=3, zero=zero, micro_batch=1)).run()
+        assert out.best is None and not out.solved
