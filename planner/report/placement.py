@@ -51,7 +51,7 @@ def section(plan: Plan) -> Section:
     offloaded = offload_words(d)
     lede = sentences(
         f"Matrices are split over {d.tp} tp ranks as the map says." if d.tp > 1
-        else "With tp 1 every parameter is whole on its pipeline rank.",
+        else "With tp 1 no matrix is split over tp.",
         f"Over {over} data ranks ZeRO-{d.zero} shards {ZERO[d.zero]}." if over > 1 else None,
         experts or None,
         f"Lower tiers: {', '.join(offloaded)}." if offloaded else None,
