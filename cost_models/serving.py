@@ -215,11 +215,13 @@ def prompt_steps(
 def serve(
     costs: Costs, model: ServedModel, prompt: FloatArray, output: FloatArray,
     batch: FloatArray, room: FloatArray, waves: FloatArray | float = np.inf,
+    held_steps: FloatArray | float = 0.0,
 ) -> Served:  # fmt: skip
     """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits.
 
     waves: how many times the concurrency is sent in all: each wave's requests arrive at once, and
-    only the first wave's where answers end apart. inf is a steady state, 1 a burst.
+    only the first wave's where answers end apart. inf is a steady state, 1 a burst. held_steps:
+    decode steps that an arrival is left waiting on purpose, so that prompts are read together.
     """
     s, engine = costs.serving, costs.engine
     each = np.maximum(batch / s.replicas, 1.0)
@@ -243,11 +245,12 @@ def serve(
     tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
     # Half a step that is running, and the prompts of those that came at about the same time.
     queued_s = np.minimum(engine.wait_prompts, others / 2) * own_s
-    steady_s = queued_s + own_s + 0.5 * decode_s
+    steady_s = queued_s + own_s + (0.5 + held_steps) * decode_s
     # The first wave arrives at once: in groups of as many prompts as a step takes.
     group = np.minimum(np.maximum(np.floor(chunk / prompt), 1.0), running)
     batch_s = prompt_steps(costs, model, none, context, prompt, group)
     burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
+    burst_s = burst_s + (running + 1) / 2 * engine.arrival_host_s
     request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
     request_s = engine.request_host_s if request_s is None else request_s
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s

@@ -26,6 +26,8 @@ class ServingEngine:
     pays: inside a CUDA graph one kernel starts while the last ends. step_host_s: host time of a
     step that the device waits for (scheduling, sampling). sequence_host_s: of each sequence of it.
     request_host_s: host time of a request before its first step (tokenizing, transport).
+    arrival_host_s: of requests that arrive at once, what the host takes for each before the next
+    (tokenizing, admission), one after another.
     kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
     chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
     waits. static: requests come as one batch, read and decoded to the end together.
@@ -45,6 +47,7 @@ class ServingEngine:
     step_host_s: float
     sequence_host_s: float
     request_host_s: float
+    arrival_host_s: float
     kernel_host_s: float
     chunk_tokens: int
     mixes: bool

@@ -119,11 +119,13 @@ def _constants(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What kernels take for one engine on one cluster under one set of decisions."""
+    """What kernels take for one engine on one cluster under one set of decisions. prompts_alone:
+    nothing is decoded on these GPUs."""
 
     cluster: Cluster
     engine: ServingEngine
     serving: Serving
+    prompts_alone: bool = False
 
     @property
     def device(self) -> Device:
@@ -131,8 +133,11 @@ class Costs:
 
     @property
     def clock(self) -> float:
-        """Of the rated clock, what a steady load of large matrices keeps."""
-        return load_kernels(self.device).clock
+        """Of the rated clock: what a steady load of large matrices keeps, where prompts follow one
+        another; all of it where they come between decode steps, which draw less than the board
+        may."""
+        steady = self.prompts_alone or self.engine.static
+        return load_kernels(self.device).clock if steady else 1.0
 
     def _facts(self, peak: str) -> dict[str, FloatArray]:
         device = self.device

@@ -99,7 +99,7 @@ def reads(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, prompt: float
 ) -> Reads:
     """One replica of the GPUs that read prompts. s: their division (`Serving.reading`)."""
-    costs = Costs(cluster=cluster, engine=engine, serving=s)
+    costs = Costs(cluster=cluster, engine=engine, serving=s, prompts_alone=True)
     chunk = s.prefill_chunk or engine.chunk_tokens
     group = max(chunk // prompt, 1.0)  # prompts of one step, of each attention replica
     counts = np.asarray([1.0, group]) * s.attention_dp

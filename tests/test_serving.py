@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cost_models.compute import load_kernels
 from cost_models.hardware import load_hardware
 from cost_models.serving import (
     admitted,
@@ -245,6 +246,35 @@ def test_a_loop_obeys_littles_law_and_queues_beyond_its_room() -> None:
     assert out.tpot_s[3] == out.tpot_s[2] and out.ttft_s[3] > 2 * out.ttft_s[2]
     assert (out.tpot_s >= out.decode_s).all()
     assert out.tpot_s[0] == out.decode_s[0]  # nobody else's prompts
+
+
+def test_arrivals_wait_for_the_host_and_for_steps_that_are_waited_on_purpose() -> None:
+    model, costs = model_of("llama"), _costs(hardware="h100x1")
+    late = replace(costs, engine=replace(costs.engine, arrival_host_s=0.01))
+    none = replace(costs, engine=replace(costs.engine, arrival_host_s=0.0))
+    load = (model, np.full(2, 1000.0), np.full(2, 200.0), np.array([1.0, 9.0]), np.full(2, 64.0))
+
+    def ttft_s(costs: Costs, *more: float) -> np.ndarray:
+        return serve(costs, *load, *more).ttft_s
+
+    # one after another in a burst: 1, 2 .. 9 times; a tenth of it in ten waves, none in a steady
+    # state
+    for waves, share in ((1.0, 1.0), (10.0, 0.1), (np.inf, 0.0)):
+        more = ttft_s(late, waves) - ttft_s(none, waves)
+        assert more == pytest.approx(share * 0.01 * np.array([1.0, 5.0]))
+    steps_s = serve(none, *load).decode_s
+    assert ttft_s(none, np.inf, 20.0) - ttft_s(none) == pytest.approx(20 * steps_s)
+    assert ttft_s(none, 1.0, 20.0) == pytest.approx(ttft_s(none, 1.0))  # a burst is looked at once
+
+
+def test_prompts_between_decode_steps_run_at_the_rated_clock() -> None:
+    model, costs = model_of("llama"), _costs(hardware="b200x1")
+    prompts = step_of(0.0, 0.0, 1.0, 8192.0)
+    alone = replace(costs, prompts_alone=True)
+    batch = replace(costs, engine=load_serving_engine("native"))
+    assert (costs.clock, alone.clock) == (1.0, load_kernels(costs.device).clock)
+    assert batch.clock == alone.clock < 1  # prompts of a batch follow one another
+    assert step_s(costs, model, prompts) < step_s(alone, model, prompts)
 
 
 def test_prompts_are_read_in_chunks_of_the_engine() -> None:

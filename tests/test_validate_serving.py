@@ -13,6 +13,7 @@ from ir.errors import UsageError
 from planner import cli
 from planner.validation import serving as found
 from planner.validation.serving_fit import STEP, fitted
+from planner.validation.serving_recipes import held_steps
 from planner.validation.serving_report import document, text
 from planner.validation.serving_rows import plain_name, read_serving
 
@@ -70,6 +71,26 @@ def test_degrees_are_read_as_they_ran(folder, said, meant):
     s = row.serving
     assert (s.tp, s.attention_dp, s.ep) == meant and s.replicas == 1
     assert bool(row.notes) == ((int(said[0]), dp) != meant[:2])
+
+
+@pytest.mark.parametrize(("change", "steps"), [
+    ({}, 0),
+    ({"backend": "sglang", "system": "b200_sxm"}, 14.5),  # looks for arrivals each 30 steps
+    ({"backend": "sglang", "system": "b200_sxm", "concurrency": "8", "batch_size": "8"}, 4.5),
+    ({"backend": "sglang", "system": "h200_sxm"}, 0),
+    ({"backend": "sglang", "system": "b200_sxm", "isl": "2048"}, 0),  # no recipe's load
+    ({"backend": "trtllm"}, 0),
+])  # fmt: skip
+def test_recipes_say_how_long_arrivals_are_left_waiting(folder, change, steps):
+    (row,) = read(folder, change).rows
+    assert row.held_steps == steps
+
+
+def test_a_recipe_that_gathers_prompts_is_one_model_s():
+    for tp, load, steps in ((4, (1024.0, 1024.0), 20), (8, (1024.0, 1024.0), 0),
+                            (4, (1024.0, 8192.0), 0)):  # fmt: skip
+        assert held_steps("trtllm", "llama-3.1-70b", "h200", load, tp, 64) == steps
+    assert held_steps("trtllm", "qwen3-32b", "h200", (1024.0, 1024.0), 4, 64) == 0
 
 
 def test_instances_are_counted_from_their_batch(folder):

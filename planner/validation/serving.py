@@ -20,13 +20,13 @@ from cost_models.validation.metrics import Pair, Scores, kendall_tau, scores
 from ir.errors import PlanError
 from planner.options import TraceOptions
 from planner.tracing import capture
+from planner.validation.serving_recipes import LOADS
 from planner.validation.serving_rows import ServedRow, ServingTable, read_serving
 
 # The harness sends the concurrency ten times over. Of the public recipes' three loads, prompts and
 # answers have random lengths between .8 and 1 of what a row says; of others, the very length. Equal
 # lengths keep a wave together in an engine that reads all prompts before it decodes.
 WAVES = 10.0
-RANDOM = ((1024.0, 1024.0), (1024.0, 8192.0), (8192.0, 1024.0))
 RANDOM_MEAN = 0.9
 CAPPED = (
     "by its own times a fraction of the requests ran at once, though memory has room for all: a"
@@ -143,9 +143,12 @@ def _served(
     batch = np.array([float(row.serving.batch) for row in rows])
     equal = np.array([not _random(row) for row in rows])
     waves = np.where(equal & (not costs.engine.mixes), 1.0, WAVES)
-    out = serve(costs, model, prompt, output, batch, room, waves)
+    held = np.array([row.held_steps for row in rows])
+    out = serve(costs, model, prompt, output, batch, room, waves, held)
     bare = replace(costs.engine, start_share=0.0, step_host_s=0.0, sequence_host_s=0.0)
-    floor = serve(replace(costs, engine=bare), model, prompt, output, batch, room, waves)
+    # At the clock of a steady load: a floor that a run without drafting stays well above.
+    kernels = replace(costs, engine=bare, prompts_alone=True)
+    floor = serve(kernels, model, prompt, output, batch, room, waves)
     return [
         ServedPrediction(
             row=row, ttft_s=float(out.ttft_s[i]), tpot_s=float(out.tpot_s[i]),
@@ -187,7 +190,7 @@ def capped(one: ServedPrediction) -> bool:
 
 
 def _random(row: ServedRow) -> bool:
-    return (row.prompt, row.output) in RANDOM
+    return (row.prompt, row.output) in LOADS
 
 
 def load_of(row: ServedRow) -> ServeLoad:

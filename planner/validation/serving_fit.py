@@ -32,8 +32,11 @@ FloatArray = NDArray[np.float64]
 # (constant, least, most, step of its derivative): a step's, then a request's.
 STEP = (("start_share", 0.0, 1.5, 0.02), ("step_host_s", 0.0, 5e-3, 5e-5),
         ("sequence_host_s", 0.0, 2e-4, 2e-6))  # fmt: skip
-REQUEST = (("request_host_s", 0.0, 0.5, 2e-3), ("wait_prompts", 0.0, 6.0, 0.05))
+# A request takes 2 ms of its server and its tokenizer at the least.
+REQUEST = (("request_host_s", 2e-3, 0.5, 2e-3), ("wait_prompts", 0.0, 6.0, 0.05),
+           ("arrival_host_s", 0.0, 0.1, 5e-4))  # fmt: skip
 _TAIL = 0.15, 0.3  # errors beyond count by their size, not their square: of TPOT, of TTFT
+_AGAIN = 3  # rounds of a fit that starts from one with a group more
 Free = Sequence[tuple[str, float, float, float]]
 Models = Mapping[Path, ServedModel]
 
@@ -85,10 +88,12 @@ def fitted(
     return replace(engine, **dict(zip(keys, (float(v) for v in values))))  # type: ignore[arg-type]
 
 
-def fit_engine(rows: Sequence[ServedRow], models: Models, engine: ServingEngine) -> ServingEngine:
+def fit_engine(
+    rows: Sequence[ServedRow], models: Models, engine: ServingEngine, rounds: int = 8
+) -> ServingEngine:
     """All constants of an engine, those of a step first."""
-    engine = fitted(rows, models, engine, STEP, "tpot_s", _TAIL[0])
-    return fitted(rows, models, engine, REQUEST, "ttft_s", _TAIL[1])
+    engine = fitted(rows, models, engine, STEP, "tpot_s", _TAIL[0], rounds)
+    return fitted(rows, models, engine, REQUEST, "ttft_s", _TAIL[1], rounds)
 
 
 def fit_rows(rows: Sequence[ServedRow], models: Models) -> list[ServedRow]:
@@ -130,7 +135,7 @@ def main(say: Callable[[str], None] = print) -> None:
             kept = [row for row in mine if _group(row) != group]
             tested = [row for row in mine if _group(row) == group]
             if kept:
-                without = fit_engine(kept, models, engine)
+                without = fit_engine(kept, models, engine, _AGAIN)
                 left += predict(tested, models, {name: without})[0]
         for what, found in (("in sample", predict(mine, models, {name: engine})[0]),
                             ("left out", left)):  # fmt: skip

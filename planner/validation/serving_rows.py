@@ -21,6 +21,7 @@ from cost_models.op_rows import device_of
 from cost_models.serving_decisions import Serving
 from cost_models.serving_engines import serving_engines
 from ir.errors import UsageError
+from planner.validation.serving_recipes import held_steps
 
 _NEEDED = ("backend", "model_path", "system", "isl", "osl", "concurrency", "tp_size",
            "silicon_ttft_ms", "silicon_tpot_ms")  # fmt: skip
@@ -34,7 +35,8 @@ _PLAIN = (("attention", "bf16"), ("embeddings", "bf16"), ("head", "bf16"), ("rou
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRow:
     """One run. engine: whose constants it is costed with. config: the file that says the model's
-    shape. drafts: the checkpoint can predict further tokens. notes: what the row says otherwise
+    shape. drafts: the checkpoint can predict further tokens. held_steps: steps that its recipe
+    leaves an arrival waiting. notes: what the row says otherwise
     than it is costed."""
 
     id: str
@@ -51,6 +53,7 @@ class ServedRow:
     output: float
     ttft_s: float
     tpot_s: float
+    held_steps: float
     notes: tuple[str, ...]
 
     @property
@@ -164,6 +167,8 @@ def _row(name: str, line: int, raw: Mapping[str, str], configs: Mapping[str, Pat
         model=short, config=config, drafts=_drafts(shape), precision=precision,
         cluster=replace(cluster, count=serving.ranks), serving=serving, prompt=prompt,
         output=output, ttft_s=ttft / 1e3, tpot_s=tpot / 1e3, notes=notes,
+        held_steps=held_steps(raw["backend"], short, device.name, (prompt, output), serving.tp,
+                              concurrency),
     )  # fmt: skip
 
 
