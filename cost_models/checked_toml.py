@@ -11,23 +11,33 @@ from typing import Any
 from cost_models.units import parse_bytes
 from ir.errors import UsageError
 
+MOST = 10**18  # of a whole number: an exabyte, an exaflop a second
+MOST_BYTES = 4 << 20  # of a file
+
 
 def read_toml(path: Path, what: str = "hardware file") -> dict[str, Any]:
     """The file's tables. Raises UsageError where it cannot be read, or is no TOML."""
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError(f"{what} {path} is larger than {MOST_BYTES >> 20} MiB")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UsageError(f"cannot read {what} {path}", why=reason) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
+    except RecursionError:
+        raise UsageError("not a TOML file", where=str(path), why="nested too deeply") from None
 
 
 def typed(value: Any, kind: type, where: str, key: str) -> Any:
     """`value` as `kind`; numbers are positive, sizes may be written "80GiB"."""
     if kind is int and isinstance(value, str) and "bytes" in key:
         return parse_bytes(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and kind in (int, float) and abs(value) > MOST:
+        raise UsageError(f"{key} is too large", where=where, why=f"expected at most {MOST:.0e}")
+    if kind is float and whole:
         value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = type(value).__name__

@@ -1,4 +1,4 @@
-"""Is a graph legal? Asked after each pass, in tests; a fault names the unit and the node."""
+"""Is a graph legal? Asked of every file, and after each pass in tests; a fault names its place."""
 
 from __future__ import annotations
 
@@ -90,6 +90,9 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
         spec = rule(node).spec(node, ins)
     except PlanError as fault:
         yield fault.what
+        return
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as fault:
+        yield f"{node.name}: {node.op} has not what its rule reads ({fault})"
         return
     operands = (*zip(spec.inputs, ins), *zip(spec.outputs, node.outputs))
     if len(spec.inputs) != len(ins) or len(spec.outputs) != len(node.outputs):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from planner.serving.plan import ServingPlan
 
 PLANNER_VERSION = "0.1.0"
+MOST_CHARACTERS = 64_000_000  # of a plan or a graph: folded, they have thousands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,9 @@ def load_cluster(plan: Plan | ServingPlan, folder: Path) -> Hardware:
     """The plan's hardware as it is today; a file is sought here, then beside the plan."""
 
     def found(spec: str) -> str:
+        if spec.endswith(".toml") and (Path(spec).is_absolute() or ".." in Path(spec).parts):
+            raise PlanError(f"the plan's hardware {spec!r} is outside of where the plan may read",
+                            why="a plan names a file beside it or below")  # fmt: skip
         beside = folder / spec
         near = spec.endswith(".toml") and not Path(spec).exists() and beside.exists()
         return str(beside) if near else spec
@@ -201,6 +205,7 @@ def load_plan(source: str, graph_path: str | None = None) -> Plan | ServingPlan:
 
     Raises PlanError for a file that is no plan, GateError where the graph is another one's.
     """
+    from ir.check import check_graph
     from ir.text import graph_hash, parse_graph
     from planner.plan_text import parse_header, parse_text
 
@@ -217,7 +222,9 @@ def load_plan(source: str, graph_path: str | None = None) -> Plan | ServingPlan:
             why=f"the plan names {header.graph_hash[:19]}, the graph is {found[:19]}",
             hints=("commit plan and graph together", "plan trace writes both anew"),
         )
-    return parse_text(text, parse_graph(graph_text), source)
+    graph = parse_graph(graph_text)
+    check_graph(graph)
+    return parse_text(text, graph, source)
 
 
 def _read_graph(source: str, graph_path: str | None) -> str:
@@ -239,12 +246,13 @@ def _read_graph(source: str, graph_path: str | None) -> str:
 def read(source: str) -> str:
     """The text of a path, of stdin (`-`), or of REV:path."""
     if source == "-":
-        return sys.stdin.read()
+        return _within(sys.stdin.read(MOST_CHARACTERS + 1), source)
     rev, _, inside = source.partition(":")
     if inside and not Path(source).exists():
         return _read_revision(source, rev)
     try:
-        return Path(source).read_text(encoding="utf-8")
+        with open(source, encoding="utf-8") as file:
+            return _within(file.read(MOST_CHARACTERS + 1), source)
     except OSError as fault:
         reason = fault.strerror or type(fault).__name__
         hints = ("plan trace MODEL --hardware HW writes one",)
@@ -265,4 +273,11 @@ def _read_revision(source: str, rev: str) -> str:
         reason = (done.stderr.strip().splitlines() or ["git said nothing"])[0]
         hints = (f"a path, or REV:path as git knows it; is {rev!r} a revision?",)
         raise PlanError(f"cannot read {source}", why=reason, hints=hints)
-    return done.stdout
+    return _within(done.stdout, source)
+
+
+def _within(text: str, source: str) -> str:
+    """Raises PlanError for more than any plan or graph has."""
+    if len(text) > MOST_CHARACTERS:
+        raise PlanError(f"{source} is too large", why=f"over {MOST_CHARACTERS:,} characters")
+    return text

@@ -1,0 +1,216 @@
+"""Mutated plan, graph and hardware files through the commands that read them, without a traceback.
+
+    python tests/fuzz.py 10000 [SEED]
+
+Each file is a whole one with a few things wrong: a value of another kind or size, a key gone, twice
+or moved, text cut or overwritten. A graph's hash is put right again, so that its parser is reached.
+A run fails where a command says an internal error, returns a code that it does not have, or takes
+more than MOST_S. `tests/test_fuzz.py` runs some of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+CODES = {0, 1, 3, 4, 64}
+MOST_S = 30
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3, 10**30, 1.5, float("nan"), float("inf"), "", "x", "../../etc/passwd",
+    "<script>alert(1)</script>", "\u202e\x00\x1b[2J", "layers.{0..999999999}", "{" * 200, [], {},
+    [[]], {"a": 1}, "S(0)", "S(99999999999999999999)", "cpu:1/2/3", "9" * 5000, "h100x64", "fp8",
+)  # fmt: skip
+TEXT = ("", "\n", '"', "{", "}", "[", "]", ",", "\\", "\x00", "\ufeff", "-", "9" * 400, "1e999",
+        "nan", "batch", "%", "\u0663", " @", "[[", "=", "#", "unit", "..", "é")  # fmt: skip
+
+VALUES = ('"x"', "-1", "0", "nan", "inf", "1e400", "true", "[]", "{}", '""', "9" * 400,
+          '"../../x.toml"', '"1e9GiB"', "2024-01-01")  # fmt: skip
+
+
+def run(words: list[str]) -> tuple[int, str]:
+    """A command's exit code and what it said."""
+    from planner import cli, console
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = console.run(cli.app(), words)
+    return code, out.getvalue()
+
+
+def originals(folder: Path) -> dict[str, str]:
+    """Texts that are right: two plans with the graph inside, one of serving, hardware files."""
+    tiny = [str(ROOT / "examples/moe.py"), "--arg", "size=tiny"]
+    made = {
+        "train": ["trace", *tiny, "--hardware", "h100x8", "--seq-len", "64", "--global-batch", "16",
+                  "--fix", "tp=2", "--fix", "pp=2", "--fix", "recompute=selective:1",
+                  "--effort", "5"],
+        "serve": ["trace", *tiny, "--hardware", "h100x2", "--task", "serve", "--batch", "2",
+                  "--prompt", "32", "--output", "32", "--fix", "tp=2"],
+    }  # fmt: skip
+    texts = {}
+    for name, words in made.items():
+        path = folder / f"{name}.json"
+        code, said = run([*words, "--embed", "-o", str(path)])
+        assert code == 0, said
+        texts[name] = path.read_text()
+    texts["hardware"] = (ROOT / "cost_models/hardware/h100.toml").read_text() + "\n"
+    texts["hardware"] = "count = 8\n" + texts["hardware"]
+    levels = ROOT / "examples/hardware/two-datacentres.toml"
+    texts["levels"] = levels.read_text()
+    texts["parts"] = (ROOT / "examples/hardware/two-generations.toml").read_text()
+    return texts
+
+
+def mutated(text: str, kind: str, dice: random.Random) -> str:
+    """A text with one to three things wrong."""
+    for _ in range(dice.randint(1, 3)):
+        if kind in ("train", "serve") and dice.random() < 0.75:
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):
+                text = _restructured(text, dice)
+                continue
+        if kind not in ("train", "serve") and dice.random() < 0.5:
+            values = [*re.finditer(r"= (.+)", text)]
+            at = dice.choice(values) if values else None
+            if at:
+                odd = dice.choice(
+                    (
+                        '"x"',
+                        "-1",
+                        "0",
+                        "nan",
+                        "inf",
+                        "1e400",
+                        "true",
+                        "[]",
+                        "{}",
+                        '""',
+                        "9" * 400,
+                        '"../../x.toml"',
+                        '"1e9GiB"',
+                        "2024-01-01",
+                    )
+                )
+                text = text[: at.start(1)] + odd + text[at.end(1) :]
+                continue
+        at_char = dice.randrange(len(text) + 1)
+        size = dice.choice((0, 1, 1, 5, 40, len(text) // 2))
+        text = text[:at_char] + dice.choice(TEXT) + text[at_char + size :]
+    return text
+
+
+def _restructured(text: str, dice: random.Random) -> str:
+    """A JSON text with one value, key or line of its graph changed."""
+    raw = json.loads(text)
+    places = [*_places(raw)]
+    if not places:
+        return text
+    holder, key = dice.choice(places)
+    if dice.random() < 0.3 and isinstance(raw, dict) and isinstance(raw.get("graph"), list):
+        lines = raw["graph"]
+        if lines:
+            line = dice.randrange(len(lines))
+            was = lines[line] if isinstance(lines[line], str) else ""
+            cut = dice.randrange(len(was) + 1)
+            lines[line] = (
+                was[:cut] + dice.choice((*TEXT, was[:cut])) + was[cut + dice.randint(0, 9) :]
+            )
+            if dice.random() < 0.2:
+                del lines[line]
+            _rehash(raw)
+            return json.dumps(raw)
+    move = dice.random()
+    if move < 0.7:
+        holder[key] = dice.choice(ODD)
+    elif move < 0.85:
+        del holder[key]
+    elif isinstance(holder, list):
+        holder.append(holder[key])
+    else:
+        holder[f"{key}_"] = holder[key]
+    return json.dumps(raw)
+
+
+def _rehash(raw: dict[str, Any]) -> None:
+    from ir.text import graph_hash
+
+    with contextlib.suppress(TypeError, AttributeError, KeyError):
+        raw["inputs"]["graph"] = graph_hash("\n".join(raw["graph"]) + "\n")
+
+
+def _places(raw: Any) -> Iterator[tuple[Any, Any]]:
+    """(holder, key) of every value but lines of the graph."""
+    items = (
+        raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
+    )
+    for key, value in list(items):
+        yield raw, key
+        if key != "graph":
+            yield from _places(value)
+
+
+def commands(kind: str, path: str, whole: str, dice: random.Random) -> list[str]:
+    """A command that reads the file."""
+    if kind in ("train", "serve"):
+        out = str(Path(path).parent / "out")
+        choices = [
+            ["show", path], ["show", path, "--layers"], ["show", path, "--json"], ["check", path],
+            ["diff", path, whole], ["diff", whole, path, "--format", "md"],
+            ["report", path, "-o", f"{out}.html", "--no-why"],
+            ["export", path, "--to", dice.choice(("megatron", "torchtitan", "deepspeed", "slurm",
+                                                  "pytorch", "vllm")), "--lossy", "-o", out],
+        ]  # fmt: skip
+        return dice.choice(choices)
+    return ["hardware", "show", path]
+
+
+def fuzz(count: int, seed: int, texts: dict[str, str], folder: Path) -> list[str]:
+    """What went wrong in `count` mutated files: the command and what it said."""
+    wrong = []
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {MOST_S} s")
+
+    signal.signal(signal.SIGALRM, late)
+    names = sorted(texts)
+    for index in range(count):
+        dice = random.Random(f"{seed}/{index}")
+        kind = dice.choice((*names, "train", "serve"))
+        path = folder / f"mutated.{'json' if kind in ('train', 'serve') else 'toml'}"
+        text = mutated(texts[kind], kind, dice)
+        path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        words = commands(kind, str(path), str(folder / f"{kind}.json"), dice)
+        signal.alarm(MOST_S)
+        code, said = run([*words])
+        signal.alarm(0)
+        if code not in CODES or "internal" in said or "Traceback" in said:
+            kept = folder / f"wrong-{seed}-{index}{path.suffix}"
+            kept.write_text(text, encoding="utf-8", errors="replace")
+            wrong.append(f"{' '.join(words)} of {kept}: code {code}\n{said[-600:]}")
+    return wrong
+
+
+def main() -> None:
+    """Fuzz, and exit 1 where something was wrong."""
+    count, seed = (int(word) for word in (sys.argv[1:] + ["0"])[:2])
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    os.chdir(folder)
+    wrong = fuzz(count, seed, originals(folder), folder)
+    print("\n\n".join(wrong[:20]))
+    print(f"{count} files, {len(wrong)} wrong; they are in {folder}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
