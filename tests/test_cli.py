@@ -86,7 +86,7 @@ def test_trace_to_stdout_is_the_plan_alone(plan, search, monkeypatch, tmp_path):
     assert code == 0
     assert out == to_text(fresh_plan(), embed=True)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(read=lambda: out))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(read=lambda size: out[:size]))
     assert plan("show", "-")[0] == 0
 
 

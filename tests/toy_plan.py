@@ -11,24 +11,37 @@ from ir.graph import Dim, Graph, Node, Parameter, Tensor, Unit, dim
 from ir.text import format_graph, graph_hash
 from planner.plan import Plan, Solver
 
-HIDDEN = Tensor(shape=(Dim(numerator=1, batch=1), Dim(numerator=1, seq=1), dim(64)), dtype="bf16")
+TOKENS = Tensor(shape=(Dim(numerator=1, batch=1), Dim(numerator=1, seq=1)), dtype="i64")
+HIDDEN = Tensor(shape=(*TOKENS.shape, dim(64)), dtype="bf16")
 
 
 def weight(name: str, *shape: int) -> Parameter:
     return Parameter(name=name, tensor=Tensor(shape=tuple(dim(n) for n in shape), dtype="bf16"))
 
 
+def hidden(width: int) -> Tensor:
+    return Tensor(shape=(*TOKENS.shape, dim(width)), dtype="bf16")
+
+
 def unit(name: str, *parameters: Parameter) -> Unit:
-    """A class that adds its parameters to the residual stream."""
+    """A class that multiplies by its matrices in a row, and normalises by its vectors."""
     nodes, last = [], "x"
     for p in parameters:
         module = p.name.rpartition(".")[0]
-        node = Node(name=f"{module}/linear" if module else "linear", op="linear",
-                    inputs=(last, p.name), outputs=(HIDDEN,))  # fmt: skip
+        size = [int(str(d)) for d in p.tensor.shape]
+        op, attrs, outputs, refs = "linear", (), (hidden(size[0]),), (last, p.name)
+        if name == "Embed":
+            op, outputs, refs = "embedding", (HIDDEN,), (p.name, last)
+        elif len(size) == 1:
+            statistics = Tensor(shape=(*TOKENS.shape, dim(1)), dtype="f32")
+            op, attrs, outputs = "rms_norm", (("dims", 1),), (HIDDEN, statistics)
+        node = Node(name=f"{module}/{op}" if module else op, op=op, inputs=refs, outputs=outputs,
+                    attrs=attrs)  # fmt: skip
         nodes.append(node)
         last = node.name
-    return Unit(name=name, inputs=(("x", HIDDEN),), parameters=parameters, nodes=tuple(nodes),
-                outputs=(last,), diff_inputs=("x",))  # fmt: skip
+    ids = name == "Embed"
+    return Unit(name=name, inputs=(("x", TOKENS if ids else HIDDEN),), parameters=parameters,
+                nodes=tuple(nodes), outputs=(last,), diff_inputs=() if ids else ("x",))  # fmt: skip
 
 
 LAYER = unit(
@@ -67,10 +80,11 @@ def toy_graph(layers: int = 8, *, tied: bool = False) -> Graph:
              ("Norm", "norm"), ("Head", "lm_head")]  # fmt: skip
     nodes, last = [], "ids"
     for name, path in paths:
-        nodes.append(Node(name=path, op="call", inputs=(last,), outputs=(HIDDEN,),
+        outputs = (hidden(1000) if name == "Head" else HIDDEN,)
+        nodes.append(Node(name=path, op="call", inputs=(last,), outputs=outputs,
                           attrs=(("path", path), ("unit", name))))  # fmt: skip
         last = path
-    root = Unit(name="root", inputs=(("ids", HIDDEN),), parameters=(), nodes=tuple(nodes),
+    root = Unit(name="root", inputs=(("ids", TOKENS),), parameters=(), nodes=tuple(nodes),
                 outputs=(last,))  # fmt: skip
     ties = (("lm_head.weight", "embed_tokens.weight"),) if tied else ()
     return Graph(name="Toy", units=units, root=root, tied=ties, max_seq_len=2048,
