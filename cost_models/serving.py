@@ -169,6 +169,8 @@ def admitted(
     written = load.output if engine.reserves else load.output / 2
     tokens = np.asarray(load.prompt + written)
     each = float(kv_bytes(model, s, tokens))
+    if not each:  # nothing is kept of a sequence
+        return float("inf") if room >= 0 else 0.0
     most = room / float(kv_here_bytes(model, s, tokens))
     if s.kv_tier != "gpu":
         left = cluster.tier(s.kv_tier).bytes / sharers(cluster, s)

@@ -17,6 +17,7 @@ import torch
 
 import planner
 from cost_models.serving_decisions import Held
+from cost_models.serving_reading import served_model
 from ir.errors import PlanError
 from planner.runtime.serve.apply import laid_by
 from planner.runtime.serve.packed import pack
@@ -68,6 +69,59 @@ def test_streamed_and_packed_weights_answer_as_their_values_do(world, tmp_path, 
             assert torch.equal(answers, cases.answer(values, ids))
             torch.testing.assert_close(logits, values(ids).logits.detach(), rtol=1e-4, atol=1e-5)
         assert float((logits - model(ids).logits.detach()).abs().max()) < 0.05
+
+
+class Mixture(torch.nn.Module):
+    """Experts in a list, under a user's own loop: the tokens that picked an expert go through it,
+    or all of them do and the others' results are multiplied by 0."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.sparse, self.top_k = sparse, 2
+        self.gate = torch.nn.Linear(32, 4, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, 1)
+        weights, index = torch.topk(self.gate(x).softmax(-1), self.top_k)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            if self.sparse:
+                rows, which = torch.where(index == k)
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, which, None])
+            else:
+                share = torch.where(index == k, weights, torch.zeros_like(weights))
+                out = out + share.sum(-1, keepdim=True) * expert(x)
+        return out.view(shape)
+
+
+class Looped(torch.nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.emb, self.head = torch.nn.Embedding(96, 32), torch.nn.Linear(32, 96, bias=False)
+        self.layers = torch.nn.ModuleList(Mixture(sparse) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = self.emb(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_experts_in_a_users_loop_are_routed_where_it_spares_them(sparse):
+    torch.manual_seed(0)
+    model, block = Looped(sparse).eval(), "routed_experts" if sparse else "mlp"
+    plan = planner.trace_serving(model, inputs, hardware="h100x1", precision="fp32", prompt=16,
+                                 output=16, batch=2)  # fmt: skip
+    assert served_model(plan.graph).block_elements()[block] == 3 * 4 * 32 * 32
+    held = (Held(block=block, tier="cpu", place="stream", resident=1 if sparse else 0),)
+    plan = replace(plan, serving=replace(plan.serving, tiers=held))
+    ids = torch.randint(0, 96, (2, 7))
+    wanted = model(ids)
+    made = planner.serve(model, plan, device="cpu")
+    torch.testing.assert_close(made(ids), wanted)
+    assert bool(made.served.loaded.experts) == sparse
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
