@@ -12,11 +12,18 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import planner
+from cost_models.hardware import load_hardware
+from ir.capture import capture_graph
+from ir.capture.module import source_of
 from ir.errors import PlanError
+from planner.decisions import parse_pins
+from planner.objectives import plan_for
+from planner.options import TraceOptions
 from planner.runtime.meta import meta
 from planner.runtime.verify.full_size import look_at
 from planner.runtime.verify.ledger import LedgerResult, Row, check_ledger
+from planner.tracing import Clock
+from planner.workload import Asked, precision_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -36,13 +43,19 @@ def build(name, **sizes):
 
 def planned(name, hardware, fix, *, layers=3, global_batch=16, **workload):
     """(plan, model) of a tiny example."""
+    asked = Asked(**{"engine": "native", "seq_len": 64, "global_batch": global_batch} | workload)
+    cluster = load_hardware(hardware)
+    graph = graph_of(name, layers, precision_of(asked, cluster)[0])
+    options = TraceOptions(model=name, hardware=hardware, pins=parse_pins(fix.split()), asked=asked)
+    return plan_for(graph, options, cluster, Clock()).plan, build(name, n_layers=layers)
+
+
+@functools.cache
+def graph_of(name, layers, precision):
+    """Of a module that exists, as `planner.trace` takes it, and not of its file."""
     model = build(name, n_layers=layers)
-    workload = {"engine": "native", "seq_len": 64, "global_batch": global_batch} | workload
-    plan = planner.trace(
-        model, example(name).inputs, hardware=hardware, fix=fix.split(),
-        loss=example(name).loss, **workload,
-    )  # fmt: skip
-    return plan, model
+    source = source_of(model, example(name).inputs, example(name).loss, None)
+    return capture_graph(source, precision=precision)
 
 
 def check(name, plan, model, **more):
