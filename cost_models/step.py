@@ -175,23 +175,22 @@ class Costs:
     def step(self, d: Decisions, assignments: Assignments) -> Step:
         """Every row of a mesh, its (micro-batch, cp) one of `points`."""
         if d.below is None:
-            rows, kinds = self._rows(d, assignments), self.kind_of
+            rows = self._rows(d, assignments)
         else:  # a second row of each kind, for layers whose state lies below
             above, below = (self._rows(d.with_state(x), assignments) for x in (False, True))
             rows = (*above, *below)
-            low = layers_below(self.chain, d)
-            kinds = tuple(k + len(above) * (i in low) for i, k in enumerate(self.kind_of))
         glue = self.chain.glue
         whole = replicated(glue, d.tp)
         sent = self.boundary_bytes(d)
-        return Step(
-            chain=self.chain, decisions=d, rows=rows, kinds=kinds,
+        found = Step(
+            chain=self.chain, decisions=d, rows=rows, kinds=self.kind_of,
             glue=self._row(d, glue, False, frozenset(), whole), p2p_bytes=sent,
             p2p_ps=ps(self.send_s(d, sum(sent))) if d.pp > 1 else 0,
             slow_sends=self.slow_sends(d, sum(sent)),
             reserved=reserved_of(self.graph, d, self.engine, sum(sent)),
             fragmentation=self.engine.fragmentation,
         )  # fmt: skip
+        return found if d.below is None else self.lowered(found, d)
 
     def _rows(self, d: Decisions, assignments: Assignments) -> tuple[Row, ...]:
         """A row of each of `kinds`."""
@@ -296,6 +295,12 @@ class Costs:
                 row = by_count(row, cost.kept[0], moved)
             rows.append(row)
         return replace(step, decisions=d, rows=tuple(rows))
+
+    def lowered(self, step: Step, d: Decisions) -> Step:
+        """The step of the same mesh with another count of layers whose optimizer lies below."""
+        low, half = layers_below(self.chain, d), len(self.kinds)
+        kinds = tuple(k + half * (i in low) for i, k in enumerate(self.kind_of))
+        return replace(step, decisions=d, kinds=kinds)
 
     # --- data parallelism --------------------------------------------------------------------
 

@@ -117,6 +117,13 @@ def freed_by(none: Floats, ways: Sequence[tuple[Floats, Floats]]) -> Floats:
     return np.stack(pieces)
 
 
+def with_piece(pieces: Floats, size: Floats, rate: Floats) -> Floats:
+    """Pieces as `forced_s` has them, [piece, (bytes, seconds a byte), mesh], with one more each."""
+    found = np.concatenate([pieces, np.stack([size, rate])[None]])
+    order = np.argsort(found[:, 1:], axis=0, kind="stable")
+    return np.take_along_axis(found, order, axis=0)
+
+
 def forced_s(pieces: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -> Floats:
     """Seconds of the cheapest recomputation that frees so many bytes; inf where nothing does.
 

@@ -9,7 +9,7 @@ own seconds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,6 +106,19 @@ class States:
                         )
                         found.setdefault((alike, zero > 0, in_torch(mode), offload, grad), way)
         return tuple(found.values())
+
+    def lowered(self, way: Way, ways: Iterable[Way]) -> Way | None:
+        """Of these, the way of the same state with all optimizers on the host; without a pipeline.
+        """
+        def alike(w: Way) -> tuple[object, ...]:
+            mode = self.costs.engine.zero_mode(w.zero, reshard=w.reshard, pp=1)
+            same = replace(
+                mode, name="", call="", parameters_at_rest="", gradients_at_rest=""
+            )
+            return same, w.zero > 0, w.grad_dtype
+
+        below = (w for w in ways if "optimizer" in dict(w.offload) and alike(w) == alike(way))
+        return None if way.offload else next(below, None)
 
     def sizes(self, laid: Assignments, ep: int, etp: int, layer: int) -> Sizes:
         """layer: the commonest kind of layer. A tied alias is left out."""

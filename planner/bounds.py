@@ -33,11 +33,12 @@ from planner.bound_ranks import (
     forced_s,
     kind_of_schedule,
     ranks_s,
+    with_piece,
 )
 from planner.bound_state import Held, Sizes, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
-from planner.offloads import counts_layers
+from planner.offloads import counts_layers, counts_state
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -86,6 +87,7 @@ def mesh_bounds_ps(
         groups.setdefault(key, []).append(i)
     table, states = _Table(costs, candidates), States(costs, pins or Pins())
     table.schedules = frozenset(schedules)
+    table.by_layer = counts_state(states.pins, costs.cluster, costs.workload.engine)
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
     for (tp, split, kind, ep, etp), members in groups.items():
@@ -124,6 +126,7 @@ class _Table:
         self.layers = len(costs.chain.layers)
         self.schedules: frozenset[str] = frozenset()  # that may run, and the most chunks a rank
         self.most_virtual = 1
+        self.by_layer = False  # whether the optimizer of some layers may lie below
 
     def fill(self, members: list[int], through: Through, at: list[int], sizes: Sizes) -> None:
         self.group[0, members], self.group[1, members] = len(self.chain), at
@@ -157,14 +160,18 @@ class _Table:
         if "fused" in kinds:  # holds no more than GPipe: its bound is one of both
             kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
-        for way in states.ways(bool(pp[0] > 1)):
-            held = states.of(way, rows, sizes, kernels)
+        found = {
+            way: states.of(way, rows, sizes, kernels) for way in states.ways(bool(pp[0] > 1))
+        }
+        for way, held in found.items():
             tail = np.minimum(tail, held.tail_s / pp)
             if "optimizer" not in dict(way.offload) or way.offload == states.pins.offload:
                 beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
                 held_bytes = np.minimum(held_bytes, reserved + working + beside)
             if pp[0] == 1:
-                least = np.minimum(least, self._alone_s(mine, step, held, room, way))
+                low = states.lowered(way, found) if self.by_layer else None
+                below = found[low] if low else None
+                least = np.minimum(least, self._alone_s(mine, step, held, room, way, below))
             else:
                 at_most = np.minimum(least, limit[mine])
                 for kind in sorted(kinds):
@@ -176,20 +183,37 @@ class _Table:
     def _elsewhere(self, way: Way) -> bool:
         return "activations" in dict(way.offload)
 
-    def _alone_s(self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way) -> Floats:
+    def _alone_s(
+        self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way, below: Held | None
+    ) -> Floats:  # fmt: skip
         """One rank has the whole chain. What its transfers take is hidden but for a share, or
-        beyond what its kernels take meanwhile."""
+        beyond what its kernels take meanwhile. below: the same with all optimizers below, which
+        those of some layers may be."""
         kept, working = self.get(mine, "kept"), self.get(mine, "working")
         over = held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
+        if below is not None:
+            freed = with_piece(freed, *self._lowered(mine, held, below))
         again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
         kernels = self.get(mine, "kernels_s")
         each = m * np.maximum(share * held.each_s, held.each_s - kernels)
         found: Floats = m * (step + again) + each + held.tail_s
         return found
+
+    def _lowered(self, mine: Ints, held: Held, below: Held) -> tuple[Floats, Floats]:
+        """(bytes of a micro-batch in flight, seconds of a micro-batch a byte) that optimizers below
+        free; parameters that learn nothing free theirs for nothing."""
+        less = np.maximum(0.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
+        learn = np.array([
+            np.array_equal(s.held[0], s.learnt[0])
+            for s in (self.sizes[g] for g in self.group[0, mine])
+        ])  # fmt: skip
+        more = np.maximum(0.0, below.tail_s - held.tail_s) * learn
+        flight, m = self._in_flight(mine), self.m[mine]
+        return less / flight, flight * more / np.maximum(less, 1.0) / m
 
     def _in_flight(self, mine: Ints) -> Ints:
         """Micro-batches that the first rank holds at once, at least."""

@@ -35,6 +35,13 @@ def counts_layers(pins: Pins, cluster: Cluster, engine: str) -> bool:
     return pins.offload is None and pins.recompute is None and host and engine in NATIVE
 
 
+def counts_state(pins: Pins, cluster: Cluster, engine: str) -> bool:
+    """Whether the optimizer is searched to lie on the host by count of layers: without a pipeline,
+    where the pins leave that open, as our own runtime does it."""
+    host = any(t.name == "cpu" for t in cluster.tiers)
+    return pins.offload is None and host and engine in NATIVE
+
+
 def lower(d: Decisions, pins: Pins, cluster: Cluster) -> Decisions | None:
     """The same with the optimizer on the next slower tier, for where a tier is full. On one with
     room a slower one gains nothing: what lies there leaves the GPU alike."""

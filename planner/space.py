@@ -27,7 +27,7 @@ from planner.keeps import keep_sets
 from planner.legality import illegal
 from planner.mesh import Mesh, meshes, outside, shard_sizes
 from planner.names import matches
-from planner.offloads import counts_layers, grad_dtypes, offloads
+from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 
@@ -196,6 +196,15 @@ class Space:
             return None
         made = replace(d, offload=(*d.offload, ("activations", "cpu:")))
         return made if illegal(made, costs.workload) is None else None
+
+    def by_layer(self, d: Decisions) -> Step | None:
+        """The step with the optimizer of the first layer alone on the host, or None where counts of
+        layers are not searched: with a pipeline, on other engines than our own runtime."""
+        costs = self.costs
+        free = counts_state(self.pins, costs.cluster, costs.workload.engine)
+        if not free or d.pp > 1 or len(self.clusters) > 1 or d.tiers.get("optimizer") != "cpu":
+            return None
+        return costs.step(d.on("cpu:1"), self.assign(d.tp, d.sequence_parallel))
 
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:

@@ -29,13 +29,16 @@ SPLIT = ("zbh1", *TWO_CHUNKS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiny:
-    """A problem. limits: what the model's axes divide, by hand: heads, experts, features."""
+    """A problem. limits: what the model's axes divide, by hand: heads, experts, features. by_layer:
+    whether the optimizer of the first layers alone is tried below, which takes half as long again;
+    a search that finds such a plan where it was not tried has another best."""
 
     costs: Costs
     searcher: Searcher
     heads: tuple[int, ...] = ()
     experts: int = 0
     features: tuple[int, ...] = ()
+    by_layer: bool = False
     units: tuple[int, ...] = ()  # ranks in a unit of each level of the network, but the outermost
 
     @property
@@ -134,7 +137,10 @@ def _offload(p, d):
     with_parameters = fsdp and d.zero >= 2 and d.pp == 1  # FSDP2 keeps shards beside theirs
     both = (("optimizer", "cpu"), ("params", "cpu"))
     found = [()] if with_parameters else [(), both[:1]]
-    return [*found, both] if d.zero == 3 else found
+    found += [both] * (d.zero == 3)
+    some = p.by_layer and p.costs.engine.name in NATIVE and d.pp == 1
+    counts = [f"cpu:{n}" for n in range(1, p.layers + 1)] if some else []
+    return [*found, *((("optimizer", n), *way[1:]) for way in found if way for n in counts)]
 
 
 def _schedule(p, d):

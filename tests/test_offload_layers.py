@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from enumerated import difference, least_by_mesh
+from random_problems import BIG_MOE, INTER, SMALL, make, small_cluster
 from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions
@@ -282,6 +284,19 @@ def test_a_pinned_count_of_the_optimizer(pins):
         assert e.tiers[0].fits and inconsistent(d, costs.workload) is None
         found.append((e.peak_memory_bytes, -dict(e.breakdown_ps)["offload"]))
     assert found == sorted(found)[::-1] and len(set(found)) > 1
+
+
+def test_some_layers_below_are_found(tmp_path):
+    """Searched, proved, equal to trying every number of layers with all else: two of three; and no
+    mesh's bound is above its best."""
+    cluster = small_cluster(tmp_path, SMALL.format(memory=6 * 10**9, inter=INTER), 4)
+    problem = make("moe", {"size": "8b-a1b", "n_layers": 3}, BIG_MOE, cluster, global_batch=4,
+                   seq_len=512)  # fmt: skip
+    least, out = least_by_mesh(replace(problem, by_layer=True)), problem.searcher.run()
+    assert difference(problem, least, out) == ""
+    assert 0 < out.best.decisions.below[0] < 3
+    bounds = problem.searcher.bounds([*least]).lower_ps
+    assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
 
 
 def test_which_layers_the_optimizer_is_of_is_known():
