@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from cost_models.decisions import Decisions
 from cost_models.stage_problem import StageProblem
 from cost_models.step import Assignments
+from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 PROGRAMS = 600  # linear programs at most, some 5 ms each
-FIRST = 24  # of one stage program when it is first asked; twice as many each time that was no use
+FIRST = 24  # of one stage program when it is asked
+CHEAP = 2  # times that this was no use; from then on twice as many each time
+NEAR = 100  # a bound is that near to the best, one part in so many, before that is asked about
 WITHIN = 2_000  # a bound is raised until it is so near to where it was not: one part in so many
 
 
@@ -53,6 +56,7 @@ class Proof:
     programs: int = PROGRAMS
     certified: int = 0
     shapes: Shapes = field(default_factory=Shapes)
+    known: Refuted = field(default_factory=Refuted)
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often it was
     # no use, and the least step that was not refuted
 
@@ -83,18 +87,15 @@ class Proof:
 
     def _by_planes(self, one: Unsettled) -> Unsettled | None:
         """None where no choice of it is better than the best plan; itself where it is stuck."""
-        known = self.shapes.of(one.problem)
         limit = objective_below(self.best, one.decisions, self.gain_ppm)
         if one.bound_ps >= limit:
             return None
         asked, high = self.asked.get(one.order, (0, limit + 1))
-        target = limit if high > limit else (one.bound_ps + 3 * high) // 4
+        near_by = limit - one.bound_ps <= limit // NEAR
+        target = limit if high > limit and near_by else (one.bound_ps + 3 * min(high, limit)) // 4
         if high - one.bound_ps <= limit // WITHIN or self.programs <= 0:
             return one
-        effort = Effort(programs=min(FIRST << asked, self.programs))
-        self.programs -= effort.programs
-        refuted, cuts = refute(one.problem, target, known, effort)
-        self.programs += effort.programs
+        refuted, cuts = self._refuted(one.problem, target, FIRST << max(0, asked - CHEAP))
         if refuted:
             return None if target == limit else one.raised(target, self.gain_ppm)
         self.asked[one.order] = asked + 1, target
@@ -102,3 +103,26 @@ class Proof:
         if better.stages:
             self.best = self.found(one, better)
         return replace(one)
+
+    def _refuted(
+        self, p: StageProblem, target: int, most: int
+    ) -> tuple[bool, list[tuple[int, ...]]]:
+        """As `refute`, with so many programs at most: of what is refuted without a limit to memory
+        other programs are too, so that is asked first."""
+        if self.known.covers(p, target):
+            return True, []
+        paths, free = self.shapes.of(p), unlimited(p)
+        others = len(self.left) > 1 and free != p
+        asked = [free] if others and self.known.promising(free, target) else []
+        cuts: list[tuple[int, ...]] = []
+        for one in (*asked, p):
+            effort = Effort(programs=min(most, self.programs))
+            self.programs -= effort.programs
+            refuted, cuts = refute(one, target, paths, effort)
+            self.programs += effort.programs
+            if refuted:
+                self.known.add(one, target)
+                return True, []
+            if one is free:
+                self.known.failed(free, target)
+        return False, cuts

@@ -25,7 +25,7 @@ from planner.dominance import undominated
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
-from planner.outcome import Misfit, Outcome, Program, Tried, less_over, nearer
+from planner.outcome import Misfit, Outcome, Program, Tried, in_turn, less_over, nearer
 from planner.proving import FIRST, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
@@ -43,7 +43,7 @@ from planner.stages import (
 
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
-# its state may fit, and one for every 4 programs it has: some 8 s
+# its state may fit, one for every 16 ways to hold it and one for every 4 programs: some 8 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 ENDLESS = 1 << 62  # picoseconds
@@ -109,7 +109,7 @@ class Searcher(Space):
         tried: Counter[int] = Counter()
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found
         with interruptible() as stopped:
-            for i in order:
+            for i in in_turn(order, lower, out, self.effort):
                 if out.best and lower[i] >= out.best.score:
                     continue
                 if stopped() or out.spent >= self.effort:
@@ -152,7 +152,7 @@ class Searcher(Space):
 
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
-            shapes=self._shapes, gain_ppm=self.gain_ppm, stopped=stopped,
+            shapes=self._shapes, known=self._known, gain_ppm=self.gain_ppm, stopped=stopped,
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:
@@ -169,7 +169,7 @@ class Searcher(Space):
         full, again on the next; where memory may be in the way, with activations on the host."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
-        out.spent += bool(ways)
+        out.spent += bool(ways) + len(ways) // 16
         while ways:
             full: list[Decisions] = []
             held: list[tuple[Decisions, Step]] = []
