@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.stage_problem import StageProblem
-from planner.stage_arcs import INF, Array, Rows, Windows
+from planner.stage_arcs import INF, Array, Options, Rows, Windows
 from planner.stage_bounds import lower_bound_ps
 
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
@@ -29,13 +29,14 @@ def best_count(
     easiest = replace(none, state_bytes=tuple(map(min, none.state_bytes, every.state_bytes)))
     if lower_bound_ps(easiest) >= below_ps:
         return None
-    steps = _steps_ps(none, every)[1 : most + 1]
+    steps = _steps_ps(none, every, most)[1 : most + 1]
     best = int(np.argmin(steps))
     return best + 1 if steps[best] < min(below_ps, INF) else None
 
 
-def _steps_ps(none: StageProblem, every: StageProblem) -> Array:
-    """[layers below]: the least step that fits, INF where none does."""
+def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
+    """[layers below]: the least step that fits, INF where none does, or where another is surely
+    better."""
     p, m = none, none.microbatches
     ends, (flight,) = p.extras(0), p.in_flight(0)[0]
 
@@ -56,24 +57,38 @@ def _steps_ps(none: StageProblem, every: StageProblem) -> Array:
     fixed = p.constant_bytes + total("state_bytes") + 2 * np.array(gathered)
     fixed = fixed + flight * sum(e.activation_bytes for e in ends)
     least = max((e.working_bytes for e in ends), default=0)
-    alike = (none.recompute_ps, none.activation_bytes, none.working_bytes) == (
-        every.recompute_ps, every.activation_bytes, every.working_bytes
-    )
-    extra = np.empty(p.layers + 1, dtype=np.int64)
-    options = Windows(none).options(0, 0, p.layers)
-    for n in range(p.layers + 1):
-        if not alike:
-            mixed = replace(
-                none, recompute_ps=_joined(none.recompute_ps, every.recompute_ps, n),
-                activation_bytes=_joined(none.activation_bytes, every.activation_bytes, n),
-                working_bytes=_joined(none.working_bytes, every.working_bytes, n),
-            )  # fmt: skip
-            options = Windows(mixed).options(0, 0, p.layers)
+    def step_ps(options: Options, n: int) -> int:
         held = fixed[n] + flight * options.act_bytes + np.maximum(options.work_bytes, least)
         fits = held <= p.capacity_bytes
-        extra[n] = options.extra_ps[fits].min() if fits.any() else INF
-    fits = extra < INF
-    return np.where(fits, m * (each + np.where(fits, extra, 0)) + tail, INF)
+        return int(m * (each[n] + options.extra_ps[fits].min()) + tail[n]) if fits.any() else INF
+
+    # where layers below are computed again in another time, or hold other bytes: the least of both
+    easiest = Windows(replace(
+        none, recompute_ps=_least(none.recompute_ps, every.recompute_ps),
+        activation_bytes=_least(none.activation_bytes, every.activation_bytes),
+        working_bytes=_least(none.working_bytes, every.working_bytes),
+    )).options(0, 0, p.layers)  # fmt: skip
+    steps = np.array([step_ps(easiest, n) for n in range(p.layers + 1)])
+    rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
+    if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
+        return steps
+    found, best = np.full_like(steps, INF), INF
+    for n in np.argsort(steps[1 : most + 1], kind="stable").tolist():
+        if steps[n + 1] >= best:
+            break
+        mixed = replace(
+            none, recompute_ps=_joined(none.recompute_ps, every.recompute_ps, n + 1),
+            activation_bytes=_joined(none.activation_bytes, every.activation_bytes, n + 1),
+            working_bytes=_joined(none.working_bytes, every.working_bytes, n + 1),
+        )  # fmt: skip
+        found[n + 1] = step_ps(Windows(mixed).options(0, 0, p.layers), n + 1)
+        best = min(best, found[n + 1])
+    return found
+
+
+def _least(none: Rows, every: Rows) -> Any:
+    """The less of both, by level and layer."""
+    return tuple(tuple(map(min, low, high)) for low, high in zip(none, every))
 
 
 def _joined(none: Rows, every: Rows, n: int) -> Any:
