@@ -54,7 +54,8 @@ class Program:
 
     choices: options of each node; cost_ps: of each option. moves: (value, direction) -> what
     each (made in, wanted as) pair costs. made_by: the node that makes a value, or -1 for inputs,
-    whose placement is fixed[v].
+    whose placement is fixed[v]. regathers: what is gathered for a forward is gathered again in
+    backward, as the engine keeps its shard alone.
     """
 
     unit: Unit
@@ -63,6 +64,7 @@ class Program:
     move_ps: dict[tuple[str, int, int], int]
     fixed: dict[str, int]
     sequence_parallel: bool
+    regathers: bool = False
 
 
 def tabulate(
@@ -100,7 +102,7 @@ def tabulate(
     return Program(
         unit=unit, choices=tuple(choices), cost_ps=tuple(prices), move_ps=seconds,
         fixed=given_placements(unit, axes.sequence_parallel),
-        sequence_parallel=axes.sequence_parallel,
+        sequence_parallel=axes.sequence_parallel, regathers=work.engine.sp_regather_backward,
     )  # fmt: skip
 
 
@@ -174,7 +176,8 @@ def pair_ps(program: Program, made: int, demand: Demand) -> int:
     """What a demand costs where the value is made in placement `made`."""
     ref, at, backward = demand
     source, target = (at, dual(made)) if backward else (made, at)
-    return program.move_ps.get((ref, source, target), 0)
+    again = program.regathers and not backward and collective(source, target) == "all_gather"
+    return program.move_ps.get((ref, source, target), 0) * (2 if again else 1)
 
 
 def result_demands(program: Program, learns: dict[str, bool]) -> list[Demand]:

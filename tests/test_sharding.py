@@ -9,6 +9,7 @@ from tiny_models import costs_of, graph_of
 
 from cost_models.layout import Assignment, options, produced
 from cost_models.sharding import Edge, Sharding
+from cost_models.traffic import tp_traffic
 from cost_models.words import assignment_of, sharding_of
 from cost_models.work import Axes
 from planner.decisions import Pins
@@ -221,3 +222,24 @@ def test_objective_is_what_the_step_costs():
         a = searcher.assign(1, False)[unit, is_layer]
         assert not sharding_of(unit, a).edges
         assert all(w == "R" for _, w in sharding_of(unit, a).parameters)
+
+
+@pytest.mark.parametrize("engine", ["native", "megatron"])
+@pytest.mark.parametrize("split", [False, True])
+def test_moves_are_priced_as_the_step_pays_them(engine, split):
+    """Of any choice of options: what the engine gathers again in backward is paid again too."""
+    costs = costs_of(graph_of("llama"), "h100x8", seq_len=1024, global_batch=8, engine=engine)
+    unit, is_layer, _ = next(kind for kind in costs.kinds if kind[1])
+    axes = Axes(tp=2, sequence_parallel=split)
+    p = tabulate(costs, unit, is_layer, axes, 1, 1, 0.5, {})
+    rng = random.Random(7)
+    for _ in range(6):
+        picks = tuple(rng.randrange(len(found)) if rng.random() < 0.3 else 0 for found in p.choices)
+        if not agrees(p, picks):
+            continue
+        moved = objective_ps(p, picks) - sum(c[k] for c, k in zip(p.cost_ps, picks))
+        a = Assignment(ways=2, sequence_parallel=split,
+                       chosen=tuple(found[k] for found, k in zip(p.choices, picks)))  # fmt: skip
+        rows = tp_traffic(unit, a, costs.work(axes, is_layer))
+        paid = sum(float((row.seconds - row.hidden_s)[0]) for row in rows)
+        assert moved == pytest.approx(paid * 1e12, rel=1e-6, abs=len(rows) + 1)
