@@ -20,6 +20,7 @@ import numpy as np
 
 from cost_models.schedule_paths import Paths, critical_path, rank_paths
 from cost_models.stage_problem import StageProblem, slow_of
+from planner.interrupts import held
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 
@@ -240,7 +241,8 @@ class _Planes:
         objective.Clear()
         objective.SetCoefficient(variable, 1)
         objective.SetOptimizationDirection(most)
-        status = self.solver.Solve()
+        with held():
+            status = self.solver.Solve()
         if status == self.solver.INFEASIBLE:
             return None
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved

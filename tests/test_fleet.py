@@ -231,7 +231,7 @@ def over_parts(searcher, fleet):
     """What `enumerated` needs of a problem, each axis on all GPUs."""
     return SimpleNamespace(
         costs=searcher.costs, searcher=searcher, gpus=fleet.count, heads=(32, 8), experts=0,
-        layers=len(searcher.costs.chain.layers), units=(), features=(),
+        layers=len(searcher.costs.chain.layers), units=(), features=(), by_layer=False,
         domain=min(part.count for part in fleet.parts),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,7 +85,8 @@ def cluster_of(name, megabytes, folder):
 def searched(name, folder):
     """A case's problem."""
     example, args, limits, hardware, megabytes, workload = CASES[name]
-    return make(example, args, limits, cluster_of(hardware, megabytes, folder), **workload)
+    problem = make(example, args, limits, cluster_of(hardware, megabytes, folder), **workload)
+    return replace(problem, by_layer=megabytes is not None)
 
 
 @pytest.fixture(scope="module", params=list(CASES))

@@ -1,6 +1,8 @@
 """Paths through schedules, the bounds made of them, and what a search does with both."""
 
+import os
 import random
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from test_stages import brute, large, tiny
 from cost_models.decisions import Decisions
 from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal, simulate
 from cost_models.schedule_paths import critical_path, rank_paths
+from planner.interrupts import held, interruptible
 from planner.proving import Proof, Unsettled
 from planner.stage_planes import Effort, Known, applies, refute
 from planner.stages import evaluate, lower_bound_ps, solve
@@ -118,3 +121,12 @@ def test_a_proof_raises_bounds_and_finds_what_they_point_at():
     assert seen == sorted(seen, reverse=True)
     bound = min([proof.best, *(u.bound for u in left)])
     assert 1.03 * low * 51 // 50 < bound <= proof.best < 1.03 * bound
+
+
+def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
+    """Ctrl-C while a program is solved is the search's, once it is solved."""
+    with interruptible() as asked:
+        with held():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not asked()
+        assert asked()

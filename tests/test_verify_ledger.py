@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from cost_models.hardware import load_hardware
+from cost_models.fleet import load_any
 from ir.capture import capture_graph
 from ir.capture.module import source_of
 from ir.errors import PlanError
@@ -44,7 +44,7 @@ def build(name, **sizes):
 def planned(name, hardware, fix, *, layers=3, global_batch=16, **workload):
     """(plan, model) of a tiny example."""
     asked = Asked(**{"engine": "native", "seq_len": 64, "global_batch": global_batch} | workload)
-    cluster = load_hardware(hardware)
+    cluster = load_any(hardware)
     graph = graph_of(name, layers, precision_of(asked, cluster)[0])
     options = TraceOptions(model=name, hardware=hardware, pins=parse_pins(fix.split()), asked=asked)
     return plan_for(graph, options, cluster, Clock()).plan, build(name, n_layers=layers)
