@@ -26,6 +26,9 @@ def main(arguments: list[str]) -> int:
     folder = Path(given.get("FOLDER", "plan-review"))
     folder.mkdir(parents=True, exist_ok=True)
 
+    if base and run("git", "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}").returncode:
+        print(f"::error::the base {base} is not in this clone: fetch it, or mend the input")
+        return 1
     check = run("plan", "check", plan)
     failed = "" if check.returncode == 0 else "check"
     code = check.returncode

@@ -55,8 +55,11 @@ def effects(old: Checked, new: Checked, cost: Coster) -> tuple[Effect, ...]:
     if waiting:
         alone = _joined(old, new, waiting, alone, cost)
     a, b = old.estimate, new.estimate
+    computed_again = (*old.plan.decisions.recompute, *new.plan.decisions.recompute)
+    quiet = () if any(map(any, computed_again)) else ("recompute",)  # an entry a stage, all of none
     rows = [
-        Effect(keys=keys, step_time_ps=e.step_time_ps - a.step_time_ps,
+        Effect(keys=tuple(key for key in keys if key not in quiet),
+               step_time_ps=e.step_time_ps - a.step_time_ps,
                peak_memory_bytes=e.peak_memory_bytes - a.peak_memory_bytes)
         for keys, e in alone
     ]  # fmt: skip

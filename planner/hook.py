@@ -15,7 +15,14 @@ def plans_of(files: Sequence[str]) -> list[str]:
 
 
 def _is_plan(path: Path) -> bool:
-    """Whether a file says that it is one; the first characters tell."""
+    """Whether a file says that it is one, or a graph of ours beside it does: a plan that is broken
+    or gone is one that fails."""
+    try:
+        with open(path.with_suffix(".graph"), encoding="utf-8") as file:
+            if file.read(6) == "graph/":
+                return True
+    except (OSError, UnicodeDecodeError):
+        pass
     try:
         with open(path, encoding="utf-8") as file:
             return '"schema": "plan/' in file.read(200)

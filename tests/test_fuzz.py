@@ -34,3 +34,22 @@ def test_files_too_large_are_not_read(tmp_path, plan):
     assert plan("show")[0] == 1
     code, _, said = plan("hardware", "show", "big.toml")
     assert code == 64 and "larger" in said, os.listdir(tmp_path)
+
+
+def test_a_module_with_a_name_that_no_plan_can_tell(tmp_path, plan):
+    (tmp_path / "odd.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    model = nn.Sequential(nn.Embedding(8, 8))\n"
+        "    model.add_module('a\\nb', nn.Linear(8, 8))\n"
+        "    return model\n"
+    )
+    code, _, said = plan("trace", "odd.py", "--hardware", "h100x1", "--seq-len", "64")
+    assert code == 1 and "a module is named 'a\\nb'" in said
+
+
+def test_a_report_writes_over_no_plan(tmp_path, plan):
+    (tmp_path / "plan.json").write_text("{}")
+    code, _, said = plan("report", "-o", "plan.json", "--no-why")
+    assert code == 64 and "would be lost" in said
+    assert (tmp_path / "plan.json").read_text() == "{}"

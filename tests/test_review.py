@@ -63,6 +63,7 @@ def review(monkeypatch, plan, tmp_path):
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     git("init", "-q", ".")
+    git("commit", "-q", "--allow-empty", "-m", "before")
     trace(plan)
     return module
 
@@ -128,3 +129,11 @@ def test_the_hook_checks_plans_alone(tmp_path, monkeypatch):
     Path("bytes.json").write_bytes(b"\xff\xfe")
     files = ["plan.graph", "plan.json", "other.json", "bytes.json", "gone.json", "x.graph"]
     assert plans_of(files) == ["plan.json"]
+    Path("bytes.graph").write_text('graph/1 "lost"')
+    assert plans_of(["bytes.graph"]) == ["bytes.json"]  # a plan that is broken is one that fails
+
+
+def test_a_base_that_is_not_there_passes_no_gate(review, monkeypatch, capsys):
+    monkeypatch.setenv("BASE", "origin/nowhere")
+    assert review.main([]) == 1
+    assert "::error::the base origin/nowhere is not in this clone" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ir.errors import PlanError
 from ir.graph import Graph
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
     from ir.capture.routes import mark_routes
     from ir.join import join_tails
 
+    for name, _ in source.model.named_modules():
+        if not name.isprintable() or any(map(str.isspace, name)):
+            raise PlanError(
+                f"a module is named {name!r}",
+                why="a plan names modules by their paths, without white space",
+                hints=("give it another name in the model",),
+            )
     sizes = sizes_for(source.max_seq_len, source.seq_in_input)
     with source.tracing():
         found = trace(

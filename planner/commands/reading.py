@@ -114,6 +114,8 @@ def diff(
 
     if form not in ("text", "md", "json"):
         raise UsageError(f"--format {form} is not known", why="known: text md json")
+    if as_json and form == "md":
+        raise UsageError("--json and --format md ask for two forms", hints=("leave one out",))
     if old == new == "-":
         raise UsageError("both plans cannot come from stdin")
     found = difference(old, new)

@@ -54,10 +54,25 @@ def report(
         raise UsageError(f"plan report takes one plan or two, not {len(sources)}")
     if sources.count("-") > 1:
         raise UsageError("both plans cannot come from stdin")
+    if trace and trace == path:
+        raise UsageError(f"the page and the trace are both {path}", hints=("--trace step.json",))
     for target in (path, trace):
         _require_place(target)
+        _require_ours(target)
     _write(path, trace, sources, ask=why, effort=effort)
     return 0
+
+
+def _require_ours(target: str) -> None:
+    """Raise UsageError where a file is in the way that is no page or trace."""
+    if target in ("", "-") or not Path(target).is_file():
+        return
+    with open(target, "rb") as file:
+        start = file.read(200)
+    if start and not start.startswith((b"<!DOCTYPE html>", b'{"displayTimeUnit"')):
+        raise UsageError(f"{target} is there, and is no report or trace",
+                         why="a plan or another file of yours would be lost",
+                         hints=("-o report.html", "remove it first if it may go"))  # fmt: skip
 
 
 def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int) -> None:
