@@ -6,16 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import commands
 
 ROOT = Path(__file__).parent.parent.parent
-MODEL = """
-import torch
-from torch import nn
-
-def build():
-    return nn.Sequential(nn.Embedding(256, 64), *(nn.Linear(64, 64) for _ in range(4)),
-                         nn.Linear(64, 256))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +31,16 @@ def test_commands_in_an_empty_folder(installed, tmp_path):
             env={**os.environ, "PYTHONPATH": str(installed)}, check=False,
         )  # fmt: skip
 
-    (tmp_path / "model.py").write_text(MODEL)
-    ask = ("trace", "model.py", "--seq-len", "64", "--global-batch", "64")
+    rows = (row for kind, row in commands(ROOT / "docs/tutorial.md") if kind == "file")
+    (tmp_path / "model.py").write_text(next(rows).partition("\n")[2])
+    small = ("--arg", "width=64", "--arg", "heads=4", "--arg", "layers=4")
+    ask = ("trace", "model.py", *small, "--seq-len", "64", "--global-batch", "64")
     for words in (
         (*ask, "--hardware", "h100x8"), ("show",), ("check",), ("diff", "plan.json", "plan.json"),
         ("report", "plan.json", "-o", "report.html"), ("hardware", "show", "h100x8"),
         ("export", "plan.json", "--to", "torchrun", "-o", "launch", "--lossy"),
-        ("trace", "model.py", "--task", "serve", "--hardware", "h100x1", "--batch", "1", "-o",
-         "serve.json"),
+        ("trace", "model.py", *small, "--task", "serve", "--hardware", "h100x1", "--batch", "1",
+         "-o", "serve.json"),
         ("validate", "--help"),
     ):  # fmt: skip
         done = plan(*words)
