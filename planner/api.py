@@ -118,8 +118,9 @@ def diff(old: Plan | ServingPlan, new: Plan | ServingPlan) -> Diff:
     """
     from planner.differ import diff as compare
     from planner.displays import costed
+    from planner.plan import require_alike
     from planner.serving.check import CheckedServing
-    from planner.serving.differ import diff_serving, require_alike
+    from planner.serving.differ import diff_serving
 
     require_alike(old, new)
     a, b = costed(old), costed(new)

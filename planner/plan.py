@@ -243,6 +243,13 @@ def _read_graph(source: str, graph_path: str | None) -> str:
         ) from fault
 
 
+def require_alike(old: Plan | ServingPlan, new: Plan | ServingPlan) -> None:
+    """Raise UsageError where one plan serves and the other trains."""
+    if isinstance(old, Plan) != isinstance(new, Plan):
+        raise UsageError("one plan is of training, the other of serving",
+                         hints=("compare two of a kind",))  # fmt: skip
+
+
 def read(source: str) -> str:
     """The text of a path, of stdin (`-`), or of REV:path."""
     if source == "-":

@@ -134,15 +134,16 @@ def difference(old: str, new: str) -> Diff:
     """Two plans of a kind compared, each from where it lies."""
     from planner import check as checks
     from planner import differ
-    from planner.plan import Plan, load_plan
-    from planner.serving.check import examine_serving
-    from planner.serving.differ import diff_serving, require_alike
+    from planner.plan import Plan, load_plan, require_alike
 
     a, b = load_plan(old), load_plan(new)
+    require_alike(a, b)
     if isinstance(a, Plan) and isinstance(b, Plan):
         return differ.diff(checks.examine(a, folder_of(old)), checks.examine(b, folder_of(new)))
-    require_alike(a, b)
     assert not isinstance(a, Plan) and not isinstance(b, Plan)
+    from planner.serving.check import examine_serving
+    from planner.serving.differ import diff_serving
+
     return diff_serving(examine_serving(a, folder_of(old)), examine_serving(b, folder_of(new)))
 
 

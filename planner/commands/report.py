@@ -77,15 +77,13 @@ def _require_ours(target: str) -> None:
 
 def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int) -> None:
     """The page, and the trace of the (new) plan's step where one is asked for."""
-    from planner.plan import Plan, load_plan
+    from planner.plan import Plan, load_plan, require_alike
 
     found = [load_plan(source) for source in sources]
     folders = [folder_of(source) for source in sources]
     training = [(p, f) for p, f in zip(found, folders) if isinstance(p, Plan)]
     serving = [(p, f) for p, f in zip(found, folders) if not isinstance(p, Plan)]
-    if serving and training:
-        raise UsageError("one plan is of training, the other of serving",
-                         hints=("put two of a kind side by side",))  # fmt: skip
+    require_alike(found[0], found[-1])
     if serving and trace:
         raise UsageError(
             "--trace is of plans of training",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from cost_models.serving_engines import error_of
-from ir.errors import UsageError
 from planner.differ import Change, Diff, Number, by_name, placed, renamed_of, same_names, verdict_of
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
@@ -107,10 +106,3 @@ def _drift(old: CheckedServing) -> Number | None:
         return None
     return Number(name="a token every", key="tpot_s", unit="s", old=before / 1e6, new=after / 1e6,
                   error=0.0, better=-1)  # fmt: skip
-
-
-def require_alike(old: object, new: object) -> None:
-    """Raise UsageError where one plan serves and the other trains."""
-    if isinstance(old, ServingPlan) != isinstance(new, ServingPlan):
-        raise UsageError("one plan is of training, the other of serving",
-                         hints=("compare two of a kind",))  # fmt: skip
