@@ -38,6 +38,7 @@ class Case:
     zero: int | None
     shard: int | None
     reshard: bool | None
+    microbatches: int | None
     schedule: str | None
     virtual_stages: int | None
     recomputes: bool | None
@@ -72,6 +73,15 @@ def _virtual(c: Case) -> bool:
 
 def _below(c: Case, what: str) -> bool:
     return what in dict(c.offload or ())
+
+
+def _runs(c: Case, schedules: tuple[str, ...]) -> bool:
+    """Whether a schedule is among an engine's. An engine's own 1F1B may have fewer micro-batches
+    than stages, which torch's takes not: then the first rank runs GPipe's order, and the step is as
+    long and the first rank's memory as large as GPipe's."""
+    few = c.pp is not None and c.microbatches is not None and c.microbatches < c.pp
+    filled = c.schedule == "gpipe" and "1f1b" in schedules and few
+    return c.schedule in (None, *schedules) or filled
 
 
 def _ours(c: Case) -> bool:
@@ -139,15 +149,14 @@ RULES = (
     ),
     Rule(
         keys=("schedule",),
-        refused=lambda c: c.pp != 1
-        and c.schedule not in (None, *load_engine(c.engine).schedules),
+        refused=lambda c: c.pp != 1 and not _runs(c, load_engine(c.engine).schedules),
         reason="the engine does not run that schedule",
         fix="schedule=1f1b, or another --engine",
     ),
     Rule(
         keys=("schedule", "compile"),
         refused=lambda c: c.pp != 1 and bool(c.compile)
-        and c.schedule not in (None, *load_engine(c.engine).compiled_schedules),
+        and not _runs(c, load_engine(c.engine).compiled_schedules),
         reason="the engine cannot run compiled stages where backward is split in two",
         fix="compile=off, or schedule=1f1b or interleaved",
     ),
@@ -330,7 +339,8 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
         pp=d.pp, dp_outer=d.dp_outer, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard,
-        reshard=d.reshard, schedule=d.schedule, virtual_stages=d.virtual_stages,
+        reshard=d.reshard, microbatches=d.microbatches, schedule=d.schedule,
+        virtual_stages=d.virtual_stages,
         recomputes=any(full or selective for full, selective in d.recompute),
         selective=any(selective for _, selective in d.recompute), keep=bool(d.keep),
         offload=d.offload, compile=d.compile, formats=bool(d.formats),

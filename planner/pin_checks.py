@@ -180,7 +180,8 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
         pp=p.pp, dp_outer=p.dp_outer, cp=p.cp, tp=p.tp, zero=p.zero, shard=p.shard,
-        reshard=p.reshard, schedule=p.schedule, virtual_stages=p.virtual_stages,
+        reshard=p.reshard, microbatches=p.microbatches, schedule=p.schedule,
+        virtual_stages=p.virtual_stages,
         recomputes=None if r is None else any((*r.full, *r.selective)),
         selective=None if r is None else any(r.selective), keep=bool(p.keep), offload=p.offload,
         compile=p.compile, formats=any(word in NARROW for _, word in p.formats or ()),

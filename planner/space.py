@@ -209,12 +209,12 @@ class Space:
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:
         """The schedules that are searched: of the engine's those that it runs compiled, if it
-        compiles."""
+        compiles; and GPipe, which an engine's own 1F1B is with few micro-batches."""
         if self.pins.schedule is not None:
             return (self.pins.schedule,)
         engine = self.costs.engine
         runs = engine.compiled_schedules if engine.fused else engine.schedules
-        return tuple(name for name in SEARCHED_SCHEDULES if name in runs)
+        return tuple(name for name in SEARCHED_SCHEDULES if name in ("gpipe", *runs))
 
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """The same state under every schedule and number of virtual stages."""

@@ -144,6 +144,19 @@ def test_schedules_are_the_engines(engine, schedule):
     assert (compiled is None) == (schedule in row.schedules and schedule in row.compiled_schedules)
 
 
+def test_one_micro_batch_more_or_less_than_stages_is_the_engines():
+    for engine in ("megatron", "deepspeed", "torchtitan-eager"):
+        few, enough = (
+            replace(DECISIONS, schedule="gpipe", pp=4, dp=1, tp=2, microbatches=n, zero=1, shard=1,
+                    compile=False)
+            for n in (3, 4)
+        )  # fmt: skip
+        workload = replace(WORKLOAD, engine=engine)
+        assert illegal(few, workload) is None
+        assert (illegal(enough, workload) is None) == ("gpipe" in load_engine(engine).schedules)
+        assert "microbatches >= pp" in illegal(replace(few, schedule="1f1b"), workload)
+
+
 def test_zero_under_a_pipeline_is_the_engines():
     workload = replace(WORKLOAD, engine="megatron")
     assert illegal(replace(DECISIONS, zero=1), workload) is None

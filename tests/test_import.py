@@ -55,8 +55,10 @@ def legal(draw):
         offload=offload if zero == 3 else offload[:1] if zero else (),
         sequence_parallel=one(True, False) if tp > 1 else False, compile=one(True, False),
         grad_dtype=one("bf16", "fp32"), cp_kind=one("ring", "allgather", "ulysses") if cp > 1
-        else "ring", micro_batch=one(1, 2), microbatches=one(4, 8),
+        else "ring", micro_batch=one(1, 2), microbatches=one(1, 4, 8),
     )  # fmt: skip
+    if made.schedule == "1f1b" and made.microbatches < pp:  # as an engine's own 1F1B then runs
+        made = replace(made, schedule="gpipe")
     batch = made.dp * made.micro_batch * made.microbatches
     return made, replace(WORKLOAD, engine=one("megatron", "torchtitan"), global_batch=batch)
 

@@ -58,14 +58,16 @@ def decide(s: Settings, facts: Facts) -> Setup:
     if not micro:
         raise s.fault("--micro-batch-size", "is not there", "add it: samples a rank runs at once")
     batch = s.number("--global-batch-size", micro * dp)
+    count = steps(s, batch, dp, micro)
+    once = "1f1b" if count >= pp else "gpipe"  # what its 1F1B is with fewer micro-batches
     pins = {
         "pp": str(pp), "dp": str(dp), "cp": str(cp), "tp": str(tp),
         "ep": str(s.number("--expert-model-parallel-size", 1)),
         "etp": str(s.number("--expert-tensor-parallel-size", tp) if facts.experts else 1),
         "zero": str(zero), "shard": str(dp * cp // copies if zero else 1),
         "reshard": switch(zero == 3 and pp == 1),
-        "micro_batch": str(micro), "microbatches": str(steps(s, batch, dp, micro)),
-        "schedule": "interleaved" if virtual > 1 else "1f1b", "virtual_stages": str(virtual),
+        "micro_batch": str(micro), "microbatches": str(count),
+        "schedule": "interleaved" if virtual > 1 else once, "virtual_stages": str(virtual),
         "stages": joined(stages), "recompute": _recompute(s), "offload": _offload(s, stages),
         "formats": "none", "sequence_parallel": switch(tp > 1 and s.on("--sequence-parallel")),
         "compile": "on", "cp_kind": _cp_kind(s), "grad_dtype": _gradients(s),
