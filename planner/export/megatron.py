@@ -148,7 +148,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("reshard", d.zero < 3 or d.pp > 1 or d.reshard, APPROXIMATE,
          "Megatron FSDP frees what it gathered after forward"),
         ("micro_batch", True, "", ""), ("microbatches", True, "", ""),
-        ("schedule", d.pp == 1 or d.microbatches < d.pp and d.schedule == "gpipe"
+        ("schedule", d.pp == 1 or (d.microbatches < d.pp and d.schedule == "gpipe")
          or d.schedule in ("1f1b", "interleaved"), UNSUPPORTED,
          f"no {d.schedule}: it runs 1f1b, or interleaved where a rank has several stages"),
         ("virtual_stages", True, "", ""), ("stages", True, "", ""),
