@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import typer
 
+from planner import completing
 from planner.calibrating import calibrate
 from planner.commands.hardware import hardware_list, hardware_show
 from planner.commands.importing import import_
@@ -45,7 +47,7 @@ COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
 def app() -> typer.Typer:
     """The commands and their help."""
     plain: dict[str, Any] = {
-        "no_args_is_help": True, "add_completion": False, "rich_markup_mode": None,
+        "no_args_is_help": True, "rich_markup_mode": None,
     }  # fmt: skip
     top = typer.Typer(help="Plan how a PyTorch model is spread over hardware.", **plain)
     for name, function, words in COMMANDS:
@@ -59,6 +61,9 @@ def app() -> typer.Typer:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; quiet where the reader of stdout has gone."""
+    if os.environ.get(completing.ASKED) == "complete_bash":
+        completing.in_bash(partial(run, app()))
+        sys.exit(0)
     try:
         code = run(app(), list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import PlanError, UsageError
+from planner import completing
 from planner.console import say
 from planner.plan import load_plan, write_whole
 
@@ -19,7 +20,11 @@ def export(
         str, typer.Argument(metavar="PLAN", help="a path, '-' (stdin), or REV:path")
     ] = "plan.json",
     to: Annotated[
-        str, typer.Option("--to", metavar="TARGET", help="pytorch, megatron, ...: docs/export.md")
+        str,
+        typer.Option(
+            "--to", metavar="TARGET", help="pytorch, megatron, ...: docs/export.md",
+            autocompletion=completing.targets,
+        ),
     ] = "",
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="the folder; '-' is stdout")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from planner import completing
 from planner.commands.shared import Json, Verbose, print_json
 
 
@@ -26,7 +27,12 @@ def hardware_list(as_json: Json = False, verbose: Verbose = 0) -> int:
 
 
 def hardware_show(
-    hardware: Annotated[str, typer.Argument(metavar="HW", help="NAME, or as --hardware")],
+    hardware: Annotated[
+        str,
+        typer.Argument(
+            metavar="HW", help="NAME, or as --hardware", autocompletion=completing.hardware
+        ),
+    ],
     as_json: Json = False,
     verbose: Verbose = 0,
 ) -> int:

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
-from planner.commands.shared import Args, Cache, Json, Optimizer, Verbose, parse_args, print_json
+from planner import completing
+from planner.commands.shared import (
+    Args,
+    Cache,
+    Embed,
+    Json,
+    Optimizer,
+    Verbose,
+    Written,
+    parse_args,
+    print_json,
+)
 from planner.console import progress, say
 
 
@@ -18,18 +29,30 @@ def import_(
     engine: Annotated[
         str,
         typer.Option(
-            "--from", metavar="ENGINE", help="megatron, deepspeed, torchtitan, accelerate"
+            "--from", metavar="ENGINE", help="megatron, deepspeed, torchtitan, accelerate",
+            autocompletion=completing.sources,
         ),
     ] = "",
     model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="as plan trace takes it")
+        str,
+        typer.Option(
+            "--model", metavar="MODEL", help="as plan trace takes it",
+            autocompletion=completing.model,
+        ),
     ] = "",
     hardware: Annotated[
-        str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT or a .toml file")
+        str,
+        typer.Option(
+            "--hardware", metavar="HW", help="NAMExCOUNT or a .toml file",
+            autocompletion=completing.hardware,
+        ),
     ] = "",
     fix: Annotated[
         list[str],
-        typer.Option("--fix", metavar="K=V", help="what the file leaves to code: micro_batch=2"),
+        typer.Option(
+            "--fix", metavar="K=V", help="what the file leaves to code: micro_batch=2",
+            autocompletion=completing.pins,
+        ),
     ] = [],  # noqa: B006
     seq_len: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="where the file does not say it")
@@ -38,16 +61,15 @@ def import_(
         int | None, typer.Option(metavar="N", min=1, help="where the file does not say it")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="where the file leaves it open (auto)")
+        str | None,
+        typer.Option(
+            autocompletion=completing.precisions, help="where the file leaves it open (auto)"
+        ),
     ] = None,
     optimizer: Optimizer = None,
     arg: Args = [],  # noqa: B006
-    path: Annotated[
-        str, typer.Option("-o", metavar="PATH", help="the plan; '-' is stdout")
-    ] = "imported.json",
-    embed: Annotated[
-        bool, typer.Option("--embed", help="put the graph inside the plan, not beside it")
-    ] = False,
+    path: Written = "imported.json",
+    embed: Embed = False,
     as_json: Json = False,
     cache: Cache = True,
     verbose: Verbose = 0,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ir.errors import UsageError
+from planner import completing
 from planner.commands.serving import check_serving, show_serving
 from planner.commands.shared import (
     Args,
@@ -92,7 +93,8 @@ def show(
 def diff(
     old: Annotated[str, typer.Argument(metavar="OLD", help="a path, '-' (stdin), or REV:path")],
     new: Annotated[str, typer.Argument(metavar="[NEW]", help="as OLD")] = "plan.json",
-    form: Annotated[str, typer.Option("--format", help="text, md (a comment), json")] = "text",
+    form: Annotated[str, typer.Option(
+        "--format", help="text, md (a comment), json", autocompletion=completing.forms)] = "text",
     as_json: Json = False,
     detailed: Annotated[
         bool, typer.Option("--detailed-exitcode", help="exit 2 if the plans differ, 0 if not")
@@ -150,7 +152,11 @@ def difference(old: str, new: str) -> Diff:
 def check(
     plan: Plan_ = "plan.json",
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="trace it anew and compare; runs its file")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="trace it anew and compare; runs its file",
+            autocompletion=completing.model,
+        ),
     ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="re-cost a stale plan and rewrite it")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ir.errors import UsageError
+from planner import completing
 
 if TYPE_CHECKING:
     from cost_models.fleet import Hardware
@@ -28,11 +29,18 @@ Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="use the traced graph if nothing changed")
 ]
 Optimizer = Annotated[
-    str | None, typer.Option(help="adamw (default), sgd, adafactor, adamw8bit, muon")
+    str | None,
+    typer.Option(
+        autocompletion=completing.optimizers,
+        help="adamw (default), sgd, adafactor, adamw8bit, muon",
+    ),
 ]
 Engine = Annotated[
     str | None,
-    typer.Option(help="native, native-compiled (default), torchtitan, megatron, deepspeed"),
+    typer.Option(
+        autocompletion=completing.engines,
+        help="native, native-compiled (default), torchtitan, megatron, deepspeed",
+    ),
 ]
 Model = Annotated[
     str,
@@ -40,8 +48,14 @@ Model = Annotated[
         metavar="MODEL",
         help="model.py, model.py:factory, config.json or its folder",
         show_default=False,
+        autocompletion=completing.model,
     ),
 ]
+Task = Annotated[str, typer.Option(autocompletion=completing.tasks, help="train or serve")]
+Embed = Annotated[
+    bool, typer.Option("--embed", help="put the graph inside the plan, not beside it")
+]
+Written = Annotated[str, typer.Option("-o", metavar="PATH", help="the plan; '-' is stdout")]
 MaxMemory = Annotated[
     str, typer.Option(metavar="SIZE", show_default=False, help="of a GPU's at most: 70GB")
 ]

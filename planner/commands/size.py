@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
+from planner import completing
 from planner.commands.serving import (
     Allow,
     Batch,
@@ -33,6 +34,7 @@ from planner.commands.shared import (
     Model,
     Optimizer,
     Prices,
+    Task,
     Verbose,
     check_objective,
     parse_args,
@@ -44,7 +46,7 @@ from planner.console import progress, say
 
 def size(
     model: Model,
-    task: Annotated[str, typer.Option(help="train or serve")] = "train",
+    task: Task = "train",
     target: Annotated[
         list[str],
         typer.Option(
@@ -59,6 +61,7 @@ def size(
         typer.Option(
             metavar="NAMES",
             show_default=False,
+            autocompletion=completing.devices,
             help="devices, by commas, and .toml files (default: the catalogue)",
         ),
     ] = "",
@@ -67,6 +70,7 @@ def size(
         str,
         typer.Option(
             show_default=False,
+            autocompletion=completing.objectives,
             help="what the first row is best by: time, cost (default with prices), energy, memory,"
             " gpus (default without)",
         ),
@@ -91,6 +95,7 @@ def size(
     precision: Annotated[
         str,
         typer.Option(
+            autocompletion=completing.precisions,
             help="fp32, bf16, fp16, fp8, nvfp4, or bf16,fp8; devices without it are left out"
         ),
     ] = "bf16",
@@ -111,7 +116,10 @@ def size(
     kv_policy: KvPolicy = "",
     fix: Annotated[
         list[str],
-        typer.Option(metavar="K=V", help="serve: a decision that is made: weights=int4, tp=8"),
+        typer.Option(
+            metavar="K=V", help="serve: a decision that is made: weights=int4, tp=8",
+            autocompletion=completing.pins,
+        ),
     ] = [],  # noqa: B006
     arg: Args = [],  # noqa: B006
     as_json: Json = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ir.errors import UsageError
+from planner import completing
 from planner.commands.serving import (
     Allow,
     Batch,
@@ -29,6 +30,7 @@ from planner.commands.shared import (
     Args,
     Assume,
     Cache,
+    Embed,
     Engine,
     Json,
     MaxCost,
@@ -36,7 +38,9 @@ from planner.commands.shared import (
     Model,
     Optimizer,
     Prices,
+    Task,
     Verbose,
+    Written,
     check_objective,
     parse_args,
     price_of,
@@ -51,11 +55,18 @@ if TYPE_CHECKING:
 def trace(
     model: Model = "",
     hardware: Annotated[
-        str, typer.Option("--hardware", metavar="HW", help="NAMExCOUNT, a .toml file, or a sum")
+        str,
+        typer.Option(
+            "--hardware", metavar="HW", help="NAMExCOUNT, a .toml file, or a sum",
+            autocompletion=completing.hardware,
+        ),
     ] = "",
     fix: Annotated[
         list[str],
-        typer.Option("--fix", metavar="K=V", help="pin a decision: tp=8, recompute=full:12"),
+        typer.Option(
+            "--fix", metavar="K=V", help="pin a decision: tp=8, recompute=full:12",
+            autocompletion=completing.pins,
+        ),
     ] = [],  # noqa: B006
     seq_len: Annotated[
         str | None,
@@ -76,6 +87,7 @@ def trace(
     precision: Annotated[
         str | None,
         typer.Option(
+            autocompletion=completing.precisions,
             help="fp32, bf16, fp16, fp8, nvfp4 (default: bf16 where the device has it); bf16,fp8: "
             "matmuls of layers in fp8 where that is quicker"
         ),
@@ -106,9 +118,13 @@ def trace(
             help="load of the busiest expert rank over the mean, as training measured it",
         ),
     ] = 1.0,
-    task: Annotated[str, typer.Option(help="train or serve")] = "train",
+    task: Task = "train",
     objective: Annotated[
-        str, typer.Option(help="time, cost, energy, memory (most free), gpus (fewest that fit)")
+        str,
+        typer.Option(
+            autocompletion=completing.objectives,
+            help="time, cost, energy, memory (most free), gpus (fewest that fit)",
+        ),
     ] = "time",
     slack: Annotated[
         str,
@@ -145,12 +161,8 @@ def trace(
     kv_window: KvWindow = None,
     kv_policy: KvPolicy = "",
     arg: Args = [],  # noqa: B006
-    path: Annotated[
-        str, typer.Option("-o", metavar="PATH", help="the plan; '-' is stdout")
-    ] = "plan.json",
-    embed: Annotated[
-        bool, typer.Option("--embed", help="put the graph inside the plan, not beside it")
-    ] = False,
+    path: Written = "plan.json",
+    embed: Embed = False,
     as_json: Json = False,
     cache: Cache = True,
     fold: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import UsageError
+from planner import completing
 from planner.commands.shared import (
     Args,
     Cache,
@@ -22,7 +23,11 @@ from planner.commands.shared import (
 def verify(
     plan: Plan_ = "plan.json",
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="as plan trace took it; runs its file")
+        str,
+        typer.Option(
+            metavar="MODEL", help="as plan trace took it; runs its file",
+            autocompletion=completing.model,
+        ),
     ] = "",
     arg: Args = [],  # noqa: B006
     twin: Annotated[

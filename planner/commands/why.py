@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import InfeasibleError
+from planner import completing
 from planner.commands.shared import Json, Plan_, Verbose, examine, print_json
 
 INFEASIBLE = InfeasibleError.exit_code
@@ -16,7 +17,10 @@ def why(
     plan: Plan_ = "plan.json",
     refuse: Annotated[
         list[str],
-        typer.Option("--not", metavar="K=V", help="refuse a decision: tp=8, recompute=full"),
+        typer.Option(
+            "--not", metavar="K=V", help="refuse a decision: tp=8, recompute=full",
+            autocompletion=completing.pins,
+        ),
     ] = [],  # noqa: B006
     layer: Annotated[
         str, typer.Option(metavar="NAME", show_default=False, help="one unit: layers.3")
