@@ -6,8 +6,10 @@ so that show, diff and check answer at once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -60,7 +62,10 @@ def app() -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit with its code; quiet where the reader of stdout has gone."""
+    """Run a command and exit with its code; quiet where the reader of stdout has gone.
+
+    argv: the words; None for those of this process, which is then left at once (`_leave`).
+    """
     if os.environ.get(completing.ASKED) == "complete_bash":
         completing.in_bash(partial(run, app()))
         sys.exit(0)
@@ -70,7 +75,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1  # as the library has it, where it meets the closed pipe first
+    if argv is None:
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without taking its modules apart one by one: with torch loaded that costs a
+    second and more, and the system frees them anyway. Threads still at work are Python's to end.
+    """
+    if threading.active_count() > 1:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

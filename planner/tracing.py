@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,13 +137,15 @@ def capture(
         return graph
     if progress:
         progress("tracing")
-    import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
+    with _uncollected():
+        import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
 
-    clock.mark("import_s")
-    from ir.capture import capture_graph
-    from ir.capture.load import load as load_model
+        clock.mark("import_s")
+        from ir.capture import capture_graph
+        from ir.capture.load import load as load_model
 
-    graph = capture_graph(load_model(options.model, args), precision=precision, fold=options.fold)
+        source = load_model(options.model, args)
+        graph = capture_graph(source, precision=precision, fold=options.fold)
     text = format_graph(graph)
     if options.cache:
         try:
@@ -152,6 +157,20 @@ def capture(
     graph = parse_graph(text)  # what a later command reads is what was planned
     clock.mark("trace_s")
     return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without searches for cycles: torch's modules are a million objects that all stay, and are
+    walked through again and again while they load.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _cache_folder() -> Path:
