@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cost_models.layout import expert_parameters
-from ir.graph import Graph, Node, Tensor, Unit
+from ir.graph import AFTER, Graph, Node, Tensor, Unit
 from ir.ops import rule
 
 ON_EXPERTS = ("grouped_matmul", "expert_bias")
@@ -19,6 +19,8 @@ REDUCTIONS = {
 }  # fmt: skip
 PATTERN = "the experts are no stacked parameters that grouped matmuls read as they are"
 FUSED = "the experts' biases cannot be split over etp"
+SUMMED = "{} gives more than a sum of what single experts give"
+CHAIN = "{} of {} is no second matmul of its experts"
 STATISTICS = "{} reduces over tokens that the ranks share, and is no mean, sum or count"
 COMPARED = ("topk", "cumsum", "softmax")  # ops that compare what lies along their `dim`
 CHOICE = "{} compares tokens that the ranks share"
@@ -79,12 +81,22 @@ def _parts(unit: Unit, node: Node) -> int:
 def routed_modules(unit: Unit) -> tuple[str, ...]:
     """Module paths, in the unit, of its routed modules: the smallest that hold the router's top-k
     with the grouped matmuls; "" where only the whole unit does."""
+    return _smallest_with(unit, {"topk", "combine"})
+
+
+def summing_modules(unit: Unit) -> tuple[str, ...]:
+    """Module paths of the smallest modules that hold grouped matmuls and combine their results:
+    they give a sum over experts (`no_expert_sum`)."""
+    return _smallest_with(unit, {"combine"})
+
+
+def _smallest_with(unit: Unit, ops: set[str]) -> tuple[str, ...]:
     grouped = dict.fromkeys(n.module for n in unit.nodes if n.op == "grouped_matmul")
     found = []
     for module in grouped:
         parts = module.split(".") if module else []
         above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-        held = (p for p in above if {"topk", "combine"} <= {n.op for n in nodes_in(unit, p)})
+        held = (p for p in above if ops <= {n.op for n in nodes_in(unit, p)})
         found.append(next(held, ""))
     return tuple(dict.fromkeys(found))
 
@@ -154,6 +166,70 @@ def no_expert_tensor_axis(graph: Graph) -> str | None:
         if biases:
             return f"{FUSED}: {biases[0]} of {unit.name}"
     return None
+
+
+def no_expert_sum(graph: Graph) -> str | None:
+    """Why ranks that each have a part of the experts, or of each expert, cannot sum what their
+    modules give: it is no sum of what single experts give."""
+    for unit in graph.units:
+        for path in summing_modules(unit):
+            if not gives_sum(unit, path):
+                return SUMMED.format(f"{path or 'the whole'} of {unit.name}")
+    return None
+
+
+def no_expert_chain(graph: Graph) -> str | None:
+    """Why ranks cannot each have a slice of every expert: its last matmul reads no other's."""
+    for unit in graph.units:
+        after = _after_grouped(unit)
+        for node in _last_grouped(unit):
+            if node.inputs[0] not in after:
+                return CHAIN.format(node.name, unit.name)
+    return None
+
+
+def _after_grouped(unit: Unit) -> set[str]:
+    """Values that are made from a grouped matmul's result."""
+    after: set[str] = set()
+    for node in unit.nodes:
+        if node.op == "grouped_matmul" or any(r in after for r in node.inputs):
+            after.update(node.refs())
+    return after
+
+
+def _last_grouped(unit: Unit) -> tuple[Node, ...]:
+    """The grouped matmuls from whose results no other of the same routing is made."""
+    reached: set[str] = set()  # values that a grouped matmul is made from
+    last = []
+    for node in reversed(unit.nodes):
+        grouped = node.op == "grouped_matmul"
+        made = any(r in reached for r in node.refs())
+        if grouped and not made:
+            last.append(node)
+        if (made or grouped) and node.op != "dispatch":
+            reached.update(node.inputs[:1] if grouped else node.inputs)
+    return tuple(last)
+
+
+def gives_sum(unit: Unit, path: str) -> bool:
+    """Whether all that a module gives is linear in what its last grouped matmuls give."""
+    last, partial = {n.name for n in _last_grouped(unit)}, set[str]()
+    nodes = [n for n in nodes_in(unit, path) if n.module != AFTER]
+    for node in nodes:
+        given = [r in partial for r in node.inputs]
+        if node.name in last:
+            partial.update(node.refs())
+        elif any(given):
+            scaled = node.op in ("mul", "div") and given[0] and sum(given) == 1
+            scaled |= node.op == "mul" and sum(given) == 1
+            rows = node.op in ("combine", "expert_bias") and given[0] and sum(given) == 1
+            alike = all(given) and (node.op in ("add", "sub", "sum", "cast") or rule(node).view)
+            if not (scaled or rows or alike):
+                return False
+            partial.update(node.refs())
+    mine, names = {ref for n in nodes for ref in n.refs()}, {n.name for n in nodes}
+    others = {ref for n in unit.nodes if n.name not in names for ref in n.inputs}
+    return mine & (others | set(unit.outputs)) <= partial
 
 
 def no_shared_tokens(graph: Graph) -> str | None:

@@ -92,3 +92,13 @@ def served(rank, kind, path, weights, folder=None):
                          device="cpu")  # fmt: skip
     return (answer(made, ids), made(ids).logits, made.served.loaded.device_bytes,
             [n for n, _ in made.named_parameters()])  # fmt: skip
+
+
+def served_one(rank, kind, path, weights, folder):
+    """(answers to one prompt, bytes below the device, experts of a layer) of a rank."""
+    model, ids = whole(kind)
+    made = planner.serve(bare(model), planner.load(path), weights=weights, folder=folder,
+                         device="cpu")  # fmt: skip
+    held = made.served.loaded
+    count = len(next(iter(held.experts.values())).blocks)
+    return answer(made, ids[:1]), held.host_bytes + held.disk_bytes, count

@@ -19,8 +19,16 @@ import planner
 from cost_models.serving_decisions import Held
 from cost_models.serving_reading import served_model
 from ir.errors import PlanError
+from planner.routed import (
+    gives_sum,
+    no_expert_chain,
+    no_expert_sum,
+    routed_modules,
+    summing_modules,
+)
 from planner.runtime.serve.apply import laid_by
 from planner.runtime.serve.packed import pack
+from planner.serving.runnable import experts_of
 
 CASES = {  # model: (blocks in int8, tiers, tp)
     "gpt2": (("mlp",), (("attention", "cpu", "stream", 1), ("mlp", "nvme", "stream", 0)), 1),
@@ -122,6 +130,18 @@ def test_experts_in_a_users_loop_are_routed_where_it_spares_them(sparse):
     made = planner.serve(model, plan, device="cpu")
     torch.testing.assert_close(made(ids), wanted)
     assert bool(made.served.loaded.experts) == sparse
+
+
+def test_ranks_share_experts_only_where_a_sum_of_them_is_all_that_a_module_gives():
+    graph = planned("deepseek").graph
+    (unit,) = (u for u in graph.units if summing_modules(u))
+    assert summing_modules(unit) == ("mlp.experts",) and routed_modules(unit) == ("mlp",)
+    assert gives_sum(unit, "mlp.experts") and not gives_sum(unit, "mlp")  # shared experts beside
+    assert no_expert_sum(graph) is None and no_expert_chain(graph) is None
+    looped = planner.trace_serving(Looped(True).eval(), inputs, hardware="h100x1", prompt=16,
+                                   output=16, batch=2).graph  # fmt: skip
+    assert "no second matmul" in no_expert_chain(looped)  # each of them is one matrix
+    assert "no stacked parameters" in experts_of(looped).undivided
 
 
 # --- what goes wrong ----------------------------------------------------------------------------

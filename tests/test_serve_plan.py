@@ -14,6 +14,7 @@ from cost_models.serving_decisions import Held
 from ir.errors import GateError, PlanError, UsageError
 from planner.schemas import plan_schema
 from planner.serving.plan import ServingPlan
+from planner.serving.runnable import experts_of
 from planner.serving.text import to_text
 
 DIVISIONS = {
@@ -101,16 +102,48 @@ def test_tiers_answer_what_the_whole_model_does(made, tmp_path, kind, at):
     assert held < sum(p.numel() * 4 for p in model.parameters())
 
 
+OVER_RANKS = {  # model, pins, ranks: how its experts lie; a batch of one prompt
+    "sliced, on disk": ("mixtral", ("tp=4", "ep=2"), 4, ("nvme", "stream", 1)),
+    "sliced, on the host": ("mixtral", ("tp=2", "ep=1"), 2, ("cpu", "compute", 1)),
+    "whole, streamed": ("gpt_oss", ("tp=2", "ep=2"), 2, ("cpu", "stream", 0)),
+}
+
+
+@pytest.mark.parametrize("how", OVER_RANKS)
+def test_experts_over_ranks_lie_on_any_tier(world, tmp_path, how):
+    kind, pins, ranks, (tier, place, resident) = OVER_RANKS[how]
+    model, ids = cases.whole(kind)
+    model.save_pretrained(tmp_path / "weights")
+    held = Held(block="routed_experts", tier=tier, place=place, resident=resident)
+    plan = planner.trace_serving(model, inputs, hardware=f"h100x{ranks}", fix=pins,
+                                 precision="fp32", prompt=16, output=16, batch=2)  # fmt: skip
+    plan = replace(plan, serving=replace(plan.serving, tiers=(held,)), rows_on_host=3)
+    plan.save(str(tmp_path / "plan.json"))
+    given = (kind, str(tmp_path / "plan.json"), str(tmp_path / "weights"), tmp_path)
+    found = world.run(ranks, cases.served_one, *given)
+    experts = [p.numel() for n, p in model.named_parameters() if ".experts." in n]
+    for answers, below, count in found:
+        assert torch.equal(answers, cases.answer(model, ids[:1]))
+        assert count == 4 // plan.serving.ep  # each rank its experts, of each its slice
+        least = sum(experts) * 4 // ranks
+        assert least <= below <= least * 1.01  # biases are rounded up to whole cache lines
+    if (kind, tier) == ("mixtral", "nvme"):
+        assert (tmp_path / "rank3").is_dir()
+
+
 def test_what_our_runtime_cannot_serve_is_not_planned():
     model, _ = cases.whole("mixtral")
-    for pins, reason in ((("tp=2", "ep=1"), "ep is tp"), (("attention_dp=2",), "one batch"),
+    for pins, reason in ((("attention_dp=2",), "one batch"),
                          (("tp=2", "kv=fp8"), "16 bits"), (("prefill_chunk=8",), "whole")):
         with pytest.raises(UsageError, match="cannot be divided") as fault:
             planner.trace_serving(model, inputs, hardware="h100x2", fix=pins, prompt=16, output=16)
         assert reason in fault.value.why
-    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=("tp=2", "ep=1"),
+    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=("tp=2", "kv=fp8"),
                                  engine="vllm", prompt=16, output=16)  # fmt: skip
-    assert (plan.serving.tp, plan.serving.ep) == (2, 1)
+    assert (plan.serving.tp, plan.serving.kv) == (2, "fp8")
+    graph = planner.trace_serving(cases.gpt_oss(), inputs, hardware="h100x1", prompt=16,
+                                  output=16).graph  # fmt: skip
+    assert "biases" in experts_of(graph).uncut and not experts_of(graph).undivided
 
 
 def test_another_model_and_another_job_are_refused(made):

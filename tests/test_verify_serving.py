@@ -36,7 +36,7 @@ def made(plan, tmp_path):
 
 
 def test_lossy_ranks_answer_in_their_formats_and_the_loss_is_said(plan, made):
-    made(2, "--fix", "tp=2", "--fix", "ep=2", "--fix", "weights=int8", "--allow", "int8")
+    made(2, "--fix", "tp=2", "--fix", "etp=2", "--fix", "weights=int8", "--allow", "int8")
     code, out, err = plan("verify", "p.json", "--model", "config.json", "--json")
     assert code == 0, err
     found = json.loads(out)

@@ -24,6 +24,7 @@ def size_serving(
     from cost_models.prices import load_prices
     from cost_models.serving_reading import served_model
     from planner.serving.asked import parse_serve_pins
+    from planner.serving.runnable import experts_of
     from planner.serving.show_size import Served, ordered, size_json, size_text
     from planner.serving.sizing import MOST_GPUS, ServeSizer
     from planner.sizing_options import parse_devices
@@ -52,8 +53,8 @@ def size_serving(
                              hints=("--batch 32 --prompt 1024 --output 1024",))  # fmt: skip
         graph = capture(options, replace(able[0], count=1), progress=report)
         sizer = ServeSizer(
-            model=served_model(graph), asked=asked, pins=pins, prices=priced, most_gpus=most,
-            every=every, progress=report,
+            model=served_model(graph), asked=asked, pins=pins, experts=experts_of(graph),
+            prices=priced, most_gpus=most, every=every, progress=report,
         )  # fmt: skip
         found = sizer.run(able)
     of = Served(

@@ -24,14 +24,14 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     """Lay expert parameters over ep and etp, and run routed modules on this rank's tokens."""
     context.health.routed = any(map(routed_modules, context.plan.graph.units))
     if context.meshes.decisions.ep * context.meshes.decisions.etp > 1:
-        _use_grouped_matmuls(stage)
+        use_grouped_matmuls(stage)
     for site in sites:
-        _lay_out(site, context)
+        lay_out(site, context)
         for path in routed_modules(site.unit):
-            run_routed(_region(site, path, context), context)
+            run_routed(region_of(site, path, context), context)
 
 
-def _use_grouped_matmuls(stage: nn.Module) -> None:
+def use_grouped_matmuls(stage: nn.Module) -> None:
     """Transformers' experts may run as a loop or as grouped matmuls, by its configuration."""
     for module in stage.modules():
         choose = getattr(module, "set_experts_implementation", None)
@@ -39,7 +39,7 @@ def _use_grouped_matmuls(stage: nn.Module) -> None:
             choose("grouped_mm")
 
 
-def _lay_out(site: Site, context: Context) -> None:
+def lay_out(site: Site, context: Context) -> None:
     """Split the unit's expert parameters over ep and etp; plain where neither has two ranks."""
     d, root = context.meshes.decisions, context.meshes.expert_root
     axes = tuple(axis for axis, ways in (("ep", d.ep), ("etp", d.etp)) if ways > 1)
@@ -68,7 +68,7 @@ def _lay_out(site: Site, context: Context) -> None:
         owner._parameters[name] = done[given]
 
 
-def _region(site: Site, path: str, context: Context) -> Region:
+def region_of(site: Site, path: str, context: Context) -> Region:
     d, unit = context.meshes.decisions, site.unit
     islands = _islands(site, path) if d.tp > 1 else ()
     module = site.module.get_submodule(path)

@@ -44,9 +44,12 @@ class Region:
     layer: Layer
 
 
-def run_routed(region: Region, context: Context) -> None:
-    """Patch the module's forward, so that it works on this rank's tokens and its experts."""
-    inner, tokens = region.module.forward, Tokens(context)
+def run_routed(region: Region, context: Context, tokens: Tokens | None = None) -> None:
+    """Patch the module's forward, so that it works on this rank's tokens and its experts.
+
+    tokens: which are this rank's, where that is not its share of a sequence.
+    """
+    inner, tokens = region.module.forward, tokens or Tokens(context)
     decisions = context.plan.decisions
     running: list[Routing] = []
     for island in region.islands:

@@ -5,44 +5,80 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cost_models.layout import expert_parameters
 from cost_models.serving_decisions import Serving, policy_of
 from cost_models.serving_engines import engines_with_pools
+from ir.graph import Graph
+from planner.routed import (
+    no_expert_axis,
+    no_expert_chain,
+    no_expert_sum,
+    no_expert_tensor_axis,
+    weights_of,
+)
 
 NATIVE = "native"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """Decisions that are refused, and why."""
+class ExpertsOf:
+    """A model's routed experts. undivided: why ranks cannot share them; uncut: why they cannot
+    share each of them; "" where they can. inner: what ranks that share one divide."""
 
-    refused: Callable[[Serving], bool]
+    routed: bool
+    undivided: str = ""
+    uncut: str = ""
+    inner: tuple[int, ...] = ()
+
+
+def experts_of(graph: Graph) -> ExpertsOf:
+    return ExpertsOf(
+        routed=any(expert_parameters(unit) for unit in graph.units),
+        undivided=no_expert_axis(graph) or no_expert_sum(graph) or "",
+        uncut=no_expert_tensor_axis(graph) or no_expert_chain(graph) or "",
+        inner=tuple(dict.fromkeys(
+            unit.values[w.name].sizes(1, 1)[w.inner] // w.parts
+            for unit in graph.units for w in weights_of(unit) if w.inner is not None
+        )),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Decisions that are refused, and why; behind it what the model's experts say of themselves."""
+
+    refused: Callable[[Serving, ExpertsOf], bool]
     reason: str
+    said: Callable[[ExpertsOf], str] = lambda e: ""
 
 
 RULES = (
-    Rule(refused=lambda s: s.attention_dp > 1,
+    Rule(refused=lambda s, e: s.attention_dp > 1,
          reason="native ranks answer one batch together: attention_dp is 1, replicas are jobs"),
-    Rule(refused=lambda s: s.expert_tp > 1 and s.ranks > 1,
-         reason="native experts lie whole on their ranks: ep is tp, etp is 1"),
-    Rule(refused=lambda s: s.ranks > 1 and any(h.block == "routed_experts" for h in s.tiers),
-         reason="native experts that are split over ranks stay on the GPU"),
-    Rule(refused=lambda s: s.ranks * s.pp > 1 and s.kv not in ("bf16", "fp16"),
+    Rule(refused=lambda s, e: e.routed and s.ranks > 1 and bool(e.undivided),
+         reason="native ranks cannot share these experts: ", said=lambda e: e.undivided),
+    Rule(refused=lambda s, e: e.routed and s.ranks > 1 and s.expert_tp > 1 and bool(e.uncut),
+         reason="native experts lie whole on their ranks, etp is 1: ", said=lambda e: e.uncut),
+    Rule(refused=lambda s, e: s.ranks > 1 and any(n % s.expert_tp for n in e.inner),
+         reason="native etp divides the experts' inner sizes: ",
+         said=lambda e: ", ".join(map(str, e.inner))),
+    Rule(refused=lambda s, e: s.ranks * s.pp > 1 and s.kv not in ("bf16", "fp16"),
          reason="a native cache that is split over ranks is kept in 16 bits"),
-    Rule(refused=lambda s: bool(s.kv_policy) and s.kv not in ("bf16", "fp16"),
+    Rule(refused=lambda s, e: bool(s.kv_policy) and s.kv not in ("bf16", "fp16"),
          reason="native means of blocks are kept in 16 bits"),
-    Rule(refused=lambda s: s.prefill is not None,
+    Rule(refused=lambda s, e: s.prefill is not None,
          reason="native GPUs read prompts and decode; pools of their own have"
          f" {', '.join(engines_with_pools())}"),
-    Rule(refused=lambda s: s.prefill_chunk > 0, reason="native prompts are read whole"),
+    Rule(refused=lambda s, e: s.prefill_chunk > 0, reason="native prompts are read whole"),
 )  # fmt: skip
 
 
-def unservable(engine: str, s: Serving, routed: bool) -> str:
-    """Why the runtime cannot serve so; "" where it can. routed: the model has routed experts."""
+def unservable(engine: str, s: Serving, experts: ExpertsOf) -> str:
+    """Why the runtime cannot serve so; "" where it can."""
     if engine != NATIVE:
         return ""
-    rules = RULES if routed else tuple(r for r in RULES if "expert" not in r.reason)
-    return next((r.reason for r in rules if r.refused(s)), "")
+    found = (r.reason + r.said(experts) for r in RULES if r.refused(s, experts))
+    return next(found, "")
 
 
 def unrun(s: Serving) -> str:

@@ -24,7 +24,7 @@ from planner.mesh import divisors
 from planner.serving.asked import ServeAsked, ServePins
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import RELIEF, Prediction, predict
-from planner.serving.runnable import unservable
+from planner.serving.runnable import ExpertsOf, unservable
 from planner.serving.tiers import best_tiers
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tried where the load leaves it open
@@ -41,10 +41,10 @@ class Found:
 
 def search(
     model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None, experts: ExpertsOf | None = None,
 ) -> Found:  # fmt: skip
     """The best plan by the objective within the limits. Raises InfeasibleError with what binds."""
-    seen, tried = predictions(model, cluster, asked, pins, progress)
+    seen, tried = predictions(model, cluster, asked, pins, progress, experts)
     fits = [p for p in seen if p.fits]
     if not fits:
         raise _nothing_fits(cluster, model, seen, asked)
@@ -57,25 +57,25 @@ def search(
 
 def predictions(
     model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None = None, experts: ExpertsOf | None = None,
 ) -> tuple[list[Prediction], int]:  # fmt: skip
     """Plans, whether they fit or not, and how many were looked at: all, but of those with pools the
-    best. Raises UsageError where the pins, or what the engine runs, leave no way to divide the
-    GPUs."""
+    best. experts: what is known of the model's, where its graph is there. Raises UsageError where
+    the pins, or what the engine runs, leave no way to divide the GPUs."""
     engine = load_serving_engine(asked.engine)
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
-    routed = any(layer.experts for layer in model.layers)
+    experts = experts or ExpertsOf(routed=any(layer.experts for layer in model.layers))
     seen: list[Prediction] = []
     refused: list[str] = []
     pools = considered(cluster, engine, pins)
     for s in space(model, cluster, asked, pins) if not pins.pools else ():
         for made in formats(model, cluster, engine, s, asked, pins, load):
-            reason = unservable(engine.name, made, routed)
+            reason = unservable(engine.name, made, experts)
             if reason:
                 refused.append(reason)
                 continue
             for p in _with_tiers(model, cluster, engine, made, load, pins):
-                reason = unservable(engine.name, p.serving, routed)
+                reason = unservable(engine.name, p.serving, experts)
                 if reason:
                     refused.append(reason)
                 else:

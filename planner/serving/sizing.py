@@ -21,6 +21,7 @@ from ir.errors import InfeasibleError, UsageError
 from planner.options import Progress
 from planner.serving.asked import ServeAsked, ServePins
 from planner.serving.predict import RELIEF, Prediction
+from planner.serving.runnable import ExpertsOf
 from planner.serving.search import best_first, limits_used, predictions
 from planner.sizing import PAST, Left, counts
 
@@ -71,6 +72,7 @@ class ServeSizer:
     model: ServedModel
     asked: ServeAsked
     pins: ServePins = field(default_factory=ServePins)
+    experts: ExpertsOf | None = None
     prices: Mapping[str, Price] = field(default_factory=dict)
     most_gpus: int = MOST_GPUS
     every: bool = False
@@ -157,7 +159,9 @@ class ServeSizer:
             self.progress(f"{cluster.spec}: {len(self.rows)} found")
         self.searched += 1
         try:
-            seen, _ = predictions(self.model, cluster, self.asked, self.pins)
+            seen, _ = predictions(
+                self.model, cluster, self.asked, self.pins, experts=self.experts
+            )
         except UsageError:  # the pins, or the engine, divide no such count
             return None, "divided"
         rows = best_first(seen, self.asked, cluster)

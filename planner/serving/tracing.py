@@ -16,6 +16,7 @@ from planner.plan import Solver
 from planner.serving.asked import ServeAsked, ServePins
 from planner.serving.plan import ServingPlan, make_serving_plan, shardings_of
 from planner.serving.predict import Prediction, predict
+from planner.serving.runnable import experts_of
 from planner.serving.search import search
 
 Progress = Callable[[str], None]
@@ -38,7 +39,7 @@ def plan_serving(
 ) -> tuple[ServingPlan, Prediction, tuple[Prediction, ...]]:  # fmt: skip
     """Plan a graph that is captured. Raises InfeasibleError, UsageError as the search does."""
     model = served_model(graph)
-    found = search(model, cluster, asked, pins, progress)
+    found = search(model, cluster, asked, pins, progress, experts_of(graph))
     s = found.best.serving
     rows = 0
     if any(held.place == "compute" for held in s.tiers):

@@ -17,8 +17,10 @@ from cost_models.serving_reading import parts_of
 from ir.errors import PlanError
 from ir.graph import full_name
 from planner.plan import Plan
-from planner.runtime import experts, tensor
+from planner.routed import weights_of as expert_weights
+from planner.runtime import tensor
 from planner.runtime.parallelize import begin
+from planner.runtime.serve import experts
 from planner.runtime.serve.core import Limits, Served, serve_here
 from planner.runtime.serve.kv import Kv
 from planner.runtime.serve.pipe import answer_calls
@@ -26,7 +28,7 @@ from planner.runtime.serve.place import Laid
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.runnable import NATIVE, unrun, unservable
+from planner.serving.runnable import NATIVE, experts_of, unrun, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
@@ -46,8 +48,7 @@ def serve(
     Raises GateError for another model.
     """
     s = plan.serving
-    routed = any(expert_parameters(unit) for unit in plan.graph.units)
-    if reason := unservable(NATIVE, s, routed) or unrun(s):
+    if reason := unservable(NATIVE, s, experts_of(plan.graph)) or unrun(s):
         raise PlanError(f"planner.serve does not run this plan of {plan.asked.engine}: {reason}",
                         hints=("without --engine, plans are made of what it runs",))  # fmt: skip
     require_blocks(plan)
@@ -136,13 +137,15 @@ def laid_by(plan: ServingPlan) -> Callable[[str], Laid]:
             numbers[f"{link.path} {block}"] = totals.get(block, 0)
             totals[block] = totals.get(block, 0) + 1
     for link in chain.links:
+        tables = {w.name for w in expert_weights(link.unit) if w.inner is None}  # biases
         for p in link.unit.parameters:
             part = parts[link.unit.name][p.name]
             name = full_name(link.path, p.name)
             if owners.get(name, name) in found or p.kind == "buffer":
                 continue
             dims = len(p.tensor.shape)
-            word = PACKED.get(s.format_of(part.block), "") if part.block and dims > 1 else ""
+            packs = part.block and dims > 1 and p.name not in tables
+            word = PACKED.get(s.format_of(part.block), "") if packs else ""
             laid = Laid(word=word)
             h = held.get(part.block)
             if h is not None and dims > 1:

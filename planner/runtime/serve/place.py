@@ -149,15 +149,22 @@ class Loader:
         """Of weights that the user's files hold as they are wanted, where."""
         found: dict[tuple[str, int], tuple[Extent, ...]] = {}
         for w in weights:
-            source = self.sources.get(w.name)
-            if source is None or isinstance(w.tensor, DTensor):
+            source, first = self.sources.get(w.name), _first_row(w) if rows else 0
+            if source is None or first is None or (isinstance(w.tensor, DTensor) and not rows):
                 continue
-            here = [self._originals.extent(source, specs[w.name], row if rows else None)
+            here = [self._originals.extent(source, specs[w.name], first + row if rows else None)
                     for row in range(counts[w.name])]  # fmt: skip
             if all(here):
                 found |= {(w.name, row): (one,) for row, one in enumerate(here) if one}
                 _empty(w)
         return found
+
+
+def _first_row(w: Weight) -> int | None:
+    """The first of this rank's rows of a stack in the whole; None where rows are cut."""
+    boxes = boxes_of(w.tensor)
+    whole = len(boxes) == 1 and boxes[0].sizes[1:] == tuple(w.tensor.shape[1:])
+    return boxes[0].offsets[0] if whole else None
 
 
 def _own(part: Tensor) -> Tensor:
@@ -188,13 +195,14 @@ class _Placing:
     def unit(self, path: str, module: nn.Module, weights: Sequence[Weight]) -> None:
         routed: dict[str, list[Weight]] = {}
         below: dict[tuple[str, str, str], list[Weight]] = {}
+        stacks = {module_of(w.name) for w in weights if w.tensor.dim() >= 3}
         for w in weights:
             if w.name in self.made:
                 w.put(self.made[w.name])
             elif w.laid.tier == "gpu":
                 self._resident(w)
             elif w.laid.experts is not None:
-                routed.setdefault(_routed_in(w), []).append(w)
+                routed.setdefault(_routed_in(w, stacks), []).append(w)
             else:
                 alone = w.name if w.name in self.tied else ""
                 below.setdefault((w.laid.tier, w.laid.how, alone), []).append(w)
@@ -245,9 +253,6 @@ class _Placing:
 
     def _experts(self, weights: Sequence[Weight], where: str) -> None:
         """The experts of one routed module: stacked parameters, or a module for each of them."""
-        if any(isinstance(w.tensor, DTensor) for w in weights):
-            raise PlanError(f"experts of {where} are split over ranks and lie below the device",
-                            hints=("--fix ep=1 etp=1, or experts on the gpu",))  # fmt: skip
         apart = _apart(weights, where)
         if apart:
             rows = [self.loader.extents(one, False, f"{where}.{i}")[0]
@@ -271,8 +276,8 @@ class _Placing:
             for index, one in enumerate(apart):
                 _fetched(experts, index, one)
             return
-        for w, made in zip(weights, stacked(experts).values(), strict=True):
-            w.put(made)
+        for w, made in zip(weights, stacked(experts), strict=True):
+            w.put(w.wrapped(made))
 
 
 def member_of(name: str) -> str | None:
@@ -282,15 +287,20 @@ def member_of(name: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _routed_in(w: Weight) -> str:
-    """Where the experts of a parameter are: its module, or the list of experts' modules."""
-    inside = w.name if w.tensor.dim() >= 3 else member_of(w.name) or ""
-    return inside.rpartition(".")[0]
+def module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _routed_in(w: Weight, stacks: set[str]) -> str:
+    """Where the experts of a parameter are: its module, where that has stacks of them, or the list
+    of experts' modules."""
+    own = module_of(w.name)
+    return own if own in stacks else module_of(member_of(w.name) or "")
 
 
 def _apart(weights: Sequence[Weight], where: str) -> list[list[Weight]]:
     """Weights by expert where each is a module of a list; none where they are stacked."""
-    if weights[0].tensor.dim() >= 3:
+    if any(w.tensor.dim() >= 3 for w in weights):
         return []
     found: dict[int, list[Weight]] = {}
     for w in weights:

@@ -9,16 +9,16 @@ multiplied where it lies.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from planner.runtime.serve.bytes import Block
-from planner.runtime.serve.lent import Spec, parameter, views
+from planner.runtime.serve.lent import Spec, views
 from planner.runtime.serve.packed import Packed
 
 aten = torch.ops.aten
@@ -234,6 +234,6 @@ def on_host(weight: Tensor, device: torch.device, rows: int = 0) -> OnHost:
     return OnHost(weight, device, rows)
 
 
-def stacked(experts: Experts) -> Mapping[str, nn.Parameter]:
-    """The parameters of the routed module, by name."""
-    return {name: parameter(Stack(experts, name)) for name in experts.names}
+def stacked(experts: Experts) -> list[Stack]:
+    """What stands for the parameters of the routed module, in the order of their names."""
+    return [Stack(experts, name) for name in experts.names]

@@ -22,7 +22,7 @@ from ir.text import format_graph, graph_hash
 from planner.runtime.serve.apply import PACKED
 from planner.runtime.verify.twin import capture_twin, cut_models, misplaced, words_for
 from planner.serving.plan import ServingPlan
-from planner.serving.runnable import NATIVE, unrun, unservable
+from planner.serving.runnable import NATIVE, experts_of, unrun, unservable
 
 BATCH, PROMPT, OUTPUT = 2, 12, 16  # sequences, and tokens of each: more than a twin's window
 ROWS = 8  # tokens that the twin's host multiplies at most: a step's 2, not a prompt's 24
@@ -53,7 +53,7 @@ def make_serving_twin(
     """
     s = plan.serving
     routed = any(expert_parameters(unit) for unit in plan.graph.units)
-    if reason := unservable(NATIVE, s, routed) or unrun(s):
+    if reason := unservable(NATIVE, s, experts_of(plan.graph)) or unrun(s):
         raise PlanError(f"the plan runs on {plan.asked.engine}, not on our runtime: {reason}",
                         hints=("plan verify runs what planner.serve does",))  # fmt: skip
     small = _smaller(plan, routed)
@@ -78,13 +78,18 @@ def make_serving_twin(
 
 
 def _smaller(plan: ServingPlan, routed: bool) -> Serving:
-    """The plan's decisions on two ranks an axis, in fp32 but for what is packed."""
+    """The plan's decisions on two ranks an axis, in fp32 but for what is packed; four of tp where
+    those share experts by ep and by etp."""
     s = plan.serving
-    ranks = (2 if s.tp > 1 else 1) * s.attention_dp
+    both = routed and s.ep > 1 and s.expert_tp > 1
+    replicas = 2 if s.attention_dp > 1 else 1
+    tp = (4 if both and replicas == 1 else 2) if s.tp > 1 else 1
+    ranks = tp * replicas
     packed = tuple((b, s.format_of(b)) for b in BLOCKS if s.format_of(b) in PACKED)
     return replace(
-        s, tp=2 if s.tp > 1 else 1, pp=2 if s.pp > 1 else 1, ep=ranks if routed and s.ep > 1 else 1,
-        etp=0, replicas=1, batch=BATCH, default="fp32", weights=packed,
+        s, tp=tp, pp=2 if s.pp > 1 else 1, attention_dp=replicas, etp=0,
+        ep=(ranks // 2 if both else ranks) if routed and s.ep > 1 else 1, replicas=1, batch=BATCH,
+        default="fp32", weights=packed,
         kv_window=min(s.kv_window, PROMPT // 2),
         kv_policy=f"summary:{min(policy_of(s.kv_policy)[0], PROMPT // 4)}" if s.kv_policy else "",
     )  # fmt: skip
