@@ -22,11 +22,12 @@ LONGEST = 65_000  # characters of a comment that GitHub takes, less a little
 def main(arguments: list[str]) -> int:
     """Review; 0 where all passed, else the exit code of what did not (1, 3 or 4)."""
     given = os.environ
-    plan, base = given.get("PLAN", "plan.json"), given.get("BASE", "")
+    plan = given.get("PLAN", "plan.json")
+    base = base_of(given.get("BASE", ""), given.get("DEFAULT_BRANCH") or "main")
     folder = Path(given.get("FOLDER", "plan-review"))
     folder.mkdir(parents=True, exist_ok=True)
 
-    if base and run("git", "rev-parse", "--verify", "--quiet", f"{base}^{{commit}}").returncode:
+    if base and not commit(base):
         print(f"::error::the base {base} is not in this clone: fetch it, or mend the input")
         return 1
     check = run("plan", "check", plan)
@@ -56,6 +57,30 @@ def main(arguments: list[str]) -> int:
     elif given.get("COMMENT", "true") == "true":
         comment(body)
     return code
+
+
+def base_of(base: str, default: str) -> str:
+    """The base; of a branch's first push, whose event has zeros for the commit before it, where it
+    left the default branch; on that branch the parent. "" where nothing comes before."""
+    if not re.fullmatch("0{40,64}", base):
+        return base
+    head = commit("HEAD")
+    if run("git", "rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+        run("git", "fetch", "--quiet", "--unshallow", "origin", head)
+    there = f"refs/remotes/origin/{default}"
+    run("git", "fetch", "--quiet", "origin", f"+refs/heads/{default}:{there}")
+    trunks = [found for ref in (there, f"refs/heads/{default}") if (found := commit(ref))]
+    left = run("git", "merge-base", "HEAD", trunks[0]).stdout.strip() if trunks else ""
+    on_it = os.environ.get("GITHUB_REF_NAME", "") == default
+    found = commit("HEAD^") if on_it or not left else left
+    print(f"the branch is new: compared with {found[:12] or 'nothing, it has no commit before'}",
+          file=sys.stderr)  # fmt: skip
+    return found
+
+
+def commit(name: str) -> str:
+    """The commit of a name; "" where there is none."""
+    return run("git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").stdout.strip()
 
 
 def compared(plan: str, against: str, folder: Path) -> tuple[str, bool]:

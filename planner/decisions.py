@@ -157,7 +157,7 @@ def _refuse(text: str, expected: str) -> NoReturn:
 
 def _degree(text: str, value: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
-        _refuse(text, "a whole number, 1 or more")
+        _refuse(text, "a whole number, 1 to 999,999,999")
     return int(value)
 
 

@@ -254,9 +254,10 @@ def read(source: str) -> str:
     """The text of a path, of stdin (`-`), or of REV:path."""
     if source == "-":
         return _within(sys.stdin.read(MOST_CHARACTERS + 1), source)
-    rev, _, inside = source.partition(":")
-    if inside and not Path(source).exists():
-        return _read_revision(source, rev)
+    if source.partition(":")[2] and not Path(source).exists():
+        from planner.revisions import read_revision
+
+        return _within(read_revision(source), source)
     try:
         with open(source, encoding="utf-8") as file:
             return _within(file.read(MOST_CHARACTERS + 1), source)
@@ -266,21 +267,6 @@ def read(source: str) -> str:
         raise PlanError(f"cannot read {source}", why=reason, hints=hints) from fault
     except UnicodeDecodeError as fault:
         raise PlanError(f"{source} is not text", why=str(fault)) from fault
-
-
-def _read_revision(source: str, rev: str) -> str:
-    import subprocess
-
-    command = ["git", "cat-file", "--end-of-options", "blob", source]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as fault:
-        raise PlanError(f"cannot read {source}", why="git is not installed") from fault
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["git said nothing"])[0]
-        hints = (f"a path, or REV:path as git knows it; is {rev!r} a revision?",)
-        raise PlanError(f"cannot read {source}", why=reason, hints=hints)
-    return _within(done.stdout, source)
 
 
 def _within(text: str, source: str) -> str:

@@ -13,7 +13,8 @@ from toy_plan import DECISIONS, WORKLOAD, toy_plan
 
 from ir.errors import PlanError
 from planner.cli import main
-from planner.export import TARGETS, export
+from planner.decisions import parse_pins
+from planner.export import TARGETS, accelerate, deepspeed, export, megatron, torchtitan
 from planner.export.classic import classic, differs
 from planner.export.header import plan_hash
 from planner.export.pinned import pinned
@@ -142,6 +143,27 @@ def test_a_layout_that_an_engine_has_not_is_never_written():
         with pytest.raises(PlanError, match="cannot lay out") as caught:
             export(plan_of(MEGATRON), target, "plan.json")
         assert "pp:" in caught.value.why
+        assert "micro_batch" in caught.value.why or target == "deepspeed"  # what else is lost
+
+
+HAVE = {"accelerate": accelerate, "deepspeed": deepspeed, "megatron": megatron,
+        "torchtitan": torchtitan, "torchtitan-toml": torchtitan}  # fmt: skip
+
+
+@given(found=decisions(), target=st.sampled_from(sorted(HAVE)))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_a_hint_pins_a_target_can_lay_out(found, target):
+    """Any plan under the pins of the hint, whatever else it decides, has a file."""
+    pins = dict(parse_pins(HAVE[target].TAKES).items())
+    held = replace(found, **pins, stages=(8,) if "pp" in pins else found.stages, dp_outer=1,
+                   recompute=((0, 0),) if "pp" in pins else found.recompute)  # fmt: skip
+    shard = held.dp * held.cp if held.zero else 1
+    export(plan_of(replace(held, shard=shard)), target, "plan.json")
+    try:
+        export(plan_of(found), target, "plan.json")
+    except PlanError as refusal:
+        said = " ".join(f"--fix {pin}" for pin in HAVE[target].TAKES)
+        assert f"plan trace {said}: layouts that {target} has" in refusal.hints
 
 
 def test_another_layout_over_tp_than_the_engines_is_told():

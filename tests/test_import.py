@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from ir.errors import PlanError, UsageError
 from planner.decisions import Pins, Recompute, parse_pins
 from planner.export import export
 from planner.export.pinned import pinned
-from planner.importing import SOURCES, _pins, facts, read_file
+from planner.importing import SOURCES, _asked, _pins, facts, read_file
 from planner.importing.megatron import layout
+from planner.importing.origins import ORIGINS, contradicted
 from planner.options import TraceOptions
+from planner.workload import Asked
 
 ENGINES = {"megatron": "megatron", "deepspeed": "deepspeed", "torchtitan": "torchtitan",
            "torchtitan-toml": "torchtitan", "accelerate": "accelerate"}  # fmt: skip
@@ -25,12 +28,15 @@ SUFFIX = {"megatron": ".sh", "deepspeed": ".json", "torchtitan": ".py", "torchti
           "accelerate": ".yaml"}  # fmt: skip
 
 
-def read(engine, text, name="f", gpus=8, fix=()):
+def read(engine, text, name="f", gpus=8, fix=(), asked=None):
     """(pins, settings) of a text, without costing it."""
     source = SOURCES[engine]
     found = source.parse(text, name)
     setup = source.decide(found, facts(toy_graph(), source.precision(found), gpus))
-    pins, _ = _pins(setup, TraceOptions(model="", pins=parse_pins(fix)), name)
+    known = pinned(source.pinned(name))
+    against = partial(contradicted, engine=engine, settings=found, known=known)
+    _asked(setup, asked or Asked(), against)
+    pins, _ = _pins(setup, TraceOptions(model="", pins=parse_pins(fix)), name, against)
     return pins, found, setup
 
 
@@ -141,7 +147,7 @@ def test_a_script_is_read_without_running_it():
          ' "gradient_accumulation_steps": 3}', "is 16, and micro-batches make 24", "f"),
         ("deepspeed", '{"zero_optimization": {"stage": 4}}', "is 4", "f"),
         ("deepspeed", '{"train_batch_size": true}', "is 'True'", "f"),
-        ("deepspeed", '{"train_batch_size": 1e18}', "is '1000000000000000000'", "f"),
+        ("deepspeed", '{"train_batch_size": 1e18}', "is 1000000000000000000", "f"),
         ("megatron", "--bf16 --micro-batch-size \u00b2", "is '\u00b2'", "f"),
         ("deepspeed", "[" * 100_000, "is no JSON", "f"),
         ("deepspeed", '{"bf16": {"enabled": "auto"}}', "is auto", "f"),
@@ -159,6 +165,16 @@ def test_what_cannot_be_meant_says_what_and_where(engine, text, what, where):
     with pytest.raises(PlanError) as caught:
         read(engine, text)
     assert what in caught.value.what and where in caught.value.where
+
+
+@pytest.mark.parametrize("count", ["1000000000", "9" * 30, "9" * 4000])
+def test_a_number_beyond_all_is_told_the_bound(count):
+    with pytest.raises(PlanError) as caught:
+        read("megatron", f"--micro-batch-size {count}")
+    assert caught.value.why == "expected 0 to 999,999,999"
+    with pytest.raises(UsageError) as caught:
+        parse_pins([f"tp={count}"])
+    assert "1 to 999,999,999" in caught.value.why
 
 
 def test_python_is_read_and_not_run(tmp_path):
@@ -182,8 +198,61 @@ def test_fix_adds_what_a_file_leaves_open_and_contradicts_nothing():
     pins, _, _ = read("accelerate", text, fix=("micro_batch=2", "microbatches=4"))
     assert (pins.zero, pins.shard, pins.micro_batch, pins.microbatches) == (3, 8, 2, 4)
     assert pins.grad_dtype == "bf16" and pins.reshard
-    with pytest.raises(UsageError, match="but f says tp=1"):
+    with pytest.raises(UsageError, match="accelerate's default is tp=1"):
         read("accelerate", text, fix=("micro_batch=2", "tp=2"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "text", "name", "fix", "asked", "what", "why"),
+    [
+        ("torchtitan", "[training]\nseq_len = 64\n", "f.toml", (), {"global_batch": 16},
+         "--global-batch 16, but f.toml leaves it open, and torchtitan's default is 64",
+         "training.global_batch_size or training.local_batch_size; defaults as read in torchtitan"
+         " 0.2.2 (pypi.org/project/torchtitan 0.2.2"),
+        ("torchtitan", "[training]\nlocal_batch_size = 4\n", "f.toml", (), {"global_batch": 16},
+         "--global-batch 16, but f.toml says 32", "by training.local_batch_size"),
+        ("torchtitan", "", "f.toml", ("sequence_parallel=on",), {},
+         "--fix sequence_parallel=on, but f.toml leaves it open, and torchtitan's default is"
+         " sequence_parallel=off", "does not set parallelism.tensor_parallel_degree; "),
+        ("megatron", "--micro-batch-size 2\n--tensor-model-parallel-size 2\n", "f", ("tp=4",), {},
+         "--fix tp=4, but f says tp=2", "by --tensor-model-parallel-size (line 2)"),
+        ("megatron", "--micro-batch-size 2\n", "f", (), {"optimizer": "muon"},
+         "but f leaves it open, and Megatron-LM's default is adamw", "--optimizer; defaults"),
+        ("deepspeed", '{"train_micro_batch_size_per_gpu": 1}', "f", ("pp=2",), {},
+         "--fix pp=2, but under DeepSpeed it is pp=1", "no setting of it"),
+        ("deepspeed", '{"train_micro_batch_size_per_gpu": "auto"}', "f", ("zero=3",), {},
+         "DeepSpeed's default is zero=0", "zero_optimization.stage;"),
+    ],
+)  # fmt: skip
+def test_a_flag_against_what_a_file_comes_to_names_the_lines_or_whose_default_it_is(
+    engine, text, name, fix, asked, what, why
+):
+    with pytest.raises(UsageError) as caught:
+        read(engine, text, name, fix=fix, asked=Asked(**asked))
+    assert what in caught.value.what
+    assert why in caught.value.why
+
+
+def test_every_decision_is_read_from_settings_that_there_are():
+    """All that a reader decides has its settings named, but what its engine never changes."""
+    fixed = {
+        "torchtitan": {"formats"}, "megatron": {"compile", "formats"},
+        "deepspeed": {"pp", "schedule", "virtual_stages", "stages", "formats",
+                      "sequence_parallel"},
+        "accelerate": {"pp", "ep", "etp", "schedule", "virtual_stages", "stages", "formats",
+                       "sequence_parallel"},
+    }  # fmt: skip
+    texts = {"torchtitan": "", "megatron": "--micro-batch-size 1 --seq-length 8", "accelerate": "",
+             "deepspeed": '{"train_micro_batch_size_per_gpu": 1}'}  # fmt: skip
+    for engine, source in SOURCES.items():
+        found = source.parse(texts[engine], "f")
+        setup = source.decide(found, facts(toy_graph(), "bf16", 8))
+        assert {*setup.pins, *setup.asked} == {*ORIGINS[engine]} | fixed[engine]
+        lists = ("torchtitan", "torchtitan-toml") if engine == "torchtitan" else (engine,)
+        plans = [pinned(name).plan for name in lists]
+        for names in ORIGINS[engine].values():
+            for name in names:
+                assert any({name, name.rpartition(".")[2]} & set(plan) for plan in plans), name
 
 
 def test_files_have_a_size_and_are_files(tmp_path):

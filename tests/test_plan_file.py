@@ -189,11 +189,24 @@ def test_load_from_a_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy_plan().save("plan.json")
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "plan"]):
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "plan"],
+                    ["update-ref", "refs/remotes/team/trunk", "HEAD"]):  # fmt: skip
         subprocess.run(["git", *command], check=True)
     Path("plan.json").write_text("{}")
     Path("plan.graph").unlink()
     assert to_text(load("HEAD:plan.json")) == to_text(toy_plan())
+    for source, why, hint in (
+        ("HEAD:old/plan.json", "does not exist", "did you mean HEAD:plan.json?"),
+        ("HEAD:pla.json", "does not exist", "did you mean HEAD:plan.json?"),
+        ("HEAD:x.toml", "does not exist", "HEAD is there, and has no x.toml"),
+        ("trunk:plan.json", "'trunk' is no revision", "did you mean team/trunk:plan.json?"),
+        ("v9:plan.json", "'v9' is no revision", "git fetch"),
+        ("--all:plan.json", "'--all' is no revision", "git fetch"),
+        (":plans.json", "", "did you mean :plan.json?"),
+    ):
+        with pytest.raises(PlanError) as caught:
+            load(source)
+        assert why in caught.value.why and any(hint in row for row in caught.value.hints), source
     with pytest.raises(PlanError, match="cannot read NONE:plan"):
         load("NONE:plan.json")
 

@@ -133,6 +133,38 @@ def test_the_hook_checks_plans_alone(tmp_path, monkeypatch):
     assert plans_of(["bytes.graph"]) == ["bytes.json"]  # a plan that is broken is one that fails
 
 
+def test_a_first_push_is_compared_with_where_the_branch_began(review, plan, monkeypatch, capsys):
+    """The event has zeros for the commit before. Here a clone of depth one, as jobs have it."""
+    git("add", "-A")
+    git("commit", "-qm", "a plan")
+    git("branch", "-M", "main")
+    began = review.commit("HEAD")
+    monkeypatch.setenv("BASE", "0" * 40)
+    monkeypatch.setenv("GITHUB_REF_NAME", "main")
+    assert review.base_of("0" * 40, "main") == review.commit("HEAD^")
+    git("checkout", "-qb", "topic")
+    monkeypatch.setenv("GITHUB_REF_NAME", "topic")
+    trace(plan, "tp=4", "micro_batch=2")
+    git("commit", "-qam", "another plan")
+    git("commit", "-q", "--allow-empty", "-m", "more")
+    assert review.main(["--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "| step time |" in said and "| `tp` | `1` | `4` |" in said
+    here = Path.cwd().as_uri()
+    git("clone", "-q", "--depth", "1", "--branch", "topic", here, "clone")
+    monkeypatch.chdir("clone")
+    assert not review.commit(began)
+    assert review.base_of("0" * 40, "main") == began
+    assert f"compared with {began[:12]}" in capsys.readouterr().err
+    assert review.base_of("abc", "main") == "abc"
+
+
+def test_the_first_push_of_all_has_nothing_before(review, capsys):
+    git("checkout", "-q", "--orphan", "alone")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    assert review.base_of("0" * 40, "nowhere") == ""
+
+
 def test_a_base_that_is_not_there_passes_no_gate(review, monkeypatch, capsys):
     monkeypatch.setenv("BASE", "origin/nowhere")
     assert review.main([]) == 1

@@ -13,13 +13,14 @@ from planner.plan import Plan, load_cluster
 
 FILE = "accelerate.yaml"
 ROTATION = {"allgather": "allgather", "ring": "alltoall"}  # parallelism_config_cp_comm_strategy
+TAKES = ("pp=1", "ep=1", "etp=1", "zero=3")
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8"}
 
 
 def export(plan: object, source: str) -> Exported:
     """A file `accelerate.yaml`."""
     p = training(plan, "accelerate")
-    lost = judge("accelerate", DECISIONS, _rows(p))
+    lost = judge("accelerate", DECISIONS, _rows(p), TAKES)
     d, w = p.decisions, p.workload
     fsdp = d.zero > 0
     rows: list[tuple[str, object]] = [

@@ -13,6 +13,7 @@ from planner.plan import Plan
 
 FILE = "deepspeed.json"
 OURS = "meshwright"  # a key that DeepSpeed's parser does not look at: JSON has no comments
+TAKES = ("pp=1",)
 KEEPS = 10**15  # stage3_max_live_parameters: none are released after forward
 
 
@@ -20,7 +21,7 @@ def export(plan: object, source: str) -> Exported:
     """A file `deepspeed.json`."""
     del source
     p = training(plan, "deepspeed")
-    lost = judge("deepspeed", DECISIONS, _rows(p))
+    lost = judge("deepspeed", DECISIONS, _rows(p), TAKES)
     d, w = p.decisions, p.workload
     made: dict[str, Any] = {
         OURS: [*header(p, "deepspeed", checked("deepspeed")), *(f"lost: {row}" for row in lost)],

@@ -23,6 +23,7 @@ from planner.export.target import APPROXIMATE, UNSUPPORTED, Exported, judge
 from planner.serving.plan import ServingPlan
 
 ALL_LAYERS = 999  # --n-gpu-layers: more than any model has
+TAKES = ("tp=1", "ep=1", "attention_dp=1", "pools=none")
 CACHES = {"bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
 
 
@@ -30,7 +31,7 @@ def export(plan: object, source: str) -> Exported:
     """A script `llama_server.sh`."""
     del source
     p = serving(plan, "llamacpp")
-    lost = judge("llamacpp", SERVING, _rows(p))
+    lost = judge("llamacpp", SERVING, _rows(p), TAKES)
     said = (*header(p, "llamacpp", checked("llamacpp")), *(f"lost: {row}" for row in lost))
     words = ["llama-server", '--model "${MODEL:?a GGUF file}"']
     notes: tuple[str, ...] = ()

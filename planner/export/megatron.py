@@ -23,6 +23,7 @@ CP_COMM = {"ring": "p2p", "allgather": "allgather", "ulysses": "a2a"}
 OPTIMIZERS = {"adamw": "adam", "sgd": "sgd", "muon": "muon"}
 STRATEGIES = {2: "optim_grads", 3: "optim_grads_params"}
 FP8 = "hybrid"  # --fp8-format: e4m3 forward, e5m2 backward
+TAKES = ("cp=1",)
 Flags = list[tuple[str, ...]]
 
 
@@ -30,7 +31,7 @@ def export(plan: object, source: str) -> Exported:
     """A file `megatron_args.sh` with MEGATRON_ARGS, everything that the plan decides."""
     del source
     p = training(plan, "megatron")
-    lost = judge("megatron", DECISIONS, _rows(p))
+    lost = judge("megatron", DECISIONS, _rows(p), TAKES)
     flags = [*_layout(p), *_state(p.decisions), *_work(p)]
     lines = "".join(f"    {' '.join(flag)}\n" for flag in flags)
     head = comment((*header(p, "megatron", checked("megatron")), *(f"lost: {x}" for x in lost)))

@@ -25,6 +25,7 @@ from planner.export.serving import (
 from planner.export.target import APPROXIMATE, UNSUPPORTED, Exported, Lost, judge
 from planner.serving.plan import ServingPlan
 
+TAKES = ("pools=none",)
 LAUNCH = "python -m sglang.launch_server"
 
 
@@ -48,7 +49,7 @@ def export(plan: object, source: str) -> Exported:
 
 def losses(p: ServingPlan, target: str) -> tuple[Lost, ...]:
     """What SGLang does not do of the plan."""
-    return judge(target, SERVING, _rows(p))
+    return judge(target, SERVING, _rows(p), TAKES)
 
 
 def flags(p: ServingPlan, replicas: int) -> Flags:

@@ -20,8 +20,7 @@ DECISIONS = (
     "optimizer", "parts", "shares",
 )  # fmt: skip
 # Without these the file would start another layout of ranks: it is not written at all.
-DEGREES = ("pp", "dp", "cp", "tp", "ep", "etp", "attention_dp")
-LAYOUT = (*DEGREES, "parts", "shares", "prefill")
+LAYOUT = ("pp", "dp", "cp", "tp", "ep", "etp", "attention_dp", "parts", "shares", "prefill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +61,15 @@ class Target:
 
 
 def judge(
-    target: str, decisions: tuple[str, ...], rows: tuple[tuple[str, bool, str, str], ...]
+    target: str, decisions: tuple[str, ...], rows: tuple[tuple[str, bool, str, str], ...],
+    takes: tuple[str, ...],
 ) -> tuple[Lost, ...]:
     """What is lost, of rows (decision, whether it is exact, else how far, why), in the order of
-    `decisions`, each of which has a row.
+    `decisions`, each of which has a row. takes: pins under which every plan whose `shard` is the
+    default has a layout of ranks that the target has, on GPUs of one kind.
 
     Raises PlanError where the layout of ranks is among what the target has no word for.
-    """
+    """  # fmt: skip
     named = [row[0] for row in rows]
     missing = [key for key in decisions if key not in named]
     assert not missing and set(named) <= set(decisions), (target, missing, named)
@@ -80,14 +81,16 @@ def judge(
     )
     fatal = [x for x in found if x.fidelity == UNSUPPORTED and x.decision in LAYOUT]
     if fatal:
+        besides = dict.fromkeys(row.decision for row in found if row not in fatal)
+        said = [f"{row.decision}: {row.note}" for row in fatal]
+        if besides:
+            said.append(f"and would lose of it besides: {', '.join(besides)}")
+        alike = ("--hardware of one kind of GPU",) * any(x.decision == "parts" for x in fatal)
+        pins = " ".join(f"--fix {pin}" for pin in takes)
         raise PlanError(
-            f"--to {target} cannot lay out this plan",
-            why="\n".join(f"{row.decision}: {row.note}" for row in fatal),
-            hints=tuple(
-                f"plan trace --fix {x.decision}={1 if x.decision in DEGREES else 'none'}"
-                for x in fatal if x.decision in (*DEGREES, "shares")
-            ),
-        )
+            f"--to {target} cannot lay out this plan", why="\n".join(said),
+            hints=(*alike, f"plan trace {pins}: layouts that {target} has"),
+        )  # fmt: skip
     return found
 
 

@@ -17,6 +17,7 @@ SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B",
              "zbv": "ZBVZeroBubble", "dualpipev": "DualPipeV"}  # fmt: skip
 ROTATION = {"allgather": "allgather", "ring": "alltoall"}  # context_parallel_rotate_method
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+TAKES = ("zero=3", "etp=1")
 Section = list[tuple[str, object]]
 
 
@@ -46,7 +47,7 @@ def export(plan: object, source: str) -> Exported:
     """A file `torchtitan_NAME.py` with a function that returns a Trainer.Config."""
     del source
     p = training(plan, PYTHON.target)
-    lost = judge(PYTHON.target, DECISIONS, _rows(p, PYTHON))
+    lost = judge(PYTHON.target, DECISIONS, _rows(p, PYTHON), TAKES)
     name = file_name(p.graph.name)
     head = (*header(p, PYTHON.target, checked(PYTHON.pinned)), *(f"lost: {row}" for row in lost))
     again = {"full": "FullAC.Config()", "selective": "SelectiveAC.Config()"}.get(_again(p), "None")
@@ -72,7 +73,7 @@ def export_toml(plan: object, source: str) -> Exported:
     """A file `torchtitan_NAME.toml` for --job.config_file of torchtitan 0.2.2."""
     del source
     p = training(plan, TOML.target)
-    lost = judge(TOML.target, DECISIONS, _rows(p, TOML))
+    lost = judge(TOML.target, DECISIONS, _rows(p, TOML), TAKES)
     head = (*header(p, TOML.target, checked(TOML.pinned)), *(f"lost: {row}" for row in lost))
     again: Section = [("mode", _again(p))]
     if _again(p) == "selective":

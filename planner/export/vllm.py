@@ -25,11 +25,13 @@ from planner.export.serving import (
 from planner.export.target import APPROXIMATE, UNSUPPORTED, Exported, judge
 from planner.serving.plan import ServingPlan
 
+TAKES = ("ep=1", "attention_dp=1", "pools=none")
+
 
 def export(plan: object, source: str) -> Exported:
     """A script `vllm_serve.sh`."""
     p = serving(plan, "vllm")
-    lost = judge("vllm", SERVING, _rows(p))
+    lost = judge("vllm", SERVING, _rows(p), TAKES)
     said = (*header(p, "vllm", checked("vllm")), *(f"lost: {row}" for row in lost))
     words = ["vllm serve", '"${MODEL:?the checkpoint}"']
     s, node = p.serving, node_gpus(p, source)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from cost_models.chain import chain_of
@@ -19,6 +20,7 @@ from planner.decisions import Pins, parse_pins
 from planner.export.classic import classic_places
 from planner.export.pinned import pinned
 from planner.importing import accelerate, deepspeed, megatron, torchtitan
+from planner.importing.origins import contradicted
 from planner.importing.settings import Facts, Settings, Setup, steps
 from planner.mesh import facts_of
 from planner.options import Progress, TraceOptions, TraceResult
@@ -112,9 +114,11 @@ def run(
     options = replace(options, asked=replace(options.asked, precision=precision))
     graph = capture(options, hardware, clock, progress)
     setup = source.decide(settings, facts(graph, precision, hardware.count))
-    asked = _asked(setup, options.asked, path)
-    pins, batch = _pins(setup, options, path)
-    aside, unknown = settings.left(pinned(source.pinned(path)))
+    known = pinned(source.pinned(path))
+    against = partial(contradicted, engine=engine, settings=settings, known=known)
+    asked = _asked(setup, options.asked, against)
+    pins, batch = _pins(setup, options, path, against)
+    aside, unknown = settings.left(known)
     tp_note: tuple[str, ...] = ()
     if (pins.tp or 1) > 1:
         try:
@@ -152,14 +156,16 @@ def _precision(source: Source, settings: Settings, asked: str | None) -> str:
     return found
 
 
-def _pins(setup: Setup, options: TraceOptions, path: str) -> tuple[Pins, int]:
-    """All pins, and the global batch: what the file says, what `--fix` adds, defaults last."""
+def _pins(
+    setup: Setup, options: TraceOptions, path: str, against: Callable[[str, str, str], UsageError]
+) -> tuple[Pins, int]:
+    """All pins, and the global batch: what the file says, what `--fix` adds, defaults last.
+    against: the error of a flag that contradicts the file: (flag, what the file has, key)."""
     said = dict(setup.pins)
     theirs = parse_pins([f"{k}={v}" for k, v in said.items()])
     for key, value in options.pins.items():
         if getattr(theirs, key, None) not in (None, value):
-            raise UsageError(f"--fix {options.pins.said(key)}, but {path} says {theirs.said(key)}",
-                             hints=("leave one of them out",))  # fmt: skip
+            raise against(f"--fix {options.pins.said(key)}", theirs.said(key), key)
     pins = replace(theirs, **dict(options.pins.items()), place=options.pins.place)
     dp = pins.dp or 1
     batch = options.asked.global_batch or int(setup.asked.get("global_batch", 0))
@@ -182,14 +188,13 @@ def _pins(setup: Setup, options: TraceOptions, path: str) -> tuple[Pins, int]:
     ), dp * micro * count  # fmt: skip
 
 
-def _asked(setup: Setup, asked: Asked, path: str) -> Asked:
+def _asked(setup: Setup, asked: Asked, against: Callable[[str, str, str], UsageError]) -> Asked:
     """The workload: what the file says, else what was asked."""
     found = asked
     for key, text in setup.asked.items():
         value: object = int(text) if text.isdigit() else text
         given = getattr(asked, key)
         if given not in (None, value):
-            raise UsageError(f"--{key.replace('_', '-')} {given}, but {path} says {text}",
-                             hints=("leave one of them out",))  # fmt: skip
+            raise against(f"--{key.replace('_', '-')} {given}", text, key)
         found = replace(found, **{key: value})  # type: ignore[arg-type]
     return replace(found, engine=asked.engine or setup.engine)

@@ -55,10 +55,10 @@ class Settings:
         if "$" in text:
             raise self.fault(name, f"is {text[:60]!r}", "write the number in",
                              why="the file itself does not set it, and nothing is run")  # fmt: skip
-        if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,18}", text):
+        if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]+", text):
             raise self.fault(name, f"is {text[:60]!r}", why="expected a whole number")
-        if not least <= int(text) <= most:
-            raise self.fault(name, f"is {text}", why=f"expected {least:,} to {most:,}")
+        if len(text) > len(str(most)) + 1 or not least <= int(text) <= most:
+            raise self.fault(name, f"is {text[:60]}", why=f"expected {least:,} to {most:,}")
         return int(text)
 
     def on(self, name: str, default: bool = False) -> bool:

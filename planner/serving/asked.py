@@ -164,7 +164,7 @@ def parse_serve_pins(texts: Sequence[str]) -> ServePins:
         else:
             if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
                 raise UsageError(f"--fix {text} is no value of that pin",
-                                 why="expected a whole number, 1 or more")  # fmt: skip
+                                 why="expected a whole number, 1 to 999,999,999")  # fmt: skip
             found[name] = int(value)
     return ServePins(**found)  # type: ignore[arg-type]
 
