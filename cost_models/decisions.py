@@ -65,7 +65,8 @@ class Decisions:
     where tp = 1. parts: where the hardware has parts, (name, its pp ranks) of those that are used,
     in the order of ranks; empty where it is of one kind. shares: where parts have replicas of the
     model instead, what each does, in the order of ranks; dp is of all of them, and microbatches of
-    the one that runs the most.
+    the one that runs the most. tp_by_part: where the parts of a pipeline have another tp each,
+    (name, its tp) in the order of `parts`; tp is the largest of them.
     """
 
     pp: int = 1
@@ -93,11 +94,33 @@ class Decisions:
     keep: Keep = ()
     parts: tuple[tuple[str, int], ...] = ()
     shares: tuple[Share, ...] = ()
+    tp_by_part: tuple[tuple[str, int], ...] = ()
 
     @property
     def part_of_rank(self) -> tuple[str, ...]:
         """The part that each pp rank lies on; empty where the hardware is of one kind."""
         return tuple(name for name, ranks in self.parts for _ in range(ranks))
+
+    @property
+    def tp_of_rank(self) -> tuple[int, ...]:
+        """The tp of each pp rank."""
+        own = dict(self.tp_by_part)
+        if not own:
+            return (self.tp,) * self.pp
+        return tuple(own.get(name, self.tp) for name in self.part_of_rank)
+
+    def at_pp_rank(self, rank: int) -> Decisions:
+        """The same as the ranks of one stage have it: its part's tp."""
+        return self.with_tp(self.tp_of_rank[rank]) if self.tp_by_part else self
+
+    def with_tp(self, tp: int) -> Decisions:
+        """The same with another tp; one rank alone splits no sequence."""
+        return replace(self, tp=tp, sequence_parallel=self.sequence_parallel and tp > 1)
+
+    def alone(self, part: str) -> Decisions:
+        """The mesh as far as one part has it, where parts have another tp each: its own stages."""
+        own = self.with_tp(dict(self.tp_by_part)[part])
+        return replace(own, pp=dict(self.parts)[part], parts=(), tp_by_part=())
 
     def on_part(self, share: Share) -> Decisions:
         """These decisions as the ranks of one part run them: its micro-batches, what it computes
@@ -122,6 +145,8 @@ class Decisions:
 
     @property
     def gpus(self) -> int:
+        if self.tp_by_part:
+            return self.dp * self.cp * sum(self.tp_of_rank)
         return self.pp * self.dp * self.cp * self.tp
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from cost_models.assumptions import assumptions_of, is_moe
 from cost_models.decisions import Decisions, Workload
@@ -13,8 +12,10 @@ from cost_models.fleet import RULE, Fleet, Hardware, used_parts
 from cost_models.ledger import BREAKDOWN, Estimate, RankLedger
 from cost_models.mixed import MixedCosts, join, sides_of, together
 from cost_models.rank_ledger import (
+    executed_flop,
     exposed_send_ps,
     levels_of,
+    mean_peak,
     moved_again_ps,
     moved_level,
     rank_collectives,
@@ -240,7 +241,7 @@ def estimate_alike(costs: Costs, step: Step, d: Decisions) -> Estimate:
             pp_rank=rank, parameters=_elements(one, problem, d, rank),
             in_flight=_in_flight(one, problem, d, rank)[0],
             memory_bytes=_memory(one, problem, d, rank, memory[rank]),
-            collectives=rank_collectives(side, one, problem, d, rank),
+            collectives=rank_collectives(side, one, problem, d.at_pp_rank(rank), rank),
             capacity_bytes=side.cluster.device.memory_bytes if step.beside else None,
         )
         for rank, (side, one) in enumerate(sides)
@@ -253,8 +254,8 @@ def estimate_alike(costs: Costs, step: Step, d: Decisions) -> Estimate:
         step_time_ps=total, breakdown_ps=tuple(breakdown.items()),
         error=max(side.kernels.error(is_moe(step.chain)) for side in kinds),
         tokens=costs.workload.global_batch * costs.workload.seq_len, gpus=d.gpus,
-        model_flop=model * d.microbatches * d.dp, executed_flop=_executed(step, d),
-        peak_flop_per_s=fmean(side.cluster.device.peak(dtype) for side, _ in sides),
+        model_flop=model * d.microbatches * d.dp, executed_flop=executed_flop(sides, d, problem),
+        peak_flop_per_s=mean_peak(sides, d, dtype),
         capacity_bytes=capacities[left.index(min(left))], ranks=ranks,
         assumptions=tuple(dict.fromkeys([
             *([RULE] if isinstance(costs, MixedCosts) and not costs.said else []),
@@ -262,15 +263,6 @@ def estimate_alike(costs: Costs, step: Step, d: Decisions) -> Estimate:
         ])),
         tiers=tier_uses([(side.cluster, one) for side, one in sides], d, problem),
     )  # fmt: skip
-
-
-def _executed(step: Step, d: Decisions) -> int:
-    """FLOPs that all devices run in a step, recomputation included."""
-    levels, total = levels_of(step, d), 0
-    for i in range(len(step.chain.links)):
-        forward, backward = step.row(i).flop
-        total += forward + backward + (forward if levels.get(i) == 2 else 0)
-    return total * d.tp * d.cp * d.dp * d.microbatches
 
 
 def _rank_parts(step: Step, d: Decisions, problem: StageProblem, rank: int) -> dict[str, int]:

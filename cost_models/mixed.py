@@ -1,6 +1,7 @@
 """A pipeline whose ranks are of several kinds: each stage costed on the part it lies on.
 
-Every stage has as many ranks on every part, so a part has the stages that its GPUs divide into.
+Every stage has as many ranks on every part, unless parts have a tp of their own; a part has the
+stages that its GPUs divide into.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cost_models.borders import most_bytes, values_between
 from cost_models.collectives import Form, driven, send_form
 from cost_models.decisions import Decisions
 from cost_models.fleet import Fleet, Hardware
@@ -18,7 +20,10 @@ from cost_models.hardware import Cluster, Link
 from cost_models.point import ps
 from cost_models.rank_ledger import exposed_send_ps
 from cost_models.stage_problem import StageProblem
-from cost_models.step import Assignments, Costs, Step
+from cost_models.step import Assignments, Costs, Step, replicated
+from cost_models.words import assignment_of, sharding_of
+
+Laid = dict[tuple[int, int, bool], tuple[Assignments, Assignments]]
 
 
 @dataclass(kw_only=True)
@@ -26,25 +31,53 @@ class PartCosts(Costs):
     """The costs of one part's GPUs, its stages a run of a longer pipeline's.
 
     border: a send to another part. known: steps by mesh, each with the assignments that it is of;
-    no step depends on where in the pipeline the part lies, so orders of parts share them.
+    no step depends on where in the pipeline the part lies, so orders of parts share them. laid:
+    by (assignments, tp, split), the same assignments on a part's own tp.
     """
 
     border: Form
     known: dict[tuple[Decisions, int], tuple[Assignments, Step]] = field(default_factory=dict)
+    laid: Laid = field(default_factory=dict)
 
     def step(self, d: Decisions, assignments: Assignments) -> Step:
-        key = replace(d, parts=()), id(assignments)
+        mine = self.on_tp(d)
+        laid = self.lie(mine, assignments) if d.tp_by_part else assignments
+        key = mine, id(laid)
         if key not in self.known:
-            self.known[key] = assignments, super().step(d, assignments)
+            self.known[key] = laid, super().step(mine if d.tp_by_part else d, laid)
         return replace(self.known[key][1], decisions=d)
+
+    def rescheduled(self, step: Step, d: Decisions) -> Step:
+        return replace(super().rescheduled(step, self.on_tp(d)), decisions=d)
+
+    def lie(self, mine: Decisions, assignments: Assignments) -> Assignments:
+        """The assignments, which are for the largest tp, on this part's own. Raises PlanError where
+        that splits otherwise."""
+        tp, split = mine.tp, mine.sequence_parallel
+        key = id(assignments), tp, split
+        if key not in self.laid:
+            own = {
+                (unit, layer): replicated(unit, 1) if tp == 1 else assignment_of(
+                    unit, sharding_of(unit, found), tp, split
+                )
+                for (unit, layer), found in assignments.items()
+            }  # fmt: skip
+            self.laid[key] = assignments, own
+        return self.laid[key][1]
+
+    def on_tp(self, d: Decisions) -> Decisions:
+        """The mesh with this part's tp, and no word of parts."""
+        own = dict(d.tp_by_part).get(self.cluster.name)
+        return replace(d if own is None else d.with_tp(own), parts=(), tp_by_part=())
 
     def own(self, d: Decisions) -> Decisions:
         """The mesh as far as this part has it: its own stages."""
-        return replace(d, pp=self.stages(d), parts=())
+        return replace(self.on_tp(d), pp=self.stages(d))
 
     def stages(self, d: Decisions) -> int:
         """The pipeline ranks that lie on this part."""
-        return self.cluster.count // (d.dp * d.cp * d.tp)
+        tp = dict(d.tp_by_part).get(self.cluster.name, d.tp)
+        return self.cluster.count // (d.dp * d.cp * tp)
 
     def border_s(self, size_bytes: int) -> float:
         """Seconds to send that to the next part."""
@@ -100,17 +133,20 @@ def join(
     costs: MixedCosts, step: Step, problems: Sequence[StageProblem]
 ) -> StageProblem:
     """The stage problem of all parts, from that of each as if it had every rank."""
-    d, size_bytes = step.decisions, sum(step.p2p_bytes)
+    d = step.decisions
     steps = (step, *step.beside)
     exposed = [exposed_send_ps(c, s, d) for c, s in zip(costs.sides, steps)]
-    crossing = max(0, ps(costs.border_s(size_bytes)) - min(exposed))
-    busy = ps(size_bytes * costs.border.s_per_byte)
     counts = [side.stages(d) for side in costs.sides]
+    tps = [side.on_tp(d).tp for side in costs.sides]
+    values = values_between(step.chain, d, costs.workload.seq_len)
     sends: list[tuple[int, int]] = []
-    for one, p, count in zip(steps, problems, counts):
+    for one, p, count, own, after in zip(steps, problems, counts, tps, (*tps[1:], tps[0])):
         inside = one.slow_sends or ((0, 0),) * count
         sends += [(p.p2p_ps + more, kept) for more, kept in inside[: count - 1]]
-        sends.append((crossing, busy))  # at last, from the last stage back to the first
+        size_bytes = sum(step.p2p_bytes) if not d.tp_by_part else most_bytes(values, own, after)
+        crossing = max(0, ps(costs.border_s(size_bytes)) - min(exposed))
+        # at last, from the last stage back to the first
+        sends.append((crossing, ps(size_bytes * costs.border.s_per_byte)))
     return mixed(list(zip(problems, counts)), sends)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from statistics import fmean
 
+from cost_models.borders import messages, values_between
 from cost_models.chain import divide
 from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
@@ -64,7 +66,11 @@ def _tiers_of(
     for name, rank_bytes in by_rank.items():
         tier = cluster.tier(name)
         gpus = cluster.sharers(tier)
-        used = fullest(d, rank_bytes, gpus)
+        if d.tp_by_part:  # the part's ranks alone, whose stages are alike
+            own = d.alone(cluster.name)
+            used = fullest(own, [n for n, one in zip(rank_bytes, steps) if one], gpus)
+        else:
+            used = fullest(d, rank_bytes, gpus)
         yield TierUse(name=name, used_bytes=used, bytes=tier.bytes, gpus=gpus)
 
 
@@ -101,6 +107,25 @@ def tail_parts(
         sum(r.optimizer_ps for r in rows),
         sum(r.offload_ps for r in rows),
     )
+
+
+def mean_peak(sides: Sequence[tuple[Costs, Step]], d: Decisions, dtype: str) -> float:
+    """FLOP/s of the mean GPU."""
+    peaks = [side.cluster.device.peak(dtype) for side, _ in sides]
+    return fmean(peaks, d.tp_of_rank) if d.tp_by_part else fmean(peaks)
+
+
+def executed_flop(
+    sides: Sequence[tuple[Costs, Step]], d: Decisions, problem: StageProblem
+) -> int:
+    """FLOPs that all devices run in a step, recomputation included."""
+    total, tps = 0, d.tp_of_rank
+    for rank, (_, step) in enumerate(sides):
+        links, levels = stage_links(step, d.stages), levels_of(step, d)
+        for i in (i for k in problem.stages_of(rank) for i in links[k]):
+            forward, backward = step.row(i).flop
+            total += (forward + backward + (forward if levels.get(i) == 2 else 0)) * tps[rank]
+    return total * d.cp * d.dp * d.microbatches
 
 
 def rank_collectives(
@@ -154,10 +179,18 @@ def rank_collectives(
             min(k, other) for k in problem.stages_of(rank) for other in (k - 1, k + 1)
             if 0 <= other < problem.count and problem.rank_of(other) != rank
         ]  # fmt: skip
-        times, slow = d.microbatches * len(crossed), slow_of(problem)
+        slow = slow_of(problem)
         took = problem.p2p_ps + exposed_send_ps(costs, step, d)
+        for k in [k for k in crossed if d.tp_by_part and len({*d.tp_of_rank[k : k + 2]}) > 1]:
+            crossed.remove(k)
+            for piece, sent, part_of in _over_border(costs, step.decisions, rank, k):
+                portion = d.microbatches * part_of / 1e12
+                add("p2p", "pp", piece, "between stages", d.microbatches * sent,
+                    portion * (took + (slow[k][0] if slow else 0)),
+                    portion * exposed_send_ps(costs, step, d))  # fmt: skip
+        times = d.microbatches * len(crossed)
         later = d.microbatches * sum(slow[k][0] for k in crossed) if slow else 0
-        for size in step.p2p_bytes:
+        for size in step.p2p_bytes if crossed else ():
             each = size / sum(step.p2p_bytes) / 1e12
             portion = times * size / sum(step.p2p_bytes) / 1e12
             add("p2p", "pp", size, "between stages", times, portion * took + later * each,
@@ -172,6 +205,18 @@ def rank_collectives(
         )
         for (kind, axis, size, where), (count, s, x) in rows.items()
     )  # fmt: skip
+
+
+def _over_border(
+    costs: Costs, d: Decisions, rank: int, boundary: int
+) -> Iterator[tuple[int, int, float]]:
+    """(bytes of a message, messages of a micro-batch, share of all bytes) of each value that the
+    busiest GPU of a pp rank sends to a stage with another tp."""
+    tps, values = d.tp_of_rank, values_between(costs.chain, d, costs.workload.seq_len)
+    whole = sum(size for size, _ in values)
+    for size, split in values:
+        other = tps[boundary + (boundary == rank)]
+        yield *messages(tps[rank], other, size, split), size / whole
 
 
 def _shared(

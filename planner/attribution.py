@@ -21,7 +21,7 @@ from planner.plan import Plan
 Coster = Callable[[Plan, Hardware], Estimate]
 
 TOGETHER = "together"  # the row of what only the changes at once do
-AXES = ("pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "parts", "shares")
+AXES = ("pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "parts", "shares", "tp_by_part")
 PROGRAM = ("schedule", "virtual_stages")
 BUNDLES = (  # decisions that are one choice
     ("zero", "reshard"), ("shard",), ("micro_batch",), PROGRAM, ("stages",),

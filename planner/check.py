@@ -13,7 +13,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import GateError, InfeasibleError, PlanError, UsageError
 from ir.graph import Graph, Unit
-from planner.legality import inconsistent
+from planner.legality import inconsistent, tp_fault
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
 
 if TYPE_CHECKING:
@@ -115,8 +115,10 @@ def fault_of_parts(d: Decisions, hardware: Hardware) -> str | None:
             return f"a share of {gpus} GPUs lies on {found.spec}"
     if not d.parts:
         return None if d.shares else "its stages name no parts"
-    each = d.dp * d.cp * d.tp
+    if tp_fault(d):
+        return tp_fault(d)
     for name, ranks in d.parts:
+        each = d.dp * d.cp * dict(d.tp_by_part).get(name, d.tp)
         found = next((part for part in hardware.parts if part.name == name), None)
         if found is None:
             return f"it has no part {name}"

@@ -87,6 +87,7 @@ class Pins:
     grad_dtype: str | None = None
     weights: str | None = None
     shares: tuple[tuple[str, int], ...] | None = None
+    tp_by_part: tuple[tuple[str, int], ...] | None = None
     place: tuple[tuple[str, str], ...] = ()
 
     def items(self) -> tuple[tuple[str, Any], ...]:
@@ -209,6 +210,13 @@ def _shares(text: str, value: str) -> tuple[tuple[str, int], ...]:
     )  # fmt: skip
 
 
+def _tp_by_part(text: str, value: str) -> tuple[tuple[str, int], ...]:
+    found = read_shares(value)
+    return found if found is not None else _refuse(
+        text, "the tp of each part's stages, as in h100:4,a100:8, or none"
+    )  # fmt: skip
+
+
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     """Pairs (what, tier) in the vocabulary's order; of activations and of the optimizer with layers
     a stage, one count for all or one each: `activations:cpu:4/3`. Parameters are updated where they
@@ -315,6 +323,9 @@ VOCABULARY = (
         meaning="micro-batches a step of each data rank, where parts of the hardware have replicas"
                 " of their own",
         default="searched where the hardware has parts, else none"),
+    Key(name="tp_by_part", words="h100:4,a100:8 none", parse=_tp_by_part,
+        meaning="tp of the stages on each part of the hardware, where parts have another each",
+        default="searched where the hardware has parts, else none"),
     Key(name="kv", words="bf16 fp8 int8", parse=_serving, meaning="format of the KV cache"),
 )  # fmt: skip
 
@@ -348,6 +359,7 @@ def pins_of(decisions: Decisions) -> Pins:
     values = {key: getattr(decisions, key) for key in keys} | {
         "recompute": summarise_recompute(decisions),
         "shares": tuple((share.part, share.microbatches) for share in decisions.shares),
+        "tp": None if decisions.tp_by_part else decisions.tp,
     }
     return Pins(**values)
 

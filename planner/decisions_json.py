@@ -26,7 +26,7 @@ from planner.share_words import shares_from_json, shares_json
 def decisions_json(decisions: Decisions) -> dict[str, Any]:
     """Decisions as JSON keys in the contract's order; stages and recompute are told apart, and a
     dp_outer of 1 is not said, nor are formats where all is in the precision, nor a keep of all
-    operations, nor shares where there are none."""
+    operations, nor shares where there are none, nor tp_by_part where all parts have one."""
     d = decisions
     head = ("pp", "dp", "cp", "tp", "ep", "etp", "zero", "shard", "reshard", "micro_batch",
             "microbatches", "schedule", "virtual_stages")  # fmt: skip
@@ -39,6 +39,7 @@ def decisions_json(decisions: Decisions) -> dict[str, Any]:
         **({"formats": dict(d.formats)} if d.formats else {}),
         **({"keep": keep_json(d.keep)} if d.keep else {}),
         **({"shares": shares_json(d.shares)} if d.shares else {}),
+        **({"tp_by_part": dict(d.tp_by_part)} if d.tp_by_part else {}),
     }
 
 
@@ -46,7 +47,9 @@ def decisions_from_json(
     raw: Mapping[str, Any], stages: tuple[int, ...], recompute: tuple[tuple[int, int], ...]
 ) -> Decisions:
     """Read what `decisions_json` writes. Raises PlanError with the path of the bad key."""
-    left_out: dict[str, Any] = {"dp_outer": 1, "formats": {}, "keep": {}, "shares": {}}
+    left_out: dict[str, Any] = {
+        "dp_outer": 1, "formats": {}, "keep": {}, "shares": {}, "tp_by_part": {},
+    }  # fmt: skip
     template = decisions_json(Decisions()) | left_out
     raw = {**left_out, **raw}
     for key in [*template, *raw]:
@@ -82,7 +85,12 @@ def decisions_from_json(
         raise PlanError(f"decisions.formats is {raw['formats']!r}",
                         why=f"expected a format of {', '.join(FORMATS)} for some of"
                             f" {', '.join(GROUPS)}")  # fmt: skip
-    values = {**raw, "formats": formats, "keep": keep_from_json(raw["keep"]),
+    for part, tp in raw["tp_by_part"].items():
+        if type(tp) is not int or tp < 1:
+            raise PlanError(f"decisions.tp_by_part.{part} is {tp!r}",
+                            why="expected a whole number, 1 or more")  # fmt: skip
+    values = {**raw, "tp_by_part": tuple(raw["tp_by_part"].items()), "formats": formats,
+              "keep": keep_from_json(raw["keep"]),
               "shares": shares_from_json(raw["shares"]),
               "offload": tuple(
         (what, raw["offload"][what]) for what in OFFLOADED if what in raw["offload"]

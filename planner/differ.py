@@ -198,6 +198,7 @@ def _decided(plan: Plan) -> dict[str, str]:
     words["recompute"] = recompute_words(plan.decisions)
     words["shares"] = share_words(plan.decisions.shares)
     words.setdefault("dp_outer", "1")
+    words.setdefault("tp_by_part", "none")
     words.setdefault("formats", "none")
     order = [key.name for key in VOCABULARY if key.name in words]
     return {key: words[key] for key in order}

@@ -24,7 +24,7 @@ from planner.decisions import Pins
 from planner.fleet_space import FleetSearcher
 from planner.infeasible import needs
 from planner.limits import capped
-from planner.mesh import facts_of
+from planner.mesh import facts_of, parted
 from planner.options import Baseline, Progress, TraceOptions, TraceResult
 from planner.pin_checks import check_pins
 from planner.plan import Plan, Solver, make_plan
@@ -198,20 +198,35 @@ def _suited(
     if pins.shares and len({fleet.part(name).name for name, _ in pins.shares}) < 2:
         raise UsageError(f"--fix {pins.said('shares')} is of one part",
                          hints=(f"--hardware {fleet.part(pins.shares[0][0]).spec}",))  # fmt: skip
-    facts, native = facts_of(chain_of(graph)), workload.engine in NATIVE
+    named = {fleet.part(name).name for name, _ in pins.tp_by_part or ()}
+    if pins.tp_by_part and (len(named) < 2 or pins.shares):
+        what = f"and --fix {pins.said('shares')} contradict each other" if pins.shares else (
+            "is of one part"
+        )  # fmt: skip
+        raise UsageError(f"--fix {pins.said('tp_by_part')} {what}",
+                         why="it is of the stages of a pipeline over several parts")  # fmt: skip
+    chain = chain_of(graph)
+    facts, native = facts_of(chain), workload.engine in NATIVE
     several = range(2, len(usable) + 1)
     alone = [((part,), False) for part in usable]
     replicas = [(some, True) for n in several for some in itertools.combinations(usable, n)]
     orders = [(some, False) for n in several for some in itertools.permutations(usable, n)]
     ways = [
-        *(alone if not pins.shares else ()),
-        *(replicas if pins.shares or (native and pins.shares is None) else ()),
+        *(alone if not (pins.shares or named) else ()),
+        *(replicas if pins.shares or (native and pins.shares is None and not named) else ()),
         *(orders if not pins.shares and not facts.pipeline_reason else ()),
     ]
+    if named:
+        ways = [(some, split) for some, split in ways if {part.name for part in some} == named]
+    if not ways:
+        raise UsageError(f"--fix {pins.said('tp_by_part')}: this model has no pipeline",
+                         why=facts.pipeline_reason)  # fmt: skip
     suited, fault = [], None
     for parts, split in ways:
         # with replicas of their own parts have other numbers of micro-batches
         checked = replace(pins, dp=None, microbatches=None) if split else pins
+        if len(parts) > 1 and not split and next(parted(chain, parts, workload, pins), None):
+            checked = replace(pins, pp=None)  # of stages that have not as many GPUs each
         try:
             check_pins(checked, workload, gpus=sum(p.count for p in parts), layers=facts.layers)
         except UsageError as raised:

@@ -1,6 +1,7 @@
 """The plans of one model on several kinds of GPUs: pipelines whose stages lie on all of them.
 
-A stage has as many ranks on every part; layers are cut by what each part takes for them.
+A stage has as many ranks on every part, or each part a tp of its own; layers are cut by what each
+part takes for them.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cost_models.decisions import Decisions, Keep
 from cost_models.hardware import Cluster
-from cost_models.mixed import MixedCosts
+from cost_models.mixed import MixedCosts, PartCosts
+from cost_models.step import Assignments
+from ir.errors import PlanError
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
-from planner.mesh import Mesh, laid_out
+from planner.mesh import Mesh, laid_out, parted
+from planner.runnable import NATIVE
 from planner.search import Searcher
+from planner.space import Space
 from planner.stage_sides import least_spread
 
 SCHEDULES = ("1f1b", "gpipe", "zbh1")  # one stage a rank: a chunk's part would change within a rank
@@ -30,14 +35,23 @@ class FleetSearcher(Searcher):
     """The search of pipelines over all parts, in one order."""
 
     costs: MixedCosts
+    _passed: dict[tuple[str, Decisions, int], Through] = field(default_factory=dict)
 
     def share(self, other: FleetSearcher) -> None:
         """Know what a search of the same parts in another order knows: how units lie on tp, as
         its first part has it, and what meshes cost on each part."""
         self._laid = other._laid
-        known = {side.cluster.name: side.known for side in other.costs.sides}
+        known = {side.cluster.name: side for side in other.costs.sides}
         for side in self.costs.sides:
-            side.known = known[side.cluster.name]
+            side.known = known[side.cluster.name].known
+            side.laid = known[side.cluster.name].laid
+
+    def _lay(self, tp: int, split: bool) -> Assignments:
+        """As the first part has it, or the first that has so many GPUs."""
+        side = next(side for side in self.costs.sides if side.cluster.count >= tp)
+        if side is self.costs:
+            return super()._lay(tp, split)
+        return Space(costs=side, pins=self.pins)._lay(tp, split)
 
     @property
     def clusters(self) -> tuple[Cluster, ...]:
@@ -51,9 +65,28 @@ class FleetSearcher(Searcher):
             return
         domain = min(part.domain_ranks for part in parts)
         gpus = sum(part.count for part in parts)
-        for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
-            if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
-                yield mesh
+        if not self.pins.tp_by_part:
+            for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
+                if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
+                    yield mesh
+        if self.pins.tp_by_part != () and costs.workload.engine in NATIVE:
+            for mesh in parted(costs.chain, parts, costs.workload, self.pins):
+                if self._lies(mesh):
+                    yield mesh
+
+    def _lies(self, mesh: Mesh) -> bool:
+        """Whether every part's tp splits the units as the largest does."""
+        if not self.runs(mesh):
+            return False
+        laid = self.assign(mesh.tp, mesh.sequence_parallel)
+        d = Decisions(tp=mesh.tp, sequence_parallel=mesh.sequence_parallel,
+                      tp_by_part=mesh.tp_by_part)  # fmt: skip
+        try:
+            for side in self.costs.sides:
+                side.lie(side.on_tp(d), laid)
+        except PlanError:
+            return False
+        return True
 
     def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
         """None but the default, or what is pinned: the parts' prices of a byte differ."""
@@ -78,22 +111,33 @@ class FleetSearcher(Searcher):
         known: dict[tuple[object, ...], list[Through]] = {}
         point = {p: i for i, p in enumerate(self.costs.points)}
         for i, m in enumerate(candidates):
-            key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
+            key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp, m.tp_by_part)
             if key not in known:
                 d = Decisions(tp=m.tp, sequence_parallel=m.sequence_parallel, cp_kind=m.cp_kind,
-                              ep=m.ep, etp=m.etp, formats=self.formats)  # fmt: skip
+                              ep=m.ep, etp=m.etp, formats=self.formats,
+                              tp_by_part=m.tp_by_part)  # fmt: skip
                 laid = self.assign(m.tp, m.sequence_parallel)
-                known[key] = [through_chain(side, d, laid) for side in self.costs.sides]
+                known[key] = [self._through(side, d, laid) for side in self.costs.sides]
             found[:, i] = self._mesh_s(m, known[key], point[m.micro_batch, m.cp])
         lower, guess = np.floor(found * 1e12 * (1 - ROUNDING)).astype(np.int64)
         return Bounds(lower_ps=lower, guess_ps=guess)
+
+    def _through(self, side: PartCosts, d: Decisions, laid: Assignments) -> Through:
+        """A micro-batch through the whole chain on one part."""
+        if not d.tp_by_part:
+            return through_chain(side, d, laid)
+        mine = side.on_tp(d)
+        key = (side.cluster.name, mine, d.tp)
+        if key not in self._passed:
+            self._passed[key] = through_chain(side, mine, side.lie(mine, laid))
+        return self._passed[key]
 
     def _mesh_s(self, m: Mesh, through: Sequence[Through], at: int) -> tuple[float, float]:
         """Seconds of the step at least, and a guess at it."""
         costs = self.costs
         layers, kind_of = costs.chain.layers, costs.kind_of
-        ranks = m.dp * m.cp * m.tp
-        counts = [part.count // ranks for part in self.clusters]
+        own = dict(m.tp_by_part)
+        counts = [part.count // (m.dp * m.cp * own.get(part.name, m.tp)) for part in self.clusters]
         repeats = Counter(kind_of[layers[0] : layers[-1] + 1])
         each = [[n * float(t.kinds_s[k][at]) for k, n in repeats.items()] for t in through]
         for row, t in zip(each, through):

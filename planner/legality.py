@@ -8,6 +8,7 @@ backward).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,7 @@ class Case:
     weights: str | None
     place: bool
     shares: bool
+    tp_by_part: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +263,24 @@ RULES = (
         fix="shares=none, or --engine native-compiled",
     ),
     Rule(
+        keys=("tp_by_part",),
+        refused=lambda c: c.tp_by_part and c.engine not in NATIVE,
+        reason="the engine gives every stage as many ranks",
+        fix="tp_by_part=none, or --engine native-compiled",
+    ),
+    Rule(
+        keys=("tp_by_part", "cp"),
+        refused=lambda c: c.tp_by_part and (c.cp or 1) > 1,
+        reason="where parts have another tp, no ranks share a sequence",
+        fix="cp=1, or tp_by_part=none",
+    ),
+    Rule(
+        keys=("tp_by_part", "shares"),
+        refused=lambda c: c.tp_by_part and c.shares,
+        reason="replicas on parts have one tp, so that gradients are reduced rank by rank",
+        fix="shares=none, or tp_by_part=none",
+    ),
+    Rule(
         keys=("weights",),
         refused=lambda c: c.weights not in (None, c.precision),
         reason="this version plans training with the weights in the workload's precision",
@@ -331,8 +351,26 @@ def inconsistent(
         (all(full + n <= layers for layers, (full, n) in zip(d.stages, d.pairs)),
          "a stage offloads or recomputes more layers than it has"),
     )  # fmt: skip
-    fault = share_fault(d) if d.shares else None
+    fault = share_fault(d) if d.shares else tp_fault(d)
     return fault or next((reason for holds, reason in checks if not holds), None)
+
+
+def tp_fault(d: Decisions) -> str | None:
+    """Why parts cannot have the tp of their own that the decisions say, or None."""
+    if not d.tp_by_part:
+        return None
+    names, tps = zip(*d.tp_by_part)
+    rising = sorted(tps)
+    checks = (
+        (names == tuple(name for name, _ in d.parts),
+         "tp_by_part does not name the parts that stages lie on, in their order"),
+        (rising[0] < rising[-1], "tp_by_part is the same for every part: that is tp alone"),
+        (all(b % a == 0 for a, b in itertools.pairwise(rising)),
+         "of tp_by_part one does not divide the next larger"),
+        (d.tp == rising[-1], f"tp is {d.tp}, the largest of tp_by_part {rising[-1]}"),
+        (d.ep * d.etp == 1, "experts lie over all ranks of a stage, and tp_by_part has others"),
+    )  # fmt: skip
+    return next((reason for holds, reason in checks if not holds), None)
 
 
 def _case_of(d: Decisions, workload: Workload) -> Case:
@@ -345,5 +383,5 @@ def _case_of(d: Decisions, workload: Workload) -> Case:
         selective=any(selective for _, selective in d.recompute), keep=bool(d.keep),
         offload=d.offload, compile=d.compile, formats=bool(d.formats),
         sequence_parallel=d.sequence_parallel, cp_kind=d.cp_kind, weights=None, place=False,
-        shares=bool(d.shares),
+        shares=bool(d.shares), tp_by_part=bool(d.tp_by_part),
     )  # fmt: skip

@@ -9,9 +9,10 @@ model whose sequence is mixed by attention alone.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_models.chain import Chain
 from cost_models.decisions import Workload
@@ -41,6 +42,7 @@ class Mesh:
     microbatches: int
     sequence_parallel: bool
     cp_kind: str
+    tp_by_part: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +176,44 @@ def shared_out(
             yield from _filled(facts, workload, pins, (1, tp, cp, dp), common, counts)
 
 
+def parted(
+    chain: Chain, parts: Sequence[Cluster], workload: Workload, pins: Pins
+) -> Iterator[Mesh]:
+    """Every candidate of a pipeline over these parts of which each has a tp of its own, not all
+    alike, inside a domain of its own; each divides the next larger, so that a piece of a value goes
+    to or comes from one rank. dp is the same, and there is no cp and no experts' axis."""
+    facts, names = facts_of(chain), [part.name for part in parts]
+    pinned = dict(pins.tp_by_part or ())
+    if facts.pipeline_reason or pins.tp is not None or pins.cp not in (None, 1):
+        return
+    choices = [
+        _choices(pinned.get(part.name), tuple(
+            t for t in divisors(part.count)
+            if t == 1 or (t <= part.domain_ranks and splits_something(chain, t))
+        )) for part in parts
+    ]  # fmt: skip
+    for tps in itertools.product(*choices):
+        rising = sorted(tps)
+        if rising[0] == rising[-1] or any(b % a for a, b in itertools.pairwise(rising)):
+            continue
+        own = dict(zip(names, tps))
+        for dp in divisors(workload.global_batch):
+            if pins.dp not in (None, dp) or any(p.count % (dp * own[p.name]) for p in parts):
+                continue
+            pp = sum(part.count // (dp * own[part.name]) for part in parts)
+            if pins.pp not in (None, pp) or pp > facts.layers:
+                continue
+            samples = workload.global_batch // dp
+            counts = [
+                (b, samples // b) for b in divisors(samples)
+                if pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
+                and pins.microbatches in (None, samples // b)
+            ]  # fmt: skip
+            axes = (pp, rising[-1], 1, dp)
+            for mesh in _filled(facts, workload, pins, axes, 1, counts):
+                yield replace(mesh, tp_by_part=tuple(own.items()))
+
+
 def outside(mesh: Mesh, cluster: Cluster, pinned: int | None) -> tuple[int, ...]:
     """How many of the dp may lie outside the pipeline: none, or one for each unit of a level, so
     that no pipeline crosses what joins them."""
@@ -197,10 +237,12 @@ def shard_sizes(
         return (1,)
     else:
         spreads: set[int] = set()
+        own = dict(mesh.tp_by_part)
         for cluster in clusters:
-            inside = max(1, cluster.domain_ranks // mesh.tp)
+            tp = own.get(cluster.name, mesh.tp)
+            inside = max(1, cluster.domain_ranks // tp)
             spreads |= {inside * k for k in SHARD_SPREADS}
-            spreads |= {cluster.spans[-2] // mesh.tp}
+            spreads |= {cluster.spans[-2] // tp}
         if outer > 1:  # laid apart to keep shards together, or where no shards are apart
             spreads = {near}
         nested = [s for s in nested if s == ranks or s in spreads]

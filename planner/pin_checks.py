@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 
 from cost_models.decisions import Workload
@@ -19,6 +20,7 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
     for rule in RULES:
         if rule.refused(case):
             raise UsageError(_named(rule.keys, pins, workload), why=rule.reason, hints=(rule.fix,))
+    _check_tp(pins)
     _check_mesh(pins, gpus)
     _check_outer(pins)
     _check_experts(pins, gpus)
@@ -38,6 +40,22 @@ def _check_below(pins: Pins) -> None:
             f"{_joined(['offload'], pins)}: which layers these are depends on the stages",
             why="the optimizer of so many layers of each stage, its first, is not searched",
             hints=("pp=1", "stages=... and pp", "offload=optimizer:cpu"),
+        )
+
+
+def _check_tp(pins: Pins) -> None:
+    tps = sorted(tp for _, tp in pins.tp_by_part or ())
+    if tps and pins.tp is not None:
+        raise UsageError(f"{_joined(['tp', 'tp_by_part'], pins)} contradict each other",
+                         why="tp is of every stage, tp_by_part of each part's",
+                         hints=("one of the two",))  # fmt: skip
+    if tps and tps[0] == tps[-1]:
+        raise UsageError(f"{_joined(['tp_by_part'], pins)} is one tp for every part",
+                         hints=(f"--fix tp={tps[0]}",))  # fmt: skip
+    if any(b % a for a, b in itertools.pairwise(tps)):
+        raise UsageError(
+            f"{_joined(['tp_by_part'], pins)}: one does not divide the next larger",
+            why="a piece of a value goes from or to one rank",
         )
 
 
@@ -187,6 +205,7 @@ def _case_of_pins(p: Pins, workload: Workload) -> Case:
         compile=p.compile, formats=any(word in NARROW for _, word in p.formats or ()),
         sequence_parallel=p.sequence_parallel, cp_kind=p.cp_kind, weights=p.weights,
         place=bool(p.place), shares=bool(p.shares),
+        tp_by_part=bool(p.tp_by_part),
     )  # fmt: skip
 
 

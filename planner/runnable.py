@@ -6,14 +6,16 @@ plan is made that `parallelize` refuses. Rules hold for the engines that are our
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
 from ir.errors import UsageError
-from ir.graph import Graph
+from ir.graph import Graph, full_name
 from planner.cuts import stub_fault
 from planner.decisions import Pins
 from planner.routed import no_expert_axis, no_expert_tensor_axis, no_shared_tokens
@@ -37,6 +39,8 @@ class Axes(Protocol):
     def cp_kind(self) -> str: ...
     @property
     def sequence_parallel(self) -> bool: ...
+    @property
+    def tp_by_part(self) -> tuple[tuple[str, int], ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,24 @@ def _without_dropout(graph: Graph) -> str | None:
     return "attention drops probabilities, for all of a query's keys" if (
         flow_of(graph).dropout
     ) else None  # fmt: skip
+
+
+def no_tp_by_part(graph: Graph) -> str | None:
+    """Why stages of this model may not have another tp on each part of the hardware, or None."""
+    chain = chain_of(graph)
+    holders = Counter(
+        full_name(link.path, p.name) for link in {k.path: k for k in chain.links}.values()
+        for p in link.unit.parameters if p.kind == "parameter"
+    )  # fmt: skip
+    glue = any(p.kind == "parameter" for p in chain.glue.parameters)
+    if graph.tied or glue or any(n > 1 for n in holders.values()):
+        return (
+            "several stages hold one parameter: with another tp somewhere its shards are not"
+            " equal, and there is nothing to sum rank by rank"
+        )
+    if any(n.op == "grouped_matmul" for u in graph.units for n in u.nodes):
+        return "experts lie over all ranks of a stage, and stages would not have as many"
+    return None
 
 
 RULES: tuple[GraphRule, ...] = (
@@ -108,6 +130,12 @@ RULES: tuple[GraphRule, ...] = (
         reason=_draws,
         fix="tp=1, compile=off, or a model without dropout",
         compiled=True,
+    ),
+    GraphRule(
+        keys=("tp_by_part",),
+        applies=lambda a: bool(a.tp_by_part),
+        reason=no_tp_by_part,
+        fix="tp_by_part=none",
     ),
 )
 

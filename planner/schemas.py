@@ -146,7 +146,7 @@ def _decisions() -> Json:
     always = decisions_json(Decisions())
     kinds = _fields(Decisions)
     found: Json = {}
-    for name in (*always, "dp_outer", "formats", "keep", "shares"):
+    for name in (*always, "dp_outer", "formats", "keep", "shares", "tp_by_part"):
         kind = kinds[name]
         if isinstance(always.get(name), str):
             kind = _one_of(tuple(word for word in words[name] if word != "any"))
@@ -157,6 +157,8 @@ def _decisions() -> Json:
         if name == "shares":
             share = {"dp": WHOLE, "microbatches": WHOLE, "recompute": _list(_list(WHOLE))}
             kind = {"type": "object", "additionalProperties": _object(share, needed=(*share,)[:2])}
+        if name == "tp_by_part":
+            kind = {"type": "object", "additionalProperties": WHOLE}
         found[name] = kind | ({"description": meanings[name]} if name in meanings else {})
     return _object(found, needed=tuple(always))
 

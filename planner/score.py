@@ -11,8 +11,10 @@ AXIS_GAIN_PPM = 20_000  # of the step that each axis beside data parallelism mus
 
 
 def axes_used(mesh: Mesh | Decisions) -> int:
-    """How many axes there are beside data parallelism: pp, tp, cp, experts."""
-    return sum((mesh.pp > 1, mesh.tp > 1, mesh.cp > 1, max(mesh.ep, mesh.etp) > 1))
+    """How many axes there are beside data parallelism: pp, tp, cp, experts; another tp on each part
+    of the hardware is one more."""
+    axes = (mesh.pp > 1, mesh.tp > 1, mesh.cp > 1, max(mesh.ep, mesh.etp) > 1, mesh.tp_by_part)
+    return sum(map(bool, axes))
 
 
 def score_of(objective_ps: int, mesh: Mesh | Decisions, gain_ppm: int = AXIS_GAIN_PPM) -> int:

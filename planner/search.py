@@ -411,6 +411,9 @@ class Searcher(Space):
         steps = (step, *step.beside)
         self._over[_state_key(d)] = min(map(state_bytes, steps)) > capacity
         least = min(least_bytes(one, recomputes=recomputes) for one in steps)
+        if d.tp_by_part:  # what is apart from layers differs as well: a rank has the least
+            apart = [sum(size for _, size in one.reserved) for one in steps]
+            least -= max(apart) - min(apart)
         if least > capacity and out.best is None:
             out.closest = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
             del out.closest[CLOSEST:]
@@ -440,7 +443,7 @@ def decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) 
 
 def _state_key(d: Decisions) -> tuple[object, ...]:
     """What the bytes of a mesh's state depend on: not its schedule nor the size of its batches."""
-    axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel)
+    axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel, d.tp_by_part)
     return (*axes, d.zero, d.shard, d.reshard, d.offload, d.microbatches == 1)
 
 

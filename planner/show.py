@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
@@ -142,10 +143,15 @@ def _head(plan: Plan) -> list[str]:
     ]
 
 
-def _mesh(plan: Plan) -> list[tuple[str, int]]:
+def _tp(d: Decisions) -> str:
+    """`8`, or of each part `4/8`."""
+    return "/".join(str(tp) for _, tp in d.tp_by_part) or str(d.tp)
+
+
+def _mesh(plan: Plan) -> list[tuple[str, int | str]]:
     d = plan.decisions
     experts = [("ep", d.ep), ("etp", d.etp)] if d.ep * d.etp > 1 else []
-    return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp), *experts]
+    return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", _tp(d)), *experts]
 
 
 def _parts(plan: Plan) -> str:
@@ -156,9 +162,11 @@ def _parts(plan: Plan) -> str:
                   for s in d.shares)  # fmt: skip
         return "; ".join(shares) + "; replicas on each"
     for name, ranks in d.parts:
-        gpus = ranks * d.dp * d.cp * d.tp
+        tp = dict(d.tp_by_part).get(name, d.tp)
+        gpus = ranks * d.dp * d.cp * tp
         here = f"stages {at} to {at + ranks - 1}" if ranks > 1 else f"stage {at}"
-        words.append(f"{gpus} {name}: {here if len(d.parts) > 1 else 'all stages'}")
+        own = f", tp {tp}" if d.tp_by_part else ""
+        words.append(f"{gpus} {name}: {here if len(d.parts) > 1 else 'all stages'}{own}")
         at += ranks
     return "; ".join(words) + ("" if len(d.parts) > 1 else "; all others idle")
 

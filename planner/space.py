@@ -137,7 +137,7 @@ class Space:
             pp=mesh.pp, dp=mesh.dp, cp=mesh.cp, tp=mesh.tp, ep=mesh.ep, etp=mesh.etp,
             micro_batch=mesh.micro_batch, microbatches=mesh.microbatches,
             sequence_parallel=mesh.sequence_parallel, cp_kind=mesh.cp_kind,
-            compile=engine.fused, formats=self.formats,
+            tp_by_part=mesh.tp_by_part, compile=engine.fused, formats=self.formats,
             keep=self.kept, stages=self._known_stages,
         )  # fmt: skip
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)

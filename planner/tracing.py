@@ -59,9 +59,10 @@ def attempt(
 ) -> tuple[TraceResult | None, Searcher, Outcome]:
     """The fastest plan within the limit of memory, or None where none fits; and the search."""
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
-    if options.pins.shares:
-        raise UsageError(f"--fix {options.pins.said('shares')} is for hardware of several kinds",
-                         why=f"{cluster.spec} has one")  # fmt: skip
+    for key in ("shares", "tp_by_part"):
+        if getattr(options.pins, key):
+            raise UsageError(f"--fix {options.pins.said(key)} is for hardware of several kinds",
+                             why=f"{cluster.spec} has one")  # fmt: skip
     layers = facts_of(_chain(graph)).layers
     check_pins(options.pins, workload, gpus=cluster.count, layers=layers)
     check_model(graph, cluster, workload, options.pins)

@@ -90,6 +90,10 @@ def verify(plan: Plan, options: VerifyOptions, report: Progress | None = None) -
     UsageError for a twin that cannot be asked for; PlanError where it cannot be made or run.
     """
     say = report or (lambda line: None)
+    if plan.decisions.tp_by_part:
+        raise PlanError("plan verify runs stages that all have as many ranks",
+                        why="decisions.tp_by_part gives parts of the hardware another tp each",
+                        hints=("plan trace --fix tp_by_part=none",))  # fmt: skip
     require_same_model(plan, options, plan.workload.precision)
     from planner.runtime.verify.run import verify_twin
     from planner.runtime.verify.twin import make_twins

@@ -185,6 +185,7 @@ MESH_AXES = (
     ("microbatches", lambda p, d: [p.costs.workload.global_batch // d.dp // d.micro_batch]),
     ("sequence_parallel", _sequence_parallel),
     ("cp_kind", _cp_kind),
+    ("tp_by_part", lambda p, d: [()]),  # of several kinds of hardware: test_fleet's
 )
 STATE_AXES = (
     ("compile", lambda p, d: [p.costs.engine.fused]),
@@ -210,6 +211,24 @@ def product(p: Tiny, axes, chosen: dict | None = None, pins: dict | None = None)
     for value in values(p, SimpleNamespace(**chosen)):
         if value == (pins or {}).get(name, value):
             yield from product(p, rest, {**chosen, name: value}, pins)
+
+
+def with_tp_by_part(p):
+    """Every mesh of which the two parts have another tp each."""
+    clusters = [side.cluster for side in p.costs.sides]
+    counts = [c.count for c in clusters]
+    for tps in itertools.product(*(divisors(n) for n in counts)):
+        for dp in divisors(min(counts)):
+            stages = [n / (dp * tp) for n, tp in zip(counts, tps)]
+            fits = all(n == int(n) for n in stages) and sum(stages) <= p.layers
+            if not fits or tps[0] == tps[1] or max(tps) % min(tps):
+                continue
+            own = tuple((c.name, tp) for c, tp in zip(clusters, tps))
+            first = {"pp": int(sum(stages)), "tp": max(tps), "cp": 1, "dp": dp}
+            rows = MESH_AXES[len(first) :]
+            assert rows[-1][0] == "tp_by_part"
+            for d in product(p, rows[:-1], first):
+                yield d | {"tp_by_part": own}
 
 
 def every_mesh(p: Tiny) -> list[Mesh]:

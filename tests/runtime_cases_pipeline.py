@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,28 @@ def unsharded(model: nn.Module, ids: Tensor, targets: Tensor, parts: int, loss_f
         found.backward()
         total += float(found.detach())
     return total
+
+
+def sent(rank: int, name: str, plan: Any) -> list[tuple[int, int]]:
+    """(bytes, times) of what this rank sends to other stages in a step, piece by piece."""
+    from planner.runtime.torch_stage import LineStage
+
+    model, loss_fn = example(name)
+    ids, targets = batch_of(plan)
+    found: Counter[int] = Counter()
+    real = LineStage._sent
+
+    def counted(self: Any, *given: Any) -> Any:
+        made = real(self, *given)
+        found.update(op.tensor.nbytes for op in made)
+        return made
+
+    LineStage._sent = counted
+    try:
+        parallelize(model, plan).step({"input_ids": ids}, targets, loss_fn)
+    finally:
+        LineStage._sent = real
+    return sorted(found.items())
 
 
 def compare(rank: int, cases: list[tuple[str, Any]]) -> list[dict[str, Any]]:

@@ -240,10 +240,11 @@ def least_over_parts(p, fleet):
     """The least objective of every mesh of which each part has whole stages, one a rank."""
     found = {}
     names = [f.name for f in fields(Mesh)]
-    for d in enumerated.product(p, enumerated.MESH_AXES):
-        ranks = d["dp"] * d["cp"] * d["tp"]
-        if d["pp"] == 1 or any(part.count % ranks for part in fleet.parts):
-            continue
+    alike = (
+        d for d in enumerated.product(p, enumerated.MESH_AXES) if d["pp"] > 1
+        and not any(part.count % (d["dp"] * d["cp"] * d["tp"]) for part in fleet.parts)
+    )  # fmt: skip
+    for d in (*alike, *enumerated.with_tp_by_part(p)):
         laid, objectives = p.searcher.assign(d["tp"], d["sequence_parallel"]), []
         for made in enumerated.product(p, (*enumerated.STATE_AXES, *enumerated.SCHEDULE_AXES), d):
             if made["virtual_stages"] == 1:

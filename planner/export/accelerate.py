@@ -104,6 +104,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("etp", d.etp == 1, UNSUPPORTED, "no expert parallelism"),
         ("parts", len(d.parts) < 2, UNSUPPORTED, "one kind of GPU"),
         ("shares", not d.shares, UNSUPPORTED, "every data rank runs as many micro-batches"),
+        ("tp_by_part", not d.tp_by_part, UNSUPPORTED, "every stage has as many ranks"),
         ("dp_outer", d.dp_outer == 1, UNSUPPORTED, "data ranks lie in one row"),
         ("zero", d.zero in (0, 3), APPROXIMATE,
          "FSDP2 that keeps what it gathered until backward: gathered each micro-batch"),

@@ -77,6 +77,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("cp", True, "", ""), ("ep", True, "", ""), ("etp", True, "", ""),
         ("parts", len(d.parts) < 2, UNSUPPORTED, "one kind of GPU"),
         ("shares", not d.shares, UNSUPPORTED, "every data rank runs as many micro-batches"),
+        ("tp_by_part", not d.tp_by_part, UNSUPPORTED, "every stage has as many ranks"),
         ("dp_outer", d.dp_outer == 1, UNSUPPORTED, "data ranks lie in one row"),
         ("zero", True, "", ""),
         ("shard", d.zero == 0 or d.shard == d.dp * d.cp, UNSUPPORTED,

@@ -142,6 +142,7 @@ def _rows(p: Plan) -> tuple[tuple[str, bool, str, str], ...]:
         ("etp", True, "", ""),
         ("parts", len(d.parts) < 2, UNSUPPORTED, "one kind of GPU"),
         ("shares", not d.shares, UNSUPPORTED, "every data rank runs as many micro-batches"),
+        ("tp_by_part", not d.tp_by_part, UNSUPPORTED, "every stage has as many ranks"),
         ("dp_outer", d.dp_outer == 1, UNSUPPORTED, "its pipeline ranks lie outermost"),
         ("zero", d.zero < 2 or d.pp == 1, UNSUPPORTED,
          "Megatron FSDP and pipelines are not combined here: the optimizer alone is sharded"),

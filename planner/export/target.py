@@ -17,10 +17,12 @@ DECISIONS = (
     "pp", "dp", "cp", "tp", "ep", "etp", "dp_outer", "zero", "shard", "reshard", "micro_batch",
     "microbatches", "schedule", "virtual_stages", "stages", "recompute", "keep", "offload",
     "formats", "sequence_parallel", "compile", "cp_kind", "grad_dtype", "placements", "precision",
-    "optimizer", "parts", "shares",
+    "optimizer", "parts", "shares", "tp_by_part",
 )  # fmt: skip
 # Without these the file would start another layout of ranks: it is not written at all.
-LAYOUT = ("pp", "dp", "cp", "tp", "ep", "etp", "attention_dp", "parts", "shares", "prefill")
+LAYOUT = (
+    "pp", "dp", "cp", "tp", "ep", "etp", "attention_dp", "parts", "shares", "tp_by_part", "prefill",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -194,6 +194,7 @@ def _rows(p: Plan, dialect: Dialect) -> tuple[tuple[str, bool, str, str], ...]:
          "experts are not split further"),
         ("parts", len(d.parts) < 2, UNSUPPORTED, "one kind of GPU"),
         ("shares", not d.shares, UNSUPPORTED, "every data rank runs as many micro-batches"),
+        ("tp_by_part", not d.tp_by_part, UNSUPPORTED, "every stage has as many ranks"),
         ("dp_outer", d.dp_outer == 1, UNSUPPORTED, "its pipeline ranks lie outermost"),
         ("zero", d.zero in (0, 3), APPROXIMATE,
          "FSDP2 keeps shards of parameters and gradients too, gathered for each micro-batch"),

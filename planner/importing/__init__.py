@@ -182,7 +182,7 @@ def _pins(
                         f" of {micro}", where=path)  # fmt: skip
     defaults = parse_pins(["recompute=none", "compile=off"])
     return replace(
-        pins, microbatches=count, dp_outer=1, shares=(),
+        pins, microbatches=count, dp_outer=1, shares=(), tp_by_part=(),
         recompute=pins.recompute if pins.recompute is not None else defaults.recompute,
         compile=pins.compile if pins.compile is not None else defaults.compile,
     ), dp * micro * count  # fmt: skip

@@ -161,7 +161,7 @@ def _count(target: Tensor, weight: Tensor | None, ignore_index: int, meshes: Mes
         dist.all_reduce(total, group=meshes.part)
         return total / dist.get_world_size(meshes.part)
     if d.dp * d.cp > 1:
-        dist.all_reduce(total, group=meshes.axes["dp", "cp"]._flatten().get_group())
+        dist.all_reduce(total, group=meshes.samples.get_group())
     return total / (d.dp * d.cp)
 
 

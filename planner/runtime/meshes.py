@@ -1,15 +1,16 @@
 """The plan's axes as device meshes over the ranks of this job.
 
 Ranks are laid inside out: tp innermost, then cp, then dp, then pp, and outside of pp the last
-factor, `dp_outer`, of dp. A data rank is a (dp, cp) pair; `shard` consecutive data ranks share
-state, groups of them replicate it. Expert layers lay a stage's ranks out anew: etp innermost, then
-ep, then edp.
+factor, `dp_outer`, of dp. Where parts of the hardware have another tp each, their stages are meshes
+of their own, one part's ranks behind the other's. A data rank is a (dp, cp) pair; `shard`
+consecutive data ranks share state, groups of them replicate it. Expert layers lay a stage's ranks
+out anew: etp innermost, then ep, then edp.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from cost_models.decisions import Decisions
 from cost_models.state import ranks_of
 from ir.errors import PlanError
+from planner.runtime.lines import Line, blocks, lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,9 @@ class Meshes:
     same for parameters of experts. cp_tp: cp and tp as one axis, tp innermost. Sizes of one are
     meshes as well, so nothing is optional. Each is cut once: torch 2.13 compiles no unit in which
     a mesh is cut anew (`device_mesh._get_submesh is not an OpOverload`).
+
+    line: where parts of the hardware have another tp each, the pipeline of this data rank. The
+    meshes, pp too, are then of this part's ranks alone, the first_stage of which is told.
     """
 
     device_type: str
@@ -45,11 +50,18 @@ class Meshes:
     data: DeviceMesh
     expert_data: DeviceMesh
     part: dist.ProcessGroup | None = None  # data ranks of this one's part, where it has a share
+    line: Line | None = None
+    first_stage: int = 0
 
     def rank(self, axis: str) -> int:
         """This process's place on an axis: pp, dp, cp, tp, ep or etp."""
         mesh = self.expert_root if axis in ("ep", "etp") else self.axes
-        return int(mesh.get_local_rank(axis))
+        return int(mesh.get_local_rank(axis)) + (self.first_stage if axis == "pp" else 0)
+
+    @property
+    def samples(self) -> DeviceMesh:
+        """The data ranks that run this one's stage: dp and cp as one axis."""
+        return self.dp if self.line is not None else self.axes["dp", "cp"]._flatten()
 
 
 def _part_group(d: Decisions, axes: DeviceMesh) -> dist.ProcessGroup | None:
@@ -81,8 +93,17 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
             hints=(f"torchrun with {d.gpus} processes",
                    f"plan trace MODEL --hardware NAMEx{world} --base plan.json"),
         )  # fmt: skip
-    dense, expert = ranks_of(d, False), ranks_of(d, True)
+    if d.tp_by_part:
+        return _by_part(d, device_type)
     order = tuple(laid_ranks(d).tolist()) if d.dp_outer > 1 else None
+    return _cut(d, device_type, *_roots(d, device_type, order))
+
+
+def _roots(
+    d: Decisions, device_type: str, order: tuple[int, ...] | None
+) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
+    """`Meshes.root`, `expert_root` and `axes` over these ranks, or all; every rank makes them."""
+    dense, expert = ranks_of(d, False), ranks_of(d, True)
     lay = functools.partial(_mesh, dist.group.WORLD, device_type, order)
     root = lay((
         ("pp", d.pp), ("replicate", dense.replicas), ("shard", dense.shard), ("tp", d.tp),
@@ -91,7 +112,12 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
         ("pp", d.pp), ("expert_replicate", expert.replicas), ("expert_shard", expert.shard),
         ("ep", d.ep), ("etp", d.etp),
     ))  # fmt: skip
-    axes = lay((("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp)))
+    return root, expert_root, lay((("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", d.tp)))
+
+
+def _cut(
+    d: Decisions, device_type: str, root: DeviceMesh, expert_root: DeviceMesh, axes: DeviceMesh
+) -> Meshes:
     return Meshes(
         device_type=device_type, decisions=d, root=root, expert_root=expert_root, axes=axes,
         pp=axes["pp"], dp=axes["dp"], cp=axes["cp"], tp=root["tp"],
@@ -100,6 +126,32 @@ def make_meshes(d: Decisions, device_type: str) -> Meshes:
         expert_data=expert_root["expert_replicate", "expert_shard"],
         part=_part_group(d, axes),
     )  # fmt: skip
+
+
+def _by_part(d: Decisions, device_type: str) -> Meshes:
+    """The meshes of this rank's part, and its pipeline over all parts. Every rank makes every
+    part's groups, in one order."""
+    rank, every = dist.get_rank(), lines(d)
+    groups = [_line_group(dist.group.WORLD, sum(line, ())) for line in every]
+    laid = [(own, ranks, _roots(own, device_type, ranks)) for own, ranks in blocks(d)]
+    own, _, roots = next(row for row in laid if rank in row[1])
+    meshes = _cut(own, device_type, *roots)
+    data = meshes.rank("dp")
+    stage = next(k for k, ranks in enumerate(every[data]) if rank in ranks)
+    return replace(
+        meshes, decisions=d.at_pp_rank(stage), first_stage=stage - meshes.rank("pp"),
+        line=Line(
+            ranks=every[data], stage=stage, rank=meshes.rank("tp"), split=d.sequence_parallel,
+            group=groups[data],
+        ),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _line_group(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A group of these ranks of the world, one for all that ask."""
+    group = dist.new_group(list(ranks))
+    return group
 
 
 @functools.lru_cache(maxsize=64)

@@ -184,8 +184,8 @@ class Parallel:
         with own:
             run = self._pipeline.step if self._pipeline else self._loop
             total = run(given, share)
-        data = self.meshes.axes["dp", "cp"]
-        dist.all_reduce(total, group=data._flatten().get_group())
+        data = self.meshes.samples
+        dist.all_reduce(total, group=data.get_group())
         self._context.health.after_step(self.meshes)
         return total / data.size()
 

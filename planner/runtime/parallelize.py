@@ -64,7 +64,7 @@ def begin(
         )
     device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     meshes = make_meshes(plan.decisions, device)
-    own = plan.decisions.at_data_rank(meshes.rank("dp"))
+    own = plan.decisions.at_data_rank(meshes.rank("dp")).at_pp_rank(meshes.rank("pp"))
     plan = replace(plan, decisions=own)
     sites = find_sites(model, plan)
     weights = weights_of(model, plan.graph.tied)

@@ -175,6 +175,14 @@ def local_sizes(spec: Spec, learns: bool, context: Context) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def whole_split(crossing: Crossing, context: Context) -> tuple[int, int | None]:
+    """Where stages with another tp each split what crosses: the dimension, and its whole size; or
+    (0, None) where every tp rank has all of it."""
+    line, spec = context.meshes.line, crossing.tensor
+    at = boundary(spec, line is not None and line.split and crossing.learns)
+    return (at, context.sizes(spec)[at]) if at >= 0 else (0, None)
+
+
 def example(crossing: Crossing, context: Context) -> torch.Tensor:
     """What crosses, on the meta device."""
     return torch.empty(

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     _Action,
     _add_reduce_grad,
@@ -27,8 +25,9 @@ from cost_models.decisions import Decisions
 from cost_models.schedule import global_stage, order, rank_of
 from ir.errors import PlanError
 from planner.runtime.context import Context
-from planner.runtime.pipeline import Asked, Stage, example, write_received
+from planner.runtime.pipeline import Asked, Stage, example, whole_split, write_received
 from planner.runtime.tied import sum_gradients
+from planner.runtime.torch_stage import LineStage, TorchStage
 
 WORDS = {
     "F": _ComputationType.FORWARD,
@@ -38,28 +37,6 @@ WORDS = {
 }
 FAKE = "fake"  # the backend that talks to nobody
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out")
-
-
-class _Stage(PipelineStage):
-    """Torch's stage; weight gradients made apart are added up in the gradients' own format."""
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
-        if isinstance(self.submod, FSDPModule):
-            # as FSDP does after a whole backward, which did not run here
-            for state in fully_shard.state(self.submod)._state_ctx.all_states:  # type: ignore[attr-defined]
-                for group in _groups(state):
-                    for parameter in group.fsdp_params:
-                        if hasattr(parameter, "_unsharded_param"):
-                            parameter.accumulate_unsharded_grad_if_needed()
-                            parameter.to_accumulated_grad_if_needed()
-
-
-def _groups(state: Any) -> list[Any]:
-    """A state's parameter groups: several since torch 2.12."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 class Schedule(_PipelineScheduleRuntime):
@@ -99,14 +76,18 @@ class Schedule(_PipelineScheduleRuntime):
         """Nothing to do: units gather themselves."""
 
     def _warmup_p2p(self, stages: Any, has_backward: bool, p2p_done: bool) -> None:
-        """Shapes are known, so nobody votes where there is nobody to answer."""
-        if not self._talks_to_nobody:
+        """Shapes are known, so nobody votes where there is nobody to answer, or where a rank has
+        several neighbours on a side."""
+        across = all(isinstance(stage, LineStage) for stage in stages)
+        if not self._talks_to_nobody and not across:
             super()._warmup_p2p(stages, has_backward, p2p_done)
             return
         from torch.distributed.pipelining._utils import InferenceMode
 
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
+            if across and not self._talks_to_nobody:
+                stage.meet()
 
 
 @contextlib.contextmanager
@@ -121,16 +102,22 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _torch_stage(stage: Stage, context: Context) -> PipelineStage:
+def _torch_stage(stage: Stage, context: Context) -> TorchStage:
     device = torch.device(context.meshes.device_type)
     leaving: tuple[torch.Tensor, ...] = tuple(example(v, context) for v in stage.leaving)
     if not leaving:
         leaving = (torch.empty((), device="meta", requires_grad=True),)  # the loss
-    return _Stage(
-        stage.module, stage.index, len(context.plan.decisions.stages), device,
-        input_args=tuple(example(v, context) for v in stage.arriving),
-        output_args=leaving, group=context.meshes.pp.get_group(),
-    )  # fmt: skip
+    given = (stage.module, stage.index, len(context.plan.decisions.stages), device)
+    shapes: dict[str, Any] = {
+        "input_args": tuple(example(v, context) for v in stage.arriving),
+        "output_args": leaving, "group": context.meshes.pp.get_group(),
+    }  # fmt: skip
+    line = context.meshes.line
+    if line is None:
+        return TorchStage(*given, **shapes)
+    arriving, out = ([whole_split(v, context) for v in some]
+                     for some in (stage.arriving, stage.leaving))  # fmt: skip
+    return LineStage(*given, **shapes, line=line, arriving=arriving, leaving=out)
 
 
 def _actions(d: Decisions, rank: int) -> list[Any]:
@@ -161,7 +148,11 @@ class Pipeline:
         try:
             total = self._schedule.run(given, loss)
             sum_gradients(self._stages, self._context)
-            dist.all_reduce(total, group=self._context.meshes.pp.get_group())
+            line = self._context.meshes.line
+            if line is None:
+                dist.all_reduce(total, group=self._context.meshes.pp.get_group())
+            else:  # the last stage's ranks have it, as many as its tp
+                dist.all_reduce(total if line.rank == 0 else total.zero_(), group=line.group)
         except RuntimeError as fault:
             known = self._known(fault)
             if known is None:

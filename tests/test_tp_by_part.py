@@ -1,0 +1,195 @@
+"""Pipelines whose parts have another tp each: what goes over the border, costed and run."""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import runtime_cases_checkpoint as checkpoints
+import runtime_cases_weights as weights
+import test_runtime_pipeline as pipelines
+from tiny_models import EXAMPLES
+
+from cost_models.borders import busiest_bytes, messages, pieces
+from cost_models.decisions import Decisions, Workload
+from cost_models.fleet import load_any
+from ir.errors import UsageError
+from planner import trace
+from planner.decisions import parse_pins
+from planner.legality import tp_fault
+from planner.pin_checks import check_pins
+from planner.plan import load, recost
+from planner.runtime.lines import lines
+
+LLAMA = str(EXAMPLES / "llama.py")
+
+
+def test_every_taker_gets_its_own_part_and_nothing_twice():
+    for givers, takers in itertools.product((1, 2, 4, 8), repeat=2):
+        held = {g: range(g * 8 // givers, (g + 1) * 8 // givers) for g in range(givers)}
+        got = {t: [None] * (8 // takers) for t in range(takers)}
+        given, taken = Counter(), Counter()
+        for x in pieces(givers, takers, 8):
+            assert x.of[1] == x.into[1]
+            for i in range(x.of[1]):
+                assert got[x.taker][x.into[0] + i] is None
+                got[x.taker][x.into[0] + i] = held[x.giver][x.of[0] + i]
+            given[x.giver] += x.of[1]
+            taken[x.taker] += x.of[1]
+        assert [i for t in got for i in got[t]] == list(range(8))
+        each, most = messages(givers, takers, 800, True)
+        assert each * most == 100 * max(given.values())
+        assert busiest_bytes(givers, takers, 800, True) == 100 * max((*given.values(),
+                                                                      *taken.values()))  # fmt: skip
+        whole = Counter(x.giver for x in pieces(givers, takers, None))
+        assert sorted(x.taker for x in pieces(givers, takers, None)) == list(range(takers))
+        assert messages(givers, takers, 800, False) == (800, max(whole.values()))
+        assert busiest_bytes(givers, takers, 800, False) == 800 * max(whole.values())
+
+
+THREE = {"parts": (("a", 1), ("b", 1)), "tp_by_part": (("a", 1), ("b", 2)), "tp": 2, "pp": 2,
+         "stages": (2, 2)}  # fmt: skip
+
+
+def test_ranks_lie_part_by_part():
+    d = Decisions(**THREE | {"dp": 2})
+    assert (d.gpus, d.tp_of_rank) == (6, (1, 2))
+    assert lines(d) == (((0,), (2, 3)), ((1,), (4, 5)))
+    assert [d.at_pp_rank(r).tp for r in (0, 1)] == [1, 2] and d.alone("b").gpus == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({}, None), ({"tp": 1}, "largest"), ({"tp_by_part": (("b", 2), ("a", 1))}, "order"),
+        ({"tp_by_part": (("a", 2), ("b", 2))}, "same"), ({"ep": 2}, "experts"),
+        ({"tp_by_part": (("a", 2), ("b", 3)), "tp": 3}, "divide"),
+    ],
+)  # fmt: skip
+def test_what_parts_may_have(changed, word):
+    fault = tp_fault(Decisions(**THREE | changed))
+    assert fault is None if word is None else word in fault
+
+
+@pytest.mark.parametrize(
+    ("pins", "word"),
+    [
+        (("tp_by_part=a:1,b:2", "tp=2"), "every stage"), (("tp_by_part=a:2,b:2",), "one tp"),
+        (("tp_by_part=a:2,b:3",), "divide"), (("tp_by_part=a:1,b:2", "cp=2"), "share a sequence"),
+        (("tp_by_part=a:1,b:2", "shares=a:1,b:2"), "reduced rank by rank"),
+    ],
+)  # fmt: skip
+def test_pins_that_contradict_it(pins, word):
+    workload = Workload(engine="native", global_batch=12, seq_len=16)
+    with pytest.raises(UsageError) as caught:
+        check_pins(parse_pins(pins), workload, gpus=12)
+    assert word in "\n".join(caught.value.lines())
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def planned(hardware, *fix):
+    """A plan of the small model whose parts have these tps, in fp32."""
+    model, loss = pipelines.cases.example("llama")
+    return trace(
+        model, pipelines.inputs, loss=loss, hardware=hardware, seq_len=16, global_batch=8,
+        precision="fp32", engine="native", fix=fix,
+    )  # fmt: skip
+
+
+def test_a_step_is_that_of_the_whole_model_and_sends_what_the_ledger_says(world):
+    """One and two tp ranks, the sequence split and not, either order; the bytes of every message
+    of the rank that sends most."""
+    fix = ("tp_by_part=h100:2,a100:1", "micro_batch=2", "recompute=none")
+    plans = [planned("h100x2+a100x1", *fix, f"sequence_parallel={word}", f"schedule={schedule}")
+             for word, schedule in (("on", "1f1b"), ("off", "zbh1"))]  # fmt: skip
+    d = plans[1].decisions
+    assert d.gpus == 3 and sorted(d.tp_by_part) == [("a100", 1), ("h100", 2)]
+    turned = replace(d, parts=plans[0].decisions.parts[::-1],
+                     tp_by_part=plans[0].decisions.tp_by_part[::-1])  # fmt: skip
+    plans[1] = replace(plans[1], decisions=turned)
+    pipelines.run(world, 3, [("llama", plan) for plan in plans])
+    for plan in plans:
+        line = lines(plan.decisions)[0]
+        sent = [dict(row) for row in world.run(3, pipelines.cases.sent, "llama", plan)]
+        ranks = recost(plan, load_any(plan.hardware)).ranks
+        for stage, rank in zip(line, ranks):
+            (row,) = [c for c in rank.collectives if c.kind == "p2p"]
+            most = max((sent[r] for r in stage), key=lambda found: sum(found.values()))
+            assert most == {row.size_bytes: row.count}
+
+
+def test_data_ranks_and_several_stages_of_a_part(world):
+    """Four GPUs of one tp rank each and four of two: dp 2, three stages; state is sharded."""
+    plan = planned("h100x4+a100x4", "tp_by_part=h100:1,a100:2", "dp=2", "zero=1",
+                   "sequence_parallel=on", "micro_batch=2")  # fmt: skip
+    assert (plan.decisions.pp, plan.decisions.shard, plan.decisions.gpus) == (3, 2, 8)
+    pipelines.run(world, 8, [("llama", plan)])
+
+
+def test_a_checkpoint_goes_from_stages_of_other_shapes_to_one_process_and_back(world, tmp_path):
+    """Weights drawn by part are those of any mesh; training goes on under either plan."""
+    folder = str(tmp_path / "checkpoint")
+    base = weights.planned("llama", pp=2, tp=2)
+    layers = len(base.graph.layers)
+    d = replace(base.decisions, **THREE | {"stages": (1, layers - 1)})
+    apart, one = replace(base, decisions=d), weights.planned("llama")
+    (expected, _), = world.run(1, checkpoints.trained, "llama", one, range(3), None, None)
+    losses = []
+    for plan, steps in ((apart, range(1)), (one, range(1, 2)), (apart, range(2, 3))):
+        case = ("llama", plan, steps, folder if steps.start else None, folder)
+        losses += world.run(plan.decisions.gpus, checkpoints.trained, *case)[0][0]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+TINY = ("--arg", "size=8b", "--arg", "n_layers=3", "--global-batch", "8", "--seq-len", "2048")
+PARTS = ("--hardware", "h100x8+a100x8", "--fix", "tp_by_part=h100:2,a100:4")
+
+
+def test_it_is_planned_written_read_shown_and_refused(plan, tmp_path):
+    assert plan("trace", LLAMA, *PARTS, *TINY)[0] == 0
+    path = tmp_path / "plan.json"
+    raw, d = json.loads(path.read_text()), load(str(path)).decisions
+    assert raw["decisions"]["tp"] == 4 and raw["decisions"]["tp_by_part"] == dict(d.tp_by_part)
+    assert dict(d.tp_by_part) == {"h100": 2, "a100": 4} and d.gpus == 16
+    stages = dict(d.parts)
+    assert stages == {"h100": 4 // d.dp, "a100": 2 // d.dp}
+    shown = plan("show")[1]
+    assert "8 h100: stage" in shown and ", tp 2" in shown and ", tp 4" in shown
+    assert plan("check")[0] == 0
+    found = recost(load(str(path)), load_any("h100x8+a100x8"))
+    assert sum(ps for _, ps in found.breakdown_ps) == found.step_time_ps and found.gpus == 16
+    code, _, err = plan("export", "--to", "megatron")
+    assert code == 1 and "tp_by_part" in err
+    code, _, err = plan("verify", "--model", LLAMA, *TINY[:4])
+    assert code == 1 and "tp_by_part" in err
+    text = path.read_text()
+    for old, new, word in (
+        ('"h100": 2', '"h100": 0', "tp_by_part.h100"), ('"h100": 2', '"h100": 4', "same"),
+        ('"h100": 2', '"b200": 2', "name"), ('"h100": 2', '"h100": 1', "h100"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        code, _, err = plan("check")
+        assert code == 1 and word in err, err
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "said"),
+    [
+        ("llama.py", ("--hardware", "h100x16", *PARTS[2:]), "several kinds"),
+        ("llama.py", (*PARTS[:3], "tp_by_part=h100:2,b200:4"), "b200"),
+        ("llama.py", (*PARTS[:3], "tp_by_part=h100:2"), "one part"),
+        ("llama.py", (*PARTS, "--engine", "megatron"), "as many ranks"),
+        ("gpt.py", PARTS, "several stages hold one parameter"),
+        ("moe.py", PARTS, "experts lie over all ranks"),
+    ],
+)
+def test_what_it_is_not_for(plan, model, words, said):
+    size = ("--global-batch", "8", "--seq-len", "128")
+    code, _, err = plan("trace", str(EXAMPLES / model), *words, *size)
+    assert code == 64 and said in err, err
