@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
-from cost_models.schedule import schedule_illegal
-from cost_models.stage_problem import LEVELS, evaluate
-from cost_models.step import Costs
+from cost_models.schedule import schedule_illegal, simulate
+from cost_models.stage_problem import LEVELS, evaluate, rank_bytes, sends_ps, slow_of, tail_ps
+from cost_models.step import Costs, Step
 from planner.mesh import Mesh
 from planner.score import score_of
 from planner.search import Outcome, Searcher
@@ -146,7 +146,8 @@ def _offload(p, d):
 def _schedule(p, d):
     engine = p.costs.engine
     runs = engine.compiled_schedules if engine.fused else engine.schedules
-    return list(runs) if d.pp > 1 else ["1f1b"]
+    few = d.microbatches < d.pp and "gpipe" not in runs  # an engine's own 1F1B is GPipe then
+    return [*runs, *(["gpipe"] * few)] if d.pp > 1 else ["1f1b"]
 
 
 def _virtual_stages(p, d):
@@ -253,14 +254,61 @@ def stage_choices(problem, layers):
 
 @functools.cache
 def best_of_problem(problem) -> int | None:
-    """The least step of every partition and recomputation that fits, by trying them all."""
-    found = []
+    """The least step of every partition and recomputation that fits, by trying them all; what
+    depends on a part of a choice is computed once for it, and the best is evaluated as a whole."""
+    best = min(plans_of(problem), default=None)
+    if best is None:
+        return None
+    step, stages, recompute = best
+    assert evaluate(problem, stages, recompute)[::2] == (step, True), problem
+    return step
+
+
+def plans_of(problem) -> Iterator[tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]]:
+    """(step, partition, recomputation) of all that fit."""
+    sends, slow = sends_ps(problem), [busy for _, busy in slow_of(problem)]
     for stages in cuts(problem.layers, problem.count):
-        for recompute in itertools.product(*(stage_choices(problem, n) for n in stages)):
-            step, _, fits = evaluate(problem, stages, recompute)
-            if fits:
-                found.append(step)
-    return min(found, default=None)
+        tail = tail_ps(problem, stages)
+        forward, backward, weight = zip(*(_times(problem, stages, k) for k in range(len(stages))))
+        for ranks in itertools.product(*_fitting(problem, stages)):
+            recompute = tuple(pair for _, pair in sorted(itertools.chain(*ranks)))
+            run = simulate(
+                problem.schedule, forward, [b[pair] for b, pair in zip(backward, recompute)],
+                weight, sends, problem.microbatches, problem.pp, problem.virtual_stages,
+                busy_ps=slow,
+            )
+            yield run.makespan_ps + tail, stages, recompute
+
+
+def _times(problem, stages, k) -> tuple[int, dict[tuple[int, int], int], int]:
+    """A stage's forward, its input gradient by (full, selective), and its weights' gradients."""
+    at, q = range(sum(stages[:k]), sum(stages[: k + 1])), problem.at(problem.rank_of(k))
+    beside = [q.first] * (k == 0) + [q.last] * (k == len(stages) - 1)
+    forward = sum(q.forward_ps[i] for i in at) + sum(e.forward_ps for e in beside)
+    weight = sum(q.weight_grad_ps[i] for i in at) + sum(e.weight_grad_ps for e in beside)
+    plain = sum(q.input_grad_ps[i] for i in at) + sum(e.input_grad_ps for e in beside)
+    full, selective = q.recompute_ps
+    backward = {
+        (a, b): plain + q.rank_glue_backward_ps + sum(full[i] for i in at[:a])
+        + sum(selective[i] for i in at[a : a + b])
+        for a, b in stage_choices(problem, stages[k])
+    }  # fmt: skip
+    return forward + q.rank_glue_forward_ps, backward, weight
+
+
+def _fitting(problem, stages) -> list[list[tuple[tuple[int, tuple[int, int]], ...]]]:
+    """By rank, the recomputation of its own stages, (stage, (full, selective)), that it holds."""
+    found = []
+    for rank in range(problem.pp):
+        mine, room = problem.stages_of(rank), problem.at(rank).capacity_bytes
+        found.append([])
+        for pairs in itertools.product(*(stage_choices(problem, stages[k]) for k in mine)):
+            row = [(0, 0)] * len(stages)  # of the others: they are not on this rank
+            for k, pair in zip(mine, pairs):
+                row[k] = pair
+            if rank_bytes(problem, stages, row)[rank] <= room:
+                found[-1].append(tuple(zip(mine, pairs)))
+    return found
 
 
 def recomputed(p: Tiny, d: Decisions) -> tuple[str, ...]:
@@ -296,16 +344,18 @@ def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None
         laid = p.searcher.assign(mesh.tp, mesh.sequence_parallel)
         objectives = []
         for state in left(product(p, STATE_AXES, d, pins)):
-            step = p.costs.step(Decisions(**state), laid)
+            steps: dict[tuple, Step] = {}  # another schedule's is the same but for what is reserved
             for full in left(product(p, schedules, state, pins)):
                 made = Decisions(**full)
-                held = p.costs.step(made, laid) if made.keep else p.costs.rescheduled(step, made)
-                problem = stage_problem(p.costs, held, levels=recomputed(p, made))
-                objectives.append(best_of_problem(problem))
+                ways = [made]
                 if moves(p, made, pins):  # activations of so many layers on the host, by stage
-                    made = replace(made, offload=(*made.offload, ("activations", "cpu:")))
-                    below = p.costs.rescheduled(p.costs.step(made, laid), made)
-                    problem = stage_problem(p.costs, below, levels=recomputed(p, made))
+                    ways.append(replace(made, offload=(*made.offload, ("activations", "cpu:"))))
+                for way in ways:
+                    key = way.keep, way.offload
+                    if key not in steps:
+                        steps[key] = p.costs.step(way, laid)
+                    held = p.costs.rescheduled(steps[key], way)
+                    problem = stage_problem(p.costs, held, levels=recomputed(p, made))
                     objectives.append(best_of_problem(problem))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found
