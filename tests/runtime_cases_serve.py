@@ -102,3 +102,17 @@ def served_one(rank, kind, path, weights, folder):
     held = made.served.loaded
     count = len(next(iter(held.experts.values())).blocks)
     return answer(made, ids[:1]), held.host_bytes + held.disk_bytes, count
+
+
+def served_apart(rank, kind, path, weights, folder, ends):
+    """(greedy answers to one prompt, to three, sampled ones, sequences in the cache) of a rank.
+    ends: the token that ends an answer."""
+    model, ids = whole(kind)
+    made = planner.serve(bare(model), planner.load(path), weights=weights, folder=folder,
+                         device="cpu")  # fmt: skip
+    ids = torch.cat([ids, ids[:1].flip(1)])
+    told = answer(made, ids, eos_token_id=ends, return_dict_in_generate=True)
+    torch.manual_seed(1)
+    drawn = made.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0)
+    held = next(x.keys.shape[0] for x in told.past_key_values.layers if x.is_initialized)
+    return answer(made, ids[:1]), told.sequences, drawn, held

@@ -35,11 +35,11 @@ def made(tmp_path_factory):
         folders[kind] = tmp_path_factory.mktemp(kind)
         cases.whole(kind)[0].save_pretrained(folders[kind])
 
-    def make(kind, pins=(), ranks=1, **changes):
+    def make(kind, pins=(), ranks=1, batch=2, **changes):
         model, _ = cases.whole(kind)
         plan = planner.trace_serving(
             model, inputs, hardware=f"h100x{ranks}", fix=pins, precision="fp32", prompt=16,
-            output=16, batch=2,
+            output=16, batch=batch,
         )  # fmt: skip
         plan = replace(plan, serving=replace(plan.serving, **changes), rows_on_host=3)
         path = folders[kind] / f"{'-'.join(pins) or 'one'}.json"
@@ -131,10 +131,39 @@ def test_experts_over_ranks_lie_on_any_tier(world, tmp_path, how):
         assert (tmp_path / "rank3").is_dir()
 
 
+APART = {  # pins, ranks, tiers, sequences in the cache of each rank that has three
+    "slices": (("attention_dp=2", "ep=1"), 2, (), [2, 1]),
+    "both, below": (("tp=2", "attention_dp=2", "ep=2"), 4, TIERED["mixtral"][0], [2, 2, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("how", APART)
+def test_replicas_of_attention_answer_as_one(world, made, tmp_path, how):
+    """A batch that does not divide, one smaller than the ranks, a prompt that ends before others;
+    a rank keeps its own prompts' cache alone."""
+    pins, ranks, tiers, held = APART[how]
+    path, folder = made("mixtral", pins, ranks, tiers=tiers, replicas=1, batch=4)
+    model, ids = cases.whole("mixtral")
+    ids = torch.cat([ids, ids[:1].flip(1)])
+    ends = int(cases.answer(model, ids)[1, 9])
+    wanted = cases.answer(model, ids, eos_token_id=ends)
+    assert (wanted[1, 10:] == 0).all() and not (wanted[::2, 10:] == 0).any()
+    torch.manual_seed(1)
+    drawn = model.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0)
+    found = world.run(ranks, cases.served_apart, "mixtral", path, folder, tmp_path, ends)
+    for alone, answers, sampled, _ in found:
+        assert torch.equal(alone, cases.answer(model, ids[:1]))
+        assert torch.equal(answers, wanted) and torch.equal(sampled, drawn)
+    assert [sequences for *_, sequences in found] == held
+
+
 def test_what_our_runtime_cannot_serve_is_not_planned():
+    model, _ = cases.whole("llama")
+    with pytest.raises(UsageError) as fault:
+        planner.trace_serving(model, inputs, hardware="h100x2", fix=("attention_dp=2",), prompt=16)
+    assert "the model has none" in fault.value.why
     model, _ = cases.whole("mixtral")
-    for pins, reason in ((("attention_dp=2",), "one batch"),
-                         (("tp=2", "kv=fp8"), "16 bits"), (("prefill_chunk=8",), "whole")):
+    for pins, reason in ((("tp=2", "kv=fp8"), "16 bits"), (("prefill_chunk=8",), "whole")):
         with pytest.raises(UsageError, match="cannot be divided") as fault:
             planner.trace_serving(model, inputs, hardware="h100x2", fix=pins, prompt=16, output=16)
         assert reason in fault.value.why

@@ -13,8 +13,8 @@ from ir.errors import PlanError, UsageError
 from planner.runtime.serve.bytes import Block, File, OnDisk, offsets_of
 from planner.runtime.serve.core import Limits, serve_here
 from planner.runtime.serve.kv import Kv, cache_of, kv_bytes
+from planner.runtime.serve.loader import Laid
 from planner.runtime.serve.packed import FORMATS, Packed, pack
-from planner.runtime.serve.place import Laid
 from planner.runtime.serve.ring import Ring
 from planner.runtime.weights import weights_of
 

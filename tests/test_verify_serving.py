@@ -36,7 +36,7 @@ def made(plan, tmp_path):
 
 
 def test_lossy_ranks_answer_in_their_formats_and_the_loss_is_said(plan, made):
-    made(2, "--fix", "tp=2", "--fix", "etp=2", "--fix", "weights=int8", "--allow", "int8")
+    made(2, "--fix", "attention_dp=2", "--fix", "etp=2", "--fix", "weights=int8", "--allow", "int8")
     code, out, err = plan("verify", "p.json", "--model", "config.json", "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -87,6 +87,6 @@ def test_tiers_answer_token_for_token_and_a_wrong_weight_does_not(plan, made, mo
 
 
 def test_what_our_runtime_does_not_serve_is_refused(made):
-    other = made(2, "--engine", "vllm", "--fix", "attention_dp=2")
+    other = made(2, "--engine", "vllm", "--fix", "tp=2", "--fix", "kv=fp8", "--allow", "kv:fp8")
     with pytest.raises(PlanError, match="runs on vllm, not on our runtime"):
         make_serving_twin(other, "config.json", {}, {}, 32)

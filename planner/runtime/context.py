@@ -31,10 +31,12 @@ class Report:
 
 @dataclass(slots=True)
 class Sample:
-    """What runs now, where that is not the plan's micro-batch: a server's sequences and tokens."""
+    """What runs now, where that is not the plan's micro-batch: a server's sequences and tokens of
+    each. shares: tokens of every replica of attention, where there are some."""
 
     batch: int = 0
     tokens: int = 0
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

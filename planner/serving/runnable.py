@@ -53,8 +53,9 @@ class Rule:
 
 
 RULES = (
-    Rule(refused=lambda s, e: s.attention_dp > 1,
-         reason="native ranks answer one batch together: attention_dp is 1, replicas are jobs"),
+    Rule(refused=lambda s, e: s.attention_dp > 1 and not e.routed,
+         reason="native replicas of attention share experts, and the model has none: whole"
+         " replicas are jobs of their own"),
     Rule(refused=lambda s, e: e.routed and s.ranks > 1 and bool(e.undivided),
          reason="native ranks cannot share these experts: ", said=lambda e: e.undivided),
     Rule(refused=lambda s, e: e.routed and s.ranks > 1 and s.expert_tp > 1 and bool(e.uncut),

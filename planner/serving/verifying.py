@@ -63,11 +63,13 @@ def text(found: ServingVerified) -> str:
     verdict = "holds: the twin answers" if c.holds else "differs: the twin does not answer"
     against = "the unsharded model in the plan's formats" if c.lossy else "the unsharded model"
     s = small.serving
+    more = f", etp {s.expert_tp}" if s.ep > 1 and s.expert_tp > 1 else ""
+    more += f", attention_dp {s.attention_dp}" if s.attention_dp > 1 else ""
     lines = [
         f"{found.plan.graph.name} on {found.plan.hardware}",
         f"{verdict} what {against} does",
         "",
-        _row("twin", f"tp {s.tp}, pp {s.pp}, ep {s.ep} = {c.ranks} ranks,"
+        _row("twin", f"tp {s.tp}, pp {s.pp}, ep {s.ep}{more} = {c.ranks} ranks,"
              f" {format_count(small.graph.parameter_count)} parameters, fp32"),
         _row("asked", f"{s.batch} prompts of {small.asked.prompt} tokens,"
              f" {small.asked.output} tokens each, greedy"),
@@ -101,7 +103,9 @@ def document(found: ServingVerified, source: str, model: str) -> dict[str, Any]:
         "model": model,
         "holds": c.holds,
         "twin": {
-            "tp": s.tp, "pp": s.pp, "ep": s.ep, "weights": dict(s.weights), "kv": s.kv,
+            "tp": s.tp, "pp": s.pp, "ep": s.ep,
+            **({"attention_dp": s.attention_dp} if s.attention_dp > 1 else {}),
+            "weights": dict(s.weights), "kv": s.kv,
             "kv_window": s.kv_window, "tiers": [asdict(h) for h in s.tiers],
             **({"kv_policy": s.kv_policy} if s.kv_policy else {}),
             "parameters": found.twin.plan.graph.parameter_count,

@@ -23,8 +23,9 @@ from planner.runtime.parallelize import begin
 from planner.runtime.serve import experts
 from planner.runtime.serve.core import Limits, Served, serve_here
 from planner.runtime.serve.kv import Kv
+from planner.runtime.serve.loader import Laid
 from planner.runtime.serve.pipe import answer_calls
-from planner.runtime.serve.place import Laid
+from planner.runtime.serve.replicas import divide_batch
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
@@ -57,7 +58,8 @@ def serve(
     _as_planned(model, s)
     rule = laid_by(plan)
     limits = Limits(batch=max(1, -(-s.batch // s.replicas)), prompt=plan.asked.prompt,
-                    tokens=plan.asked.prompt + plan.asked.output)  # fmt: skip
+                    tokens=plan.asked.prompt + plan.asked.output,
+                    beams=s.attention_dp == 1)  # fmt: skip
     kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window,
             block=policy_of(s.kv_policy)[0],
             below=s.kv_tier != "gpu" and device != "cpu")  # fmt: skip
@@ -85,6 +87,8 @@ def serve(
         served, staged, noted = stage.module, stage.own is not None, context.weights
         if staged:
             answer_calls(stage, served.forward, context)
+        if s.attention_dp > 1:
+            divide_batch(served, context)
         units = [(site.path, site.module) for site in stage.sites]
         if folder is not None:  # ranks hold other parts of what has the same name
             folder = Path(folder) / f"rank{dist.get_rank()}"

@@ -16,19 +16,22 @@ from ir.errors import PlanError
 from planner.runtime.load import matched
 from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.lent import Place
+from planner.runtime.serve.loader import Laid, Loader, Weight
 from planner.runtime.serve.pipe import layers_here, outputs_whole
-from planner.runtime.serve.place import Laid, Loaded, Loader, Weight, member_of, place_all
+from planner.runtime.serve.place import Loaded, member_of, place_all
 from planner.runtime.sources import Files
 from planner.runtime.weights import Weights, named_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the plan's memory is for: sequences at once, tokens of a prompt and of one sequence."""
+    """What the plan's memory is for: sequences at once, tokens of a prompt and of one sequence.
+    beams: whether several answers to a prompt may be kept, which change places as they grow."""
 
     batch: int
     prompt: int
     tokens: int
+    beams: bool = True
 
     def check(self, batch: int, prompt: int, tokens: int) -> None:
         """Raises PlanError where a call wants more than was planned."""
@@ -155,6 +158,10 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if ids is not None:
             new = _new_tokens(model, ids, kwargs)
+            if not served.limits.beams and int(_asked(model, kwargs, "num_beams") or 1) > 1:
+                raise PlanError("beams, and the plan divides sequences over replicas of attention",
+                                why="a beam would change ranks with its cache",
+                                hints=("num_beams=1", "--fix attention_dp=1"))  # fmt: skip
             served.limits.check(ids.shape[0] * _beams(model, kwargs), ids.shape[1],
                                 ids.shape[1] + new)  # fmt: skip
         if (staged or not served.kv.plain) and kwargs.get("past_key_values") is None:

@@ -26,6 +26,7 @@ from planner.runtime.experts import lay_out, region_of, use_grouped_matmuls
 from planner.runtime.parts import boxes_of, local_of
 from planner.runtime.routed import Tokens, run_routed
 from planner.runtime.serve.lent import Place, lent, parameter
+from planner.runtime.serve.replicas import met
 from planner.runtime.site import Site
 
 aten = torch.ops.aten
@@ -70,26 +71,32 @@ def _sum_over_ranks(site: Site, path: str, context: Context) -> None:
     """Patch a module: inside, stacks of experts are this rank's; what it gives is everybody's."""
     module = site.module.get_submodule(path)
     inner, tokens = module.forward, WholeTokens(context)
+    tp, replicas = context.meshes.tp.get_group(), context.meshes.decisions.dp > 1
     places = []
     for weight in weights_of(site.unit):
         owner, _, name = weight.name.rpartition(".")
         if inside(owner, path):
             places.append(Place(site.module.get_submodule(owner), name))
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(tokens.enter, (args, kwargs))
+    def with_own(*args: Any, **kwargs: Any) -> Any:
         held = [cast(nn.Parameter, place.module._parameters[place.name]) for place in places]
         given = [parameter(_own(p)) for p in held]
         with lent(places, given, held):
-            out = inner(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda x: _summed(x, context), out)
+            return inner(*args, **kwargs)
+
+    run = met(with_own, path, context) if replicas else with_own
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(tokens.enter, (args, kwargs))
+        out = run(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, lambda x: _summed(x, tp), out)
 
     module.forward = forward
 
 
-def _summed(x: Tensor, context: Context) -> Tensor:
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.contiguous()
-    dist.all_reduce(x, group=context.meshes.tp.get_group())
+    dist.all_reduce(x, group=group)
     return x
 
 

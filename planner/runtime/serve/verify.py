@@ -27,8 +27,8 @@ from ir.errors import PlanError
 from planner.runtime.parts import Box, boxes_of, local_of
 from planner.runtime.serve.apply import laid_by, serve
 from planner.runtime.serve.kv import Kv, cache_of, even_mask
+from planner.runtime.serve.loader import Laid
 from planner.runtime.serve.packed import pack
-from planner.runtime.serve.place import Laid
 from planner.runtime.serve.twin import BATCH, OUTPUT, PROMPT, ServingTwin
 from planner.runtime.verify.sample import call, draw_batch, draw_constants, ties, without_dropout
 from planner.runtime.world import World
