@@ -162,7 +162,10 @@ class Engine:
             name += "_pp"
         elif zero == 3 and not reshard:
             name += "_keep"
-        return next(mode for mode in self.zero_modes if mode.name == name)
+        for mode in self.zero_modes:  # asked for by every row of every way to hold a state
+            if mode.name == name:
+                return mode
+        raise KeyError(name)
 
     def switched(self, switch: str) -> Engine:
         """The engine with an option of its software on: a row of [switch], factors by field."""

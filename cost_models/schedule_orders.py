@@ -12,6 +12,7 @@ ZB-H1, which torch lacks in its memory-bounded form, is derived from 1F1B.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TypeAlias
 
 from ir.errors import UsageError
@@ -99,19 +100,20 @@ def _interleaved(p: int, m: int, v: int, rank: int) -> list[Op]:
     each = m // max(1, m // p)
     total = m * v
     warm = min((v - 1) * each + 2 * (p - 1 - rank), total)
+    forward, backward = _rounds(m, v, each)
+    steady = itertools.chain.from_iterable(zip(forward[warm:], backward))
+    return [*forward[:warm], *steady, *backward[total - warm :]]
 
-    def slot(step: int) -> tuple[int, int]:
-        around, place = divmod(step, each * v)
-        return around * each + place % each, place // each
 
-    forward = [slot(i) for i in range(total)]
-    ops: list[Op] = [("F", mb, chunk) for mb, chunk in forward[:warm]]
-    for i in range(total):
-        if warm + i < total:
-            ops.append(("F", *forward[warm + i]))
-        mb, chunk = forward[i]
-        ops.append(("BW", mb, v - 1 - chunk))
-    return ops
+@functools.lru_cache(maxsize=16)
+def _rounds(m: int, v: int, each: int) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Every rank's forwards and its backwards, in order: rounds of `each` micro-batches."""
+    rounds = [
+        (around + place, chunk)
+        for around in range(0, m, each) for chunk in range(v) for place in range(each)
+    ]  # fmt: skip
+    forward: tuple[Op, ...] = tuple(("F", mb, chunk) for mb, chunk in rounds)
+    return forward, tuple(("BW", mb, v - 1 - chunk) for mb, chunk in rounds)
 
 
 class _Counted:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from cost_models.schedule import (
     Timeline,
@@ -121,6 +124,10 @@ class StageProblem:
     def in_flight(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """Micro-batches held per chunk at the moments that can be the rank's peak."""
         return in_flight(self.schedule, self.pp, self.microbatches, self.virtual_stages, rank)
+
+    def least_in_flight(self) -> tuple[int, ...]:
+        """Per rank: at one moment it holds at least so many micro-batches of every chunk."""
+        return least_in_flight(self.schedule, self.pp, self.microbatches, self.virtual_stages)
 
     def extras(self, stage: int) -> tuple[Extra, ...]:
         """What the stage has beside its layers."""
@@ -356,7 +363,13 @@ def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[
             now[chunk] -= 1
             rising = False
     moments = list(seen)
-    return tuple(
-        a for a in moments
-        if not any(b != a and all(x >= y for x, y in zip(b, a)) for b in moments)
-    )  # fmt: skip
+    held = np.array(moments).reshape(len(moments), chunks)
+    # one that another holds no less than is no peak: of different moments that is one of the two
+    beaten = [int((held >= row).all(axis=1).sum()) > 1 for row in held]
+    return tuple(itertools.compress(moments, map(operator.not_, beaten)))
+
+
+@functools.lru_cache(maxsize=512)
+def least_in_flight(schedule: str, pp: int, m: int, v: int) -> tuple[int, ...]:
+    """Per rank: at one moment it holds at least so many micro-batches of every chunk."""
+    return tuple(max(map(min, in_flight(schedule, pp, m, v, rank))) for rank in range(pp))

@@ -222,8 +222,9 @@ def state_of(
     sums = dict.fromkeys(
         ("parameter", "gradient", "optimizer", "gathered", "updated", "dense", "expert", "shard"), 0
     )
+    over = {expert: ranks_of(d, expert) for expert in {h.expert for h in parameters}}
     for h in parameters:
-        ranks = ranks_of(d, h.expert)
+        ranks = over[h.expert]
         piece = _shard(h, ranks.shard, fsdp)
         moved = piece * ranks.shard if fsdp else h.elements
         moments = moment_bytes(h, piece, workload, engine)

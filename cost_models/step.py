@@ -220,9 +220,9 @@ class Costs:
         """Bytes of each value that one micro-batch sends from a stage to the next: the widest
         layer's results."""
         found: list[tuple[int, ...]] = [()]
-        for link in self.chain.links:
-            if link.is_layer and d.pp > 1:
-                unit, learns = link.unit, learns_of(link.unit)
+        for unit in dict.fromkeys(k.unit for k in self.chain.links if k.is_layer):
+            if d.pp > 1:
+                learns = learns_of(unit)
                 found.append(tuple(
                     int(unit.values[r].nbytes(d.micro_batch, self.workload.seq_len // d.cp))
                     // (d.tp if self.engine.p2p_scatter

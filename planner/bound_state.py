@@ -64,6 +64,18 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Stacked:
+    """What meshes are, whatever the way: their axes as floats, and `Sizes` as arrays, [mesh, part,
+    (dense, expert)]; traffic: by (bytes of a gradient, ZeRO), as `States._traffic_of` has it."""
+
+    meshes: Sequence[Mesh]
+    axes: Floats
+    held: Floats
+    learnt: Floats
+    traffic: dict[tuple[int, int], Floats]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
     of a step that all pp ranks together spend behind the last backward at least; and seconds that
@@ -83,6 +95,7 @@ class States:
         self._traffic: dict[tuple[int, ...], Floats] = {}
         self._rates: dict[tuple[str, Layout], float] = {}
         self._sent: dict[tuple[int, int, int, bool], int] = {}
+        self._last: _Stacked | None = None
 
     def ways(self, pipeline: bool) -> tuple[Way, ...]:
         """What the table and the pins allow, of those that hold and move the same the first: that
@@ -161,9 +174,8 @@ class States:
         kernels_s: of a micro-batch through the chain: transfers hide behind these alone.
         """
         costs, engine = self.costs, self.costs.engine
-        cp, pp, dp, m, tp, ep, etp = np.array([
-            (r.cp, r.pp, r.dp, r.microbatches, r.tp, r.ep, r.etp) for r in meshes
-        ], dtype=float).T  # fmt: skip
+        stacked = self._stacked(meshes, sizes)
+        cp, pp, dp, m, tp, ep, etp = stacked.axes
         ranks, block = dp * cp, ep * etp
         edp = ranks * tp / block
         shards = ranks if way.zero else np.ones(len(ranks))
@@ -171,8 +183,7 @@ class States:
             shards >= ranks, edp, np.minimum(edp, np.maximum(1.0, shards * tp // block))
         )
         share = 1 / np.stack([shards, experts], axis=-1)[:, None, :]
-        whole = np.stack([s.held for s in sizes])
-        learnt = np.stack([s.learnt for s in sizes])
+        whole, learnt = stacked.held, stacked.learnt
         some = Decisions(
             pp=2 if pp[0] > 1 else 1, zero=way.zero, reshard=way.reshard, offload=way.offload,
             grad_dtype=way.grad_dtype,
@@ -184,11 +195,7 @@ class States:
             (learnt * share).sum(axis=2), accumulates,
         )  # fmt: skip
         grad = grad_bytes(some, costs.workload, engine)
-        traffic = [self._moved_s(r, s, grad, way.zero) for r, s in zip(meshes, sizes)]
-        most = max(t.shape[1] for t in traffic)  # where there are fewer, the last again
-        reduce_all, gather, reduce = np.stack(
-            [np.pad(t, ((0, 0), (0, most - t.shape[1])), mode="edge") for t in traffic], axis=1
-        )
+        reduce_all, gather, reduce = self._traffic_of(stacked, sizes, grad, way.zero)
         once = mode.reduce_per_step * reduce + mode.gather_per_step * gather
         once = once + mode.all_reduce_per_step * reduce_all
         least = engine.dp_exposed_least
@@ -202,6 +209,31 @@ class States:
             state_bytes=state, gathered_bytes=gathered,
             tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
         )  # fmt: skip
+
+    def _stacked(self, meshes: Sequence[Mesh], sizes: Sequence[Sizes]) -> _Stacked:
+        """The last one again where the meshes are the same list: every way asks for it."""
+        if self._last is None or self._last.meshes is not meshes:
+            axes = [(r.cp, r.pp, r.dp, r.microbatches, r.tp, r.ep, r.etp) for r in meshes]
+            self._last = _Stacked(
+                meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={},
+                held=np.stack([s.held for s in sizes]), learnt=np.stack([s.learnt for s in sizes]),
+            )  # fmt: skip
+        return self._last
+
+    def _traffic_of(
+        self, stacked: _Stacked, sizes: Sequence[Sizes], grad: int, zero: int
+    ) -> Floats:
+        """`_moved_s` of all, [3, mesh, way to share]: where there are fewer ways, the last again.
+        """
+        key = grad, min(zero, 1)
+        if key not in stacked.traffic:
+            each = [self._moved_s(r, s, grad, zero) for r, s in zip(stacked.meshes, sizes)]
+            table = np.empty((3, len(each), max(t.shape[1] for t in each)))
+            for i, t in enumerate(each):
+                table[:, i, : t.shape[1]] = t
+                table[:, i, t.shape[1] :] = t[:, -1:]
+            stacked.traffic[key] = table
+        return stacked.traffic[key]
 
     def _bytes(
         self, d: Decisions, mode: ZeroMode, whole: Floats, piece: Floats, learnt: Floats,

@@ -16,6 +16,7 @@ from cost_models.stage_problem import StageProblem
 from planner.stage_arcs import INF, Array, Options, Rows, Windows
 from planner.stage_bounds import lower_bound_ps
 
+CELLS = 1_000_000  # of (layers below, what is computed again) at once, to bound memory
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
 
 
@@ -57,10 +58,19 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
     fixed = p.constant_bytes + total("state_bytes") + 2 * np.array(gathered)
     fixed = fixed + flight * sum(e.activation_bytes for e in ends)
     least = max((e.working_bytes for e in ends), default=0)
-    def step_ps(options: Options, n: int) -> int:
-        held = fixed[n] + flight * options.act_bytes + np.maximum(options.work_bytes, least)
-        fits = held <= p.capacity_bytes
-        return int(m * (each[n] + options.extra_ps[fits].min()) + tail[n]) if fits.any() else INF
+    def step_ps(options: Options, n: slice) -> Array:
+        """Of these counts, [layers below]."""
+        held = flight * options.act_bytes + np.maximum(options.work_bytes, least)
+        found, first = np.full(len(each[n]), INF), n.start or 0
+        some = max(1, CELLS // len(held))
+        for at in range(0, len(found), some):
+            rows = slice(first + at, min(first + at + some, first + len(found)))
+            fits = fixed[rows, None] + held <= p.capacity_bytes
+            again = np.where(fits, options.extra_ps, INF).min(axis=1)
+            fit = again < INF
+            steps = m * (each[rows] + np.where(fit, again, 0)) + tail[rows]
+            found[at : at + some] = np.where(fit, steps, INF)
+        return found
 
     # where layers below are computed again in another time, or hold other bytes: the least of both
     easiest = Windows(replace(
@@ -68,7 +78,7 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
         activation_bytes=_least(none.activation_bytes, every.activation_bytes),
         working_bytes=_least(none.working_bytes, every.working_bytes),
     )).options(0, 0, p.layers)  # fmt: skip
-    steps = np.array([step_ps(easiest, n) for n in range(p.layers + 1)])
+    steps = step_ps(easiest, slice(p.layers + 1))
     rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
     if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
         return steps
@@ -81,7 +91,7 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
             activation_bytes=_joined(none.activation_bytes, every.activation_bytes, n + 1),
             working_bytes=_joined(none.working_bytes, every.working_bytes, n + 1),
         )  # fmt: skip
-        found[n + 1] = step_ps(Windows(mixed).options(0, 0, p.layers), n + 1)
+        found[n + 1] = step_ps(Windows(mixed).options(0, 0, p.layers), slice(n + 1, n + 2))[0]
         best = min(best, found[n + 1])
     return found
 

@@ -8,9 +8,10 @@ backward).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
@@ -296,13 +297,17 @@ def illegal(
 
     scheduled: False where the schedule is still to be decided.
     """
-    case, d = _case_of(decisions, workload), decisions
-    if not scheduled:
-        case = replace(case, schedule=None, virtual_stages=None)
-    reason = next((rule.reason for rule in RULES if rule.refused(case)), None)
+    d = decisions
+    reason = _refusal(_case_of(d, workload, scheduled))
     if reason or not scheduled:
         return reason
     return schedule_illegal(d.schedule, d.pp, d.microbatches, d.virtual_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal(case: Case) -> str | None:
+    """What the first rule says that refuses a case. Of many meshes the cases are few."""
+    return next((rule.reason for rule in RULES if rule.refused(case)), None)
 
 
 def inconsistent(
@@ -373,12 +378,13 @@ def tp_fault(d: Decisions) -> str | None:
     return next((reason for holds, reason in checks if not holds), None)
 
 
-def _case_of(d: Decisions, workload: Workload) -> Case:
+def _case_of(d: Decisions, workload: Workload, scheduled: bool) -> Case:
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
         pp=d.pp, dp_outer=d.dp_outer, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard,
-        reshard=d.reshard, microbatches=d.microbatches, schedule=d.schedule,
-        virtual_stages=d.virtual_stages,
+        reshard=d.reshard, microbatches=d.microbatches,
+        schedule=d.schedule if scheduled else None,
+        virtual_stages=d.virtual_stages if scheduled else None,
         recomputes=any(full or selective for full, selective in d.recompute),
         selective=any(selective for _, selective in d.recompute), keep=bool(d.keep),
         offload=d.offload, compile=d.compile, formats=bool(d.formats),

@@ -25,8 +25,8 @@ ROUNDING = 1e-9  # of a quotient of times, relative
 
 def unlimited(problem: StageProblem) -> StageProblem:
     """Without a limit to memory nothing is recomputed, but what is pinned."""
-    free = replace(problem, capacity_bytes=UNLIMITED)
-    return free if free.fixed_recompute is not None else replace(free, levels=("none",))
+    levels = ("none",) if problem.fixed_recompute is None else problem.levels
+    return replace(problem, capacity_bytes=UNLIMITED, levels=levels)
 
 
 def comparable(p: StageProblem) -> bool:

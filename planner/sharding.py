@@ -325,7 +325,11 @@ def solve(program: Program, *, cells: int = 200_000) -> tuple[int, ...]:
     variables = sorted({n for f in left for n in f.nodes})
     undo: list[tuple[int, tuple[int, ...], NDArray[np.int64]]] = []
     while variables:
-        cost = {v: _cells(v, left, sizes) for v in variables}
+        near: dict[int, set[int]] = {v: set() for v in variables}
+        for f in left:
+            for n in f.nodes:
+                near[n].update(f.nodes)
+        cost = {v: prod(sizes[n] for n in near[v]) for v in variables}
         best = min(variables, key=lambda v: (cost[v], v))
         if cost[best] > cells:
             break
@@ -347,11 +351,6 @@ def solve(program: Program, *, cells: int = 200_000) -> tuple[int, ...]:
             hints=("drop a place: pin",),
         )
     return found
-
-
-def _cells(node: int, left: list[Factor], sizes: list[int]) -> int:
-    near = {n for f in left if node in f.nodes for n in f.nodes}
-    return prod(sizes[n] for n in near)
 
 
 def _by_choice(

@@ -76,7 +76,7 @@ def forced_ps(p: StageProblem) -> int | None:
         return 0
     if any(q.activation_bytes != p.activation_bytes for q, _ in p.sides):
         return 0
-    flights = [max(min(counts) for counts in p.in_flight(r)) for r in range(p.pp)]
+    flights = p.least_in_flight()
     if min(flights) < 1:
         return 0
     ends = (p.first, p.last)
@@ -192,10 +192,9 @@ def surely_infeasible(problem: StageProblem) -> bool:
     state, gathered = min(p.state_bytes), min(p.gathered_bytes)
     (common_state, common_act), common = Counter(zip(p.state_bytes, least)).most_common(1)[0]
     room = common_room = 0
-    for rank in range(p.pp):
+    for rank, flight in enumerate(p.least_in_flight()):
         q = p.at(rank)
         ends = [e for k, e in ((0, q.first), (p.count - 1, q.last)) if p.rank_of(k) == rank]
-        flight = max(map(min, p.in_flight(rank)))  # of every chunk at one moment, at least
         left = q.capacity_bytes - q.constant_bytes
         left -= max([work, *(e.working_bytes for e in ends)])
         left -= 2 * max([gathered, *(e.gathered_bytes for e in ends)])

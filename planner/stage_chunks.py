@@ -86,6 +86,14 @@ class Chunks:
         self.split = p.schedule in SPLIT_BACKWARD
         crossing = [p.rank_of(k) != p.rank_of(k + 1) for k in range(p.count - 1)]
         self.cross = np.concatenate(([0], np.cumsum(crossing))) * p.p2p_ps
+        more = [p.extras(k) for k in range(p.count)]
+        self.beside = [
+            (sum(e.activation_bytes for e in m), sum(e.state_bytes for e in m),
+             max((e.working_bytes for e in m), default=0),
+             max((e.gathered_bytes for e in m), default=0))
+            for m in more
+        ]  # by stage: (kept, state, working, gathered) bytes beside its layers
+        self.moments = [np.array(p.in_flight(rank)).T for rank in range(p.pp)]
         self._kept: dict[int, list[tuple[int, int, int, Pair]]] = {}
         self.exact = True  # whether every combination of pairs asked for was looked at
         self._pairs: dict[tuple[int, tuple[tuple[int, int], ...]], tuple[Pairs, ...]] = {}
@@ -175,14 +183,12 @@ class Chunks:
         p, state, working, gathered = self.p, self.p.constant_bytes, 0, 0
         beside = []
         for k, (start, count) in zip(p.stages_of(rank), spans):
-            more = p.extras(k)
-            beside.append(sum(e.activation_bytes for e in more))
-            state += int(self.sums[3, start + count] - self.sums[3, start])
-            state += sum(e.state_bytes for e in more)
-            working = max([working, *(e.working_bytes for e in more)])
-            gathered = max([gathered, *p.gathered_bytes[start : start + count],
-                            *(e.gathered_bytes for e in more)])  # fmt: skip
-        stash = ((act + np.array(beside)) @ np.array(p.in_flight(rank)).T).max(axis=1)
+            kept, fixed, used, copies = self.beside[k]
+            beside.append(kept)
+            state += int(self.sums[3, start + count] - self.sums[3, start]) + fixed
+            working = max(working, used)
+            gathered = max(gathered, copies, *p.gathered_bytes[start : start + count])
+        stash = ((act + np.array(beside)) @ self.moments[rank]).max(axis=1)
         return stash + np.maximum(work.max(axis=1), working) + state + 2 * gathered
 
     def _weighed(
