@@ -35,6 +35,11 @@ def microbatch_words(d: Decisions) -> str:
     return share_words(d.shares) if d.shares else str(d.microbatches)
 
 
+def tp_words(d: Decisions) -> str:
+    """The tp of all stages, `8`, or of each part in the order of ranks, `4/8`."""
+    return "/".join(str(tp) for _, tp in d.tp_by_part) or str(d.tp)
+
+
 def shares_json(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:
     """As a plan file has it: recompute is pairs (full, selective) a stage, where a part has others
     than the plan."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
@@ -20,7 +19,7 @@ from planner.options import Baseline, Timing
 from planner.placements import placements
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
-from planner.share_words import microbatch_words
+from planner.share_words import microbatch_words, tp_words
 
 WIDTH = 80
 BAR = 32
@@ -143,15 +142,10 @@ def _head(plan: Plan) -> list[str]:
     ]
 
 
-def _tp(d: Decisions) -> str:
-    """`8`, or of each part `4/8`."""
-    return "/".join(str(tp) for _, tp in d.tp_by_part) or str(d.tp)
-
-
 def _mesh(plan: Plan) -> list[tuple[str, int | str]]:
     d = plan.decisions
     experts = [("ep", d.ep), ("etp", d.etp)] if d.ep * d.etp > 1 else []
-    return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", _tp(d)), *experts]
+    return [("pp", d.pp), ("dp", d.dp), ("cp", d.cp), ("tp", tp_words(d)), *experts]
 
 
 def _parts(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from planner.offloads import offload_words
 from planner.options import Progress, TraceOptions
 from planner.plan import Plan, load_cluster
 from planner.runnable import NATIVE
-from planner.share_words import microbatch_words
+from planner.share_words import microbatch_words, tp_words
 from planner.workload import Asked
 
 if TYPE_CHECKING:
@@ -90,10 +90,6 @@ def verify(plan: Plan, options: VerifyOptions, report: Progress | None = None) -
     UsageError for a twin that cannot be asked for; PlanError where it cannot be made or run.
     """
     say = report or (lambda line: None)
-    if plan.decisions.tp_by_part:
-        raise PlanError("plan verify runs stages that all have as many ranks",
-                        why="decisions.tp_by_part gives parts of the hardware another tp each",
-                        hints=("plan trace --fix tp_by_part=none",))  # fmt: skip
     require_same_model(plan, options, plan.workload.precision)
     from planner.runtime.verify.run import verify_twin
     from planner.runtime.verify.twin import make_twins
@@ -220,7 +216,8 @@ def _offloaded(plan: Plan) -> str:
 def _mesh(plan: Plan) -> str:
     d = plan.decisions
     axes = ["pp", "dp", "cp", "tp", *(["ep", "etp"] if d.ep * d.etp > 1 else [])]
-    return ", ".join(f"{axis} {getattr(d, axis)}" for axis in axes) + f" = {d.gpus} ranks"
+    sizes = {axis: str(getattr(d, axis)) for axis in axes} | {"tp": tp_words(d)}
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items()) + f" = {d.gpus} ranks"
 
 
 def _compared_lines(c: Compared) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import runtime_cases_checkpoint as checkpoints
 import runtime_cases_weights as weights
 import test_runtime_pipeline as pipelines
+import test_verify_ledger as ledgers
 from tiny_models import EXAMPLES
 
 from cost_models.borders import busiest_bytes, messages, pieces
@@ -21,6 +22,7 @@ from planner.legality import tp_fault
 from planner.pin_checks import check_pins
 from planner.plan import load, recost
 from planner.runtime.lines import lines
+from planner.runtime.verify import scale
 
 LLAMA = str(EXAMPLES / "llama.py")
 
@@ -122,7 +124,7 @@ def test_a_step_is_that_of_the_whole_model_and_sends_what_the_ledger_says(world)
 
 
 def test_data_ranks_and_several_stages_of_a_part(world):
-    """Four GPUs of one tp rank each and four of two: dp 2, three stages; state is sharded."""
+    """Two data ranks of one GPU a stage, then of two: three stages, and state is sharded."""
     plan = planned("h100x4+a100x4", "tp_by_part=h100:1,a100:2", "dp=2", "zero=1",
                    "sequence_parallel=on", "micro_batch=2")  # fmt: skip
     assert (plan.decisions.pp, plan.decisions.shard, plan.decisions.gpus) == (3, 2, 8)
@@ -142,6 +144,16 @@ def test_a_checkpoint_goes_from_stages_of_other_shapes_to_one_process_and_back(w
         case = ("llama", plan, steps, folder if steps.start else None, folder)
         losses += world.run(plan.decisions.gpus, checkpoints.trained, *case)[0][0]
     assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ledger_is_what_ranks_hold_and_send():
+    """At full size, of the first rank of a stage on each part; one stage talks to both."""
+    plan, found = ledgers.assert_as_planned(
+        "llama", "h100x8+a100x8", "tp_by_part=h100:4,a100:2 sequence_parallel=on zero=1 dp=2"
+        " recompute=none micro_batch=4",
+    )  # fmt: skip
+    sizes = {(row.pp_rank, row.size_bytes) for row in found.rows if row.what == "p2p"}
+    assert plan.decisions.pp == 3 and {rank for rank, _ in sizes} == {0, 1, 2}
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -164,8 +176,6 @@ def test_it_is_planned_written_read_shown_and_refused(plan, tmp_path):
     found = recost(load(str(path)), load_any("h100x8+a100x8"))
     assert sum(ps for _, ps in found.breakdown_ps) == found.step_time_ps and found.gpus == 16
     code, _, err = plan("export", "--to", "megatron")
-    assert code == 1 and "tp_by_part" in err
-    code, _, err = plan("verify", "--model", LLAMA, *TINY[:4])
     assert code == 1 and "tp_by_part" in err
     text = path.read_text()
     for old, new, word in (
@@ -193,3 +203,21 @@ def test_what_it_is_not_for(plan, model, words, said):
     size = ("--global-batch", "8", "--seq-len", "128")
     code, _, err = plan("trace", str(EXAMPLES / model), *words, *size)
     assert code == 64 and said in err, err
+
+
+def test_a_twin_keeps_the_kinds_of_tp():
+    """Two stages, the least tp 1 only where the plan's is; the axes alone are of one tp."""
+    d = replace(
+        Decisions(**THREE), parts=(("a", 4), ("b", 2), ("c", 2)), pp=8, dp=4, zero=1, shard=4,
+        stages=(1,) * 8, recompute=((0, 0),) * 8, microbatches=16, sequence_parallel=True,
+    )  # fmt: skip
+    workload = Workload(engine="native", global_batch=64, seq_len=32)
+    for tps, gpus, small in (((1, 8, 2), 6, (1, 2)), ((8, 2, 4), 12, (4, 2))):
+        whole = replace(d, tp=8, tp_by_part=tuple(zip("abc", tps)))
+        assert tp_fault(whole) is None
+        found, work = scale.smallest(whole, workload, 4, 32, 32, lambda *_: None)
+        assert (found.gpus, found.tp_of_rank, found.tp) == (gpus, small, max(small))
+        assert [name for name, _ in found.parts] == ["a", "b"] and found.dp == 2
+        assert any("two" in note for note in scale.lost(whole, found)) and work.global_batch
+        alone = scale.only(whole, ("dp", "tp"))
+        assert alone.tp_by_part == () and alone.tp == 8

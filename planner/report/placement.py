@@ -15,6 +15,7 @@ from planner.plan import Plan
 from planner.plan_text import recompute_records, stage_records
 from planner.report.charts import Section, figure, legend, sentences, table
 from planner.report.markup import Children, Html, el
+from planner.share_words import tp_words
 
 ROW_PX = 22
 LEAST_SHARE = 0.035  # of the width that a unit which is no layer has: it must be seen
@@ -50,7 +51,7 @@ def section(plan: Plan) -> Section:
     experts = f" Experts lie over {d.ep} ranks." if d.ep > 1 else ""
     offloaded = offload_words(d)
     lede = sentences(
-        f"Matrices are split over {d.tp} tp ranks as the map says." if d.tp > 1
+        f"Matrices are split over {tp_words(d)} tp ranks as the map says." if d.tp > 1
         else "With tp 1 no matrix is split over tp.",
         f"Over {over} data ranks ZeRO-{d.zero} shards {ZERO[d.zero]}." if over > 1 else None,
         experts or None,

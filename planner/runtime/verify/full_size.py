@@ -25,8 +25,10 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from cost_models.decisions import Decisions
 from ir.errors import PlanError
 from planner.plan import Plan
+from planner.runtime.lines import lines
 from planner.runtime.meshes import Meshes
 from planner.runtime.parallel import LossFn, Parallel
 from planner.runtime.parallelize import parallelize
@@ -78,13 +80,20 @@ def look_at(
         runs = ((3, 1),)
     total: Counter[tuple[Axes, str, int]] = Counter()
     for count, times in runs:
-        with _fake_group(d.gpus, pp_rank * d.pipeline // d.pp):
+        with _fake_group(d.gpus, _first_rank(d, pp_rank)):
             seen = _run(_shortened(plan, count), model, inputs, targets, loss,
                         between=d.microbatches - 2)  # fmt: skip
         for key, found in seen.sent.items():
             total[key] += times * found
     seen.sent = Counter({key: count for key, count in total.items() if count})
     return seen
+
+
+def _first_rank(d: Decisions, pp_rank: int) -> int:
+    """The first rank of a pipeline rank; none of its stage sends more."""
+    if d.tp_by_part:
+        return lines(d)[0][pp_rank][0]
+    return pp_rank * d.pipeline // d.pp
 
 
 @contextlib.contextmanager
@@ -249,6 +258,8 @@ def _groups(meshes: Meshes) -> dict[str, Axes]:
         ("edp", meshes.expert_root["expert_shard"]),
     ]  # fmt: skip
     found: dict[str, Axes] = {}
+    if meshes.line is not None:
+        found[str(meshes.line.group.group_name)] = ("pp",)
     for axis, mesh in named:
         name = str(mesh.get_group().group_name)
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), axis)))
@@ -258,7 +269,7 @@ def _groups(meshes: Meshes) -> dict[str, Axes]:
 def _axis_by_ranks(group: dist.ProcessGroup, meshes: Meshes) -> str:
     """The axes along which a group's ranks differ: "dp", "cp.tp"."""
     ranks = torch.tensor(dist.get_process_group_ranks(group))
-    order = meshes.axes.mesh.flatten().argsort()[ranks]
+    order = meshes.axes.mesh.flatten().argsort()[ranks - meshes.axes.mesh.min()]
     places = torch.unravel_index(order, tuple(meshes.axes.mesh.shape))
     differ = [int(at.min()) != int(at.max()) for at in places]
     words = [axis for axis, more in zip(("pp", "dp", "cp", "tp"), differ) if more]

@@ -41,7 +41,11 @@ def _across(d: Decisions) -> int:
 
 def meshes(d: Decisions, limit: int) -> Iterator[Decisions]:
     """Small meshes of these decisions' kind, the fewest processes first."""
-    axes = [(1,) if getattr(d, axis) == 1 else (2, 4, 8) for axis in AXES]
+    axes: list[tuple[int, ...]] = [
+        (1,) if getattr(d, axis) == 1 else (2, 4, 8) for axis in AXES
+    ]  # fmt: skip
+    if min((tp for _, tp in d.tp_by_part), default=1) > 1:  # the twin's least is split as well
+        axes[-1] = (4, 8)
     blocks = [(1,) if getattr(d, axis) == 1 else (2, 4) for axis in ("ep", "etp")]
     found = []
     for (pp, dp, cp, tp), (ep, etp) in itertools.product(
@@ -132,6 +136,8 @@ def lost(d: Decisions, small: Decisions) -> tuple[str, ...]:
     found += [f"no layer of the twin has recompute {level}" for level in sorted(asked - kept)]
     if len(d.shares) > len(small.shares):
         found.append(f"the plan's replicas are on {len(d.shares)} parts, the twin's on two")
+    if d.tp_by_part and len(d.parts) > 2:
+        found.append(f"the plan's stages are on {len(d.parts)} parts, the twin's on two")
     if d.formats:
         found.append("the twin's matmuls are in fp32, the plan's in fewer bits")
     return tuple(found)
@@ -143,6 +149,8 @@ def cut_decisions(
     """The decisions on a small mesh: fewer micro-batches, samples, layers a stage."""
     keys = (*AXES, "ep", "etp", "dp_outer", "shard")
     small = replace(d, parts=(), **{key: getattr(mesh, key) for key in keys})
+    if d.tp_by_part:
+        small = cut_tp(d, small)
     count = stage_count(small)
     cut = cut_stages(d.stages, count, layers)
     many = 2 * small.pp if d.microbatches >= 2 * d.pp else small.pp
@@ -163,6 +171,15 @@ def cut_decisions(
         workload, engine=engine, seq_len=length, precision="fp32",
         global_batch=small.micro_batch * sum(small.microbatches_by_data_rank),
     )  # fmt: skip
+
+
+def cut_tp(d: Decisions, small: Decisions) -> Decisions:
+    """Two stages, on the parts with the plan's least and largest tp, in the plan's order: the least
+    is 1 where the plan's is."""
+    (low, least), (high, _) = (pick(d.tp_by_part, key=lambda row: row[1]) for pick in (min, max))
+    own = {low: 1 if least == 1 else small.tp // 2, high: small.tp}
+    tps = tuple((name, own[name]) for name, _ in d.tp_by_part if name in own)
+    return replace(small, tp_by_part=tps, parts=tuple((name, 1) for name, _ in tps))
 
 
 def cut_shares(d: Decisions, small: Decisions, cut: tuple[int, ...]) -> tuple[Share, ...]:
@@ -195,6 +212,8 @@ def only(d: Decisions, axes: tuple[str, ...]) -> Decisions:
     """The decisions without the other axes; experts keep what ranks are left for them."""
     sizes: dict[str, Any] = {axis: getattr(d, axis) if axis in axes else 1 for axis in AXES}
     small = replace(d, **sizes)
+    if small.pp == 1 or small.tp == 1:
+        small = replace(small, tp_by_part=())
     if small.pp == 1 or small.dp == 1:
         small = replace(small, dp_outer=1, shares=small.shares if small.dp > 1 else ())
     ranks = small.dp * small.cp

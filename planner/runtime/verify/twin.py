@@ -208,7 +208,11 @@ def _fitted(
         for rule, reason in refusals(graph, workload, d.compile):
             if rule.applies(d):
                 return reason
-        return misplaced(graph, words, d.tp, d.sequence_parallel)
+        faults = (
+            misplaced(graph, words, tp, d.sequence_parallel and tp > 1)
+            for tp in sorted({d.tp, *d.tp_of_rank}, reverse=True)
+        )  # fmt: skip
+        return next(filter(None, faults), None)
 
     found = scale.smallest(decisions, plan.workload, layers, length, most_ranks, contradicts)
     if isinstance(found, str):
