@@ -48,6 +48,8 @@ class PartCosts(Costs):
         return replace(self.known[key][1], decisions=d)
 
     def rescheduled(self, step: Step, d: Decisions) -> Step:
+        if not d.tp_by_part:
+            return super().rescheduled(step, d)
         return replace(super().rescheduled(step, self.on_tp(d)), decisions=d)
 
     def lie(self, mine: Decisions, assignments: Assignments) -> Assignments:
@@ -72,7 +74,8 @@ class PartCosts(Costs):
 
     def own(self, d: Decisions) -> Decisions:
         """The mesh as far as this part has it: its own stages."""
-        return replace(self.on_tp(d), pp=self.stages(d))
+        own = self.on_tp(d) if d.tp_by_part else d
+        return replace(own, pp=self.stages(d), parts=())
 
     def stages(self, d: Decisions) -> int:
         """The pipeline ranks that lie on this part."""
@@ -137,13 +140,14 @@ def join(
     steps = (step, *step.beside)
     exposed = [exposed_send_ps(c, s, d) for c, s in zip(costs.sides, steps)]
     counts = [side.stages(d) for side in costs.sides]
-    tps = [side.on_tp(d).tp for side in costs.sides]
-    values = values_between(step.chain, d, costs.workload.seq_len)
+    alike = not d.tp_by_part
+    values = () if alike else values_between(step.chain, d, costs.workload.seq_len)
+    tps = [d.tp if alike else side.on_tp(d).tp for side in costs.sides]
     sends: list[tuple[int, int]] = []
     for one, p, count, own, after in zip(steps, problems, counts, tps, (*tps[1:], tps[0])):
         inside = one.slow_sends or ((0, 0),) * count
         sends += [(p.p2p_ps + more, kept) for more, kept in inside[: count - 1]]
-        size_bytes = sum(step.p2p_bytes) if not d.tp_by_part else most_bytes(values, own, after)
+        size_bytes = sum(step.p2p_bytes) if alike else most_bytes(values, own, after)
         crossing = max(0, ps(costs.border_s(size_bytes)) - min(exposed))
         # at last, from the last stage back to the first
         sends.append((crossing, ps(size_bytes * costs.border.s_per_byte)))
