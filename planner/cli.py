@@ -7,53 +7,48 @@ so that show, diff and check answer at once.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import typer
 
 from planner import completing
-from planner.calibrating import calibrate
-from planner.commands.hardware import hardware_list, hardware_show
-from planner.commands.importing import import_
-from planner.commands.reading import check, diff, show
-from planner.commands.report import report
-from planner.commands.size import size
-from planner.commands.trace import trace
-from planner.commands.verify import verify
-from planner.commands.why import why
 from planner.console import run
-from planner.exporting import export
-from planner.validating import validate
 
-COMMANDS: tuple[tuple[str, Callable[..., int], str], ...] = (
-    ("trace", trace, "trace, cost, solve, write the plan"),
-    ("show", show, "what a plan says, in a screenful"),
-    ("diff", diff, "what changed between two plans"),
-    ("why", why, "what binds; the best plan without a decision"),
-    ("check", check, "is a plan valid, fresh, and does it fit; for CI"),
-    ("verify", verify, "does a small twin compute what the model does"),
-    ("report", report, "one static HTML page; the step as a trace"),
-    ("export", export, "another engine's own configuration"),
-    ("import", import_, "an existing configuration as a fully pinned plan"),
-    ("size", size, "which hardware, and how much of it; the Pareto front"),
-    ("calibrate", calibrate, "measure this machine; write a hardware file of it"),
-    ("validate", validate, "the cost models against measurements: error by class"),
+COMMANDS: tuple[tuple[str, str, str, str], ...] = (  # word, module, function, help
+    ("trace", "commands.trace", "trace", "trace, cost, solve, write the plan"),
+    ("show", "commands.reading", "show", "what a plan says, in a screenful"),
+    ("diff", "commands.reading", "diff", "what changed between two plans"),
+    ("why", "commands.why", "why", "what binds; the best plan without a decision"),
+    ("check", "commands.reading", "check", "is a plan valid, fresh, and does it fit; for CI"),
+    ("verify", "commands.verify", "verify", "does a small twin compute what the model does"),
+    ("report", "commands.report", "report", "one static HTML page; the step as a trace"),
+    ("export", "exporting", "export", "another engine's own configuration"),
+    ("import", "commands.importing", "import_", "an existing configuration as a fully pinned plan"),
+    ("size", "commands.size", "size", "which hardware, and how much of it; the Pareto front"),
+    ("calibrate", "calibrating", "calibrate", "measure this machine; write a hardware file of it"),
+    ("validate", "validating", "validate", "the cost models against measurements: error by class"),
 )
 
 
-def app() -> typer.Typer:
-    """The commands and their help."""
+def app(first: str = "") -> typer.Typer:
+    """The commands and their help; where `first` is a command's word, that one alone: to read all
+    of their flags takes as long as `plan show` does."""
     plain: dict[str, Any] = {
         "no_args_is_help": True, "rich_markup_mode": None,
     }  # fmt: skip
     top = typer.Typer(help="Plan how a PyTorch model is spread over hardware.", **plain)
-    for name, function, words in COMMANDS:
-        top.command(name, short_help=words)(function)
+    asked = [row for row in COMMANDS if row[0] == first]
+    for name, module, function, words in asked or COMMANDS:
+        found = getattr(importlib.import_module(f"planner.{module}"), function)
+        top.command(name, short_help=words)(found)
+    from planner.commands.hardware import hardware_list, hardware_show
+
     names = typer.Typer(help="What the hardware names mean.", **plain)
     names.command("list", short_help="the devices there are")(hardware_list)
     names.command("show", short_help="one of them, with sources")(hardware_show)
@@ -70,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         completing.in_bash(partial(run, app()))
         sys.exit(0)
     try:
-        code = run(app(), list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        code = run(app(words[0] if words else ""), words)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import typer
 from toy_plan import DECISIONS, toy_estimate, toy_graph, toy_plan
 
 from cost_models.hardware import load_hardware
@@ -235,6 +236,14 @@ def test_examples_come_first_in_help(plan):
         code, out, _ = plan(command, "--help")
         assert code == 0
         assert out.splitlines()[2].strip().startswith(f"plan {command}")
+
+
+def test_of_one_command_the_flags_of_others_are_not_read():
+    commands = typer.main.get_command(cli.app("diff")).commands
+    assert sorted(commands) == ["diff", "hardware"]
+    every = typer.main.get_command(cli.app("no command")).commands
+    assert list(every) == [*(row[0] for row in cli.COMMANDS), "hardware"]
+    assert [p.name for p in every["diff"].params] == [p.name for p in commands["diff"].params]
 
 
 def test_reading_commands_import_nothing_heavy(tmp_path):
