@@ -173,7 +173,7 @@ def no_expert_sum(graph: Graph) -> str | None:
     modules give: it is no sum of what single experts give."""
     for unit in graph.units:
         for path in summing_modules(unit):
-            if not gives_sum(unit, path):
+            if sums_of(unit, path) is None:
                 return SUMMED.format(f"{path or 'the whole'} of {unit.name}")
     return None
 
@@ -211,25 +211,41 @@ def _last_grouped(unit: Unit) -> tuple[Node, ...]:
     return tuple(last)
 
 
-def gives_sum(unit: Unit, path: str) -> bool:
-    """Whether all that a module gives is linear in what its last grouped matmuls give."""
-    last, partial = {n.name for n in _last_grouped(unit)}, set[str]()
+def sums_of(unit: Unit, path: str) -> tuple[Tensor, ...] | None:
+    """What a module gives that is linear in its last grouped matmuls: sums over experts. None where
+    it gives anything else that is made of them, or that cannot be told from them by its shape."""
+    last, partial, other = {n.name for n in _last_grouped(unit)}, set[str](), set[str]()
     nodes = [n for n in nodes_in(unit, path) if n.module != AFTER]
+    created = {n.name for n in nodes if n.op == "create"}  # what rows are added up on: zeros
     for node in nodes:
         given = [r in partial for r in node.inputs]
         if node.name in last:
             partial.update(node.refs())
-        elif any(given):
+        elif any(given) or any(r in other for r in node.inputs):
             scaled = node.op in ("mul", "div") and given[0] and sum(given) == 1
             scaled |= node.op == "mul" and sum(given) == 1
-            rows = node.op in ("combine", "expert_bias") and given[0] and sum(given) == 1
+            rows = node.op in ("combine", "expert_bias") and sum(given) == 1
+            rows &= given[0] or (given[-1] and node.inputs[0] in created)
             alike = all(given) and (node.op in ("add", "sub", "sum", "cast") or rule(node).view)
-            if not (scaled or rows or alike):
-                return False
-            partial.update(node.refs())
-    mine, names = {ref for n in nodes for ref in n.refs()}, {n.name for n in nodes}
-    others = {ref for n in unit.nodes if n.name not in names for ref in n.inputs}
-    return mine & (others | set(unit.outputs)) <= partial
+            mixed = any(r in other for r in node.inputs)
+            made = partial if not mixed and (scaled or rows or alike) else other
+            made.update(node.refs())
+    names = {n.name for n in nodes}
+    read = {ref for n in unit.nodes if n.name not in names for ref in n.inputs} | set(unit.outputs)
+    given_away = [ref for n in nodes for ref in n.refs() if ref in read]
+    sums = [unit.values[ref] for ref in given_away if ref in partial]
+    rest = [unit.values[ref] for ref in given_away if ref not in partial]
+    if any(ref in other for ref in given_away):
+        return None
+    return None if any(_alike(a, b) for a in sums for b in rest) else tuple(sums)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two values may have one shape."""
+    return len(a.shape) == len(b.shape) and all(
+        x.at(1, 1) == y.at(1, 1) for x, y in zip(a.shape, b.shape)
+        if x.is_constant and y.is_constant
+    )  # fmt: skip
 
 
 def no_shared_tokens(graph: Graph) -> str | None:

@@ -1,5 +1,8 @@
 """What ranks do in test_serve_plan.py: build without weights, serve, answer."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 import planner
@@ -67,6 +70,19 @@ MODELS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
           "qwen3_moe": qwen3_moe, "deepseek": deepseek}  # fmt: skip
 
 
+def own_moe():
+    """The example's mixture, which is of no library, and prompts."""
+    path = Path(__file__).parents[1] / "examples" / "moe.py"
+    spec = importlib.util.spec_from_file_location("example_moe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    model = module.build(size="tiny", n_layers=2, n_experts=4)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval(), torch.randint(0, 96, (3, 7))
+
+
 def whole(kind):
     """The model with its weights, the same on every rank, and prompts."""
     torch.manual_seed(0)
@@ -116,3 +132,9 @@ def served_apart(rank, kind, path, weights, folder, ends):
     drawn = made.generate(ids, max_new_tokens=8, do_sample=True, pad_token_id=0)
     held = next(x.keys.shape[0] for x in told.past_key_values.layers if x.is_initialized)
     return answer(made, ids[:1]), told.sequences, drawn, held
+
+
+def served_own(rank, path):
+    """(logits, losses) of the example's mixture on a rank."""
+    model, ids = own_moe()
+    return planner.serve(model, planner.load(path), device="cpu")(ids)

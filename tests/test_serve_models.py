@@ -20,11 +20,11 @@ from cost_models.serving_decisions import Held
 from cost_models.serving_reading import served_model
 from ir.errors import PlanError
 from planner.routed import (
-    gives_sum,
     no_expert_chain,
     no_expert_sum,
     routed_modules,
     summing_modules,
+    sums_of,
 )
 from planner.runtime.serve.apply import laid_by
 from planner.runtime.serve.packed import pack
@@ -136,12 +136,25 @@ def test_ranks_share_experts_only_where_a_sum_of_them_is_all_that_a_module_gives
     graph = planned("deepseek").graph
     (unit,) = (u for u in graph.units if summing_modules(u))
     assert summing_modules(unit) == ("mlp.experts",) and routed_modules(unit) == ("mlp",)
-    assert gives_sum(unit, "mlp.experts") and not gives_sum(unit, "mlp")  # shared experts beside
+    assert sums_of(unit, "mlp.experts") and sums_of(unit, "mlp") is None  # shared experts beside
     assert no_expert_sum(graph) is None and no_expert_chain(graph) is None
     looped = planner.trace_serving(Looped(True).eval(), inputs, hardware="h100x1", prompt=16,
                                    output=16, batch=2).graph  # fmt: skip
     assert "no second matmul" in no_expert_chain(looped)  # each of them is one matrix
     assert "no stacked parameters" in experts_of(looped).undivided
+
+
+@pytest.mark.parametrize("pins", [("tp=2", "ep=2"), ("attention_dp=2", "ep=1")])
+def test_what_a_module_gives_beside_the_sum_is_not_summed(world, tmp_path, pins):
+    """The example's: router and experts in one module, which gives its losses too."""
+    model, ids = cases.own_moe()
+    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=pins, precision="fp32",
+                                 prompt=16, output=16, batch=3)  # fmt: skip
+    plan.save(str(tmp_path / "plan.json"))
+    logits, losses = (x.detach() for x in model(ids))
+    for said, lost in world.run(2, cases.served_own, str(tmp_path / "plan.json")):
+        torch.testing.assert_close(said, logits)
+        torch.testing.assert_close(lost, losses)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------

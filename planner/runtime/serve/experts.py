@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
 from ir.errors import PlanError
-from planner.routed import inside, routed_modules, summing_modules, weights_of
+from planner.routed import inside, routed_modules, summing_modules, sums_of, weights_of
 from planner.runtime.context import Context
 from planner.runtime.experts import lay_out, region_of, use_grouped_matmuls
 from planner.runtime.parts import boxes_of, local_of
@@ -28,6 +28,7 @@ from planner.runtime.routed import Tokens, run_routed
 from planner.runtime.serve.lent import Place, lent, parameter
 from planner.runtime.serve.replicas import met
 from planner.runtime.site import Site
+from planner.runtime.tensor import fits
 
 aten = torch.ops.aten
 
@@ -84,12 +85,19 @@ def _sum_over_ranks(site: Site, path: str, context: Context) -> None:
         with lent(places, given, held):
             return inner(*args, **kwargs)
 
-    run = met(with_own, path, context) if replicas else with_own
+    specs = sums_of(site.unit, path)
+    assert specs is not None  # others are refused
+
+    def sums(x: Tensor) -> bool:
+        return any(fits(x, spec) for spec in specs)
+
+    run = met(with_own, path, sums, context) if replicas else with_own
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(tokens.enter, (args, kwargs))
-        out = run(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, lambda x: _summed(x, tp), out)
+        return pytree.tree_map_only(
+            Tensor, lambda x: _summed(x, tp) if sums(x) else x, run(*args, **kwargs)
+        )
 
     module.forward = forward
 

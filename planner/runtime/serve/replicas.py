@@ -54,7 +54,7 @@ def divide_batch(module: nn.Module, context: Context) -> None:
         found = outputs_whole(forward(*own_args, **own_kwargs))
 
         def whole(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != run_here[rank]:
+            if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[0] != run_here[rank]:
                 return x
             parts = gathered(x, run_here, group).split(run_here)
             return torch.cat([part[:n] for part, n in zip(parts, shares)])
@@ -96,10 +96,13 @@ def scattered_sum(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup) ->
     return found[: counts[dist.get_rank(group)]]
 
 
-def met(inner: Callable[..., Any], path: str, context: Context) -> Callable[..., Any]:
+def met(
+    inner: Callable[..., Any], path: str, sums: Callable[[Tensor], bool], context: Context
+) -> Callable[..., Any]:
     """A module's forward on the tokens of all replicas: its sums come back to where they belong.
 
-    Tensors that it is given (tokens, ..), or (sequences, length, ..), are those of all.
+    Tensors that it is given (tokens, ..), or (sequences, length, ..), are those of all. sums: which
+    of its results are sums over experts; others are alike on all ranks.
     """
     group, rank = context.meshes.dp.get_group(), context.meshes.rank("dp")
 
@@ -123,7 +126,10 @@ def met(inner: Callable[..., Any], path: str, context: Context) -> Callable[...,
 
         def to_own(x: Tensor) -> Tensor:
             by_row = x.shape[:2] == (sum(counts) // length, length)
-            flat = scattered_sum(x.flatten(0, 1) if by_row else x, counts, group)
+            if not by_row and not (x.dim() and x.shape[0] == sum(counts)):
+                return x
+            flat = x.flatten(0, 1) if by_row else x
+            flat = scattered_sum(flat, counts, group) if sums(x) else flat.split(counts)[rank]
             return flat.unflatten(0, (-1, length)) if by_row else flat
 
         return pytree.tree_map_only(Tensor, to_own, inner(*args, **kwargs))
