@@ -24,6 +24,16 @@ def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
     notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
     if d.offload:
         notes.append(host_note(costs.cluster))
-    if is_moe(costs.chain) and d.ep >= 1:
-        notes.append("expert load: balanced, every expert gets the same number of rows")
+    if is_moe(costs.chain):
+        notes.append(_expert_load(costs.workload.expert_imbalance, d.ep))
     return tuple(dict.fromkeys(notes))
+
+
+def _expert_load(imbalance: float, ep: int) -> str:
+    """imbalance: of the busiest ep rank over the mean; 1 is none (`Workload`)."""
+    if imbalance == 1:
+        return "expert load: balanced, every expert gets the same number of rows"
+    if ep == 1:
+        return (f"expert load: every rank has all experts (ep 1), where an imbalance of"
+                f" {imbalance:g} between ranks is none")  # fmt: skip
+    return f"expert load: the busiest of {ep} expert ranks gets {imbalance:g} times the mean"

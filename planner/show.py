@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +25,7 @@ from planner.share_words import microbatch_words, tp_words
 WIDTH = 80
 BAR = 32
 MOST_STAGES = 4  # rows on the first screen; --layers shows every stage
+LEAST_FOLDED = 3  # stages in a row that are told in one
 MOST_BARS = 6
 SHORT_RECOMPUTE = 24  # letters; where stages differ more than that, totals are told
 MOST_ASSUMPTIONS = 2
@@ -271,7 +273,7 @@ def layers_text(plan: Plan) -> str:
     groups: dict[str, list[str]] = {}
     for name, placement in placements(plan.sharding_by_unit, plan.graph).items():
         groups.setdefault(placement, []).append(name)
-    lines = [_stage_words(r) for r in stage_records(plan.decisions, plan.graph)]
+    lines = _folded_stages(plan)
     lines += [f"recompute {r['recompute']}: {r['units']}"
               for r in recompute_records(plan.decisions, plan.graph)]  # fmt: skip
     lines += [f"kept in part of {name}: {' '.join(words) or 'its inputs alone'}"
@@ -279,6 +281,32 @@ def layers_text(plan: Plan) -> str:
     for placement, names in groups.items():
         lines += [f"{placement:5} {pattern}" for pattern in fold(names)]
     return "\n".join(lines)
+
+
+def _folded_stages(plan: Plan) -> list[str]:
+    """A line a stage; one for several in a row that have as many layers each and nothing else."""
+    from planner.chain import stage_units
+
+    d, units = plan.decisions, stage_units(plan.graph, plan.decisions.stages)
+    records = stage_records(d, plan.graph)
+
+    def alike(r: Mapping[str, Any]) -> tuple[Any, ...]:
+        at = r["stage"]
+        layers = d.stages[at] if len(units[at]) == d.stages[at] else -1 - at
+        return layers, at // d.pp, r.get("part")  # ranks go up, or down, within pp stages
+
+    lines = []
+    for (layers, _, part), group in itertools.groupby(records, alike):
+        run = list(group)
+        first, last = run[0], run[-1]
+        if len(run) < LEAST_FOLDED:
+            lines += map(_stage_words, run)
+            continue
+        names = fold_text([name for r in run for name in units[r["stage"]]])
+        ranks = f"{first['pp_rank']} to {last['pp_rank']}{f', {part}' if part else ''}"
+        lines.append(f"stages {first['stage']} to {last['stage']} (pp ranks {ranks}): {names},"
+                     f" {layers} on each")  # fmt: skip
+    return lines
 
 
 def stage_text(plan: Plan, e: Estimate, stage: int) -> str:

@@ -48,6 +48,18 @@ def test_it_raises_nothing_where_experts_do_not_lie_over_ranks(name, d):
     assert estimated(name, d, 1.5).step_time_ps == estimated(name, d, 1.0).step_time_ps
 
 
+def test_what_an_estimate_rests_on_says_the_load_that_it_was_given():
+    def load(name, d, skew):
+        return [x for x in estimated(name, d, skew).assumptions if x.startswith("expert load")]
+
+    assert load("moe", EP, 1.0) == [
+        "expert load: balanced, every expert gets the same number of rows"
+    ]
+    assert "busiest of 8 expert ranks gets 1.5 times the mean" in load("moe", EP, 1.5)[0]
+    assert "every rank has all experts" in load("moe", replace(EP, ep=1), 1.5)[0]
+    assert load("llama", replace(EP, ep=1), 1.5) == []
+
+
 def test_a_plan_says_it_only_where_there_is_one():
     graph = toy_graph()
     plan = toy_plan(graph)

@@ -33,6 +33,31 @@ def test_layers(update_golden):
     update_golden(GOLDEN / "show_layers.txt", layers_text(toy_plan()) + "\n")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "rows"),
+    [
+        ("1f1b", 1, ["stage 0 (pp rank 0): embed_tokens, layers.0",
+                     "stages 1 to 6 (pp ranks 1 to 6): layers.{1..6}, 1 on each",
+                     "stage 7 (pp rank 7): layers.7, norm, lm_head"]),
+        ("interleaved", 2, ["stage 0 (pp rank 0): embed_tokens, layers.0",
+                            "stages 1 to 3 (pp ranks 1 to 3): layers.{1..3}, 1 on each",
+                            "stages 4 to 6 (pp ranks 0 to 2): layers.{4..6}, 1 on each",
+                            "stage 7 (pp rank 3): layers.7, norm, lm_head"]),
+        ("zbv", 2, ["stage 0 (pp rank 0): embed_tokens, layers.0",
+                    "stages 1 to 3 (pp ranks 1 to 3): layers.{1..3}, 1 on each",
+                    "stages 4 to 6 (pp ranks 3 to 1): layers.{4..6}, 1 on each",
+                    "stage 7 (pp rank 0): layers.7, norm, lm_head"]),
+    ],
+)  # fmt: skip
+def test_stages_that_are_alike_are_told_in_one(schedule, virtual, rows):
+    d = replace(DECISIONS, pp=8 // virtual, virtual_stages=virtual, schedule=schedule,
+                stages=(1,) * 8, recompute=((0, 0),) * 8, tp=1, dp=virtual)  # fmt: skip
+    lines = layers_text(toy_plan(decisions=d, shardings=())).splitlines()
+    assert lines[: len(rows)] == rows and not lines[len(rows)].startswith("stage")
+    uneven = replace(d, stages=(1, 1, 1, 1, 1, 1, 0, 2))
+    assert "stages 6" not in layers_text(toy_plan(decisions=uneven, shardings=()))
+
+
 def test_stage(update_golden):
     plan = toy_plan()
     update_golden(GOLDEN / "show_stage.txt", stage_text(plan, estimated(plan), 1) + "\n")
