@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import typer
 
 from planner import completing
-from planner.console import run
+from planner.console import heard, run
 
 COMMANDS: tuple[tuple[str, str, str, str], ...] = (  # word, module, function, help
     ("trace", "commands.trace", "trace", "trace, cost, solve, write the plan"),
@@ -46,7 +46,7 @@ def app(first: str = "") -> typer.Typer:
     asked = [row for row in COMMANDS if row[0] == first]
     for name, module, function, words in asked or COMMANDS:
         found = getattr(importlib.import_module(f"planner.{module}"), function)
-        top.command(name, short_help=words)(found)
+        top.command(name, short_help=words)(heard(found))
     from planner.commands.hardware import hardware_list, hardware_show
 
     names = typer.Typer(help="What the hardware names mean.", **plain)

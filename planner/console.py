@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import shutil
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ from ir.errors import PlanError
 
 INTERNAL, USAGE, INTERRUPTED = 1, 64, 130
 QUIET_S = 1.0  # progress is shown after this
+LONGEST = 78  # of its line
 
 
 def say(text: str) -> None:
@@ -48,23 +51,55 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         return INTERNAL
 
 
+def heard(command: Callable[..., int]) -> Callable[..., int]:
+    """The command, whose Ctrl-C is told: typer returns its code without a word."""
+
+    @functools.wraps(command)
+    def run_it(*given: Any, **named: Any) -> int:
+        try:
+            return command(*given, **named)
+        except KeyboardInterrupt as stop:
+            raise typer.Abort from stop
+
+    return run_it
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], None] | None]:
-    """A function that shows one line on a terminal, once a second has passed; None elsewhere."""
+    """A function that shows one line on a terminal, once a second has passed; None elsewhere.
+
+    What was said before that is shown when it has: a long step says its name once, as it begins.
+    """
     if not sys.stderr.isatty():
         yield None
         return
-    start = time.monotonic()
+    width = min(LONGEST, shutil.get_terminal_size().columns - 1)  # a wrapped line is not wiped
+    latest = [""]
+    loud = threading.Event()
+
+    def write() -> None:
+        print("\r" + latest[0][:width].ljust(width), end="", file=sys.stderr, flush=True)
+
+    def begin() -> None:
+        loud.set()
+        write()
 
     def show(line: str) -> None:
-        if time.monotonic() - start > QUIET_S:
-            print("\r" + line[:78].ljust(78), end="", file=sys.stderr, flush=True)
+        latest[0] = line
+        if loud.is_set():
+            write()
 
+    timer = threading.Timer(QUIET_S, begin)
+    timer.daemon = True
+    timer.start()
     try:
         yield show
     finally:
-        show("")
-        show("\r")
+        timer.cancel()
+        timer.join()
+        if loud.is_set():
+            show("")
+            print("\r", end="", file=sys.stderr, flush=True)
 
 
 def _usage(fault: Any) -> int:

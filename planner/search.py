@@ -156,6 +156,8 @@ class Searcher(Space):
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:
+        if self.progress and not out.best:
+            self.progress(f"solving: {out.expanded} of {out.meshes} meshes, none fits yet")
         if self.progress and out.best:
             best = out.best.score
             step = out.best.objective_ps / 1e12

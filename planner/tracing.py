@@ -67,6 +67,8 @@ def attempt(
     check_pins(options.pins, workload, gpus=cluster.count, layers=layers)
     check_model(graph, cluster, workload, options.pins)
     usable = capped(cluster, options.limits.memory_bytes)
+    if progress:
+        progress("costing")
     costs, searcher = _searcher(graph, usable, workload, options.pins, progress)
     searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
     clock.mark("cost_s")

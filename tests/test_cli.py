@@ -1,9 +1,11 @@
 """The commands as a shell sees them: stdout, stderr, exit codes."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -144,7 +146,33 @@ def test_interrupt_is_130(plan, monkeypatch):
 
     fresh_plan().save("plan.json")
     monkeypatch.setitem(sys.modules, "cost_models.estimate", SimpleNamespace(estimate=stop))
-    assert plan("show")[0] == 130
+    code, out, err = plan("show")
+    assert (code, out, err) == (130, "", "interrupted\n")
+
+
+def test_progress_is_a_line_of_a_terminal_wiped_at_the_end(monkeypatch):
+    """Nothing where it is quick, or no terminal; what was said before the second is shown after."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(console, "QUIET_S", 0.05)
+    with console.progress() as show:
+        assert show is None
+    for wait, said in ((0.0, ""), (0.3, "tracing")):
+        monkeypatch.setattr("sys.stderr", Terminal())
+        with console.progress() as show:
+            show("tracing")
+            time.sleep(wait)
+        found = sys.stderr.getvalue()
+        assert found.strip() == said and len(found.split("\r")) == (4 if wait else 1)
+        assert not wait or found.endswith("\r" + " " * 39 + "\r")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with console.progress() as show:
+        time.sleep(0.3)
+        show("x" * 200)
+    assert max(map(len, sys.stderr.getvalue().split("\r"))) == 39  # a wrapped line is not wiped
 
 
 def test_show(plan):
