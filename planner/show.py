@@ -295,7 +295,7 @@ def _folded_stages(plan: Plan) -> list[str]:
         layers = d.stages[at] if len(units[at]) == d.stages[at] else -1 - at
         return layers, at // d.pp, r.get("part")  # ranks go up, or down, within pp stages
 
-    lines = []
+    lines: list[str] = []
     for (layers, _, part), group in itertools.groupby(records, alike):
         run = list(group)
         first, last = run[0], run[-1]
