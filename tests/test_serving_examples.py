@@ -55,8 +55,9 @@ def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
     assert seconds(with_host)[1] < 0.06 and gigabytes(with_host, "cpu") > 50
     # 700B dense: it runs, seconds a token; no faster than a GPU's link and its host's CPU read it
     assert 3 < seconds(dense)[1] < 10
-    # 1.3T: below a second a token from RAM and from NVMe, after minutes for the first
-    assert seconds(ram)[1] < seconds(nvme)[1] < 1 and min(seconds(ram)[0], seconds(nvme)[0]) > 60
+    # 1.3T: below a second a token from RAM and from NVMe, the first after a third of a minute, or
+    # over a minute
+    assert seconds(ram)[1] < seconds(nvme)[1] < 1 and 20 < seconds(ram)[0] < 60 < seconds(nvme)[0]
     # one expert a GPU is no quicker than a dense model over the same GPUs
     assert seconds(llama)[1] < seconds(moe)[1]
     # a window's cache is that of 3K; weights, which it leaves alone, are most of the memory
