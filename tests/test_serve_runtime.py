@@ -157,6 +157,13 @@ def test_a_packed_tensor_is_read_as_its_values(word):
         with mode():
             wanted = functional.linear(x, whole[1], bias)
             torch.testing.assert_close(functional.linear(x, one, bias), wanted)
+    rows, ends = torch.randn(7, 128), torch.tensor([3, 3, 6], dtype=torch.int32)
+    with torch.no_grad():  # the second of three experts has no row, the last row no expert
+        products = functional.grouped_mm(rows, found.transpose(-2, -1), offs=ends)
+        upright = functional.grouped_mm(rows[:, :64], found, offs=ends)
+    torch.testing.assert_close(products[:3], rows[:3] @ whole[0].T)
+    torch.testing.assert_close(products[3:6], rows[3:6] @ whole[2].T)
+    torch.testing.assert_close(upright[3:6], rows[3:6, :64] @ whole[2])
     ids = torch.tensor([[1, 2], [5, 63]])
     assert torch.equal(functional.embedding(ids, one), functional.embedding(ids, whole[1]))
     assert found.held_bytes < stack.numel() * (BITS[word] + 1.6) / 8

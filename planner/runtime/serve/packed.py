@@ -7,6 +7,7 @@ runs the device's own kernel for the format where there is one, taking one of it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,6 +256,21 @@ def _product_and(bias: Tensor, x: Any, w: Any, *, beta: float = 1, alpha: float 
     return found if found is NotImplemented else found + bias
 
 
+def _grouped(x: Any, w: Any, ends: Any = None, *rest: Any) -> Any:
+    """Rows (m, k) of several weights, expert after expert, each by its own: one is unpacked at a
+    time, if at all. ends: where each one's rows end."""
+    if not isinstance(w, Packed) or isinstance(x, Packed) or ends is None or (
+        (x.dim(), w.dim()) != (2, 3) or any(r is not None for r in rest)
+    ):  # fmt: skip
+        return NotImplemented
+    edges = [0, *ends.tolist()]
+    found = x.new_zeros(x.shape[0], w.shape[-1])
+    for at, (start, end) in enumerate(itertools.pairwise(edges)):
+        if start < end:
+            found[start:end] = x[start:end] @ _one(w, 0, at)
+    return found
+
+
 def _linear(x: Any, w: Any, bias: Any = None) -> Any:
     if not isinstance(w, Packed) or isinstance(x, Packed) or w.flipped or w.dim() != 2:
         return NotImplemented
@@ -277,5 +293,5 @@ _RULES: Mapping[Any, Callable[..., Any]] = {
     aten.select.int: _one, aten.slice.Tensor: _rows, aten.unbind.int: _each,
     aten.index_select.default: _chosen, aten.cat.default: _joined,
     aten.mm.default: _product, aten.addmm.default: _product_and, aten.linear.default: _linear,
-    aten.embedding.default: _looked_up,
+    aten._grouped_mm.default: _grouped, aten.embedding.default: _looked_up,
 }  # fmt: skip
