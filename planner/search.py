@@ -33,6 +33,7 @@ from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
 from planner.stage_planes import Effort, Shapes, applies, refute
+from planner.stage_ranks import bound_ps
 from planner.stages import (
     StageSolution,
     lower_bound_ps,
@@ -268,7 +269,7 @@ class Searcher(Space):
                 pays = lower_bound_ps(unlimited(problem)) < target
                 if pays and not (out.best and surely_infeasible(problem)):
                     yield Program(
-                        bound_ps=lower_bound_ps(problem), decisions=one, problem=problem, step=None
+                        bound_ps=bound_ps(problem), decisions=one, problem=problem, step=None
                     )
 
     def _solve_all(
@@ -295,11 +296,12 @@ class Searcher(Space):
         """The stage programs of a schedule that may have a solution: as layers are recomputed in
         part by default, and where memory surely binds as they may be otherwise."""
         weighed = out.best is not None or out.misfits >= MISFITS
+        below = self._below(out.best, d) if out.best else ENDLESS
         fits = not weighed or not surely_infeasible(problem)
         eased = fits and forced_ps(problem) == 0
         if fits:
             yield Program(
-                bound_ps=lower_bound_ps(problem), decisions=d, problem=problem,
+                bound_ps=bound_ps(problem, below), decisions=d, problem=problem,
                 step=step if eased else None,
             )
         if not eased:
@@ -308,7 +310,7 @@ class Searcher(Space):
     def _kept_otherwise(self, step: Step, d: Decisions, problem: StageProblem) -> Iterator[Program]:
         for made, other in self.kept_otherwise(step, d, problem):
             if not surely_infeasible(other):
-                yield Program(bound_ps=lower_bound_ps(other), decisions=made, problem=other)
+                yield Program(bound_ps=bound_ps(other), decisions=made, problem=other)
 
     def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
         """Of a solved program whose bound has no recomputation in it: the same with other sets
@@ -370,7 +372,7 @@ class Searcher(Space):
         settled = (found.status == "OPTIMAL" and over is None) or (
             found.status == "INFEASIBLE" and refutes(problem)
         )
-        proved = row.bound_ps if found.status == "INFEASIBLE" else found.bound_ps
+        proved = row.bound_ps if found.status == "INFEASIBLE" else max(row.bound_ps, found.bound_ps)
         if not settled and (best is None or proved < best):
             unsettled.append(Unsettled(
                 bound=self._score(proved, d), bound_ps=proved,

@@ -23,6 +23,7 @@ from cost_models.stage_problem import StageProblem, slow_of
 from planner.interrupts import held
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
+from planner.stage_ranks import bound_ps, tables
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
 WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
@@ -85,6 +86,8 @@ def refute(
     p: StageProblem, below_ps: int, known: Known, effort: Effort
 ) -> tuple[bool, list[tuple[int, ...]]]:
     """Whether no choice has a step below this; if not, cuts that may have, best guess first."""
+    if bound_ps(p) >= below_ps:
+        return True, []
     planes = _Planes(p, below_ps, known, effort)
     refuted = planes.empty()
     return refuted, [] if refuted else planes.cuts
@@ -116,6 +119,7 @@ class _Planes:
         self._add_columns()
         self._add_memory()
         self._add_tails()
+        self._add_ranks()
         together = self.solver.Constraint(-self.inf, 1 + TOLERANCE)
         for x in (self.span, self.tail):
             together.SetCoefficient(x, 1)
@@ -178,11 +182,10 @@ class _Planes:
                 self.columns.append((stage, k, 0, x))
                 for row in (some, of_class[k], of_rank[p.rank_of(stage)]):
                     row.SetCoefficient(x, 1)
-                saved = [level for level in again if self.of[10 + level, k] < self.of[10, k]]
-                if saved:
+                if again:
                     within = s.Constraint(-self.inf, 0)
                     within.SetCoefficient(x, -1)
-                for level in saved:
+                for level in again:
                     y = s.NumVar(0, n, "")
                     self.columns.append((stage, k, level, y))
                     within.SetCoefficient(y, 1)
@@ -224,6 +227,26 @@ class _Planes:
                 row.SetCoefficient(self.tail, 1)
                 for _, kind, _, x in mine:
                     row.SetCoefficient(x, -(own[kind] + share * comm[kind]) / self.unit)
+
+    def _add_ranks(self) -> None:
+        """The most layers of a kind that a rank has in the time, in whole numbers, and what so
+        many recompute."""
+        p = self.p
+        for table in tables(p):
+            kinds = {self.kind_of[i] for i in table.layers}
+            for rank, most in enumerate(table.most(math.ceil(self.unit * (1 + TOLERANCE)))):
+                mine = [c for c in self.columns if p.rank_of(c[0]) == rank]
+                layers = [x for _, kind, level, x in mine if level == 0 and kind in kinds]
+                row = self.solver.Constraint(-self.inf, most)
+                for x in layers:
+                    row.SetCoefficient(x, 1)
+                for fixed, rate in table.recomputed(rank, most):
+                    row = self.solver.Constraint(fixed / self.unit, self.inf)
+                    for x in layers:
+                        row.SetCoefficient(x, -rate / self.unit)
+                    for _, kind, level, x in mine:
+                        if level:
+                            row.SetCoefficient(x, float(self.of[10 - level, kind]) / self.unit)
 
     def _join(self, path: int) -> None:
         """A row: the makespan is at least this path."""
