@@ -19,7 +19,8 @@ from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 600  # linear programs at most, some 5 ms each
+PROGRAMS = 1_200  # linear programs at most, some 1.5 ms each
+STAGES = 40  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # of one stage program when it is asked
 CHEAP = 2  # times that this was no use; from then on twice as many each time
 NEAR = 100  # a bound is that near to the best, one part in so many, before that is asked about
@@ -115,11 +116,12 @@ class Proof:
         others = len(self.left) > 1 and free != p
         asked = [free] if others and self.known.promising(free, target) else []
         cuts: list[tuple[int, ...]] = []
+        counts = -(-p.count // STAGES)
         for one in (*asked, p):
-            effort = Effort(programs=min(most, self.programs))
-            self.programs -= effort.programs
+            given = max(0, min(most, -(-self.programs // counts)))
+            effort = Effort(programs=given)
             refuted, cuts = refute(one, target, paths, effort)
-            self.programs += effort.programs
+            self.programs -= counts * (given - effort.programs)
             if refuted:
                 self.known.add(one, target)
                 return True, []

@@ -44,7 +44,7 @@ from planner.stages import (
 
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
-# its state may fit, one for every 16 ways to hold it and one for every 4 programs: some 8 s
+# its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 8 s
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 ENDLESS = 1 << 62  # picoseconds
@@ -172,7 +172,7 @@ class Searcher(Space):
         full, again on the next; where memory may be in the way, with activations on the host."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
-        out.spent += bool(ways) + len(ways) // 16
+        out.spent += bool(ways) + len(ways) // 12
         while ways:
             full: list[Decisions] = []
             held: list[tuple[Decisions, Step]] = []
@@ -269,7 +269,8 @@ class Searcher(Space):
                 pays = lower_bound_ps(unlimited(problem)) < target
                 if pays and not (out.best and surely_infeasible(problem)):
                     yield Program(
-                        bound_ps=bound_ps(problem), decisions=one, problem=problem, step=None
+                        bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
+                        step=None,
                     )
 
     def _solve_all(
@@ -305,12 +306,14 @@ class Searcher(Space):
                 step=step if eased else None,
             )
         if not eased:
-            yield from self._kept_otherwise(step, d, problem)
+            yield from self._kept_otherwise(step, d, problem, below)
 
-    def _kept_otherwise(self, step: Step, d: Decisions, problem: StageProblem) -> Iterator[Program]:
+    def _kept_otherwise(
+        self, step: Step, d: Decisions, problem: StageProblem, below: int
+    ) -> Iterator[Program]:
         for made, other in self.kept_otherwise(step, d, problem):
             if not surely_infeasible(other):
-                yield Program(bound_ps=bound_ps(other), decisions=made, problem=other)
+                yield Program(bound_ps=bound_ps(other, below), decisions=made, problem=other)
 
     def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
         """Of a solved program whose bound has no recomputation in it: the same with other sets
@@ -319,7 +322,7 @@ class Searcher(Space):
         below = self._below(best, row.decisions) if best else ENDLESS
         if row.step is None or row.bound_ps >= below:
             return
-        others = list(self._kept_otherwise(row.step, row.decisions, row.problem))
+        others = list(self._kept_otherwise(row.step, row.decisions, row.problem, below))
         if best is not None and others and row.problem.chunks == 1:
             out.solved += 1
             out.spent += 1

@@ -10,8 +10,8 @@ that hold the fewest, and each layer beside those holds k_1 micro-batches at lea
 all N layers of the kind together, so the step is at least the least time in which the most layers
 of all ranks are N.
 
-The kind is the commonest one, other layers being left out, or one that is in every number the
-least of all layers; the greater bound counts.
+The kind is the commonest one, other layers being left out; where they are not few, also one that
+is in every number the least of all layers. The greater bound counts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from planner.stage_bounds import lower_bound_ps, mean_tail_ps
 
 Array = Any
 NEVER_PS = 1 << 60  # of a rank that so many layers do not fit
+FEW = 10  # one in so many layers, or fewer: other kinds say little of the ranks
 BELOW, BEYOND = 4, 6  # numbers of layers that are weighed, about the mean of all ranks
 
 
@@ -113,12 +114,12 @@ def tables(p: StageProblem) -> tuple[Table, ...]:
         p.tail_comm_ps, p.tail_hide_ps, p.tail_own_ps, *p.recompute_ps, *p.activation_bytes,
         *p.working_bytes,
     ))  # fmt: skip
-    (common, count), *more = Counter(rows).most_common()
+    common, count = Counter(rows).most_common(1)[0]
     mine = tuple(i for i, row in enumerate(rows) if row == common)
     others = tuple(i for i, row in enumerate(rows) if row != common)
     relief = sum(max(0, rows[i][6] - rows[i][5]) for i in others)
     found = [_table(p, _kind(common, count, others, relief), mine)]
-    if more:
+    if len(others) * FEW > p.layers:
         least = [min(column) for column in zip(*rows)]
         least[5:7] = min(row[5] - row[6] for row in rows), 0
         found.append(_table(p, _kind(tuple(least), p.layers, (), 0), tuple(range(p.layers))))
