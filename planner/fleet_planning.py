@@ -47,7 +47,8 @@ class Searched:
     @property
     def words(self) -> str:
         """The parts by name."""
-        return "+".join(side.cluster.spec for side in kinds_of(self.searcher.costs))
+        own = ", a tp of each" if getattr(self.searcher, "apart", False) else ""
+        return "+".join(side.cluster.spec for side in kinds_of(self.searcher.costs)) + own
 
 
 @dataclass(kw_only=True)
@@ -151,7 +152,8 @@ def _searchers(
     graph: Graph, fleet: Fleet, workload: Workload, options: TraceOptions
 ) -> Iterator[Searcher]:
     """Each part alone, the quickest first; then replicas on several, side by side; then pipelines
-    over several in every order. Raises UsageError where the pins suit none of them."""
+    over several in every order, and again with a tp of each part. Raises UsageError where the pins
+    suit none of them."""
     pins = options.pins
     for part in fleet.parts:
         check_model(graph, part, workload, pins)
@@ -160,17 +162,23 @@ def _searchers(
     blank = {part.name: Costs(graph=graph, cluster=part, workload=workload,
                               compiled=may_compile(workload, pins)) for part in usable}  # fmt: skip
     searchers: list[Searcher] = []
+    last: list[Searcher] = []
     for parts, replicas in _suited(graph, fleet, workload, pins, usable):
         made = [blank[part.name] for part in parts]
         if replicas:
             searchers.append(ShareSearcher(costs=side_by_side(fleet, made), pins=pins))
             continue
         costs = together(fleet, made)
-        if isinstance(costs, MixedCosts):
-            searchers.append(FleetSearcher(costs=costs, pins=pins))
-        else:
+        if not isinstance(costs, MixedCosts):
             searchers.append(Searcher(costs=costs, pins=pins))
-    points = dict.fromkeys((m.micro_batch, m.cp) for s in searchers for m in s.meshes())
+            continue
+        if not pins.tp_by_part:
+            searchers.append(FleetSearcher(costs=costs, pins=pins))
+        if pins.tp_by_part != () and workload.engine in NATIVE:
+            last.append(FleetSearcher(costs=costs, pins=pins, apart=True))
+    searchers += last
+    every = ((s.candidates() if isinstance(s, FleetSearcher) else s.meshes()) for s in searchers)
+    points = dict.fromkeys((m.micro_batch, m.cp) for some in every for m in some)
     shared: dict[frozenset[str], FleetSearcher] = {}  # by parts, whatever their order
     laid: dict[str, dict[tuple[int, bool], Assignments]] = {}  # by part alone
     for searcher in searchers:
@@ -187,6 +195,8 @@ def _searchers(
         else:
             searcher._laid = laid.setdefault(name, searcher._laid)
         searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
+        if isinstance(searcher, FleetSearcher) and searcher.apart:
+            searcher.effort = max(1, searcher.effort // 2)
         yield searcher
 
 

@@ -21,7 +21,6 @@ from ir.errors import PlanError
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
 from planner.mesh import Mesh, laid_out, parted
-from planner.runnable import NATIVE
 from planner.search import Searcher
 from planner.space import Space
 from planner.stage_sides import least_spread
@@ -32,9 +31,11 @@ ROUNDING = 1e-6  # of sums as floats, relative: what is proved stays below
 
 @dataclass(kw_only=True)
 class FleetSearcher(Searcher):
-    """The search of pipelines over all parts, in one order."""
+    """The search of pipelines over all parts, in one order. apart: of those whose parts have
+    another tp each, else of all others: one takes no effort from the other."""
 
     costs: MixedCosts
+    apart: bool = False
     _passed: dict[tuple[str, Decisions, int], Through] = field(default_factory=dict)
 
     def share(self, other: FleetSearcher) -> None:
@@ -59,20 +60,22 @@ class FleetSearcher(Searcher):
 
     def meshes(self) -> Iterator[Mesh]:
         """Meshes of which every part has whole stages, one at least."""
+        return filter(self._lies, self.candidates()) if self.apart else self.candidates()
+
+    def candidates(self) -> Iterator[Mesh]:
+        """The same, whatever smaller tps split."""
         costs, parts = self.costs, self.clusters
         widest = math.gcd(*(part.count for part in parts))
         if self.pins.dp_outer not in (None, 1):
             return
         domain = min(part.domain_ranks for part in parts)
         gpus = sum(part.count for part in parts)
-        if not self.pins.tp_by_part:
-            for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
-                if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
-                    yield mesh
-        if self.pins.tp_by_part != () and costs.workload.engine in NATIVE:
-            for mesh in parted(costs.chain, parts, costs.workload, self.pins):
-                if self._lies(mesh):
-                    yield mesh
+        if self.apart:
+            yield from parted(costs.chain, parts, costs.workload, self.pins)
+            return
+        for mesh in laid_out(costs.chain, gpus, domain, costs.workload, self.pins):
+            if mesh.pp > 1 and widest % (mesh.dp * mesh.cp * mesh.tp) == 0:
+                yield mesh
 
     def _lies(self, mesh: Mesh) -> bool:
         """Whether every part's tp splits the units as the largest does."""

@@ -99,7 +99,8 @@ class Searcher(Space):
         spaces = [replace(self, formats=way) for way in self.format_ways()]
         candidates = [(space, m) for space in spaces for m in runs]
         out = Outcome(best=incumbent, meshes=len(candidates))
-        if not candidates:
+        if not candidates:  # nothing is better there
+            out.bound = out.best.score if out.best else 0
             return out
         below = [self._below(out.best, m) for m in runs] if out.best else None
         bounds = [space.bounds(runs, below) for space in spaces]

@@ -244,7 +244,7 @@ def least_over_parts(p, fleet):
         d for d in enumerated.product(p, enumerated.MESH_AXES) if d["pp"] > 1
         and not any(part.count % (d["dp"] * d["cp"] * d["tp"]) for part in fleet.parts)
     )  # fmt: skip
-    for d in (*alike, *enumerated.with_tp_by_part(p)):
+    for d in enumerated.with_tp_by_part(p) if p.searcher.apart else alike:
         laid, objectives = p.searcher.assign(d["tp"], d["sequence_parallel"]), []
         for made in enumerated.product(p, (*enumerated.STATE_AXES, *enumerated.SCHEDULE_AXES), d):
             if made["virtual_stages"] == 1:
@@ -264,7 +264,7 @@ def test_search_of_pipelines_over_parts_equals_enumeration(seed, tmp_path):
     options = TraceOptions(model="", asked=asked, effort=10**9)
     searchers = list(_searchers(graph, fleet, workload, options))
     pipelined = [s for s in searchers if isinstance(s.costs, MixedCosts)]
-    assert len(searchers) == 5 and len(pipelined) == 2
+    assert len(searchers) == 7 and [s.apart for s in pipelined] == [False, False, True, True]
     for searcher in pipelined:
         p = over_parts(searcher, fleet)
         least = least_over_parts(p, fleet)
