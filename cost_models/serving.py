@@ -19,6 +19,7 @@ from cost_models.serving_engines import ServingEngine
 from cost_models.serving_host import host_of
 from cost_models.serving_kv import kv_bytes, kv_here_bytes
 from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
+from cost_models.serving_queue import STEADY, Arrivals, mixed_s, prior_s
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
 
@@ -195,12 +196,18 @@ class Served:
     parts: dict[str, FloatArray]
 
 
+def _step_tokens(costs: Costs) -> int:
+    """Tokens of prompts that a replica's step takes: so many for each replica of attention."""
+    s = costs.serving
+    return (s.prefill_chunk or costs.engine.chunk_tokens) * s.attention_dp
+
+
 def prompt_steps(
     costs: Costs, model: ServedModel, running: FloatArray, context: FloatArray,
     prompt: FloatArray, prompts: FloatArray,
 ) -> FloatArray:  # fmt: skip
     """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode."""
-    chunk = costs.serving.prefill_chunk or costs.engine.chunk_tokens
+    chunk = _step_tokens(costs)
     most = int(np.max(np.ceil(prompts * prompt / chunk)))
     found = np.zeros(np.shape(running))
     left = prompt * 1.0
@@ -216,15 +223,9 @@ def prompt_steps(
 
 def serve(
     costs: Costs, model: ServedModel, prompt: FloatArray, output: FloatArray,
-    batch: FloatArray, room: FloatArray, waves: FloatArray | float = np.inf,
-    held_steps: FloatArray | float = 0.0,
+    batch: FloatArray, room: FloatArray, arrivals: Arrivals = STEADY,
 ) -> Served:  # fmt: skip
-    """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits.
-
-    waves: how many times the concurrency is sent in all: each wave's requests arrive at once, and
-    only the first wave's where answers end apart. inf is a steady state, 1 a burst. held_steps:
-    decode steps that an arrival is left waiting on purpose, so that prompts are read together.
-    """
+    """A closed loop at each of the loads, arrays of one shape. room: sequences a replica admits."""
     s, engine = costs.serving, costs.engine
     each = np.maximum(batch / s.replicas, 1.0)
     running = np.minimum(each, np.maximum(room, 1.0))
@@ -232,8 +233,9 @@ def serve(
     parts = step_parts(costs, model, step_of(running, context))
     decode_s = np.asarray(sum(parts.values()))
     others, none, one = np.maximum(running - 1, 0.0), 0.0 * running, np.ones(np.shape(running))
-    chunk = s.prefill_chunk or engine.chunk_tokens
+    chunk = _step_tokens(costs)
     steps = np.ceil(prompt / chunk)
+    fit = np.floor(chunk / prompt)  # whole prompts of a step
     alone_s = prompt_steps(costs, model, none, context, prompt, one)
     if engine.mixes:
         own_s = prompt_steps(costs, model, others, context, prompt, one)
@@ -242,19 +244,25 @@ def serve(
         own_s, delay_s = alone_s, alone_s / s.pp
     # Stages read different prompts at once: those behind wait for one stage's share of each.
     # A request of the first wave waits for those behind it alone, half of the others.
-    first = 1 / np.asarray(waves, dtype=np.float64)
+    first = 1 / np.asarray(arrivals.waves, dtype=np.float64)
     behind = others * (1 - first / 2)
     tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
-    # Half a step that is running, and the prompts of those that came at about the same time.
-    queued_s = np.minimum(engine.wait_prompts, others / 2) * own_s
-    steady_s = queued_s + own_s + (0.5 + held_steps) * decode_s
+    group = np.where(fit >= 1, fit, chunk / prompt)
+    if engine.mixes:
+        steady_s = mixed_s(arrivals, others, output, decode_s, own_s, steps, group)
+    else:
+        steady_s = prior_s(arrivals, others, output, decode_s, own_s, group)
+    steady_s = steady_s + np.minimum(engine.wait_prompts, others / 2) * own_s
     # The first wave arrives at once: in groups of as many prompts as a step takes.
-    group = np.minimum(np.maximum(np.floor(chunk / prompt), 1.0), running)
-    batch_s = prompt_steps(costs, model, none, context, prompt, group)
-    burst_s = (np.ceil(running / group) + 1) / 2 * batch_s
+    together = np.minimum(np.maximum(fit, 1.0), running)
+    batch_s = prompt_steps(costs, model, none, context, prompt, together)
+    if engine.mixes:  # those that were read decode meanwhile
+        batch_s = batch_s + np.where(running > together, decode_s, 0.0)
+    burst_s = (np.ceil(running / together) + 1) / 2 * batch_s
     burst_s = burst_s + (running + 1) / 2 * engine.arrival_host_s
     request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
     request_s = engine.request_host_s if request_s is None else request_s
+    request_s += engine.expert_host_s * model.routed_count
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
         tpot_s, ttft_s = decode_s, request_s + batch_s

@@ -28,6 +28,9 @@ class ServingEngine:
     request_host_s: host time of a request before its first step (tokenizing, transport).
     arrival_host_s: of requests that arrive at once, what the host takes for each before the next
     (tokenizing, admission), one after another.
+    expert_host_s: host time of a routed layer in a prompt's step, which is launched kernel by
+    kernel (no CUDA graph has its shapes) while steps before it run still: the first token waits for
+    it, the steps of others do not.
     kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
     chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
     waits. static: requests come as one batch, read and decoded to the end together.
@@ -48,6 +51,7 @@ class ServingEngine:
     sequence_host_s: float
     request_host_s: float
     arrival_host_s: float
+    expert_host_s: float
     kernel_host_s: float
     chunk_tokens: int
     mixes: bool

@@ -36,11 +36,12 @@ _HALVINGS = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
     """A replica that reads prompts: seconds of one alone, prompts a second where many wait, and
-    bytes of its fullest GPU with the caches of HELD of them."""
+    bytes of its fullest GPU with the caches of HELD of them. host_s: of routed layers' launches."""
 
     alone_s: float
     prompts_per_s: float
     held_bytes: float
+    host_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,7 @@ def reads(
     return Reads(
         alone_s=float(found[0]), prompts_per_s=float((s.pp * counts / found).max()),
         held_bytes=fixed + HELD * memory.kv_bytes_per_sequence,
+        host_s=engine.expert_host_s * model.routed_count,
     )  # fmt: skip
 
 
@@ -186,7 +188,8 @@ def pooled(
     # As in `serving.serve`: others' prompts that come at about the same time are read before.
     others = max(batch / p.replicas - 1, 0.0)
     before_s = min(engine.wait_prompts, others / 2) * read.alone_s / p.attention_dp
-    fixed_s = engine.request_host_s + before_s + read.alone_s + moved.exposed_s
+    alone_s = engine.request_host_s + read.host_s + read.alone_s + moved.exposed_s
+    fixed_s = alone_s + before_s
 
     def step_s(decoding: float) -> float:
         return decode.step_s(max(decoding / d.replicas, 1.0))
@@ -210,7 +213,7 @@ def pooled(
     step = step_s(low)
     rate = low / (output * step)
     ttft_s = batch / rate - output * step  # Little's law: who does not decode has no token yet
-    waiting_s = ttft_s - engine.request_host_s - read.alone_s - moved.exposed_s
+    waiting_s = ttft_s - alone_s
     return Pooled(
         ttft_s=ttft_s, tpot_s=step, tokens_per_s=rate * output, decoding=low, waiting_s=waiting_s,
         reading_s=read.alone_s, moves=moved, binds="" if binds == "requests" else binds,

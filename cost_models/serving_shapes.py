@@ -149,6 +149,11 @@ class ServedModel:
     def layer_count(self) -> int:
         return sum(layer.count for layer in self.layers)
 
+    @property
+    def routed_count(self) -> int:
+        """Layers with routed experts."""
+        return sum(layer.count for layer in self.layers if layer.experts)
+
     def block_elements(self) -> dict[str, float]:
         """Elements of the whole model's weights by block class, those there are."""
         found = dict.fromkeys(BLOCKS, 0.0)

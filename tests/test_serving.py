@@ -26,6 +26,7 @@ from cost_models.serving import (
 from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine, serving_engines
 from cost_models.serving_ops import Costs, step_of
+from cost_models.serving_queue import Arrivals
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import ServedModel
 from ir.errors import PlanError, UsageError
@@ -254,17 +255,20 @@ def test_arrivals_wait_for_the_host_and_for_steps_that_are_waited_on_purpose() -
     none = replace(costs, engine=replace(costs.engine, arrival_host_s=0.0))
     load = (model, np.full(2, 1000.0), np.full(2, 200.0), np.array([1.0, 9.0]), np.full(2, 64.0))
 
-    def ttft_s(costs: Costs, *more: float) -> np.ndarray:
-        return serve(costs, *load, *more).ttft_s
+    def ttft_s(costs: Costs, **more: float) -> np.ndarray:
+        return serve(costs, *load, Arrivals(**more)).ttft_s
 
     # one after another in a burst: 1, 2 .. 9 times; a tenth of it in ten waves, none in a steady
     # state
     for waves, share in ((1.0, 1.0), (10.0, 0.1), (np.inf, 0.0)):
-        more = ttft_s(late, waves) - ttft_s(none, waves)
+        more = ttft_s(late, waves=waves) - ttft_s(none, waves=waves)
         assert more == pytest.approx(share * 0.01 * np.array([1.0, 5.0]))
     steps_s = serve(none, *load).decode_s
-    assert ttft_s(none, np.inf, 20.0) - ttft_s(none) == pytest.approx(20 * steps_s)
-    assert ttft_s(none, 1.0, 20.0) == pytest.approx(ttft_s(none, 1.0))  # a burst is looked at once
+    held = {"gathered_prompts": 64.0, "gathered_steps": 2.0}  # the first of a group waits for all
+    more = (ttft_s(none, **held) - ttft_s(none)) / steps_s
+    assert more[0] == pytest.approx(2.0) and 1 < more[1] < 2 + 0.2  # eight others, one in 25 steps
+    burst = ttft_s(none, waves=1.0)
+    assert ttft_s(none, waves=1.0, **held) == pytest.approx(burst)  # a burst is looked at once
 
 
 def test_prompts_between_decode_steps_run_at_the_rated_clock() -> None:

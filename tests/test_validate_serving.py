@@ -6,14 +6,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cost_models.serving_decisions import Serving
 from cost_models.serving_engines import load_serving_engine
 from ir.errors import UsageError
 from planner import cli
 from planner.validation import serving as found
-from planner.validation.serving_fit import STEP, fitted
-from planner.validation.serving_recipes import held_steps
+from planner.validation.serving_fit import fit_engine
+from planner.validation.serving_recipes import Recipe, recipe_of
 from planner.validation.serving_report import document, text
 from planner.validation.serving_rows import plain_name, read_serving
 
@@ -73,24 +75,33 @@ def test_degrees_are_read_as_they_ran(folder, said, meant):
     assert bool(row.notes) == ((int(said[0]), dp) != meant[:2])
 
 
-@pytest.mark.parametrize(("change", "steps"), [
-    ({}, 0),
-    ({"backend": "sglang", "system": "b200_sxm"}, 14.5),  # looks for arrivals each 30 steps
-    ({"backend": "sglang", "system": "b200_sxm", "concurrency": "8", "batch_size": "8"}, 4.5),
-    ({"backend": "sglang", "system": "h200_sxm"}, 0),
-    ({"backend": "sglang", "system": "b200_sxm", "isl": "2048"}, 0),  # no recipe's load
-    ({"backend": "trtllm"}, 0),
+@pytest.mark.parametrize(("change", "looked"), [
+    ({}, 1),
+    ({"backend": "sglang", "system": "b200_sxm"}, 30),
+    ({"backend": "sglang", "system": "b200_sxm", "concurrency": "8", "batch_size": "8"}, 10),
+    ({"backend": "sglang", "system": "h200_sxm"}, 1),
+    ({"backend": "sglang", "system": "b200_sxm", "isl": "2048"}, 1),  # no recipe's load
+    ({"backend": "trtllm"}, 1),
 ])  # fmt: skip
-def test_recipes_say_how_long_arrivals_are_left_waiting(folder, change, steps):
+def test_recipes_say_how_often_arrivals_are_looked_for(folder, change, looked):
     (row,) = read(folder, change).rows
-    assert row.held_steps == steps
+    assert row.recipe.looked_every == looked
 
 
-def test_a_recipe_that_gathers_prompts_is_one_model_s():
-    for tp, load, steps in ((4, (1024.0, 1024.0), 20), (8, (1024.0, 1024.0), 0),
-                            (4, (1024.0, 8192.0), 0)):  # fmt: skip
-        assert held_steps("trtllm", "llama-3.1-70b", "h200", load, tp, 64) == steps
-    assert held_steps("trtllm", "qwen3-32b", "h200", (1024.0, 1024.0), 4, 64) == 0
+def test_recipes_say_what_a_step_takes_and_what_it_waits_for():
+    even, long = (1024.0, 1024.0), (8192.0, 1024.0)
+
+    def made(version, model, load, precision="fp8", device="b200", **degrees):
+        s = Serving(**{"batch": 64, **degrees})
+        return recipe_of("trtllm", version, model, device, precision, load, s)
+
+    for tp, load, steps in ((4, even, 20), (8, even, 0), (4, long, 0)):
+        assert made("", "llama-3.1-70b", load, tp=tp).gathered_steps == steps
+    assert made("", "deepseek-r1", even, tp=8).chunk_tokens == 1152  # 64 + 1024 + 64, at least
+    assert made("1.2.0rc6", "deepseek-r1", even, tp=8).gathered_tokens == 0.8 * 8192
+    apart = made("1.2.0rc6", "deepseek-r1", long, "fp4", attention_dp=8)
+    assert (apart.gathered_ranks, apart.gathered_steps, apart.chunk_tokens) == (8, 60, 8320)
+    assert made("1.2", "qwen3-32b", even) == made("1.2", "deepseek-r1", (2048.0, 128.0)) == Recipe()
 
 
 def test_instances_are_counted_from_their_batch(folder):
@@ -182,13 +193,25 @@ def test_the_fit_finds_what_made_the_runs(folder):
                for b in (1, 16, 64) for tp in (1, 2)]  # fmt: skip
     rows = read(folder, *changes).rows
     models, _ = found.models_of(rows)
-    truth = replace(load_serving_engine("vllm"), start_share=0.7, step_host_s=4e-4,
-                    sequence_host_s=1e-5)  # fmt: skip
+    truth = replace(
+        load_serving_engine("vllm"), start_share=0.7, step_host_s=4e-4, sequence_host_s=1e-5,
+        request_host_s=0.05, wait_prompts=0.5, arrival_host_s=3e-3, expert_host_s=0.0,
+    )  # fmt: skip
     made, _ = found.predict(rows, models, {"vllm": truth})
-    rows = [replace(one.row, tpot_s=one.tpot_s) for one in made]
-    got = fitted(rows, models, load_serving_engine("vllm"), STEP, "tpot_s", 0.15, rounds=12)
-    again, _ = found.predict(rows, models, {"vllm": got})
-    assert max(abs(one.tpot_s / one.row.tpot_s - 1) for one in again) < 0.01
+    rows = [replace(one.row, tpot_s=one.tpot_s, ttft_s=one.ttft_s) for one in made]
+    got, of = fit_engine(rows, models, load_serving_engine("vllm"))
+    part = of(np.array([row.serving.tp == 1 for row in rows]))  # from those alone
+    for engine in (got, part):
+        again, _ = found.predict(rows, models, {"vllm": engine})
+        assert max(abs(one.tpot_s / one.row.tpot_s - 1) for one in again) < 0.01
+        assert max(abs(one.ttft_s / one.row.ttft_s - 1) for one in again) < 0.05
+
+
+def test_what_no_queue_explains_is_set_aside(folder):
+    """Sixteen prompts in flight take some 20 ms; a first token after 1 s waited for no prompt."""
+    got = report(folder, {}, {"silicon_ttft_ms": "1000"})
+    assert [one.row.id for one in got.set_aside] == ["r1"]
+    assert got.unfit == (("r1", found.STALLED),)
 
 
 def validate(*flags):

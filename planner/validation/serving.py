@@ -14,6 +14,7 @@ from cost_models.serving import admitted, serve
 from cost_models.serving_decisions import ServeLoad
 from cost_models.serving_engines import ServingEngine, load_serving_engine, serving_engines
 from cost_models.serving_ops import Costs
+from cost_models.serving_queue import Arrivals, bunching
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import ServedModel
 from cost_models.validation.metrics import Pair, Scores, kendall_tau, scores
@@ -26,8 +27,9 @@ from planner.validation.serving_rows import ServedRow, ServingTable, read_servin
 # The harness sends the concurrency ten times over. Of the public recipes' three loads, prompts and
 # answers have random lengths between .8 and 1 of what a row says; of others, the very length. Equal
 # lengths keep a wave together in an engine that reads all prompts before it decodes.
-WAVES = 10.0
+WAVES = 10
 RANDOM_MEAN = 0.9
+RANDOM_SPREAD = 0.2 / RANDOM_MEAN
 CAPPED = (
     "by its own times a fraction of the requests ran at once, though memory has room for all: a"
     " cap that no column says"
@@ -37,6 +39,11 @@ DRAFTED = (
     "a token takes less time than the kernels of a step: more than one is decided a step, which no"
     " column says"
 )
+STALLED = (
+    "its first tokens take longer than all the prompts in flight one after another, which no queue"
+    " can cost: kernels compiled or loaded while it was measured"
+)
+_STALL = 2.0, 0.2  # of what a first token can wait for: times, and seconds of a server's own
 _SAME = 1.2  # a run this much slower than its twin drafts nothing
 Engines = Mapping[str, ServingEngine]
 Progress = Callable[[str], None]
@@ -45,12 +52,14 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedPrediction:
     """A run beside its prediction, seconds. floor_s: of a decode step's kernels back to back.
-    running: requests of a replica that decode at once."""
+    worst_s: the longest that a first token can wait for others. running: requests of a replica that
+    decode at once."""
 
     row: ServedRow
     ttft_s: float
     tpot_s: float
     floor_s: float
+    worst_s: float
     running: float
     breakdown_s: tuple[tuple[str, float], ...]
 
@@ -141,18 +150,19 @@ def _served(
     prompt = np.array([load.prompt for load in loads])
     output = np.array([load.output for load in loads])
     batch = np.array([float(row.serving.batch) for row in rows])
-    equal = np.array([not _random(row) for row in rows])
-    waves = np.where(equal & (not costs.engine.mixes), 1.0, WAVES)
-    held = np.array([row.held_steps for row in rows])
-    out = serve(costs, model, prompt, output, batch, room, waves, held)
+    arrivals = _arrivals(costs, rows, prompt)
+    out = serve(costs, model, prompt, output, batch, room, arrivals)
     bare = replace(costs.engine, start_share=0.0, step_host_s=0.0, sequence_host_s=0.0)
     # At the clock of a steady load: a floor that a run without drafting stays well above.
     kernels = replace(costs, engine=bare, prompts_alone=True)
-    floor = serve(kernels, model, prompt, output, batch, room, waves)
+    floor = serve(kernels, model, prompt, output, batch, room, arrivals)
+    left = arrivals.looked_every + arrivals.gathered_steps + 1
+    worst_s = out.running * out.prefill_s + left * out.decode_s
     return [
         ServedPrediction(
             row=row, ttft_s=float(out.ttft_s[i]), tpot_s=float(out.tpot_s[i]),
-            floor_s=float(floor.decode_s[i]), running=float(out.running[i]),
+            floor_s=float(floor.decode_s[i]), worst_s=float(worst_s[i]),
+            running=float(out.running[i]),
             breakdown_s=(
                 *((part, float(seconds[i])) for part, seconds in out.parts.items()),
                 ("prompts", float(out.tpot_s[i] - out.decode_s[i])),
@@ -160,6 +170,20 @@ def _served(
         )
         for i, row in enumerate(rows)
     ]  # fmt: skip
+
+
+def _arrivals(costs: Costs, rows: Sequence[ServedRow], prompt: np.ndarray) -> Arrivals:
+    equal = np.array([not _random(row) for row in rows])
+    recipes = [row.recipe for row in rows]
+    tokens = np.array([recipe.gathered_tokens for recipe in recipes])
+    ranks = np.array([float(recipe.gathered_ranks) for recipe in recipes])
+    return Arrivals(
+        waves=np.where(equal & (not costs.engine.mixes), 1.0, WAVES),
+        bunched=np.where(equal, 1.0, bunching(RANDOM_SPREAD, WAVES)),
+        looked_every=np.array([float(recipe.looked_every) for recipe in recipes]),
+        gathered_prompts=np.maximum(ranks, tokens / prompt),
+        gathered_steps=np.array([float(recipe.gathered_steps) for recipe in recipes]),
+    )  # fmt: skip
 
 
 def drafted(found: Sequence[ServedPrediction]) -> set[str]:
@@ -187,6 +211,15 @@ def capped(one: ServedPrediction) -> bool:
     decoding_s = load_of(row).output * row.tpot_s
     ran = row.serving.batch / row.serving.replicas * decoding_s / (row.ttft_s + decoding_s)
     return ran < _CAP * one.running
+
+
+def stalled(one: ServedPrediction) -> bool:
+    """Whether no queue explains its first token: it waited longer, on the mean, than every prompt
+    in flight takes, one after another; but not where requests wait for memory."""
+    row, (times, more_s) = one.row, _STALL
+    if one.running < row.serving.batch / row.serving.replicas:
+        return False
+    return row.ttft_s > times * one.worst_s + more_s
 
 
 def _random(row: ServedRow) -> bool:
@@ -233,7 +266,8 @@ def report_of(
     lost = [(row.id, faults[row.config]) for row in table.rows if row.config in faults]
     rows = [row for row in table.rows if row.config in models]
     found, misfits = predict(rows, models, engines)
-    why = dict.fromkeys((one.row.id for one in found if capped(one)), CAPPED)
+    why = dict.fromkeys((one.row.id for one in found if stalled(one)), STALLED)
+    why |= dict.fromkeys((one.row.id for one in found if capped(one)), CAPPED)
     why |= dict.fromkeys(drafted(found), DRAFTED)
     fit = [one for one in found if one.row.id not in why]
     aside = [one for one in found if one.row.id in why]

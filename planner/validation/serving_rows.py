@@ -21,7 +21,7 @@ from cost_models.op_rows import device_of
 from cost_models.serving_decisions import Serving
 from cost_models.serving_engines import serving_engines
 from ir.errors import UsageError
-from planner.validation.serving_recipes import held_steps
+from planner.validation.serving_recipes import Recipe, recipe_of
 
 _NEEDED = ("backend", "model_path", "system", "isl", "osl", "concurrency", "tp_size",
            "silicon_ttft_ms", "silicon_tpot_ms")  # fmt: skip
@@ -35,9 +35,8 @@ _PLAIN = (("attention", "bf16"), ("embeddings", "bf16"), ("head", "bf16"), ("rou
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRow:
     """One run. engine: whose constants it is costed with. config: the file that says the model's
-    shape. drafts: the checkpoint can predict further tokens. held_steps: steps that its recipe
-    leaves an arrival waiting. notes: what the row says otherwise
-    than it is costed."""
+    shape. drafts: the checkpoint can predict further tokens. recipe: how its engine was started.
+    notes: what the row says otherwise than it is costed."""
 
     id: str
     line: int
@@ -53,7 +52,7 @@ class ServedRow:
     output: float
     ttft_s: float
     tpot_s: float
-    held_steps: float
+    recipe: Recipe
     notes: tuple[str, ...]
 
     @property
@@ -63,7 +62,7 @@ class ServedRow:
     @property
     def series(self) -> tuple[object, ...]:
         """Runs that differ in their load alone."""
-        plain = replace(self.serving, batch=1, replicas=1)
+        plain = replace(self.serving, batch=1, replicas=1, prefill_chunk=0)
         return (self.engine, self.version, self.model, self.cluster.device.name, plain)
 
 
@@ -160,15 +159,16 @@ def _row(name: str, line: int, raw: Mapping[str, str], configs: Mapping[str, Pat
         raise _Unfit(f"{serving.ranks} GPUs an instance, more than the node's {cluster.node_size}")
     precision = raw.get("precision") or "bf16"
     default, weights = _formats(raw, precision, shape)
-    serving = replace(serving, default=default, weights=weights,
+    recipe = recipe_of(raw["backend"], raw.get("backend_version", ""), short, device.name,
+                       precision, (prompt, output), serving)  # fmt: skip
+    serving = replace(serving, default=default, weights=weights, prefill_chunk=recipe.chunk_tokens,
                       kv=_cache_format(raw["backend"], device.name, precision))  # fmt: skip
     return ServedRow(
         id=name, line=line, engine=engine, version=raw.get("backend_version", ""),
         model=short, config=config, drafts=_drafts(shape), precision=precision,
         cluster=replace(cluster, count=serving.ranks), serving=serving, prompt=prompt,
         output=output, ttft_s=ttft / 1e3, tpot_s=tpot / 1e3, notes=notes,
-        held_steps=held_steps(raw["backend"], short, device.name, (prompt, output), serving.tp,
-                              concurrency),
+        recipe=recipe,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The accuracy tables of README.md and docs/accuracy.md, from the files that the fits write.
+"""The accuracy tables of the documents, from the files that the fits write.
 
     python -m planner.validation.tables [--check]
 
@@ -28,7 +28,7 @@ from planner.validation.shipped import cross_validated
 
 CONSTANTS = Path(str(cost_models.__file__)).parent / "constants"
 ROOT = CONSTANTS.parents[1]
-DOCUMENTS = ("README.md", "docs/accuracy.md")
+DOCUMENTS = ("README.md", "docs/accuracy.md", "docs/serving.md")
 
 # Before a class's name:
 BY_GROUP, SOURCE_OUT, GENERATION_OUT = "", "source out, ", "GPU generation out, "
@@ -194,6 +194,38 @@ def ranking(figures: targets.Figures) -> str:
     return _table(("pairs of", "pairs", "groups", "tau, left out", "tau, in-sample"), rows)
 
 
+_KINDS_SERVED = {"kind dense tp1-4": "dense, tp 1-4", "kind dense tp8": "dense, tp 8",
+                 "kind moe": "routed experts"}  # fmt: skip
+_KEYS_SERVED = ("tpot_mape", "tpot_median", "ttft_mape", "ttft_median")
+_ENGINES_SERVED = {"vllm-2025": "vLLM of 2025", "vllm": "vLLM 0.11-0.19",
+                   "trtllm-2025": "TensorRT-LLM of 2025", "trtllm": "TensorRT-LLM 1.0-1.3",
+                   "sglang": "SGLang"}  # fmt: skip
+
+
+def served(figures: targets.Figures) -> str:
+    """Runs of real engines, in sample: kinds of model, engines, all."""
+    called = {
+        **_KINDS_SERVED, **{f"engine {key}": words for key, words in _ENGINES_SERVED.items()},
+        "all": "all that is scored", "set aside too": "with what is set aside",
+    }  # fmt: skip
+    found = figures["serving"]
+    rows = [
+        (words, str(found[key]["n"]), *(_percent(found[key][k]) for k in _KEYS_SERVED))
+        for key, words in called.items() if key in found
+    ]  # fmt: skip
+    return _table(("", "n", "TPOT MAPE", "median", "TTFT MAPE", "median"), rows)
+
+
+def served_left_out(figures: targets.Figures) -> str:
+    """The same, each (model, device) by constants fitted without it, each configuration once."""
+    found = figures["serving-left-out"]
+    rows = [
+        (words, str(found[key]["n"]), *(_percent(found[key][k]) for k in _KEYS_SERVED))
+        for key, words in {**_ENGINES_SERVED, "all": "all"}.items() if key in found
+    ]  # fmt: skip
+    return _table(("left out", "n", "TPOT MAPE", "median", "TTFT MAPE", "median"), rows)
+
+
 def all_targets(figures: targets.Figures) -> str:
     """What we set out to reach, and what was reached."""
     return _table(("", "target", "reached", ""), targets.lines(figures))
@@ -224,6 +256,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": _steps(summary), "classes": _steps(by_group), "left-out": _steps(left_out),
     "kernels": lambda _: kernels(), "kernel-kinds": _figures(by_kind, "kernels"),
     "memory": _figures(memory, "memory"), "verdicts": _figures(verdicts, "verdicts"),
+    "serving": _figures(served, "serving"),
+    "serving-left-out": _figures(served_left_out, "serving-left-out"),
     "ranking": _figures(ranking, "ranking"), "targets": _figures(all_targets, *targets.NEEDED),
 }  # fmt: skip
 
