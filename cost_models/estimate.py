@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cost_models.assumptions import assumptions_of, is_moe
 from cost_models.decisions import Decisions, Workload
@@ -115,15 +116,33 @@ def _alike(
     costs: Costs, step: Step, fixed_stages: tuple[int, ...] | None,
     fixed_recompute: tuple[Pair, ...] | None, levels: tuple[str, ...],
 ) -> StageProblem:  # fmt: skip
-    """The problem where all ranks are of one kind.
+    """The problem where all ranks are of one kind."""
+    d, wide = step.decisions, step.wide
+    exposed = exposed_send_ps(costs, step, d)
+    key = d.schedule in SPLIT_BACKWARD, moved_level(d, fixed_recompute), d.below is not None
+    of, layers = costs.layered.get(key, (None, {}))
+    if of is None or of.rows is not step.rows or of.kinds is not step.kinds:
+        layers = _layers(costs, step, *key)
+        costs.layered[key] = step, layers  # the next is often of another schedule of this mesh
+    return StageProblem(
+        schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
+        microbatches=d.microbatches,
+        constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
+        rank_glue_forward_ps=step.glue.forward_ps + exposed,
+        rank_glue_backward_ps=step.glue.backward_ps + exposed,
+        p2p_ps=step.p2p_ps - exposed, slow_sends=step.slow_sends,
+        capacity_bytes=costs.cluster.device.memory_bytes,
+        fixed_stages=fixed_stages, fixed_recompute=fixed_recompute, levels=levels, **layers,
+    )  # fmt: skip
+
+
+def _layers(costs: Costs, step: Step, split: bool, base: int, counted: bool) -> dict[str, Any]:
+    """What of the problem is by layer, and its ends: alike for all schedules that split backward,
+    or do not. base: `moved_level`. counted: layers with their state below have rows of their own.
 
     What stands between two layers goes with the first of them, and is never recomputed.
     """
-    d, chain = step.decisions, step.chain
-    wide, split = step.wide, d.schedule in SPLIT_BACKWARD
-    exposed = exposed_send_ps(costs, step, d)
-    base = moved_level(d, fixed_recompute)
-    counted = d.below is not None
+    chain, wide = step.chain, step.wide
     groups, group_of = costs.groups_of(step.kinds) if counted else costs.layer_groups
     distinct = [[step.rows[k] for k in group] for group in groups]
 
@@ -147,33 +166,25 @@ def _alike(
             )
         )
 
-    return StageProblem(
-        schedule=d.schedule, pp=d.pp, virtual_stages=d.virtual_stages,
-        microbatches=d.microbatches, 
-        forward_ps=total(lambda r: r.forward_ps + r.moved[base][0]),
-        input_grad_ps=total(
+    return {
+        "forward_ps": total(lambda r: r.forward_ps + r.moved[base][0]),
+        "input_grad_ps": total(
             lambda r: r.backward_ps - (r.weight_ps if split else 0) + r.moved[base][1]
         ),
-        weight_grad_ps=total(lambda r: r.weight_ps if split else 0),
-        recompute_ps=(
+        "weight_grad_ps": total(lambda r: r.weight_ps if split else 0),
+        "recompute_ps": (
             each(lambda rows: rows[0].again_ps[1] + moved_again_ps(rows[0], base)),
             each(lambda rows: rows[0].again_ps[0]),
         ),
-        activation_bytes=(held(0), held(1), held(2)),
-        working_bytes=(transient(0), transient(1), transient(2)),
-        state_bytes=total(_state_bytes),
-        gathered_bytes=each(lambda rows: max(wide(r.state.gathered_bytes) for r in rows)),
-        tail_comm_ps=total(lambda r: r.tail_comm_ps),
-        tail_hide_ps=total(lambda r: r.tail_hide_ps), tail_own_ps=total(_own_ps),
-        first=_extra(step, range(chain.layers[0]), split),
-        last=_extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
-        constant_bytes=sum(size for _, size in step.reserved) + wide(step.glue.kept[0]),
-        rank_glue_forward_ps=step.glue.forward_ps + exposed,
-        rank_glue_backward_ps=step.glue.backward_ps + exposed,
-        p2p_ps=step.p2p_ps - exposed, slow_sends=step.slow_sends,
-        capacity_bytes=costs.cluster.device.memory_bytes,
-        fixed_stages=fixed_stages, fixed_recompute=fixed_recompute, levels=levels,
-    )  # fmt: skip
+        "activation_bytes": (held(0), held(1), held(2)),
+        "working_bytes": (transient(0), transient(1), transient(2)),
+        "state_bytes": total(_state_bytes),
+        "gathered_bytes": each(lambda rows: max(wide(r.state.gathered_bytes) for r in rows)),
+        "tail_comm_ps": total(lambda r: r.tail_comm_ps),
+        "tail_hide_ps": total(lambda r: r.tail_hide_ps), "tail_own_ps": total(_own_ps),
+        "first": _extra(step, range(chain.layers[0]), split),
+        "last": _extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
+    }  # fmt: skip
 
 
 def _state_bytes(row: Row) -> int:

@@ -77,6 +77,8 @@ class Costs:
     _units: dict[tuple[object, ...], UnitCost | None] = field(default_factory=dict)
     _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
     _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
+    _sums: dict[tuple[int, int], float] = field(default_factory=dict)
+    layered: dict[tuple[object, ...], tuple[Step, dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def chain(self) -> Chain:
@@ -364,10 +366,13 @@ class Costs:
 
     def summed_s(self, d: Decisions, state: State) -> float:
         """Seconds a step of these sums."""
-        return sum(
-            times * float(collective_s(self.network, "all_reduce", size, d.tp, 1))
-            for size, times in self.summed(d, state)
-        )
+        return sum(times * self._sum_s(size, d.tp) for size, times in self.summed(d, state))
+
+    def _sum_s(self, size_bytes: int, tp: int) -> float:
+        if (size_bytes, tp) not in self._sums:
+            takes = collective_s(self.network, "all_reduce", size_bytes, tp, 1)
+            self._sums[size_bytes, tp] = float(takes)
+        return self._sums[size_bytes, tp]
 
     def formats(self, d: Decisions) -> tuple[int, int]:
         """Bytes of a gathered parameter and of a reduced gradient."""

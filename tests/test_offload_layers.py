@@ -220,6 +220,15 @@ def test_every_choice_of_a_program_by_count():
     assert problem.activation_bytes[1] == (0,) * LAYERS
 
 
+def test_the_program_of_a_schedule_is_the_same_whatever_was_asked_before():
+    costs, step, _ = stepped(replace(BASE, pp=2, dp=4, shard=4).cut((2, 2), ((0, 1), (0, 1))))
+    steps = [costs.rescheduled(step, replace(step.decisions, schedule=name))
+             for name in ("1f1b", "zbh1", "gpipe")]  # fmt: skip
+    asked = [stage_problem(costs, one) for one in steps]
+    assert asked == [stage_problem(replace(costs, layered={}), one) for one in steps]
+    assert asked[0].forward_ps is asked[2].forward_ps is not asked[1].forward_ps
+
+
 BELOW = (("optimizer", "cpu:1"),)
 
 
