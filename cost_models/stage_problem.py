@@ -10,7 +10,8 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,15 @@ class Extra:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """What layers have whose optimizer lies below the device: `StageProblem`'s, per layer."""
+
+    state_bytes: tuple[int, ...]
+    gathered_bytes: tuple[int, ...]
+    tail_own_ps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageProblem:
     """Layers in a row to be cut into pp * chunks stages, each of one layer at least.
 
@@ -59,6 +69,8 @@ class StageProblem:
     a stage); counts are cut to the stage, a negative one means all of its layers.
     ranks: where ranks are not alike, of each the problem as if all were as it is, one object a
     kind, kinds in a row; this one's numbers are then the least of theirs, its capacity the most.
+    lowered: where the first layers of a stage, as many as is best, may have these numbers instead;
+    then one stage is on a rank.
     """
 
     schedule: str
@@ -88,6 +100,7 @@ class StageProblem:
     fixed_recompute: tuple[Pair, ...] | str | tuple[str, int] | None = None
     levels: tuple[str, ...] = LEVELS
     ranks: tuple[StageProblem, ...] = ()
+    lowered: Lowered | None = None
 
     def at(self, rank: int) -> StageProblem:
         """The problem as this rank has it."""
@@ -128,6 +141,18 @@ class StageProblem:
     def least_in_flight(self) -> tuple[int, ...]:
         """Per rank: at one moment it holds at least so many micro-batches of every chunk."""
         return least_in_flight(self.schedule, self.pp, self.microbatches, self.virtual_stages)
+
+    def lowering(self, stages: Sequence[int], below: Sequence[int]) -> StageProblem:
+        """The problem with so many layers of each of these stages lowered."""
+        if self.lowered is None:
+            return self
+        here = [k < n for n, count in zip(below, stages) for k in range(count)]
+        rows: dict[str, Any] = {
+            f.name: tuple(a if low else b for low, a, b in zip(
+                here, getattr(self.lowered, f.name), getattr(self, f.name)
+            )) for f in fields(Lowered)
+        }  # fmt: skip
+        return replace(self, lowered=None, **rows)
 
     def extras(self, stage: int) -> tuple[Extra, ...]:
         """What the stage has beside its layers."""
@@ -329,10 +354,12 @@ class Nearest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a search found: the best choice if any, a bound on all, what is nearest if none fits."""
+    """What a search found: the best choice if any, a bound on all, what is nearest if none fits.
+    below: layers of each stage that are lowered."""
 
     stages: tuple[int, ...] = ()
     recompute: tuple[Pair, ...] = ()
+    below: tuple[int, ...] = ()
     step_ps: int = 0
     bound_ps: int = 0
     nearest: Nearest | None = None

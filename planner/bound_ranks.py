@@ -43,7 +43,8 @@ class Rows:
     m: micro-batches. state_bytes, layer_s, kept_bytes: of a layer; freed: [mesh, piece, (bytes,
     seconds a byte)] of a layer. room_bytes: of a rank beside its layers. ends_s, ends_bytes,
     ends_kept: [mesh, (before the first layer, behind the last)] seconds, state, activations.
-    way_s: from a rank to the next and back, at least.
+    way_s: from a rank to the next and back, at least. lowered: [mesh, (bytes, seconds a byte)] of a
+    layer's state that may lie elsewhere, of a micro-batch.
     """
 
     m: Floats
@@ -56,6 +57,7 @@ class Rows:
     ends_bytes: Floats
     ends_kept: Floats
     way_s: Floats
+    lowered: Floats
 
     def part(self, some: NDArray[np.int64]) -> Rows:
         return Rows(**{name: getattr(self, name)[some] for name in self.__slots__})
@@ -163,11 +165,14 @@ def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
     each = rows.state_bytes[:, None] + held * rows.kept_bytes[:, None]
     room = rows.room_bytes[:, None] - ends[1] - held * ends[2]
     over = (each[:, :, None] * number - room[:, :, None]) / held[:, :, None]
-    if kind not in SPLIT_KINDS:
-        freed = np.moveaxis(rows.freed, 0, -1)[..., None, None]
-        again = forced_s(freed, over, number.astype(float))
-    else:  # nothing is recomputed where backward is split
-        again = np.where(over > SLACK_BYTES, np.inf, 0.0)
+    freed = np.moveaxis(rows.freed, 0, -1)[..., None, None]
+    if kind in SPLIT_KINDS:  # nothing is recomputed where backward is split
+        freed = freed[:0]
+    if np.any(rows.lowered):
+        size, rate = rows.lowered.T[..., None, None]
+        freed = np.broadcast_to(freed, (*freed.shape[:3], pp, 1))
+        freed = with_piece(freed, size / held[..., None], rate * held[..., None])
+    again = forced_s(freed, over, number.astype(float))
     time = (
         m[:, None, None] * (number * rows.layer_s[:, None, None] + ends[0][:, :, None] + again)
         + (rank * rows.way_s[:, None])[:, :, None]

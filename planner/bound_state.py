@@ -120,18 +120,17 @@ class States:
                         found.setdefault((alike, zero > 0, in_torch(mode), offload, grad), way)
         return tuple(found.values())
 
-    def lowered(self, way: Way, ways: Iterable[Way]) -> Way | None:
-        """Of these, the way of the same state with all optimizers on the host; without a pipeline.
-        """
+    def lowered(self, way: Way, ways: Iterable[Way], pipeline: bool) -> list[Way]:
+        """Of these, the ways of the same state with all optimizers on the host."""
         def alike(w: Way) -> tuple[object, ...]:
-            mode = self.costs.engine.zero_mode(w.zero, reshard=w.reshard, pp=1)
+            mode = self.costs.engine.zero_mode(w.zero, reshard=w.reshard, pp=1 + pipeline)
             same = replace(
                 mode, name="", call="", parameters_at_rest="", gradients_at_rest=""
             )
             return same, w.zero > 0, w.grad_dtype
 
         below = (w for w in ways if "optimizer" in dict(w.offload) and alike(w) == alike(way))
-        return None if way.offload else next(below, None)
+        return [] if way.offload else [*below]
 
     def sizes(self, laid: Assignments, ep: int, etp: int, layer: int) -> Sizes:
         """layer: the commonest kind of layer. A tied alias is left out."""

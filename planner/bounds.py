@@ -45,6 +45,10 @@ Ints = NDArray[np.int64]
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
+# schedules with one stage a rank, whose first layers may have their optimizer below, by kind
+ALONE = {
+    "fused": {"1f1b", "gpipe"}, "gpipe": {"gpipe"}, "zbh1": {"zbh1"}, "folded": set[str](),
+}  # fmt: skip
 NEVER_PS = float(1 << 60)  # the bound of a mesh that cannot fit
 Assign = Callable[[int, bool], Assignments]  # (tp, sequence parallel) -> how units lie
 
@@ -168,16 +172,17 @@ class _Table:
             if "optimizer" not in dict(way.offload) or way.offload == states.pins.offload:
                 beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
                 held_bytes = np.minimum(held_bytes, reserved + working + beside)
+            lower = states.lowered(way, found, bool(pp[0] > 1)) if self.by_layer else []
+            both: list[Held | None] = [found[low] for low in lower]
             if pp[0] == 1:
-                low = states.lowered(way, found) if self.by_layer else None
-                below = found[low] if low else None
-                least = np.minimum(least, self._alone_s(mine, step, held, room, way, below))
-            else:
-                at_most = np.minimum(least, limit[mine])
-                for kind in sorted(kinds):
-                    least = np.minimum(
-                        least, self._pipeline_s(mine, step, held, room, kind, way, at_most)
-                    )
+                for below in both or [None]:
+                    least = np.minimum(least, self._alone_s(mine, step, held, room, way, below))
+                continue
+            at_most = np.minimum(least, limit[mine])
+            for kind in sorted(kinds):
+                for below in (both if self.schedules & ALONE[kind] else []) or [None]:
+                    found_s = self._pipeline_s(mine, step, held, room, kind, way, at_most, below)
+                    least = np.minimum(least, found_s)
         return least, tail, held_bytes
 
     def _elsewhere(self, way: Way) -> bool:
@@ -195,7 +200,9 @@ class _Table:
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         if below is not None:
-            freed = with_piece(freed, *self._lowered(mine, held, below))
+            size, rate = self._lowered(mine, held, below)
+            at_once, m = self._in_flight(mine), self.m[mine]
+            freed = with_piece(freed, size / at_once, rate * at_once / m)
         again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
         kernels = self.get(mine, "kernels_s")
@@ -204,16 +211,13 @@ class _Table:
         return found
 
     def _lowered(self, mine: Ints, held: Held, below: Held) -> tuple[Floats, Floats]:
-        """(bytes of a micro-batch in flight, seconds of a micro-batch a byte) that optimizers below
-        free; parameters that learn nothing free theirs for nothing."""
+        """(bytes, seconds of a step a byte) that optimizers below free, of all ranks together;
+        parameters that learn nothing free theirs for nothing."""
         less = np.maximum(0.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
-        learn = np.array([
-            np.array_equal(s.held[0], s.learnt[0])
-            for s in (self.sizes[g] for g in self.group[0, mine])
-        ])  # fmt: skip
+        learn = np.array([np.array_equal(s.held[0], s.learnt[0]) for s in self.sizes])
+        learn = learn[self.group[0, mine]]
         more = np.maximum(0.0, below.tail_s - held.tail_s) * learn
-        flight, m = self._in_flight(mine), self.m[mine]
-        return less / flight, flight * more / np.maximum(less, 1.0) / m
+        return less, more / np.maximum(less, 1.0)
 
     def _in_flight(self, mine: Ints) -> Ints:
         """Micro-batches that the first rank holds at once, at least."""
@@ -225,9 +229,10 @@ class _Table:
 
     def _pipeline_s(
         self, mine: Ints, step: Floats, held: Held, room: Floats, kind: str, way: Way,
-        at_most: Floats,
+        at_most: Floats, below: Held | None,
     ) -> Floats:  # fmt: skip
-        """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened."""
+        """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened.
+        below: as `_alone_s` has it."""
         pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
         quickest = self.get(mine, "quickest_s")
         way_s = self.get(mine, "forward_s") if split else quickest
@@ -241,12 +246,18 @@ class _Table:
                 places[pp == p] = (1 / held_at_once).sum(axis=1)
             left = room - self.get(mine, "least_working")
             state = held.state_bytes[:, 0]
-            over = self.get(mine, "kept")
-            over = over + np.maximum(state - pp * left, state / most - places * left)
-            freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
-            again = (
-                np.where(over > ROUNDING_BYTES, np.inf, 0.0) if split else (forced_s(freed, over))
-            )
+            kept, freed = self.get(mine, "kept"), np.moveaxis(self.get(mine, "freed"), 0, -1)
+            freed = freed[:0] if split else freed  # nothing is recomputed there
+            mean, by_place = kept + state - pp * left, kept + state / most - places * left
+            if below is None:
+                again = forced_s(freed, np.maximum(mean, by_place))
+            else:
+                size, rate = self._lowered(mine, held, below)
+                rate = rate / np.maximum(m + pp - 1, 2 * pp * m / (m + 1))  # `stage_bounds`' pieces
+                again = np.maximum(
+                    forced_s(with_piece(freed, size, rate), mean),
+                    forced_s(with_piece(freed, size / most, rate * most), by_place),
+                )
         least = m * (step + again) / pp + way_s * (pp - 1) / 2
         fullest = -(-self.layers // pp)  # layers of the rank that has the most
         least = np.maximum(least, m * fullest * quickest)
@@ -260,14 +271,15 @@ class _Table:
         if not self._elsewhere(way):
             for p in np.unique(pp[near]):
                 some = near[pp[near] == p]
-                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p))
+                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p), below)
                 least[some] = np.maximum(least[some], sharper)
         bound: Floats = least + tail
         return bound
 
     def _by_ranks(
-        self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int
-    ) -> Floats:
+        self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int,
+        below: Held | None,
+    ) -> Floats:  # fmt: skip
         these, count = mine[some], self.chain[0].layer.count
         working = self.get(these, "layer.working_bytes")
         working = working + 2 * self._wide(held.gathered_bytes[some, 1])
@@ -275,11 +287,16 @@ class _Table:
             np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
             for n in (0, 1)
         )
+        lowered = np.zeros((2, len(some)))
+        if below is not None:
+            lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
+            lowered[1] = self._lowered(mine, held, below)[1][some] / (pp * self.m[these])
         rows = Rows(
             m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
             freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
             ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some],
+            lowered=lowered.T,
         )  # fmt: skip
         return ranks_s(rows, pp, count, kind)
 

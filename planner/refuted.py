@@ -30,9 +30,10 @@ def unlimited(problem: StageProblem) -> StageProblem:
 
 
 def comparable(p: StageProblem) -> bool:
-    """Whether a program is compared: nothing of it pinned, ranks and boundaries alike."""
+    """Whether a program is compared: nothing of it pinned, ranks, boundaries and layers
+    alike."""
     free = p.fixed_stages is None and p.fixed_recompute is None
-    return free and not p.ranks and not p.slow_sends
+    return free and not p.ranks and not p.slow_sends and p.lowered is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Step
 from cost_models.tiers import TierUse
 from planner.bounds import Bounds, mesh_bounds_ps
-from planner.by_layer import best_count
 from planner.decisions import Pins
 from planner.dominance import undominated
 from planner.interrupts import interruptible
@@ -30,6 +29,7 @@ from planner.proving import FIRST, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+from planner.some_below import named, programs_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
 from planner.stage_planes import Effort, Shapes, applies, refute
@@ -185,6 +185,7 @@ class Searcher(Space):
                     full.append(d)
                 else:
                     held.append((d, step))
+            known = dict(held)
             steps = undominated([row for row in held if self._may_fit(*row, out)])
             todo: list[Program] = []
             least: dict[Decisions, int] = {}
@@ -198,56 +199,11 @@ class Searcher(Space):
             held = [row for row in held if not self._over[_state_key(row[0])]]
             moved = [*self._by_count(undominated(held), mesh, laid, least, out)]
             full += self._solve_all(moved, mesh, laid, out, unsettled)
-            some = [*self._by_layer(ways, mesh, laid, least, out)]
+            target = self._below(out.best, mesh) if out.best else ENDLESS
+            some = [*programs_below(self, ways, laid, known, least, target)]
             self._solve_all(some, mesh, laid, out, unsettled)
             next_tier = (lower(d, self.pins, self.costs.cluster) for d in full)
             ways = [*dict.fromkeys(filter(None, next_tier))]
-
-    def _by_layer(
-        self, ways: Sequence[Decisions], mesh: Mesh, laid: Assignments,
-        least: Mapping[Decisions, int], out: Outcome,
-    ) -> Iterator[Program]:  # fmt: skip
-        """The best programs of states with the optimizer of some layers on the host, one for each
-        set of operations that may be kept, and one with activations there by count of layers.
-        least: bounds if memory were in nobody's way, where known."""
-        costs, layers = self.costs, len(self.costs.chain.layers)
-        target = self._below(out.best, mesh) if out.best else ENDLESS
-        for d in ways:
-            above = (least.get(one, 0) for one in self.schedules(d.with_state(False)))
-            step = self.by_layer(d) if min(above, default=0) < target else None
-            if step is None:
-                continue
-            most = layers
-            while most and over_below(costs.cluster, costs.lowered(step, d.on(f"cpu:{most}"))):
-                most -= 1
-            none, every = replace(step, kinds=costs.kind_of), costs.lowered(
-                step, d.on(f"cpu:{layers}")
-            )
-            for one in self.schedules(step.decisions):
-                pairs = [[(one, self.problem(end, one))] for end in (none, every)]
-                if lower_bound_ps(unlimited(pairs[0][0][1])) >= target:
-                    continue
-                for found, end in zip(pairs, (none, every)):
-                    found += self.kept_otherwise(end, *found[0])
-                    moved = self.by_count(one)
-                    if moved is not None:
-                        below = costs.counted(end, moved, laid)
-                        found.append((moved, self.problem(below, moved)))
-                for (made, low), (_, high) in zip(*pairs):
-                    n = best_count(low, high, most, target)
-                    if n is not None:
-                        yield self._lowered(made.on(f"cpu:{n}"), step, laid)
-
-    def _lowered(self, d: Decisions, step: Step, laid: Assignments) -> Program:
-        """The program of decisions with the optimizer of a count of layers below; step: of another
-        count."""
-        made = self.costs.lowered(step, d)
-        if d.keep != self.kept:
-            made = self.costs.kept_otherwise(made, d, laid)
-        if d.moved is not None:
-            made = self.costs.counted(made, d, laid)
-        problem = self.problem(made, d)
-        return Program(bound_ps=lower_bound_ps(problem), decisions=d, problem=problem, step=None)
 
     def _by_count(
         self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,
@@ -359,12 +315,13 @@ class Searcher(Space):
                 out.spent += d.pp * d.virtual_stages // 2
             out.misfits += 1
             out.misfit = nearer(out.misfit, Misfit(
-                decisions=decided(d, found.nearest.stages, found.nearest.recompute),
+                decisions=decided(named(d, problem), found.nearest.stages, found.nearest.recompute),
                 assignments=laid, nearest=found.nearest,
             ))  # fmt: skip
         elif found.status != "CUTOFF":
-            cut = decided(d, found.stages, found.recompute)
-            uses = self.tier_uses(self.costs.step(d, laid), cut, problem) if d.offload else ()
+            cut = decided(named(d, problem, found.below), found.stages, found.recompute)
+            step = self.costs.step(d if problem.lowered is None else cut, laid)
+            uses = self.tier_uses(step, cut, problem) if cut.offload else ()
             over = next((use for use in uses if not use.fits), None)
             if over is None:
                 out.best = Tried(

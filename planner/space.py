@@ -197,14 +197,11 @@ class Space:
         made = replace(d, offload=(*d.offload, ("activations", "cpu:")))
         return made if illegal(made, costs.workload) is None else None
 
-    def by_layer(self, d: Decisions) -> Step | None:
-        """The step with the optimizer of the first layer alone on the host, or None where counts of
-        layers are not searched: with a pipeline, on other engines than our own runtime."""
-        costs = self.costs
-        free = counts_state(self.pins, costs.cluster, costs.workload.engine)
-        if not free or d.pp > 1 or len(self.clusters) > 1 or d.tiers.get("optimizer") != "cpu":
-            return None
-        return costs.step(d.on("cpu:1"), self.assign(d.tp, d.sequence_parallel))
+    def by_layer(self, d: Decisions) -> bool:
+        """Whether the optimizer of some layers alone is searched to lie on the host as here that of
+        all does: on one kind of GPUs, by our own runtime, where no pin says otherwise."""
+        free = counts_state(self.pins, self.costs.cluster, self.costs.workload.engine)
+        return free and len(self.clusters) == 1 and d.tiers.get("optimizer") == "cpu"
 
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:

@@ -115,14 +115,18 @@ class Arcs:
     suffix: Array  # the same of all behind, by the layer behind
 
 
-def _prefix(values: tuple[int, ...]) -> Array:
+def upto(values: tuple[int, ...]) -> Array:
     return np.concatenate(([0], np.cumsum(np.array(values, dtype=np.int64))))
 
 
-def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool = True) -> Arcs:
+def make_arcs(
+    problem: StageProblem, windows: Windows, most: int, priced: bool = True,
+    spare: Array | int = 0,
+) -> Arcs:
     """Arcs of at most so many layers, for one stage a rank. Memory decides the recomputation.
 
     priced: False leaves out what recomputation takes, where only least_bytes is of interest.
+    spare: bytes of each arc's state that lie elsewhere.
     """
     p, S, L = problem, problem.count, problem.layers
     start = np.arange(L)[:, None]
@@ -140,7 +144,7 @@ def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool =
         """Of each arc the sum of its layers', by what its rank has of them, and its extras'."""
         table, at = np.empty((S, L, most), dtype=np.int64), 0
         for q, count in p.sides:
-            sums = _prefix(getattr(q, name))
+            sums = upto(getattr(q, name))
             beside = getattr(q, glue) if glue else 0
             table[at : at + count] = sums[inside] - sums[start] + beside
             at += count
@@ -153,7 +157,7 @@ def make_arcs(problem: StageProblem, windows: Windows, most: int, priced: bool =
     weight = summed("weight_grad_ps")
     comm = summed("tail_comm_ps") - summed("tail_hide_ps")
     tail = np.maximum(comm, 0) + summed("tail_own_ps")
-    fixed = summed("state_bytes", "constant_bytes")
+    fixed = summed("state_bytes", "constant_bytes") - spare
     extra, least, pick = _recompute(problem, windows if priced else None, exists, fixed)
     prefix, suffix = _around(problem)
     return Arcs(
@@ -192,7 +196,7 @@ def _before(sides: Sequence[tuple[StageProblem, int]], name: str, glue: str) -> 
     ends = np.where(np.arange(L + 1) == 0, 0, INF)  # by layers on the sides before
     rows = []
     for q, count in sides:
-        sums, each = _prefix(getattr(q, name)), getattr(q, glue) if glue else 0
+        sums, each = upto(getattr(q, name)), getattr(q, glue) if glue else 0
         least = np.minimum.accumulate(ends - sums)
         for k in range(count + 1):
             row = ends
@@ -228,7 +232,7 @@ def _recompute(
 
     def needed(of: Callable[[Rows], tuple[int, ...]]) -> Array:
         end = np.minimum(np.arange(p.layers)[:, None] + np.arange(1, most + 1), p.layers)
-        sums = [(_prefix(of(q.activation_bytes)), n) for q, n in p.sides]
+        sums = [(upto(of(q.activation_bytes)), n) for q, n in p.sides]
         used = [(_running_most(of(q.working_bytes), most), n) for q, n in p.sides]
         held = flight[column] * _by_stage([(s[end] - s[:-1, None], n) for s, n in sums])
         return fixed + held + np.maximum(_by_stage(used), work0[column])

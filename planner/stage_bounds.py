@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,12 +38,24 @@ def sure_extra(p: StageProblem) -> tuple[int, ...]:
     return (0,) * p.layers
 
 
+def easiest(p: StageProblem) -> StageProblem:
+    """Every layer with the less of what it has lowered and not, where it may be lowered."""
+    if p.lowered is None:
+        return p
+    low = p.lowered
+    return replace(
+        p, lowered=None, state_bytes=tuple(map(min, p.state_bytes, low.state_bytes)),
+        gathered_bytes=tuple(map(min, p.gathered_bytes, low.gathered_bytes)),
+        tail_own_ps=tuple(map(min, p.tail_own_ps, low.tail_own_ps)),
+    )  # fmt: skip
+
+
 def mean_tail_ps(p: StageProblem) -> int:
     """The longest tail of a rank is at least the mean one."""
     ends = (p.first, p.last)
     comm = sum(p.tail_comm_ps) - sum(p.tail_hide_ps)
     comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
-    own = sum(p.tail_own_ps) + sum(e.tail_own_ps for e in ends)
+    own = sum(easiest(p).tail_own_ps) + sum(e.tail_own_ps for e in ends)
     return -(-(max(0, comm) + own) // p.pp)
 
 
@@ -67,6 +79,7 @@ def load_ps(p: StageProblem) -> int:
 
 def forced_ps(p: StageProblem) -> int | None:
     """Recompute time of a micro-batch on all ranks together, at least; None where nothing fits.
+    Of lowered layers, what their longer tails come to as such (`_freed_by`).
 
     Rank r holds k_r micro-batches at least of each of its layers' activations at one moment, so
     the sum of what ranks keep of a micro-batch is at most that of (capacity - state) / k_r. What is
@@ -80,21 +93,47 @@ def forced_ps(p: StageProblem) -> int | None:
     if min(flights) < 1:
         return 0
     ends = (p.first, p.last)
-    least = min(map(min, p.working_bytes)) + 2 * min(p.gathered_bytes)
+    least = min(map(min, p.working_bytes)) + 2 * min(easiest(p).gathered_bytes)
     left = [p.at(r).capacity_bytes - p.at(r).constant_bytes - least for r in range(p.pp)]
     state = sum(p.state_bytes) + sum(e.state_bytes for e in ends)
     kept = sum(p.activation_bytes[0]) + sum(e.activation_bytes for e in ends)
     places = sum(room / k for room, k in zip(left, flights))
-    over = kept + max(state - sum(left), state / max(flights) - places)
-    if over <= 0:
-        return 0
-    again = 0.0
-    for rate, size in _pieces(p.recompute_ps, p.activation_bytes, p.levels):
-        used = min(over, size)
-        again, over = again + used * rate, over - used
-        if over <= 0:
-            break
-    return None if over > 1 + kept * ROUNDING else max(0, int(again * (1 - ROUNDING)) - 1)
+    # what is over in the mean of ranks, and by places: there a byte of state is one in so many
+    overs = ((state - sum(left), 1), (state / max(flights) - places, max(flights)))
+    found = 0
+    for over, each in (max(overs),) if p.lowered is None else overs:
+        again, over = 0.0, kept + over
+        for rate, size in _freed_by(p, each) if over > 0 else ():
+            used = min(over, size)
+            again, over = again + used * rate, over - used
+            if over <= 0:
+                break
+        if over > 1 + kept * ROUNDING:
+            return None
+        found = max(found, int(again * (1 - ROUNDING)) - 1)
+    return found
+
+
+def _freed_by(p: StageProblem, each: int) -> Sequence[tuple[float, float]]:
+    """`_pieces`, and what lowered layers free: of each byte of state one in `each`.
+
+    A longer tail of all ranks together is 1 / pp of it in the mean. What is recomputed of a
+    micro-batch is in `lower_bound_ps` (m + pp - 1) / pp times at most, under 1F1B with few
+    micro-batches 2 m / (m + 1): as much is what a picosecond of a tail stands for.
+    """
+    pieces = _pieces(p.recompute_ps, p.activation_bytes, p.levels)
+    if p.lowered is None:
+        return pieces
+    m, pp = p.microbatches, p.pp
+    counted = max(m + pp - 1, 2 * pp * m // (m + 1) + 1)
+    found: dict[float, float] = {}
+    for state, low, own, longer in zip(
+        p.state_bytes, p.lowered.state_bytes, p.tail_own_ps, p.lowered.tail_own_ps
+    ):
+        if low < state:
+            rate = max(0, longer - own) * each / (counted * (state - low))
+            found[rate] = found.get(rate, 0.0) + (state - low) / each
+    return sorted((*pieces, *found.items()))
 
 
 @functools.lru_cache(maxsize=256)
@@ -184,7 +223,7 @@ def lower_bound_ps(problem: StageProblem) -> int:
 def surely_infeasible(problem: StageProblem) -> bool:
     """True where no choice can fit: by count, as each rank takes so many of the least layer, or so
     many of the commonest kind; or by the sum of all ranks."""
-    p = problem
+    p = easiest(problem)
     free = p.fixed_recompute is None
     allowed = [row for row, level in zip(p.activation_bytes, LEVELS) if level in p.levels]
     least = tuple(map(min, zip(*(allowed if free else p.activation_bytes))))

@@ -5,6 +5,7 @@ the cuts that are left simulated, least bound first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def solve_chain(p: StageProblem, below: int, nodes: int, operations: int) -> Fou
     if p.fixed_stages is not None:
         most = widest = max(p.fixed_stages)
     while True:
-        search = Search(p, windows, most, below, nodes, operations)
+        search = Search(p, make_arcs(p, windows, most), below, nodes, operations)
         if search.start():
             need = min(widest, longest(p, search.best, most))
             if need <= most:
@@ -63,13 +64,11 @@ class Search:
     """The search for the best cut into stages, one a rank."""
 
     def __init__(
-        self, p: StageProblem, windows: Windows, most: int, below: int, nodes: int,
-        operations: int,
-    ) -> None:  # fmt: skip
-        self.p = p
+        self, p: StageProblem, arcs: Arcs, below: int, nodes: int, operations: int
+    ) -> None:
+        self.p, self.arcs = p, arcs
         self.below = self.best = below
-        self.arcs: Arcs = make_arcs(p, windows, most)
-        self.chain = Chain(p.count, p.layers, most)
+        self.chain = Chain(p.count, p.layers, arcs.extra.shape[2])
         self.nodes, self.operations = nodes, operations
         self.found = Found()
         self.bound = 0
@@ -110,10 +109,14 @@ class Search:
         if self.cut_bound(path) >= self.best:
             return
         self.operations -= 2 * p.microbatches * p.count
-        step = step_ps(p, stages, recompute)
-        if step < self.best:
-            self.best = step
-            self.found = Found(stages=stages, recompute=recompute, step_ps=step)
+        found = self.costed(stages, recompute)
+        if found.step_ps < self.best:
+            self.best, self.found = found.step_ps, found
+
+    def costed(self, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Found:
+        """A choice that fits, and its step."""
+        step = step_ps(self.p, stages, recompute)
+        return Found(stages=stages, recompute=recompute, step_ps=step)
 
     def cut_bound(self, path: Sequence[tuple[int, int]]) -> int:
         """The step of a cut is at least this."""
@@ -179,10 +182,7 @@ class Search:
         return self.best < first
 
     def done(self, bound: int) -> Found:
-        f = self.found
-        return Found(
-            stages=f.stages, recompute=f.recompute, step_ps=f.step_ps, bound_ps=bound
-        )  # fmt: skip
+        return replace(self.found, bound_ps=bound)
 
     def explore(self, grid: Grid, s: int, i: int, path: list[tuple[int, int]]) -> bool:
         """Weigh every cut through `path` that may win. False where the effort ran out."""

@@ -70,7 +70,8 @@ class Point:
 def applies(p: StageProblem) -> bool:
     """Whether a program is of the kind that is bounded here: nothing of it pinned, ranks alike."""
     free = p.fixed_stages is None and p.fixed_recompute is None and "none" in p.levels
-    return free and not p.ranks and p.count * len(set(_rows(p))) * len(p.levels) <= COLUMNS
+    alike = not p.ranks and p.lowered is None
+    return free and alike and p.count * len(set(_rows(p))) * len(p.levels) <= COLUMNS
 
 
 def _rows(p: StageProblem) -> list[tuple[int, ...]]:

@@ -26,7 +26,7 @@ from cost_models.stage_problem import (
     rank_bytes,
 )
 from ir.errors import UsageError
-from planner.stage_arcs import INF, Windows, make_arcs
+from planner.stage_arcs import INF, Windows
 from planner.stage_bounds import (
     Chain,
     lower_bound_ps,
@@ -38,6 +38,7 @@ from planner.stage_bounds import (
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, search_near, solve_chunks
+from planner.stage_lowered import arcs_of, solve_lowered
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",
@@ -61,11 +62,13 @@ class StageSolution:
 
     status: OPTIMAL, FEASIBLE (bound_ps < step_ps), INFEASIBLE (see `nearest`), or CUTOFF: no
     choice is below the incumbent given; then the choice is empty. bound_ps: no choice is below it.
+    below: of each stage, the layers that are `StageProblem.lowered`.
     """
 
     status: str
     stages: tuple[int, ...] = ()
     recompute: tuple[Pair, ...] = ()
+    below: tuple[int, ...] = ()
     step_ps: int = 0
     bound_ps: int = 0
     peak_bytes: tuple[int, ...] = ()
@@ -91,6 +94,8 @@ def solve(
         return StageSolution(status="CUTOFF", bound_ps=floor)
     if p.chunks > 1:
         found = solve_chunks(p, below, effort.nodes, effort.operations)
+    elif p.lowered is not None:
+        found = solve_lowered(p, below, effort.nodes, effort.operations)
     else:
         found = solve_chain(p, below, effort.nodes, effort.operations)
     bound = max(found.bound_ps, floor)
@@ -100,8 +105,9 @@ def solve(
         return StageSolution(status="CUTOFF", bound_ps=bound)
     return StageSolution(
         status="OPTIMAL" if bound >= found.step_ps else "FEASIBLE", stages=found.stages,
-        recompute=found.recompute, step_ps=found.step_ps, bound_ps=min(bound, found.step_ps),
-        peak_bytes=rank_bytes(p, found.stages, found.recompute),
+        recompute=found.recompute, below=found.below, step_ps=found.step_ps,
+        bound_ps=min(bound, found.step_ps),
+        peak_bytes=rank_bytes(p.lowering(found.stages, found.below), found.stages, found.recompute),
     )  # fmt: skip
 
 
@@ -190,7 +196,8 @@ class _Model:
         """One stage a rank; False where no arc is left below the incumbent."""
         p, model = self.p, self.model
         most = min(p.layers - p.count + 1, longest(p, self.incumbent + 1))
-        arcs, chain = make_arcs(p, Windows(p), most), Chain(p.count, p.layers, most)
+        arcs = arcs_of(p, Windows(p), most)
+        chain = Chain(p.count, p.layers, most)
         bound = propagate(p, arcs, chain, self.incumbent + 1).bound
         stages: list[list[tuple[Any, int, int]]] = []
         for s in range(p.count):

@@ -138,7 +138,7 @@ def _offload(p, d):
     both = (("optimizer", "cpu"), ("params", "cpu"))
     found = [()] if with_parameters else [(), both[:1]]
     found += [both] * (d.zero == 3)
-    some = p.by_layer and p.costs.engine.name in NATIVE and d.pp == 1
+    some = p.by_layer and p.costs.engine.name in NATIVE and d.pp == 1  # elsewhere by stage
     counts = [f"cpu:{n}" for n in range(1, p.layers + 1)] if some else []
     return [*found, *((("optimizer", n), *way[1:]) for way in found if way for n in counts)]
 
@@ -264,13 +264,15 @@ def best_of_problem(problem) -> int | None:
     return step
 
 
-def plans_of(problem) -> Iterator[tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]]:
-    """(step, partition, recomputation) of all that fit."""
+def plans_of(
+    problem, fitting=None
+) -> Iterator[tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]]:
+    """(step, partition, recomputation) of all that fit; fitting: in place of `_fitting`."""
     sends, slow = sends_ps(problem), [busy for _, busy in slow_of(problem)]
     for stages in cuts(problem.layers, problem.count):
         tail = tail_ps(problem, stages)
         forward, backward, weight = zip(*(_times(problem, stages, k) for k in range(len(stages))))
-        for ranks in itertools.product(*_fitting(problem, stages)):
+        for ranks in itertools.product(*(fitting or _fitting)(problem, stages)):
             recompute = tuple(pair for _, pair in sorted(itertools.chain(*ranks)))
             run = simulate(
                 problem.schedule, forward, [b[pair] for b, pair in zip(backward, recompute)],
@@ -311,6 +313,47 @@ def _fitting(problem, stages) -> list[list[tuple[tuple[int, tuple[int, int]], ..
     return found
 
 
+@functools.cache
+def best_with_below(above, below) -> int | None:
+    """The least step of every partition, recomputation and number of first layers of each stage
+    that are as in the other problem, one stage a rank: each rank takes the shortest tail that fits,
+    as no other rank's depends on its number."""
+    shortest: dict[tuple, int] = {}  # by partition, rank and its recomputation
+
+    def fitting(_, stages):
+        found: list[dict] = [{} for _ in stages]
+        for most in range(max(stages) + 1):
+            low = [place < most for n in stages for place in range(n)]
+            rows = {name: tuple(b if x else a for x, a, b in zip(
+                low, getattr(above, name), getattr(below, name)
+            )) for name in ("state_bytes", "gathered_bytes", "tail_own_ps")}  # fmt: skip
+            mixed = replace(above, **rows)
+            tails = _tails(mixed, stages)
+            for rank, some in enumerate(_fitting(mixed, stages)):
+                for one in some:
+                    found[rank][one] = min(tails[rank], found[rank].get(one, tails[rank]))
+        shortest.update({(stages, one): t for row in found for (one,), t in row.items()})
+        return [list(row) for row in found]
+
+    steps = (
+        step - tail_ps(above, stages) + max(shortest[stages, one] for one in enumerate(recompute))
+        for step, stages, recompute in plans_of(above, fitting)
+    )
+    return min(steps, default=None)
+
+
+def _tails(problem, stages) -> list[int]:
+    """What each rank of one stage does after its last backward."""
+    found = []
+    for stage in range(len(stages)):
+        ends, rows = problem.extras(stage), slice(sum(stages[:stage]), sum(stages[: stage + 1]))
+        comm = sum(problem.tail_comm_ps[rows]) - sum(problem.tail_hide_ps[rows])
+        comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
+        own = sum(problem.tail_own_ps[rows]) + sum(e.tail_own_ps for e in ends)
+        found.append(max(0, comm) + own)
+    return found
+
+
 def recomputed(p: Tiny, d: Decisions) -> tuple[str, ...]:
     """The levels of recomputation that go with a schedule and an engine."""
     if d.schedule in SPLIT:
@@ -325,6 +368,25 @@ def moves(p: Tiny, d: Decisions, pins: dict) -> bool:
     free = "offload" not in pins and d.schedule not in SPLIT
     host = any(tier.name == "cpu" for tier in p.costs.cluster.tiers)
     return free and host and p.costs.workload.engine in NATIVE
+
+
+def some_below(p: Tiny, d: Decisions, pins: dict) -> bool:
+    """Whether the optimizer may be below of the first layers of each stage alone."""
+    free = p.by_layer and "offload" not in pins and p.costs.workload.engine in NATIVE
+    return free and d.pp > 1 and d.virtual_stages == 1 and "optimizer" in d.tiers
+
+
+def without_state(d: Decisions) -> Decisions:
+    """The same with all state on the GPU."""
+    return replace(d, offload=tuple(row for row in d.offload if row[0] == "activations"))
+
+
+def programmed(p: Tiny, d: Decisions, laid, steps: dict[tuple, Step]):
+    """The stage program of decisions. steps: known ones, by what is kept and offloaded."""
+    key = d.keep, d.offload
+    if key not in steps:
+        steps[key] = p.costs.step(d, laid)
+    return stage_problem(p.costs, p.costs.rescheduled(steps[key], d), levels=recomputed(p, d))
 
 
 def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None]:
@@ -351,12 +413,11 @@ def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None
                 if moves(p, made, pins):  # activations of so many layers on the host, by stage
                     ways.append(replace(made, offload=(*made.offload, ("activations", "cpu:"))))
                 for way in ways:
-                    key = way.keep, way.offload
-                    if key not in steps:
-                        steps[key] = p.costs.step(way, laid)
-                    held = p.costs.rescheduled(steps[key], way)
-                    problem = stage_problem(p.costs, held, levels=recomputed(p, made))
+                    problem = programmed(p, way, laid, steps)
                     objectives.append(best_of_problem(problem))
+                    if some_below(p, way, pins):
+                        above = programmed(p, without_state(way), laid, steps)
+                        objectives.append(best_with_below(above, problem))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found
 

@@ -1,0 +1,125 @@
+"""Stage programs of states with the optimizer of some layers on the host, of our own runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from cost_models.decisions import Decisions
+from cost_models.stage_problem import Lowered, StageProblem
+from cost_models.step import Assignments, Step
+from planner.by_layer import best_count
+from planner.dominance import undominated
+from planner.outcome import Program
+from planner.refuted import unlimited
+from planner.room import over_below
+from planner.space import Space
+from planner.stage_bounds import lower_bound_ps, surely_infeasible
+
+
+def programs_below(
+    space: Space, ways: Sequence[Decisions], laid: Assignments, known: Mapping[Decisions, Step],
+    least: Mapping[Decisions, int], target: int,
+) -> Iterator[Program]:  # fmt: skip
+    """The programs that may have a step below `target`, one for each set of operations that may be
+    kept, and one with activations on the host by count of layers: without a pipeline each of the
+    best count, with one of all counts. A stage's kernels and transfers are the same with any, as
+    under a pipeline parameters are gathered once a step. known: steps of some ways. least: bounds
+    if memory were in nobody's way, where known."""
+
+    def may_pay(d: Decisions) -> list[Decisions]:
+        """Its schedules with one stage a rank that may be better with no optimizer below."""
+        above, made = d.with_state(False).offload, space.schedules(d)
+        return [one for one in made if one.virtual_stages == 1
+                and least.get(replace(one, offload=above), 0) < target]  # fmt: skip
+
+    states = [(d, may_pay(d)) for d in ways if space.by_layer(d)]
+    states = [row for row in states if row[1]]
+    if states and states[0][0].pp == 1:
+        for d, _ in states:
+            yield from _alone(space, d, laid, target)
+        return
+    both = {}  # steps with a second row of each kind, for layers below, as `Costs.step` has them
+    for d, _ in states:
+        none, every = (known.get(x) or space.costs.step(x, laid) for x in (d.with_state(False), d))
+        both[d] = replace(none, rows=(*none.rows, *every.rows))
+    schedules = dict(states)
+    for d, step in undominated([*both.items()]):
+        none, every = _ends(space, d, step)
+        for one in schedules[d]:
+            pairs = _pairs(space, one.on("cpu:1"), none, every, laid, target)
+            for made, low, high in pairs:
+                problem = with_lowered(low, high)
+                bound = lower_bound_ps(problem)
+                if bound < target and not surely_infeasible(problem):
+                    yield Program(bound_ps=bound, decisions=made, problem=problem)
+
+
+def _ends(space: Space, d: Decisions, step: Step) -> tuple[Step, Step]:
+    """The steps with the optimizers of no layers below, and of all; step: of any count."""
+    layers = len(space.costs.chain.layers)
+    none = replace(step, kinds=space.costs.kind_of)
+    return none, space.costs.lowered(step, d.on(f"cpu:{layers}"))
+
+
+def _alone(
+    space: Space, d: Decisions, laid: Assignments, target: int
+) -> Iterator[Program]:
+    """One stage: the programs of the best count."""
+    costs, most = space.costs, len(space.costs.chain.layers)
+    step = costs.step(d.on("cpu:1"), laid)
+    while most and over_below(costs.cluster, costs.lowered(step, d.on(f"cpu:{most}"))):
+        most -= 1
+    for one in space.schedules(step.decisions):
+        for made, low, high in _pairs(space, one, *_ends(space, d, step), laid, target):
+            n = best_count(low, high, most, target)
+            if n is not None:
+                yield _of_count(space, made.on(f"cpu:{n}"), step, laid)
+
+
+def _of_count(space: Space, d: Decisions, step: Step, laid: Assignments) -> Program:
+    """step: of another count."""
+    costs = space.costs
+    made = costs.lowered(step, d)
+    if d.keep != space.kept:
+        made = costs.kept_otherwise(made, d, laid)
+    if d.moved is not None:
+        made = costs.counted(made, d, laid)
+    problem = space.problem(made, d)
+    return Program(bound_ps=lower_bound_ps(problem), decisions=d, problem=problem)
+
+def _pairs(
+    space: Space, d: Decisions, none: Step, every: Step, laid: Assignments, target: int
+) -> Iterator[tuple[Decisions, StageProblem, StageProblem]]:
+    """Of each set that layers may keep and with activations by count: the program with the
+    optimizers of no layers below, and of all."""
+    pairs = [[(d, space.problem(end, d))] for end in (none, every)]
+    if lower_bound_ps(unlimited(pairs[0][0][1])) >= target:
+        return
+    for found, end in zip(pairs, (none, every)):
+        found += space.kept_otherwise(end, *found[0])
+        moved = space.by_count(d)
+        if moved is not None:
+            below = space.costs.counted(end, moved, laid)
+            found.append((moved, space.problem(below, moved)))
+    for (made, low), (_, high) in zip(*pairs):
+        yield made, low, high
+
+
+def with_lowered(none: StageProblem, every: StageProblem) -> StageProblem:
+    """A problem of both: of each layer what it has below in the one, and above in the other."""
+    low = Lowered(
+        state_bytes=every.state_bytes, gathered_bytes=every.gathered_bytes,
+        tail_own_ps=every.tail_own_ps,
+    )  # fmt: skip
+    joined = replace(none, lowered=low)
+    count = (none.layers,)
+    assert joined.lowering(count, count) == every, "layers below differ in what is not lowered"
+    return joined
+
+
+def named(d: Decisions, problem: StageProblem, below: Sequence[int] = ()) -> Decisions:
+    """The decisions with what a program of all counts has below; of others as they are."""
+    if problem.lowered is None:
+        return d
+    return d.on("cpu:" + "/".join(map(str, below))) if any(below) else d.with_state(False)
