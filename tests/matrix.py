@@ -230,6 +230,7 @@ def subset() -> tuple[Cell, ...]:
     return tuple(sorted(chosen, key=lambda c: (*_sizes(c).values(), c.model, c.layout.name)))
 
 
+@functools.cache
 def _cost(cell: Cell) -> int:
     """Half seconds of CPU of a cell, about: two to plan, one a rank of its twin, two a rank of tp
     (torch finds every operation's shardings), four times as much to compile."""
@@ -252,6 +253,7 @@ def _keys(cell: Cell) -> set[str]:
     return {key for key, _, value in pins if value != "off"}
 
 
+@functools.cache
 def _covered(cell: Cell) -> set[tuple[str, ...]]:
     """What a cell is the proof of."""
     keys = sorted(_keys(cell))

@@ -1,5 +1,6 @@
 """Objectives and limits of `plan trace`: what a plan is chosen for, and what it may not exceed."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -20,6 +21,7 @@ from planner.workload import Asked, resolve
 
 LLAMA = str(EXAMPLES / "llama.py")
 GRAPH = {"size": "small", "n_layers": 8}
+SHALLOW = {"size": "small", "n_layers": 2}  # where nothing fits: each core of pins is a search
 
 
 def options(**more):
@@ -32,9 +34,14 @@ def traced(given, cluster=None):
     return plan_for(graph_of("llama", **GRAPH), given, cluster, Clock())
 
 
+@functools.cache
+def unlimited():
+    return traced(options())
+
+
 def test_a_limit_of_memory_holds_and_the_capacity_stays_the_gpus():
     cluster = load_hardware("h100x8")
-    free = traced(options())
+    free = unlimited()
     limit = free.estimate.peak_memory_bytes - 1
     bound = traced(options(limits=Limits(memory_bytes=limit)))
     assert bound.estimate.peak_memory_bytes <= limit
@@ -45,15 +52,16 @@ def test_a_limit_of_memory_holds_and_the_capacity_stays_the_gpus():
     assert loose.estimate == free.estimate
     assert capped(cluster, None) is cluster
     assert uncapped(free.estimate, cluster) == free.estimate
+    nothing = options(limits=Limits(memory_bytes=100_000_000))
     with pytest.raises(InfeasibleError, match=r"0\.1 GB a GPU"):
-        traced(options(limits=Limits(memory_bytes=100_000_000)))
+        plan_for(graph_of("llama", **SHALLOW), nothing, cluster, Clock())
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.3])
 def test_the_least_memory_within_the_slack(slack):
     """No limit that is finely lower has a plan that is fast enough."""
     cluster, graph = load_hardware("h100x8"), graph_of("llama", **GRAPH)
-    fastest = traced(options())
+    fastest = unlimited()
     found = traced(options(objective="memory", slack=slack))
     longest = fastest.estimate.step_time_ps * (1 + slack)
     assert found.estimate.step_time_ps <= longest
@@ -80,7 +88,7 @@ def test_the_fewest_gpus_that_hold_it():
 
 
 def test_what_never_fits_is_said_of_the_whole_cluster():
-    graph = graph_of("llama", **GRAPH)
+    graph = graph_of("llama", **SHALLOW)
     given = options(hardware="h100x2", objective="gpus", limits=Limits(memory_bytes=100_000_000))
     with pytest.raises(InfeasibleError, match="h100x2"):
         plan_for(graph, given, load_hardware("h100x2"), Clock())

@@ -36,6 +36,7 @@ PRELOAD_HF = (
     "ir.capture.hf", "transformers.modeling_utils", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 PRELOAD_COMPILED = ("torch._inductor.compile_fx",)  # the same of what compiles
+SETTLED = "planner.runtime.settled"
 
 
 class RankFailure(PlanError):
@@ -58,7 +59,7 @@ class World:
         """preload: modules that the workers' calls import, loaded once for all of them."""
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked worker of a threaded parent hangs
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*PRELOAD, *preload])
+        self._context.set_forkserver_preload([*PRELOAD, *preload, SETTLED])
         self._workers: list[tuple[Any, Connection]] = []
         self._stores: tempfile.TemporaryDirectory[str] | None = None
         self._group: tuple[int, float, str] | None = None  # ranks, timeout, its store
