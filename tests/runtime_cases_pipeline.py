@@ -125,28 +125,6 @@ def unsharded(model: nn.Module, ids: Tensor, targets: Tensor, parts: int, loss_f
     return total
 
 
-def sent(rank: int, name: str, plan: Any) -> list[tuple[int, int]]:
-    """(bytes, times) of what this rank sends to other stages in a step, piece by piece."""
-    from planner.runtime.torch_stage import LineStage
-
-    model, loss_fn = example(name)
-    ids, targets = batch_of(plan)
-    found: Counter[int] = Counter()
-    real = LineStage._sent
-
-    def counted(self: Any, *given: Any) -> Any:
-        made = real(self, *given)
-        found.update(op.tensor.nbytes for op in made)
-        return made
-
-    LineStage._sent = counted
-    try:
-        parallelize(model, plan).step({"input_ids": ids}, targets, loss_fn)
-    finally:
-        LineStage._sent = real
-    return sorted(found.items())
-
-
 def compare(rank: int, cases: list[tuple[str, Any]]) -> list[dict[str, Any]]:
     """For every (model, plan): two steps of AdamW against the unsharded model's.
 
@@ -257,3 +235,28 @@ def world_of(rank, plan):
     total = torch.tensor(rank)
     dist.all_reduce(total, group=make_meshes(plan.decisions, "cpu").pp.get_group())
     return os.getpid(), int(total), len(_world.pg_map)
+
+
+def compare_and_count(
+    rank: int, cases: list[tuple[str, Any]]
+) -> list[tuple[dict[str, Any], dict[int, int]]]:
+    """`compare`, and what this rank sends to other stages in a step, piece by piece: bytes, times.
+    """
+    from planner.runtime.torch_stage import LineStage
+
+    real, found = LineStage._sent, []
+    for case in cases:
+        sizes: Counter[int] = Counter()
+
+        def counted(self: Any, *given: Any, sizes: Counter[int] = sizes) -> Any:
+            made = real(self, *given)
+            sizes.update(op.tensor.nbytes for op in made)
+            return made
+
+        LineStage._sent = counted
+        try:
+            (result,) = compare(rank, [case])  # of two steps
+        finally:
+            LineStage._sent = real
+        found.append((result, {size: n // 2 for size, n in sizes.items()}))
+    return found

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import enumerated
 import numpy as np
 import pytest
-import test_runtime_pipeline as pipelines
 import test_stages as stages
 from tiny_models import EXAMPLES, graph_of, with_memory
 
@@ -22,7 +21,6 @@ from cost_models.mixed import MixedCosts, border_form, mixed
 from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
 from ir.errors import PlanError, UsageError
-from planner import trace
 from planner.decisions import Pins
 from planner.fleet_planning import FleetSearch, _searchers
 from planner.mesh import Mesh
@@ -290,27 +288,6 @@ def test_no_plan_is_slower_than_the_best_part_alone(seed, tmp_path):
     assert (found.best is not None) or not alone
     if alone:
         assert found.step_ps <= min(alone) and found.bound_ps() <= found.step_ps
-
-
-# --- running -----------------------------------------------------------------------------------
-
-
-def test_a_pipeline_over_parts_gives_the_gradients_of_the_whole_model(world):
-    """Two stages on one kind and one on the other; then two data ranks a stage."""
-    model, loss = pipelines.cases.example("llama")
-
-    def planned(hardware, *fix):
-        return trace(
-            model, pipelines.inputs, loss=loss, hardware=hardware, seq_len=16, global_batch=8,
-            precision="fp32", engine="native", fix=("tp=1", "cp=1", "schedule=1f1b", *fix),
-        )  # fmt: skip
-
-    three = planned("h100x2+a100x1", "pp=3", "micro_batch=2")
-    assert sorted(three.decisions.parts) == [("a100", 1), ("h100", 2)]
-    pipelines.run(world, 3, [("llama", three)])
-    four = planned("h100x2+a100x2", "pp=2", "zero=1", "micro_batch=1", "stages=3,1")
-    assert [n for _, n in four.decisions.parts] == [1, 1] and four.decisions.dp == 2
-    pipelines.run(world, 4, [("llama", four)])
 
 
 # --- commands ----------------------------------------------------------------------------------
