@@ -18,6 +18,7 @@ REDUCTIONS = {
     "mean": ("mean",), "sum": ("sum", "count_nonzero"), "histogram": ("bincount", "histc"),
 }  # fmt: skip
 PATTERN = "the experts are no stacked parameters that grouped matmuls read as they are"
+LISTED = "the experts are modules of a list, each whole"
 FUSED = "the experts' biases cannot be split over etp"
 SUMMED = "{} gives more than a sum of what single experts give"
 CHAIN = "{} of {} is no second matmul of its experts"
@@ -76,6 +77,15 @@ def _parts(unit: Unit, node: Node) -> int:
     readers = list(unit.consumers.get(node.name, ()))
     readers += [m for n in readers if n.op == "expert_bias" for m in unit.consumers.get(n.name, ())]
     return next((len(n.outputs) for n in readers if n.op == "split"), 1)
+
+
+def lists_of(unit: Unit) -> tuple[tuple[str, ...], ...]:
+    """Parameters of experts that are a module each: of each kind one for every expert, in order."""
+    read = {r for n in unit.nodes if n.op in ON_EXPERTS for r in n.inputs}
+    return tuple(
+        n.inputs for n in unit.nodes if n.op == "stack_view" and n.name in read
+        and all(ref in unit.parameter_names for ref in n.inputs)
+    )  # fmt: skip
 
 
 def routed_modules(unit: Unit) -> tuple[str, ...]:
@@ -157,6 +167,21 @@ def no_expert_axis(graph: Graph) -> str | None:
         if stray:
             return f"{PATTERN}: {stray[0]} of {unit.name}"
     return None
+
+
+def no_whole_experts(graph: Graph) -> str | None:
+    """Why ranks cannot have whole experts each: they are no stacks, and no modules of lists."""
+    for unit in graph.units:
+        ours = {w.name for w in weights_of(unit)} | {n for names in lists_of(unit) for n in names}
+        stray = sorted(expert_parameters(unit) - ours)
+        if stray:
+            return f"{PATTERN}: {stray[0]} of {unit.name}"
+    return None
+
+
+def no_expert_slices(graph: Graph) -> str | None:
+    """Why ranks cannot have slices of experts: those are modules of lists."""
+    return LISTED if any(lists_of(unit) for unit in graph.units) else None
 
 
 def no_expert_tensor_axis(graph: Graph) -> str | None:

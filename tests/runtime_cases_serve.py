@@ -70,6 +70,49 @@ MODELS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
           "qwen3_moe": qwen3_moe, "deepseek": deepseek}  # fmt: skip
 
 
+class Mixture(torch.nn.Module):
+    """Experts in a list, under a user's own loop: the tokens that picked an expert go through it,
+    or all of them do and the others' results are multiplied by 0."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.sparse, self.top_k = sparse, 2
+        self.gate = torch.nn.Linear(32, 4, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, 1)
+        weights, index = torch.topk(self.gate(x).softmax(-1), self.top_k)
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            if self.sparse:
+                rows, which = torch.where(index == k)
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, which, None])
+            else:
+                share = torch.where(index == k, weights, torch.zeros_like(weights))
+                out = out + share.sum(-1, keepdim=True) * expert(x)
+        return out.view(shape)
+
+
+class Looped(torch.nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.emb, self.head = torch.nn.Embedding(96, 32), torch.nn.Linear(32, 96, bias=False)
+        self.layers = torch.nn.ModuleList(Mixture(sparse) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = self.emb(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def looped():
+    """A mixture whose experts are modules of a list, and tokens."""
+    torch.manual_seed(0)
+    return Looped(True).eval(), torch.randint(0, 96, (2, 7))
+
+
 def own_moe():
     """The example's mixture, which is of no library, and prompts."""
     path = Path(__file__).parents[1] / "examples" / "moe.py"
@@ -138,3 +181,10 @@ def served_own(rank, path):
     """(logits, losses) of the example's mixture on a rank."""
     model, ids = own_moe()
     return planner.serve(model, planner.load(path), device="cpu")(ids)
+
+
+def served_looped(rank, path):
+    """(logits, bytes on the device, on the host) of experts in a list on a rank."""
+    model, ids = looped()
+    made = planner.serve(model, planner.load(path), device="cpu")
+    return made(ids), made.served.loaded.device_bytes, made.served.loaded.host_bytes

@@ -79,47 +79,27 @@ def test_streamed_and_packed_weights_answer_as_their_values_do(world, tmp_path, 
         assert float((logits - model(ids).logits.detach()).abs().max()) < 0.05
 
 
-class Mixture(torch.nn.Module):
-    """Experts in a list, under a user's own loop: the tokens that picked an expert go through it,
-    or all of them do and the others' results are multiplied by 0."""
-
-    def __init__(self, sparse):
-        super().__init__()
-        self.sparse, self.top_k = sparse, 2
-        self.gate = torch.nn.Linear(32, 4, bias=False)
-        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
-
-    def forward(self, x):
-        shape, x = x.shape, x.flatten(0, 1)
-        weights, index = torch.topk(self.gate(x).softmax(-1), self.top_k)
-        out = torch.zeros_like(x)
-        for k, expert in enumerate(self.experts):
-            if self.sparse:
-                rows, which = torch.where(index == k)
-                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, which, None])
-            else:
-                share = torch.where(index == k, weights, torch.zeros_like(weights))
-                out = out + share.sum(-1, keepdim=True) * expert(x)
-        return out.view(shape)
-
-
-class Looped(torch.nn.Module):
-    def __init__(self, sparse):
-        super().__init__()
-        self.emb, self.head = torch.nn.Embedding(96, 32), torch.nn.Linear(32, 96, bias=False)
-        self.layers = torch.nn.ModuleList(Mixture(sparse) for _ in range(3))
-
-    def forward(self, input_ids):
-        x = self.emb(input_ids)
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.head(x)
+@pytest.mark.parametrize("below", [False, True])
+def test_experts_in_a_list_lie_over_ranks(world, tmp_path, below):
+    """Each rank has two of four in a layer; with them below the device, one of those in it."""
+    model, ids = cases.looped()
+    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=("tp=2", "ep=2"),
+                                 precision="fp32", prompt=16, output=16, batch=2)  # fmt: skip
+    held = Held(block="routed_experts", tier="cpu", place="stream", resident=0)
+    if below:
+        plan = replace(plan, serving=replace(plan.serving, tiers=(held,)))
+    plan.save(str(tmp_path / "plan.json"))
+    expert, total = 32 * 32 * 4, sum(p.numel() * 4 for p in model.parameters())
+    for said, device, host in world.run(2, cases.served_looped, str(tmp_path / "plan.json")):
+        torch.testing.assert_close(said, model(ids).detach())
+        assert host == (6 * expert if below else 0)
+        assert device <= total - (9 if below else 6) * expert
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_experts_in_a_users_loop_are_routed_where_it_spares_them(sparse):
     torch.manual_seed(0)
-    model, block = Looped(sparse).eval(), "routed_experts" if sparse else "mlp"
+    model, block = cases.Looped(sparse).eval(), "routed_experts" if sparse else "mlp"
     plan = planner.trace_serving(model, inputs, hardware="h100x1", precision="fp32", prompt=16,
                                  output=16, batch=2)  # fmt: skip
     assert served_model(plan.graph).block_elements()[block] == 3 * 4 * 32 * 32
@@ -138,10 +118,10 @@ def test_ranks_share_experts_only_where_a_sum_of_them_is_all_that_a_module_gives
     assert summing_modules(unit) == ("mlp.experts",) and routed_modules(unit) == ("mlp",)
     assert sums_of(unit, "mlp.experts") and sums_of(unit, "mlp") is None  # shared experts beside
     assert no_expert_sum(graph) is None and no_expert_chain(graph) is None
-    looped = planner.trace_serving(Looped(True).eval(), inputs, hardware="h100x1", prompt=16,
+    looped = planner.trace_serving(cases.Looped(True).eval(), inputs, hardware="h100x1", prompt=16,
                                    output=16, batch=2).graph  # fmt: skip
     assert "no second matmul" in no_expert_chain(looped)  # each of them is one matrix
-    assert "no stacked parameters" in experts_of(looped).undivided
+    assert "modules of a list" in experts_of(looped).uncut and not experts_of(looped).undivided
 
 
 @pytest.mark.parametrize("pins", [("tp=2", "ep=2"), ("attention_dp=2", "ep=1")])

@@ -177,6 +177,9 @@ def _leave(x: torch.Tensor, result: Crossing, context: Context) -> torch.Tensor:
         x = reshard(x, at, gradient_as(x.placements[0]))
     local = x.to_local(grad_placements=(at,))
     if to != limit:  # top-level operations that joined the unit go on with it so
+        if to >= 0 and x.shape[to] % d.tp:  # of a server: shares do not say the whole
+            return DTensor.from_local(local, x.device_mesh, (at,), run_check=False, shape=x.shape,
+                                      stride=x.stride())  # fmt: skip
         return DTensor.from_local(local, x.device_mesh, (at,), run_check=False)
     return carry.wrap(local, result.spec, result.learns, context)
 

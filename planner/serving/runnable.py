@@ -10,10 +10,11 @@ from cost_models.serving_decisions import Serving, policy_of
 from cost_models.serving_engines import engines_with_pools
 from ir.graph import Graph
 from planner.routed import (
-    no_expert_axis,
     no_expert_chain,
+    no_expert_slices,
     no_expert_sum,
     no_expert_tensor_axis,
+    no_whole_experts,
     weights_of,
 )
 
@@ -34,8 +35,9 @@ class ExpertsOf:
 def experts_of(graph: Graph) -> ExpertsOf:
     return ExpertsOf(
         routed=any(expert_parameters(unit) for unit in graph.units),
-        undivided=no_expert_axis(graph) or no_expert_sum(graph) or "",
-        uncut=no_expert_tensor_axis(graph) or no_expert_chain(graph) or "",
+        undivided=no_whole_experts(graph) or no_expert_sum(graph) or "",
+        uncut=no_expert_slices(graph) or no_expert_tensor_axis(graph) or no_expert_chain(graph)
+        or "",
         inner=tuple(dict.fromkeys(
             unit.values[w.name].sizes(1, 1)[w.inner] // w.parts
             for unit in graph.units for w in weights_of(unit) if w.inner is not None

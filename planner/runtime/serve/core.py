@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ir.errors import PlanError
 from planner.runtime.load import matched
+from planner.runtime.serve.experts import Absent
 from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.lent import Place
 from planner.runtime.serve.loader import Laid, Loader, Weight
@@ -69,7 +70,7 @@ def weights_in(
         for at, module in unit.named_modules():
             for name, p in module._parameters.items():
                 where = (module, name)
-                if p is None or where in seen:
+                if p is None or isinstance(p, Absent) or where in seen:
                     continue
                 seen.add(where)
                 owner = weights.owner(".".join(x for x in (path, at, name) if x))

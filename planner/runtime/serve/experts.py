@@ -20,7 +20,14 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
 from ir.errors import PlanError
-from planner.routed import inside, routed_modules, summing_modules, sums_of, weights_of
+from planner.routed import (
+    inside,
+    lists_of,
+    routed_modules,
+    summing_modules,
+    sums_of,
+    weights_of,
+)
 from planner.runtime.context import Context
 from planner.runtime.experts import lay_out, region_of, use_grouped_matmuls
 from planner.runtime.parts import boxes_of, local_of
@@ -40,6 +47,8 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
     use_grouped_matmuls(stage)  # for those on the device
     for site in sites:
         lay_out(site, context)
+        for names in lists_of(site.unit):
+            _leave_out(site, names, context)
         for path in summing_modules(site.unit):
             _sum_over_ranks(site, path, context)
         for path in routed_modules(site.unit) if context.meshes.decisions.tp > 1 else ():
@@ -66,6 +75,19 @@ class WholeTokens(Tokens):
 def _plain(x: DTensor) -> Tensor:
     whole = x if x.placements == (Replicate(),) else x.redistribute(placements=(Replicate(),))
     return whole.to_local()
+
+
+def _leave_out(site: Site, names: Sequence[str], context: Context) -> None:
+    """Of experts that are modules of a list, let go of other ranks'. names: one for each expert."""
+    local, device = len(names) // context.meshes.decisions.ep, context.meshes.device_type
+    for expert, name in enumerate(names):
+        if expert // local != context.meshes.rank("ep"):
+            where, _, last = name.rpartition(".")
+            owner = site.module.get_submodule(where)
+            given = owner._parameters[last]
+            assert given is not None
+            absent = Absent(given.shape, given.dtype, torch.device(device))
+            owner._parameters[last] = parameter(absent)
 
 
 def _sum_over_ranks(site: Site, path: str, context: Context) -> None:

@@ -114,7 +114,7 @@ class _Placing:
         if apart:
             rows = [self.loader.extents(one, False, f"{where}.{i}")[0]
                     for i, one in enumerate(apart)]  # fmt: skip
-            names = tuple(w.name.removeprefix(f"{where}.0.") for w in apart[0])
+            names = tuple(w.name[len(where) + 1 :].partition(".")[2] for w in apart[0])
             specs = tuple(w.spec for w in apart[0])
         else:
             rows = self.loader.extents(weights, True, where)
