@@ -85,7 +85,7 @@ def prefill_s(
 ) -> FloatArray:  # fmt: skip
     """Attention of prompts' tokens, causal, with the rate of torch's attention there."""
     seen = past + (new + 1) / 2
-    seen = np.minimum(seen, attend.window) if attend.window else seen
+    seen = np.minimum(seen, attend.read_window) if attend.read_window else seen
     heads = max(attend.heads / serving.tp, 1.0)
     width = attend.dim_qk + attend.dim_v
     flop = 2 * prompts * heads * new * seen * width

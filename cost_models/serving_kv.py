@@ -30,7 +30,8 @@ LAYERS_HERE = 2  # of a cache below the GPU: one in use, one on its way
 @functools.lru_cache(maxsize=64)
 def forgetful(model: ServedModel, window: int, policy: str = "") -> ServedModel:
     """The model with a cache that loses what is older than so many tokens, as the policy says;
-    layers that see fewer are as they were, and 0 loses none."""
+    layers that see fewer are as they were, and 0 loses none. A prompt attends to all of itself (as
+    transformers' sliding cache has it): the window is of what is kept, not of the model's mask."""
     if not window:
         return model
     block, top = policy_of(policy)
@@ -39,7 +40,7 @@ def forgetful(model: ServedModel, window: int, policy: str = "") -> ServedModel:
         if a.window and a.window <= window:
             return a
         if not block:
-            return replace(a, window=window)
+            return replace(a, window=window, prompt_window=a.window)
         return replace(a, recent=window, block=block, top=top)
 
     layers = tuple(replace(layer, attention=tuple(narrow(a) for a in layer.attention))

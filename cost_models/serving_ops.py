@@ -203,9 +203,11 @@ class Costs:
             )  # fmt: skip
             known, many = self._known("prefill", family), kv_heads
 
+        sees = np.asarray(float(attend.read_window))
+
         def prompts(queries: FloatArray) -> FloatArray:
             return prefill_seconds(
-                known, facts, step.prompts, np.maximum(queries, 1.0), heads, many, qk, v, window,
+                known, facts, step.prompts, np.maximum(queries, 1.0), heads, many, qk, v, sees,
                 steady=True,
             )  # fmt: skip
 

@@ -52,7 +52,8 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attend:
-    """One attention. window: keys that a query sees, 0 is all. latent, rope: elements a token
+    """One attention. window: keys that a query sees, 0 is all; prompt_window: that one of a prompt
+    sees, where it is another (None: the same). latent, rope: elements a token
     leaves in the cache for all heads together (MLA); else 0, and heads have their own.
     recent, block, top: what a lossy policy keeps of what it sees (`serving_kv.py`), 0 is all.
     """
@@ -62,11 +63,17 @@ class Attend:
     dim_qk: int
     dim_v: int
     window: int = 0
+    prompt_window: int | None = None
     latent: int = 0
     rope: int = 0
     recent: int = 0
     block: int = 0
     top: int = 0
+
+    @property
+    def read_window(self) -> int:
+        """Keys that a query of a prompt sees, 0 is all."""
+        return self.window if self.prompt_window is None else self.prompt_window
 
     def cached(self, tp: int = 1) -> float:
         """Elements a token leaves in the cache of one of tp ranks."""
