@@ -258,10 +258,11 @@ class Searcher(Space):
         below = self._below(out.best, d) if out.best else ENDLESS
         fits = not weighed or not surely_infeasible(problem)
         eased = fits and forced_ps(problem) == 0
-        if fits:
+        others = eased and bool(self.keeps(d.tp, d.sequence_parallel))
+        if fits:  # a bound that memory forces would leave out the others, of which it says nothing
+            least = lower_bound_ps(problem) if others else bound_ps(problem, below)
             yield Program(
-                bound_ps=bound_ps(problem, below), decisions=d, problem=problem,
-                step=step if eased else None,
+                bound_ps=least, decisions=d, problem=problem, step=step if others else None
             )
         if not eased:
             yield from self._kept_otherwise(step, d, problem, below)
@@ -335,7 +336,9 @@ class Searcher(Space):
         settled = (found.status == "OPTIMAL" and over is None) or (
             found.status == "INFEASIBLE" and refutes(problem)
         )
-        proved = row.bound_ps if found.status == "INFEASIBLE" else max(row.bound_ps, found.bound_ps)
+        proved = bound_ps(problem)
+        if found.status != "INFEASIBLE":
+            proved = max(proved, found.bound_ps)
         if not settled and (best is None or proved < best):
             unsettled.append(Unsettled(
                 bound=self._score(proved, d), bound_ps=proved,
@@ -347,7 +350,7 @@ class Searcher(Space):
         """Whether a few linear programs show that a program with several stages a rank has nothing
         better, or what they showed of others does: cheaper than to solve it. At first without a
         limit to memory: that says something of others."""
-        if self._known.covers(problem, best):
+        if self._known.covers(problem, best) or bound_ps(problem, best) >= best:
             return True
         if problem.chunks == 1 or not applies(problem):
             return False
