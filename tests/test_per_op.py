@@ -44,6 +44,21 @@ def test_layers_that_are_small_stay_whole_on_every_rank():
     assert wide["layers.0.attention.wq.weight"] == narrow["layers.0.attention.wq.weight"] == "S(0)"
 
 
+def test_experts_over_ep_beside_attention_over_tp_beat_one_layout_for_all():
+    """On tp 2 attention is split by head and experts lie over ep and norms are
+    whole: quicker than with experts split as attention is, or whole as norms are."""
+    given = {"seq_len": 1024, "global_batch": 8}
+    pins = Pins(tp=2, pp=1, cp=1, micro_batch=1, zero=1)
+    d, mixed = chosen("moe", MIXTURE, "h100x8", pins, **given)
+    assert d.ep > 1 and d.etp == 1
+    words = laid("moe", 2, d.sequence_parallel, **MIXTURE)
+    assert words["layers.0.attention.wq.weight"] == "S(0)"
+    assert {w for name, w in words.items() if "norm" in name} == {"R"}
+    for uniform in ({"ep": 1, "etp": 2}, {"ep": 1, "etp": 1}):
+        other = chosen("moe", MIXTURE, "h100x8", replace(pins, **uniform), **given)[1]
+        assert mixed < other, uniform
+
+
 @pytest.mark.parametrize(("seq_len", "split"), [(8192, True), (256, False)])
 def test_the_stream_is_split_by_sequence_where_it_is_long(seq_len, split):
     """Short, norms on whole tokens cost less than two collectives in place of one."""

@@ -19,8 +19,9 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
     lede = sentences(
         f"The plan and {s.rivals} rivals (the best plans without each of its decisions) are costed"
         " again with one input scaled.",
-        f"The decision flips with {_listed(flipping)}." if flipping
-        else f"No input flips it between {FACTORS[0]:g} and {FACTORS[-1]:g} times what it is."
+        f"Of these another comes first with {_listed(flipping)}." if flipping
+        else f"Between {FACTORS[0]:g} and {FACTORS[-1]:g} times what it is no input puts another of"
+        " these first."
         if s.rivals else None,
         f"{s.ahead} rivals come before it as it is: the plan was pinned, or made with other inputs."
         if s.ahead else None,
@@ -47,7 +48,8 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
             "The step with each input scaled, and where the decision flips.",
             el("div", rows, class_="rows"), behind,
             note="Bars: the step with half and with twice the input, all decisions kept. A flip is"
-            " of these plans; a search with that input may find one nearer.",
+            " of the plan and its rivals; a search of the whole space with that input may find one"
+            " nearer.",
         ),
     )  # fmt: skip
 
@@ -92,7 +94,7 @@ def _marks(name: str, changes: tuple[tuple[float, float], ...], scale: float) ->
 
 def _effect_row(e: Effect, scale: float, d: Decisions) -> Html:
     amount = " / ".join(f"{change:+.1%}" for _, change in e.changes[:2])
-    words = [_flip_words(flip, d) for flip in e.flips] or ["no flip in what was asked"]
+    words = [_flip_words(flip, d) for flip in e.flips] or ["none of the rivals comes first"]
     chart = bar(_marks(e.name, e.changes, scale), lines=[(0.5, "as it is")])
     return _reasoned(e.name, chart, amount, words)
 
