@@ -1,4 +1,4 @@
-"""Mutated plan, graph and hardware files through the commands that read them, without a traceback.
+"""Mutated files of plans, graphs, hardware and engines through what reads them: no traceback.
 
     python tests/fuzz.py 10000 [SEED]
 
@@ -34,6 +34,30 @@ ODD: tuple[Any, ...] = (
 TEXT = ("", "\n", '"', "{", "}", "[", "]", ",", "\\", "\x00", "\ufeff", "-", "9" * 400, "1e999",
         "nan", "batch", "%", "\u0663", " @", "[[", "=", "#", "unit", "..", "é")  # fmt: skip
 
+# Configurations that `plan import` reads: (engine, suffix, text).
+ENGINES = {
+    "megatron": ("megatron", "sh", "torchrun --nproc-per-node = 8 pretrain_gpt.py \\\n"
+                 " --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \\\n"
+                 " --num-layers 2 --micro-batch-size 1 --global-batch-size 16 --seq-length 64 \\\n"
+                 " --bf16 --use-distributed-optimizer --sequence-parallel \\\n"
+                 " --recompute-granularity full --recompute-method block \\\n"
+                 " --recompute-num-layers 1 --pipeline-model-parallel-layout 'Et|tL'\n"),
+    "deepspeed": ("deepspeed", "json", json.dumps({
+        "train_batch_size": 16, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, indent=1)),
+    "torchtitan": ("torchtitan", "toml", "[training]\nlocal_batch_size = 2\nseq_len = 64\n"
+                   "[parallelism]\ntensor_parallel_degree = 2\npipeline_parallel_degree = 2\n"
+                   "pipeline_parallel_schedule = \"1F1B\"\n[activation_checkpoint]\n"
+                   "mode = \"selective\"\nselective_ac_option = \"1\"\n"),
+    "titan-python": ("torchtitan", "py", "def f():\n    c = base()\n"
+                     "    c.parallelism.tensor_parallel_degree = 2\n"
+                     "    c.training = TrainingConfig(local_batch_size = 2, seq_len = 64)\n"
+                     "    return c\n"),
+    "accelerate": ("accelerate", "yaml", "distributed_type: FSDP\nmixed_precision: bf16\n"
+                   "num_processes: 8\nfsdp_config:\n  fsdp_version: 2\n"
+                   "  fsdp_activation_checkpointing: true\n"),
+}  # fmt: skip
+JSON_KINDS = ("train", "serve", "deepspeed")
 VALUES = ('"x"', "-1", "0", "nan", "inf", "1e400", "true", "[]", "{}", '""', "9" * 400,
           '"../../x.toml"', '"1e9GiB"', "2024-01-01")  # fmt: skip
 
@@ -69,39 +93,21 @@ def originals(folder: Path) -> dict[str, str]:
     levels = ROOT / "examples/hardware/two-datacentres.toml"
     texts["levels"] = levels.read_text()
     texts["parts"] = (ROOT / "examples/hardware/two-generations.toml").read_text()
-    return texts
+    return texts | {name: text for name, (_, _, text) in ENGINES.items()}
 
 
 def mutated(text: str, kind: str, dice: random.Random) -> str:
     """A text with one to three things wrong."""
     for _ in range(dice.randint(1, 3)):
-        if kind in ("train", "serve") and dice.random() < 0.75:
+        if kind in JSON_KINDS and dice.random() < 0.75:
             with contextlib.suppress(json.JSONDecodeError, RecursionError):
                 text = _restructured(text, dice)
                 continue
-        if kind not in ("train", "serve") and dice.random() < 0.5:
-            values = [*re.finditer(r"= (.+)", text)]
+        if kind not in JSON_KINDS and dice.random() < 0.5:
+            values = [*re.finditer(r"(?:= |: |-[a-z]+ )(\S+)", text)]
             at = dice.choice(values) if values else None
             if at:
-                odd = dice.choice(
-                    (
-                        '"x"',
-                        "-1",
-                        "0",
-                        "nan",
-                        "inf",
-                        "1e400",
-                        "true",
-                        "[]",
-                        "{}",
-                        '""',
-                        "9" * 400,
-                        '"../../x.toml"',
-                        '"1e9GiB"',
-                        "2024-01-01",
-                    )
-                )
-                text = text[: at.start(1)] + odd + text[at.end(1) :]
+                text = text[: at.start(1)] + dice.choice(VALUES) + text[at.end(1) :]
                 continue
         at_char = dice.randrange(len(text) + 1)
         size = dice.choice((0, 1, 1, 5, 40, len(text) // 2))
@@ -171,6 +177,12 @@ def commands(kind: str, path: str, whole: str, dice: random.Random) -> list[str]
                                                   "pytorch", "vllm")), "--lossy", "-o", out],
         ]  # fmt: skip
         return dice.choice(choices)
+    if kind in ENGINES:
+        model = ["--model", str(ROOT / "examples/moe.py"), "--arg", "size=tiny"]
+        open_to_code = {"deepspeed": ["--seq-len", "64"],
+                        "accelerate": ["--seq-len", "64", "--fix", "micro_batch=1"]}  # fmt: skip
+        return ["import", path, "--from", ENGINES[kind][0], *model, "--hardware", "h100x8",
+                *open_to_code.get(kind, []), "-o", str(Path(path).parent / "out.json")]  # fmt: skip
     return ["hardware", "show", path]
 
 
@@ -186,7 +198,8 @@ def fuzz(count: int, seed: int, texts: dict[str, str], folder: Path) -> list[str
     for index in range(count):
         dice = random.Random(f"{seed}/{index}")
         kind = dice.choice((*names, "train", "serve"))
-        path = folder / f"mutated.{'json' if kind in ('train', 'serve') else 'toml'}"
+        plan = "json" if kind in ("train", "serve") else "toml"
+        path = folder / f"mutated.{ENGINES[kind][1] if kind in ENGINES else plan}"
         text = mutated(texts[kind], kind, dice)
         path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         words = commands(kind, str(path), str(folder / f"{kind}.json"), dice)
