@@ -23,6 +23,7 @@ from ir.errors import UsageError
 
 _CATALOGUE = Path(__file__).with_name("hardware")
 _COUNTED = re.compile(r"([a-z0-9][a-z0-9.-]*?)x([0-9]+)")
+MOST_DIGITS = 9  # of a count of GPUs
 DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "nvfp4", "int4")
 
 
@@ -397,4 +398,7 @@ def load_hardware(spec: str) -> Cluster:
         name = canonical(spec.lower())
         size = _catalogued(name).node_size
         raise UsageError(f"{spec} has no count", hints=(f"{name}x{size} is one node of it",))
+    if len(match[2]) > MOST_DIGITS:
+        raise UsageError(f"{spec[:60]}: there are not so many GPUs",
+                         why=f"expected a count of at most {MOST_DIGITS} digits")  # fmt: skip
     return _counted(replace(_catalogued(canonical(match[1])), count=int(match[2])))

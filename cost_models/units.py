@@ -76,7 +76,10 @@ def parse_bytes(text: str | int | float) -> int:
             hints=("write 80GB (80e9 bytes), 80GiB (80 * 2**30 bytes) or a plain number",),
         )
     base = 1024 if match[3] else 1000
-    return round(float(match[1].replace("_", "")) * base ** _POWER[match[2]])
+    found = float(match[1].replace("_", "")) * base ** _POWER[match[2]]
+    if found == float("inf"):
+        raise UsageError(f"{text[:60]!r} is no size in bytes", why="no number is so large")
+    return round(found)
 
 
 def parse_count(text: str) -> float:

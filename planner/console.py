@@ -41,14 +41,25 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         _explain(traceback)
         say("\n".join(fault.lines()))
         return fault.exit_code
+    except OSError as fault:  # of a path of the user's that no command asked about
+        if fault.filename is None:
+            return _internal(fault, traceback)
+        _explain(traceback)
+        say(f"error: cannot use {str(fault.filename)[:LONGEST]}: {fault.strerror}")
+        return INTERNAL
     except Exception as fault:
         if hasattr(fault, "format_message"):
             return _usage(fault)
-        _explain(traceback)
-        say(f"error: internal: {type(fault).__name__}: {fault}")
-        if not traceback:
-            say("hint: -vv shows where; please report it with the command")
-        return INTERNAL
+        return _internal(fault, traceback)
+
+
+def _internal(fault: Exception, traceback: bool) -> int:
+    """A fault of ours."""
+    _explain(traceback)
+    say(f"error: internal: {type(fault).__name__}: {fault}")
+    if not traceback:
+        say("hint: -vv shows where; please report it with the command")
+    return INTERNAL
 
 
 def heard(command: Callable[..., int]) -> Callable[..., int]:

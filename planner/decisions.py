@@ -27,7 +27,7 @@ WHOLE = "layers"  # every group of formats
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
 COUNTED = ("optimizer", "activations")  # of what may be offloaded, by layers a stage
-COUNTED_TIER = re.compile(r"cpu:([0-9]+(?:/[0-9]+)*)")  # layers a stage
+COUNTED_TIER = re.compile(r"cpu:([0-9]{1,9}(?:/[0-9]{1,9})*)")  # layers a stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
 
 
@@ -153,7 +153,7 @@ def _key(name: str, text: str) -> Key:
 
 
 def _refuse(text: str, expected: str) -> NoReturn:
-    raise UsageError(f"--fix {text} is no value of that pin", why=f"expected {expected}")
+    raise UsageError(f"--fix {text[:80]} is no value of that pin", why=f"expected {expected}")
 
 
 def _degree(text: str, value: str) -> int:
@@ -178,7 +178,7 @@ def _switch(text: str, value: str) -> bool:
 
 
 def _stages(text: str, value: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", value):
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value):
         _refuse(text, "layers per stage, as in 16,16,15")
     return tuple(map(int, value.split(",")))
 
@@ -188,7 +188,7 @@ def _recompute(text: str, value: str) -> Recompute:
     expected = "none, selective, full, or layers per stage: full:12, full:2+selective:4"
     counts: dict[str, tuple[int, ...]] = {}
     for part in value.split("+"):
-        found = re.fullmatch(r"(full|selective)(?::([0-9]+(?:/[0-9]+)*))?|none", part)
+        found = re.fullmatch(r"(full|selective)(?::([0-9]{1,9}(?:/[0-9]{1,9})*))?|none", part)
         if not found or found[1] in counts or (part == "none" and value != "none"):
             _refuse(text, expected)
         if found[1]:

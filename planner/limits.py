@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass, replace
 
 from cost_models.hardware import Cluster
@@ -61,8 +62,10 @@ def parse_sizes(text: str | None, flag: str) -> tuple[int, ...]:
         return ()
     low, dots, high = text.partition("..")
     ends = (low, high) if dots else (low, low)
-    if not all(end.isdecimal() for end in ends) or int(low) > int(ends[1]) or int(low) < 1:
-        raise UsageError(f"{flag} {text} is no size", why="expected 512, or a range: 256..1024")
+    told = all(re.fullmatch("[0-9]{1,9}", end) for end in ends)
+    if not told or int(low) > int(ends[1]) or int(low) < 1:
+        raise UsageError(f"{flag} {text[:60]} is no size", why="expected 512, or a range:"
+                         " 256..1024, of whole numbers up to 999,999,999")  # fmt: skip
     first, last = map(int, ends)
     doubled = itertools.takewhile(lambda n: n < last, (first << k for k in itertools.count()))
     return (*doubled, last)

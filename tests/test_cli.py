@@ -119,6 +119,18 @@ def test_interrupted_keeps_the_plan(plan, search):
         (["diff", "-", "-"], 64, "both plans"),
         (["diff", "a", "b", "--format", "html"], 64, "--format html"),
         (["hardware", "show", "h1000"], 64, "unknown device"),
+        (["trace", "m.py", "--hardware", "h100x" + "9" * 5000], 64, "not so many GPUs"),
+        (["trace", "m.py", "--hardware", "h100x8", "--seq-len", "9" * 5000], 64, "999,999,999"),
+        (["trace", "m.py", "--hardware", "h100x8", "--fix", "stages=" + "9" * 5000], 64,
+         "layers per stage"),
+        (["trace", "m.py", "--hardware", "h100x8", "--fix", "recompute=full:" + "9" * 5000], 64,
+         "layers per stage"),
+        (["trace", "m.py", "--hardware", "h100x8", "--max-memory", "9" * 5000 + "GB"], 64,
+         "no number is so large"),
+        (["show", "a" * 5000], 1, "File name too long"),
+        (["diff", "x:" + "a" * 5000, "b"], 1, "File name too long"),
+        (["trace", "m.py", "--hardware", "a" * 5000 + ".toml"], 1, "File name too long"),
+        (["trace", "m.py", "--hardware", "h100x8", "-o", "a" * 5000], 1, "File name too long"),
     ],
 )
 def test_errors_are_said_once_with_their_code(plan, search, arguments, code, words):
