@@ -78,7 +78,7 @@ def parse_bytes(text: str | int | float) -> int:
     base = 1024 if match[3] else 1000
     found = float(match[1].replace("_", "")) * base ** _POWER[match[2]]
     if found == float("inf"):
-        raise UsageError(f"{text[:60]!r} is no size in bytes", why="no number is so large")
+        raise UsageError(f"{str(text)[:60]!r} is no size in bytes", why="no number is so large")
     return round(found)
 
 
