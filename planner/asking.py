@@ -12,6 +12,7 @@ from cost_models.estimate import estimate_step
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Assignments, Costs
+from planner.bounds import NEVER_PS
 from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.runnable import may_compile
@@ -85,6 +86,15 @@ class Asking:
         alike = made.cluster.count == own.costs.cluster.count
         inside = min(made.cluster.domain_ranks, own.costs.cluster.domain_ranks)
         return {key: laid for key, laid in own._laid.items() if alike or key[0] <= inside}
+
+    def can_fit(
+        self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None
+    ) -> bool:
+        """False where bounds alone say that no mesh fits: there is nothing to search."""
+        found = self.under(pins, cluster=cluster, workload=workload)
+        runs = [m for m in found.meshes() if found.runs(m)]
+        spaces = [replace(found, formats=way) for way in found.format_ways()]
+        return any((s.bounds(runs).lower_ps < NEVER_PS).any() for s in spaces) if runs else False
 
     def ask(
         self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None,

@@ -113,7 +113,7 @@ class Questions:
     asked: Asking
     pins: Pins
     legal: bool = False
-    _answers: dict[tuple[Pins, int, Workload], Answer] = field(default_factory=dict)
+    _answers: dict[tuple[Pins, int, Workload], Answer | None] = field(default_factory=dict)
 
     def answer(
         self, pins: Pins, cluster: Cluster | None = None, workload: Workload | None = None
@@ -123,11 +123,14 @@ class Questions:
         cluster, workload = cluster or costs.cluster, workload or costs.workload
         key = (pins, cluster.count, workload)
         if key not in self._answers:
+            hope = self.legal or self.asked.can_fit(pins, cluster=cluster, workload=workload)
             self._answers[key] = self.asked.ask(
                 pins, cluster=cluster, workload=workload,
                 effort=EFFORT * (LEGAL_TIMES if self.legal else 1),
-            )  # fmt: skip
+            ) if hope else None  # fmt: skip
         found = self._answers[key]
+        if found is None:
+            return None
         legal = self.legal and found.outcome.misfit is not None
         return found if found.outcome.best is not None or legal else None
 
@@ -152,10 +155,10 @@ class Questions:
                 limits.append(word)
                 hints.append(hint)
         self.answer(pins)
-        seen = self._answers[pins, costs.cluster.count, costs.workload].outcome
+        seen = self._answers[pins, costs.cluster.count, costs.workload]
         return Core(
             pins=kept, limits=tuple(limits), hints=tuple(hints),
-            proved=seen.expanded == seen.meshes,
+            proved=seen is None or seen.outcome.expanded == seen.outcome.meshes,
         )  # fmt: skip
 
     def _minimal(self) -> tuple[Constraint, ...]:
