@@ -239,12 +239,11 @@ class Searcher(Space):
         out.spent += len(todo) // 4
         rows = [(row.bound_ps, i) for i, row in enumerate(todo)]
         for bound, i in sorted(rows):
-            best = self._below(out.best, mesh) if out.best else ENDLESS
-            eased = todo[i].step is not None and lower_bound_ps(todo[i].problem) < best
-            if (bound >= best and not eased) or self._idle(todo[i], out):
+            if out.best and bound >= self._below(out.best, mesh):
+                break
+            if self._idle(todo[i], out):
                 continue
-            mine = (todo[i],) if bound < best else ()
-            for row in itertools.chain(mine, self._eased(todo[i], out)):
+            for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
                 if not self._solve(row, laid, out, unsettled):
                     full.append(replace(row.decisions, schedule="1f1b", virtual_stages=1))
         return full
@@ -275,12 +274,11 @@ class Searcher(Space):
                 yield Program(bound_ps=bound_ps(other, below), decisions=made, problem=other)
 
     def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
-        """Of a program whose ranks may together hold it without recomputation: the same with other
-        sets that layers may keep, if without a limit to memory it were better than the best. Its
-        own bound may have what single ranks recompute in it, which with other sets is less."""
+        """Of a solved program whose bound has no recomputation in it: the same with other sets
+        that layers may keep, if without a limit to memory it were better than the best."""
         best = out.best
         below = self._below(best, row.decisions) if best else ENDLESS
-        if row.step is None or lower_bound_ps(row.problem) >= below:
+        if row.step is None or row.bound_ps >= below:
             return
         others = list(self._kept_otherwise(row.step, row.decisions, row.problem, below))
         if best is not None and others and row.problem.chunks == 1:
