@@ -93,9 +93,9 @@ class Table:
 
 
 def applies(p: StageProblem) -> bool:
-    """Whether a program is bounded so: nothing of it pinned, ranks alike."""
+    """Whether a program is bounded so: nothing of it pinned, ranks and layers alike."""
     free = p.fixed_stages is None and p.fixed_recompute is None and "none" in p.levels
-    return free and not p.ranks and p.layers >= p.count
+    return free and not p.ranks and p.lowered is None and p.layers >= p.count
 
 
 def bound_ps(p: StageProblem, below_ps: int = NEVER_PS) -> int:

@@ -66,7 +66,8 @@ class Without(Searcher):
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         """Also without the refused ways to hold state."""
         keys = ("zero", "shard", "reshard", "offload", "dp_outer")
-        away = [(key, value) for key, value in self.refused if key in keys]
+        away = [(key, _tiers(value) if key == "offload" else value)
+                for key, value in self.refused if key in keys]  # fmt: skip
         for d in super().variants(mesh):
             if not any(_held(d, key) == value for key, value in away):
                 yield d
@@ -114,7 +115,11 @@ class Without(Searcher):
 
 def _held(d: Decisions, key: str) -> object:
     """A decision as `Refused` has it: offload without counts of layers."""
-    return tuple(d.tiers.items()) if key == "offload" else getattr(d, key)
+    return _tiers(d.offload) if key == "offload" else getattr(d, key)
+
+
+def _tiers(offload: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(Decisions(offload=offload).tiers.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from planner.mesh import meshes
 from planner.offloads import keeps_offload, lower, offload_words
 from planner.pin_checks import check_pins
 from planner.search import Searcher
+from planner.why import Without
 
 H100 = load_hardware("h100x8")
 LAYERS, LINK = 4, 5e10  # bytes/s of one GPU's link
@@ -326,6 +327,9 @@ def test_some_layers_of_each_stage_are_found(tmp_path):
     assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
     whole = problem.searcher.under(Pins(offload=OPTIMIZER, **pins)).run().best
     assert out.best.objective_ps < 0.86 * whole.objective_ps
+    # refused, it is refused of any number of layers
+    searching = Without(costs=searching.costs, pins=Pins(**pins), refused=(("offload", d.offload),))
+    assert searching.run().best.decisions.tiers not in ({}, d.tiers)
 
 
 def test_which_layers_the_optimizer_is_of_is_known():
