@@ -158,6 +158,21 @@ def test_a_router_with_equal_experts_is_recognised(tmp_path: Path) -> None:
     assert model_flop(graph, 5, 7) == 3 * layer + 2 * tokens * 16 * 32
 
 
+@pytest.mark.parametrize(
+    ("ending", "why"),
+    [
+        ("return (out + tokens).view_as(x)", "not a sum of what its experts answer"),
+        ("return out.view_as(x), chosen", "returns a tuple"),
+        ("return out.view_as(x) + self.shared(x)", "fails"),
+    ],
+)
+def test_what_stands_beside_the_experts_is_not_lost(tmp_path: Path, ending: str, why: str) -> None:
+    text = EXPERTS.format(top_k="self.top_k = 2; self.shared = nn.Linear(16, 16, device='meta')")
+    with pytest.raises(PlanError, match="more than route") as caught:
+        graph_of(tmp_path, text.replace("return out.view_as(x)", ending))
+    assert why in "\n".join(caught.value.lines())
+
+
 def test_experts_without_a_top_k_ask_for_a_declaration(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as caught:
         graph_of(tmp_path, EXPERTS.format(top_k="pass"))

@@ -2,11 +2,13 @@
 
 A forward that loops over experts (`nonzero`, `tolist`, `bincount`) cannot be traced. Where a
 module holds a linear layer with one output for each member of a `ModuleList` of equal modules,
-what it computes is known: route each token to its top k experts, run them, sum.
+what it computes is known: route each token to its top k experts, run them, sum. That it computes
+nothing else is tried, with experts whose answers are known.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +72,65 @@ def find_routed(model: nn.Module) -> dict[str, Routed]:
             if len(routers) == 1 and len({signature(e, set()) for e in experts}) == 1:
                 top_k = _top_k(path, module, len(experts))
                 found[path] = Routed(router=routers[0], experts=tuple(experts), top_k=top_k)
+                _check_routes_alone(path, module, found[path])
     return found
+
+
+class _Known(nn.Module):
+    """An expert that answers the same to every row."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, rows: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.answer.expand(*rows.shape[:-1], -1)
+
+
+def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
+    """Run the module's own forward on the CPU with experts that answer orthogonal vectors (or zero,
+    where there are as many as features): what is no sum of them is not the experts'. Raises
+    PlanError: all else that the forward does would be lost."""
+    width, count = routed.router.in_features, len(routed.experts)
+    drawn = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=drawn, device="cpu")  # noqa: E731
+    answers = torch.zeros(count, width, device="cpu")
+    if count < width:
+        answers = torch.linalg.qr(random(width, count)).Q.T
+    twin = copy.copy(module)  # whose tables are its own: what it holds is not touched
+    twin._modules, twin._parameters, twin._buffers = {}, {}, {}
+    for name, child in module.named_children():
+        twin._modules[name] = child
+        if child is routed.router:
+            twin._modules[name] = nn.Linear(width, count, bias=False, device="cpu")
+            twin._modules[name].weight.data = random(count, width)
+        elif tuple(child.children()) == routed.experts:
+            twin._modules[name] = nn.ModuleList(map(_Known, answers))
+    for mine, theirs in ((twin._parameters, module._parameters), (twin._buffers, module._buffers)):
+        mine |= {k: v if v is None else torch.zeros(v.shape) for k, v in theirs.items()}
+    fault: str | None = None
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            out = twin(random(2, 3, width))
+    except Exception as error:  # the user's code, on what it was not written for
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        fault = f"with known experts it fails: {words[:200]}"
+    else:
+        if not isinstance(out, Tensor):
+            fault = f"it returns a {type(out).__name__}, expected one tensor"
+        else:
+            rows = out.reshape(-1, out.shape[-1]).float()
+            if rows.shape[-1] != width or (rows - rows @ answers.T @ answers).abs().max() > 1e-3:
+                fault = "its result is not a sum of what its experts answer"
+    if fault:
+        raise PlanError(
+            f"{path} does more than route tokens to its experts", where=path, why=fault,
+            hints=(
+                "a module of its own for the router and the experts, and what stands beside them"
+                " around it",
+                f"or declare it a leaf: ir.leaf({type(module).__name__}, flop=...)",
+            ),
+        )  # fmt: skip
 
 
 def _top_k(path: str, module: nn.Module, experts: int) -> int:
