@@ -93,7 +93,10 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
     PlanError: all else that the forward does would be lost."""
     width, count = routed.router.in_features, len(routed.experts)
     drawn = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=drawn, device="cpu")  # noqa: E731
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=drawn, device="cpu")
+
     answers = torch.zeros(count, width, device="cpu")
     if count < width:
         answers = torch.linalg.qr(random(width, count)).Q.T
@@ -102,8 +105,9 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
     for name, child in module.named_children():
         twin._modules[name] = child
         if child is routed.router:
-            twin._modules[name] = nn.Linear(width, count, bias=False, device="cpu")
-            twin._modules[name].weight.data = random(count, width)
+            router = nn.Linear(width, count, bias=False, device="cpu")
+            router.weight.data = random(count, width)
+            twin._modules[name] = router
         elif tuple(child.children()) == routed.experts:
             twin._modules[name] = nn.ModuleList(map(_Known, answers))
     for mine, theirs in ((twin._parameters, module._parameters), (twin._buffers, module._buffers)):
