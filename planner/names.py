@@ -16,6 +16,7 @@ from itertools import product
 from ir.errors import PlanError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
+MOST_NUMBERS = 100_000  # of a range: a pattern of another's file is written out
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SPECIAL = re.compile(r"[{},%*\s]")
@@ -166,6 +167,8 @@ def _inside(text: str) -> tuple[str, ...]:
         first, last, step = int(found[1]), int(found[2]), int(found[3] or 1)
         if step < 1 or last < first:
             raise PlanError(f"range {item!r} is empty")
+        if last - first > MOST_NUMBERS * step:
+            raise PlanError(f"range {item!r} has more numbers than any model has layers")
         words += map(str, range(first, last + 1, step))
     return tuple(words)
 

@@ -46,6 +46,9 @@ def test_a_module_with_a_name_that_no_plan_can_tell(tmp_path, plan):
     )
     code, _, said = plan("trace", "odd.py", "--hardware", "h100x1", "--seq-len", "64")
     assert code == 1 and "a module is named 'a\\nb'" in said
+    (tmp_path / "odd.py").write_text((tmp_path / "odd.py").read_text().replace("a\\nb", "f(x)"))
+    code, _, said = plan("trace", "odd.py", "--hardware", "h100x1", "--seq-len", "64")
+    assert code == 1 and "a module is named 'f(x)'" in said
 
 
 def test_a_report_writes_over_no_plan(tmp_path, plan):

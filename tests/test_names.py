@@ -71,3 +71,8 @@ def test_matches():
 def test_bad_patterns_are_refused(pattern):
     with pytest.raises(PlanError):
         expand(pattern)
+
+
+def test_a_range_without_end_is_refused():
+    with pytest.raises(PlanError, match="more numbers"):
+        expand("layers.{0..999999999}")

@@ -28,10 +28,10 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
     from ir.join import join_tails
 
     for name, _ in source.model.named_modules():
-        if not name.isprintable() or any(map(str.isspace, name)):
+        if not name.isprintable() or any(c.isspace() or c in "()" for c in name):
             raise PlanError(
                 f"a module is named {name!r}",
-                why="a plan names modules by their paths, without white space",
+                why="a plan names modules by their paths, without white space or parentheses",
                 hints=("give it another name in the model",),
             )
     sizes = sizes_for(source.max_seq_len, source.seq_in_input)
