@@ -23,6 +23,7 @@ from ir.capture.leaf import run
 from ir.errors import PlanError
 
 assert run and torch_ops.NAMES  # imported for their registrations
+SAME = 1e-3  # of answers of unit length, in 32 bits
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "experts_per_token", "k")
 
 
@@ -111,7 +112,11 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
         elif tuple(child.children()) == routed.experts:
             twin._modules[name] = nn.ModuleList(map(_Known, answers))
     for mine, theirs in ((twin._parameters, module._parameters), (twin._buffers, module._buffers)):
-        mine |= {k: v if v is None else torch.zeros(v.shape) for k, v in theirs.items()}
+        mine |= {
+            k: v if v is None else torch.zeros(
+                v.shape, dtype=torch.float if v.is_floating_point() else v.dtype, device="cpu"
+            ) for k, v in theirs.items()
+        }  # fmt: skip
     fault: str | None = None
     try:
         with torch.no_grad(), torch.device("cpu"):
@@ -124,7 +129,8 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
             fault = f"it returns a {type(out).__name__}, expected one tensor"
         else:
             rows = out.reshape(-1, out.shape[-1]).float()
-            if rows.shape[-1] != width or (rows - rows @ answers.T @ answers).abs().max() > 1e-3:
+            sums = rows @ answers.T @ answers if rows.shape[-1] == width else None
+            if sums is None or not bool((rows - sums).abs().max() <= SAME):
                 fault = "its result is not a sum of what its experts answer"
     if fault:
         raise PlanError(
