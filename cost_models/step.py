@@ -214,9 +214,17 @@ class Costs:
         return replace(step, decisions=d, rows=tuple(rows))
 
     def rescheduled(self, step: Step, d: Decisions) -> Step:
-        """The step of another schedule of the same mesh: what a rank receives is reserved anew."""
+        """The step of another schedule of the same mesh: what a rank receives is reserved anew, and
+        what the ends share is sent, or is not where they now are on one rank."""
         reserved = reserved_of(self.graph, d, self.engine, sum(step.p2p_bytes))
-        return replace(step, decisions=d, reserved=reserved)
+        sends = _ends_apart(d) - _ends_apart(step.decisions)
+        rows = step.rows
+        if sends and any(row.copied for row in rows):
+            rows = tuple(
+                replace(row, floor_ps=row.floor_ps + sends * self._copies_ps(d, row.copied))
+                for row in rows
+            )
+        return replace(step, decisions=d, reserved=reserved, rows=rows)
 
     def boundary_bytes(self, d: Decisions) -> tuple[int, ...]:
         """Bytes of each value that one micro-batch sends from a stage to the next: the widest
@@ -261,8 +269,8 @@ class Costs:
             (h.name, MASTER_BYTES * state_of((h,), d, self.workload, self.engine).shard)
             for h in parameters if h.name in earlier
         )  # fmt: skip
-        if rank_of(d.schedule, d.pp, 0) != rank_of(d.schedule, d.pp, d.pp * d.virtual_stages - 1):
-            tail["floor_ps"] += ps(sum(self.send_s(d, size, back=True) for _, size in copied))
+        if _ends_apart(d):
+            tail["floor_ps"] += self._copies_ps(d, copied)
         kept, working, aside = cost.kept, cost.working, (0, 0, 0)
         moves, counted = layer and "activations" in d.tiers, d.moved is not None
         if moves and not counted:  # two layers' are on the device at once
@@ -284,6 +292,10 @@ class Costs:
             below=below_bytes(self.engine, self.workload, d, state), **tail,
         )  # fmt: skip
         return by_count(row, kept[0], beside.activations[0]) if moves and counted else row
+
+    def _copies_ps(self, d: Decisions, copied: tuple[tuple[str, int], ...]) -> int:
+        """Gradients of what the first stage holds too, sent there once a step."""
+        return ps(sum(self.send_s(d, size, back=True) for _, size in copied))
 
     def counted(self, step: Step, d: Decisions, assignments: Assignments) -> Step:
         """The step of the same mesh and state with activations offloaded by count of layers."""
@@ -447,3 +459,8 @@ def replicated(unit: Unit, tp: int) -> Assignment:
 
 
 __all__ = ["Assignments", "Costs", "PARTS", "Row", "Step", "ps", "replicated"]
+
+
+def _ends_apart(d: Decisions) -> bool:
+    """Whether the last stage lies on another rank than the first: on a V they share one."""
+    return rank_of(d.schedule, d.pp, 0) != rank_of(d.schedule, d.pp, d.pp * d.virtual_stages - 1)

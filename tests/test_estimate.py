@@ -314,3 +314,20 @@ def test_model_flop_is_6n_and_attention():
     expected = (6 * n + 12 * 32 * SEQ * 4096) * SEQ * 32
     assert abs(e.model_flop / expected - 1) < 1e-6
     assert e.tokens == SEQ * 32
+
+
+def test_a_step_of_another_schedule_is_the_step_costed_anew():
+    """GPT's head is its embedding: on a V both ends are on one rank, and nothing is sent there."""
+    costs = costs_of(graph_of("gpt"), "h100x4", seq_len=32, global_batch=32, engine="native")
+    assign = Searcher(costs=costs).assign(1, False)
+    ways = [
+        Decisions(pp=2, dp=2, zero=1, shard=2, microbatches=16, compile=False, schedule=name,
+                  virtual_stages=1 if name in ("1f1b", "zbh1") else 2)
+        for name in ("1f1b", "zbh1", "interleaved", "zbv", "dualpipev")
+    ]  # fmt: skip
+    steps = [costs.step(d, assign) for d in ways]
+    assert any(row.copied for row in steps[0].rows)
+    assert steps[0].rows != steps[3].rows
+    for step in steps:
+        for d, anew in zip(ways, steps):
+            assert costs.rescheduled(step, d) == anew
