@@ -33,6 +33,8 @@ def held() -> Iterator[None]:
     """Ctrl-C waits until the end: around solvers that answer it themselves, and forget it.
 
     CLP has its own handler while it solves: it gives up that program, and nobody else hears of it.
+    This thread does not take the signal; another of the process may, as libraries start some, and
+    then the solver's answer says that it was stopped.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

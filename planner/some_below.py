@@ -88,6 +88,7 @@ def _of_count(space: Space, d: Decisions, step: Step, laid: Assignments) -> Prog
     problem = space.problem(made, d)
     return Program(bound_ps=lower_bound_ps(problem), decisions=d, problem=problem)
 
+
 def _pairs(
     space: Space, d: Decisions, none: Step, every: Step, laid: Assignments, target: int
 ) -> Iterator[tuple[Decisions, StageProblem, StageProblem]]:

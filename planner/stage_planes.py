@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -267,6 +268,8 @@ class _Planes:
         objective.SetOptimizationDirection(most)
         with held():
             status = self.solver.Solve()
+        if status == self.solver.FEASIBLE:  # stopped, where nothing else stops it than its handler
+            signal.raise_signal(signal.SIGINT)
         if status == self.solver.INFEASIBLE:
             return None
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved

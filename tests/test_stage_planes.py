@@ -1,12 +1,13 @@
 """Paths through schedules, the bounds made of them, and what a search does with both."""
 
-import os
 import random
 import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from ortools.linear_solver import pywraplp
 from test_stages import brute, large, tiny
 
 from cost_models.decisions import Decisions
@@ -127,6 +128,16 @@ def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
     """Ctrl-C while a program is solved is the search's, once it is solved."""
     with interruptible() as asked:
         with held():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             assert not asked()
         assert asked()
+
+
+def test_an_interrupt_that_a_solver_answered_is_passed_on(monkeypatch):
+    """Where another thread takes the signal, a program that ends before its optimum is all there
+    is to see of it."""
+    p, effort = large(schedule="interleaved", virtual_stages=2, microbatches=32), Effort(programs=4)
+    monkeypatch.setattr(pywraplp.Solver, "Solve", lambda solver: solver.FEASIBLE)
+    with interruptible() as asked:
+        assert not refute(p, 2 * lower_bound_ps(p), Known.of(p), effort)[0]
+        assert asked() and effort.programs == 0
