@@ -134,4 +134,4 @@ def test_training_and_serving_are_told_apart():
             with pytest.raises(PlanError, match="and this is a plan of"):
                 export(plan, target, "plan.json")
     ((_, text),) = export(toy_plan(hardware="h100x16"), "leaderworkerset", "p.json").files
-    assert "torchrun" in text and "--plan=p.json" in text
+    assert "torchrun" in text and "p.json" in text

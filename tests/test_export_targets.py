@@ -1,5 +1,6 @@
 """Exports to other engines: what is exact, what is lost, and what their own parsers make of it."""
 
+import ast
 import json
 import re
 import tomllib
@@ -186,6 +187,25 @@ def test_names_of_a_plan_stay_in_their_comments():
             continue
         ((name, text),) = export(replace(plan_of(MEGATRON), graph=graph), target, "a;b.json").files
         assert "/" not in name and not re.search(r"(?m)^[^#\n]*rm -rf", text), target
+
+
+def test_names_of_a_plan_are_no_code_in_the_file_for_torch():
+    """Whatever a graph calls its modules, the file's calls are those of any other plan."""
+
+    def calls(text):
+        nodes = ast.walk(ast.parse(text))
+        return sorted(ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call))
+
+    for plan in (plan_of(FSDP), plan_of(MEGATRON)):
+        for name in ('"+str(run())+"', "a\\", '"""\nrun()\n"""', "\U0001f600\u202e\r# x"):
+            root = replace(plan.graph.root, nodes=tuple(
+                replace(n, attrs=tuple((k, v + name if k == "path" else v) for k, v in n.attrs))
+                for n in plan.graph.root.nodes
+            ))  # fmt: skip
+            layers = tuple(path + name for path in plan.graph.layers)
+            graph = replace(plan.graph, name=name, root=root, layers=layers)
+            text = text_of(replace(plan, graph=graph), "pytorch")
+            assert calls(text) == calls(text_of(plan, "pytorch")), name
 
 
 def test_accelerate_reads_what_is_written(tmp_path):

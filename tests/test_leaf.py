@@ -163,7 +163,9 @@ def test_a_router_with_equal_experts_is_recognised(tmp_path: Path) -> None:
     [
         ("return (out + tokens).view_as(x)", "not a sum of what its experts answer"),
         ("return out.view_as(x), chosen", "returns a tuple"),
-        ("return out.view_as(x) + self.shared(x)", "fails"),
+        ("return out.view_as(x) + self.shared(x)", "runs shared"),
+        ("return out.view_as(x) + 0 * self.shared(x)", "runs shared"),
+        ("return (out + self.experts[0](tokens)).view_as(x)", "more than its top 2"),
     ],
 )
 def test_what_stands_beside_the_experts_is_not_lost(tmp_path: Path, ending: str, why: str) -> None:

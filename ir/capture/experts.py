@@ -88,6 +88,17 @@ class _Known(nn.Module):
         return self.answer.expand(*rows.shape[:-1], -1)
 
 
+class _Beside(nn.Module):
+    """A layer that is neither router nor expert."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        raise RuntimeError(f"it runs {self.name}, which is neither its router nor its experts")
+
+
 def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
     """Run the module's own forward on the CPU with experts that answer orthogonal vectors (or zero,
     where there are as many as features): what is no sum of them is not the experts'. Raises
@@ -104,10 +115,10 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
     twin = copy.copy(module)  # whose tables are its own: what it holds is not touched
     twin._modules, twin._parameters, twin._buffers = {}, {}, {}
     for name, child in module.named_children():
-        twin._modules[name] = child
+        twin._modules[name] = _Beside(name) if any(True for _ in child.parameters()) else child
         if child is routed.router:
             router = nn.Linear(width, count, bias=False, device="cpu")
-            router.weight.data = random(count, width)
+            router.weight.data = random(count, width) / width  # all experts are about as likely
             twin._modules[name] = router
         elif tuple(child.children()) == routed.experts:
             twin._modules[name] = nn.ModuleList(map(_Known, answers))
@@ -120,7 +131,7 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
     fault: str | None = None
     try:
         with torch.no_grad(), torch.device("cpu"):
-            out = twin(random(2, 3, width))
+            out = twin(random(2, 16, width))
     except Exception as error:  # the user's code, on what it was not written for
         words = (str(error).splitlines() or [type(error).__name__])[0]
         fault = f"with known experts it fails: {words[:200]}"
@@ -129,9 +140,11 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
             fault = f"it returns a {type(out).__name__}, expected one tensor"
         else:
             rows = out.reshape(-1, out.shape[-1]).float()
-            sums = rows @ answers.T @ answers if rows.shape[-1] == width else None
-            if sums is None or not bool((rows - sums).abs().max() <= SAME):
+            shares = rows @ answers.T if rows.shape[-1] == width else None
+            if shares is None or not bool((rows - shares @ answers).abs().max() <= SAME):
                 fault = "its result is not a sum of what its experts answer"
+            elif int((shares.abs() > SAME).sum(dim=-1).max()) > routed.top_k:
+                fault = f"a token takes the answers of more than its top {routed.top_k} experts"
     if fault:
         raise PlanError(
             f"{path} does more than route tokens to its experts", where=path, why=fault,

@@ -72,7 +72,7 @@ def load(model_spec: str, args: Mapping[str, str]) -> Source:
             why=str(error),
             hints=("pip install 'meshwright[hf]'",),
         ) from None
-    name = path.parent.name if path.name == "config.json" else path.stem
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
     return hf.source(config, name=name, args=args, key=key, where=str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
 from planner.plan import Plan
@@ -27,6 +28,12 @@ def plan_hash(plan: Plan | ServingPlan) -> str:
 def one_line(text: str) -> str:
     """Words with names of a plan in them as a comment: printable ASCII on one line."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)
+
+
+def quoted(text: str) -> str:
+    """A name as a literal of Python: a plan is no code, whatever its names are."""
+    literal = json.dumps(text, ensure_ascii=False)
+    return literal.encode("ascii", "backslashreplace").decode()
 
 
 def header(plan: Plan | ServingPlan, target: str, checked: str) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def command(nodes: int, gpus: int, endpoint: str, plan_name: str) -> list[str]:
         words += ["--rdzv-backend=c10d", "--rdzv-id=plan", f"--rdzv-endpoint={endpoint}"]
     else:
         words.append("--standalone")
-    return [*words, PROGRAM, f"--plan={plan_name}"]
+    return [*words, PROGRAM, plan_name]
 
 
 def plan_name(source: str) -> str:
@@ -81,7 +81,7 @@ def slurm(plan: object, source: str) -> Exported:
 def trainjob(plan: object, source: str) -> Exported:
     """A manifest `trainjob.yaml` of Kubeflow Trainer; the operator sets up the rendezvous."""
     p, nodes, gpus = nodes_of(plan, "trainjob", source)
-    args = [f"--plan={plan_name(source)}"]
+    args = [plan_name(source)]
     text = comment(header(p, "trainjob", checked("trainjob"))) + f"""\
 apiVersion: trainer.kubeflow.org/v1alpha1
 kind: TrainJob

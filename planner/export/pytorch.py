@@ -14,7 +14,7 @@ from cost_models.decisions import Decisions
 from cost_models.stage_problem import starts_of
 from cost_models.state import ranks_of
 from planner.chain import layer_paths, stage_units
-from planner.export.header import plan_hash
+from planner.export.header import one_line, plan_hash, quoted
 from planner.export.pytorch_text import HEADER, TORCH_ALONE, WITH_RUNTIME, fill
 from planner.export.target import Exported, training
 from planner.names import fold_text
@@ -59,8 +59,9 @@ def _text(plan: Plan, body: str, holds: dict[str, bool], holes: dict[str, object
         HEADER + body,
         {"full": bool(again["full"]), "selective": bool(again["selective"]), **holds},
         {
-            **asdict(plan.decisions), "gpus": plan.decisions.gpus, "model": plan.graph.name,
-            "hardware": plan.hardware, "graph_hash": plan.graph_hash, "plan_hash": plan_hash(plan),
+            **asdict(plan.decisions), "gpus": plan.decisions.gpus, "model": _plain(plan.graph.name),
+            "hardware": _plain(plan.hardware), "graph_hash": plan.graph_hash,
+            "plan_hash": plan_hash(plan),
             "torch": CHECKED_TORCH,
             "recomputed_full": _names("RECOMPUTED_FULL", again["full"]),
             "recomputed_selective": _names("RECOMPUTED_SELECTIVE", again["selective"]), **holes,
@@ -68,12 +69,17 @@ def _text(plan: Plan, body: str, holds: dict[str, bool], holes: dict[str, object
     )  # fmt: skip
 
 
+def _plain(name: str) -> str:
+    """A name inside the docstring, which it can neither end nor escape from."""
+    return one_line(name).replace("\\", "?").replace('"', "'")
+
+
 def _names(label: str, names: list[str]) -> str:
     """A list of module names, one folded pattern a comment, the names spelled out."""
-    rows = [f"# {fold_text(names)}" if names else "# none", f"{label} = ["]
+    rows = [f"# {one_line(fold_text(names))}" if names else "# none", f"{label} = ["]
     line = "   "
     for name in names:
-        word = f' "{name}",'
+        word = f" {quoted(name)},"
         if len(line) + len(word) > 96:
             rows.append(line)
             line = "   "
@@ -111,7 +117,7 @@ def _with_torch(plan: Plan) -> str:
     return _text(plan, TORCH_ALONE, holds, {
         "checkpoint": f"checkpoint{contexts}",
         "units": _names("UNITS", _units(plan)),
-        "together": _rows(str(names).replace("'", '"') for names in tied),
+        "together": _rows(f"[{', '.join(map(quoted, names))}]" for names in tied),
         "alone": "[n for n in UNITS if all(n not in names for names in TOGETHER)]"
         if tied else "UNITS",
         "replicas": ranks.replicas, "shards": ranks.shard,
@@ -146,13 +152,13 @@ def _with_runtime(plan: Plan, source: str, reasons: tuple[str, ...]) -> str:
     holds = {"runtime": True, "tp": d.tp > 1, "pp": d.pp > 1}
     return _text(plan, WITH_RUNTIME, holds, {
         "reasons": "".join(f"- {reason}\n" for reason in reasons),
-        "plan_name": source.rpartition("/")[2].strip("-") or "plan.json",
+        "plan_name": quoted(source.rpartition("/")[2].strip("-") or "plan.json"),
         "parameters": _rows(
-            f'("{r["match"]}", "{r["tp"]}")' for r in parameter_rules(shardings, graph)
+            f"({quoted(r['match'])}, {quoted(r['tp'])})" for r in parameter_rules(shardings, graph)
         ),
         "edges": _rows(
-            f'("{r["at"]}", "{r["forward"]}", "{r["backward"]}")'
+            f"({quoted(r['at'])}, {quoted(r['forward'])}, {quoted(r['backward'])})"
             for r in edge_rules(shardings, graph)
         ),
-        "stages": _rows(f'"{fold_text(list(paths))}"' for paths in stage_units(graph, d.stages)),
+        "stages": _rows(quoted(fold_text(list(paths))) for paths in stage_units(graph, d.stages)),
     })  # fmt: skip

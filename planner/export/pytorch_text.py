@@ -146,7 +146,7 @@ from planner.runtime.parallel import Parallel
 from planner.runtime.parallelize import begin, prepare
 
 # says the same, and is what is read
-PLAN = Path(__file__).with_name("$plan_name")
+PLAN = Path(__file__).with_name($plan_name)
 
 #? tp
 # placement of each parameter on tp, as DTensor says it

@@ -24,8 +24,9 @@ def section(checked: Checked, rows: Sequence[Alternative], effort: int) -> Secti
     lede = sentences(
         f"Each decision is refused in turn and the search asked again: {len(rows)} alternatives.",
         f"{len(worse)} of them cost more than the model's error of {base.error:.0%}."
-        if worse else f"None costs more than the model's error of {base.error:.0%}: they are as"
-        " good as anyone can tell beforehand." if made else None,
+        if worse else f"None costs more than the model's error of {base.error:.0%}"
+        + ("." if quicker else ": they are as good as anyone can tell beforehand.")
+        if made else None,
         f"{len(quicker)} would be quicker, by less than the axes that they add must earn, or"
         " because the plan was pinned." if quicker else None,
     )
