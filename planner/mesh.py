@@ -108,6 +108,15 @@ def _choices(pinned: int | None, found: tuple[int, ...]) -> tuple[int, ...]:
     return found if pinned is None else (pinned,)
 
 
+def _batches(samples: int, pins: Pins) -> list[tuple[int, int]]:
+    """(micro-batch, micro-batches) of so many samples of a data rank."""
+    return [
+        (b, samples // b) for b in divisors(samples)
+        if pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
+        and pins.microbatches in (None, samples // b)
+    ]  # fmt: skip
+
+
 def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> Iterator[Mesh]:
     """Every candidate that the pins, the model and the cluster allow, in a fixed order."""
     return laid_out(chain, cluster.count, cluster.domain_ranks, workload, pins)
@@ -136,12 +145,7 @@ def laid_out(
                 if pins.dp not in (None, dp) or workload.global_batch % dp:
                     continue
                 samples = workload.global_batch // dp
-                counts = [
-                    (b, samples // b) for b in divisors(samples)
-                    if pins.micro_batch in (None, b)
-                    and (b <= MOST_MICRO_BATCH or pins.micro_batch)
-                    and pins.microbatches in (None, samples // b)
-                ]  # fmt: skip
+                counts = _batches(samples, pins)
                 axes = (pp, tp, cp, dp)
                 yield from _filled(facts, workload, pins, axes, dp * cp * tp, counts)
 
@@ -204,11 +208,7 @@ def parted(
             if pins.pp not in (None, pp) or pp > facts.layers:
                 continue
             samples = workload.global_batch // dp
-            counts = [
-                (b, samples // b) for b in divisors(samples)
-                if pins.micro_batch in (None, b) and (b <= MOST_MICRO_BATCH or pins.micro_batch)
-                and pins.microbatches in (None, samples // b)
-            ]  # fmt: skip
+            counts = _batches(samples, pins)
             axes = (pp, rising[-1], 1, dp)
             for mesh in _filled(facts, workload, pins, axes, 1, counts):
                 yield replace(mesh, tp_by_part=tuple(own.items()))

@@ -72,8 +72,12 @@ def load(model_spec: str, args: Mapping[str, str]) -> Source:
             why=str(error),
             hints=("pip install 'meshwright[hf]'",),
         ) from None
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return hf.source(config, name=name, args=args, key=key, where=str(path))
+    return hf.source(config, name=config_name(path), args=args, key=key, where=str(path))
+
+
+def config_name(path: Path) -> str:
+    """What a Hugging Face configuration's model is called: its folder, or the file's own name."""
+    return path.resolve().parent.name if path.name == "config.json" else path.stem
 
 
 def source_key(model_spec: str, args: Mapping[str, str]) -> str:

@@ -92,8 +92,7 @@ def recipe_of(spec: str, args: Mapping[str, str]) -> Recipe:
 def config_of(spec: str) -> tuple[dict[str, Any], str, str]:
     """(configuration, model's name, path) of a MODEL that is a config.json or its folder."""
     path, _ = load._split(spec)
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return load.read_config(path), name, str(path)
+    return load.read_config(path), load.config_name(path), str(path)
 
 
 def _from_file(recipe: Recipe) -> Real:
