@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import planner
+from planner.runtime.serve.kv import kv_bytes
 
 
 def llama(**sizes):
@@ -151,6 +152,14 @@ def served(rank, kind, path, weights, folder=None):
                          device="cpu")  # fmt: skip
     return (answer(made, ids), made(ids).logits, made.served.loaded.device_bytes,
             [n for n, _ in made.named_parameters()])  # fmt: skip
+
+
+def served_kept(rank, kind, path, weights):
+    """(answers, bytes of keys and values at the end) of a rank."""
+    model, ids = whole(kind)
+    made = planner.serve(bare(model), planner.load(path), weights=weights, device="cpu")
+    told = answer(made, ids, return_dict_in_generate=True)
+    return told.sequences, kv_bytes(told.past_key_values)
 
 
 def served_one(rank, kind, path, weights, folder):

@@ -163,10 +163,10 @@ def test_what_our_runtime_cannot_serve_is_not_planned():
         planner.trace_serving(model, inputs, hardware="h100x2", fix=("attention_dp=2",), prompt=16)
     assert "the model has none" in fault.value.why
     model, _ = cases.whole("mixtral")
-    for pins, reason in ((("tp=2", "kv=fp8"), "16 bits"), (("prefill_chunk=8",), "whole")):
-        with pytest.raises(UsageError, match="cannot be divided") as fault:
-            planner.trace_serving(model, inputs, hardware="h100x2", fix=pins, prompt=16, output=16)
-        assert reason in fault.value.why
+    with pytest.raises(UsageError, match="cannot be divided") as fault:
+        planner.trace_serving(model, inputs, hardware="h100x2", fix=("prefill_chunk=8",),
+                              prompt=16, output=16)  # fmt: skip
+    assert "whole" in fault.value.why
     plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=("tp=2", "kv=fp8"),
                                  engine="vllm", prompt=16, output=16)  # fmt: skip
     assert (plan.serving.tp, plan.serving.kv) == (2, "fp8")

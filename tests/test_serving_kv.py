@@ -154,6 +154,24 @@ def test_a_plan_says_its_policy_and_is_lossy(tmp_path):
     assert "kept in 16 bits" in fault.value.why
 
 
+@pytest.mark.parametrize("pin, word, window", [("tp=2", "fp8", 0), ("tp=2", "int8", 5),
+                                               ("pp=2", "fp8", 0)])  # fmt: skip
+def test_ranks_pack_what_one_does(world, tmp_path, pin, word, window):
+    net, ids = cases.whole("llama")
+    net.save_pretrained(tmp_path)
+    plan = planner.trace_serving(
+        net, inputs, hardware="h100x2", fix=(pin, f"kv={word}"), precision="fp32", prompt=16,
+        output=16, batch=2, kv_window=window,
+    )  # fmt: skip
+    plan.save(str(tmp_path / "plan.json"))
+    cache = cache_of(net, Kv(word=word, window=window))
+    wanted = cases.answer(net, ids, past_key_values=cache)
+    assert not torch.equal(wanted, cases.answer(net, ids))
+    found_ = world.run(2, cases.served_kept, "llama", str(tmp_path / "plan.json"), str(tmp_path))
+    assert all(torch.equal(answers, wanted) for answers, _ in found_)
+    assert [size for _, size in found_] == [held_bytes(cache) / 2] * 2
+
+
 @pytest.mark.parametrize("pins", [("tp=2",), ("pp=2",)], ids=["tp", "pp"])
 def test_ranks_keep_the_means_that_one_does(world, tmp_path, pins):
     net, ids = cases.whole("llama")

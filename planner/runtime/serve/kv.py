@@ -1,7 +1,8 @@
 """The cache of keys and values in its planned format and window, for models of transformers.
 
 A layer's keys and values are kept as `Packed` along the head dimension, each token and head with a
-scale of its own; attention reads them in the model's dtype. Sliding layers keep their window, as
+scale of its own; attention reads them in the model's dtype. Ranks that share the heads or the
+sequences each pack their own, and so keep what one rank would. Sliding layers keep their window, as
 transformers reads it off the model's configuration; a planned window, which forgets what is older,
 holds for every layer. Where a policy is planned, each block of what is older leaves its mean.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ir.errors import UsageError
 from planner.runtime.serve.packed import Packed, pack
@@ -84,9 +86,19 @@ def _packed_layer(base: type, word: str) -> type:
             self.keys = pack(key_states[..., :0, :], word)
             self.values = pack(value_states[..., :0, :], word)
 
+        def _on_ranks(self, whole: DTensor, kept: Tensor) -> Tensor:
+            """What a rank keeps, split over ranks as what came is: never by tokens or in a head."""
+            assert not any(p.is_partial() or p.is_shard(2) or p.is_shard(3)
+                           for p in whole.placements)  # fmt: skip
+            return DTensor.from_local(kept, whole.device_mesh, whole.placements, run_check=False)
+
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
+            if isinstance(key_states, DTensor) and isinstance(value_states, DTensor):
+                kept = self.update(key_states.to_local(), value_states.to_local(), *args, **kwargs)
+                return (self._on_ranks(key_states, kept[0]),
+                        self._on_ranks(value_states, kept[1]))  # fmt: skip
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             packed = (pack(key_states, word), pack(value_states, word))
