@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -42,7 +42,8 @@ def app(first: str = "") -> typer.Typer:
     plain: dict[str, Any] = {
         "no_args_is_help": True, "rich_markup_mode": None,
     }  # fmt: skip
-    top = typer.Typer(help="Plan how a PyTorch model is spread over hardware.", **plain)
+    top = typer.Typer(**plain)
+    top.callback()(_any)
     asked = [row for row in COMMANDS if row[0] == first]
     for name, module, function, words in asked or COMMANDS:
         found = getattr(importlib.import_module(f"planner.{module}"), function)
@@ -54,6 +55,23 @@ def app(first: str = "") -> typer.Typer:
     names.command("show", short_help="one of them, with sources")(hardware_show)
     top.add_typer(names, name="hardware")
     return top
+
+
+def _version(asked: bool) -> None:
+    """Say the version and leave, where it is asked for."""
+    if asked:
+        from planner.plan import PLANNER_VERSION
+
+        print(f"meshwright {PLANNER_VERSION}")
+        raise typer.Exit()
+
+
+def _any(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="say it and leave")
+    ] = False,
+) -> None:
+    """Plan how a PyTorch model is spread over hardware."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from ir.errors import PlanError
 ASKED = "_PLAN_COMPLETE"  # the variable by which typer's scripts ask
 COUNTS = tuple(str(1 << k) for k in range(15))  # offered where any whole number is taken
 BREAKS = ("=", ":")  # bash takes these for words of their own
-MOST_BYTES = 1 << 20  # of a model's file whose functions are offered
+MOST_BYTES = 1 << 20  # of a model's file or a plan whose names are offered
+PLACE, PLACEMENTS = "place:", ("S(0)", "S(1)", "R")
 
 
 def hardware(incomplete: str) -> list[str]:
@@ -49,6 +52,9 @@ def pins(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     that the shell writes no space behind its `=`."""
     serving = ctx.params.get("task") == "serve"
     keys = _serving_keys() if serving else _training_keys()
+    if incomplete and not serving and PLACE.startswith(incomplete[: len(PLACE)]):
+        given = ctx.params.get("plan") or ctx.params.get("base") or "plan.json"
+        keys |= {PLACE + name: ("placement on tp", [*PLACEMENTS]) for name in _patterns(given)}
     near = [key for key in keys if f"{key}=".startswith(incomplete.partition("=")[0])]
     if "=" in incomplete:
         near = [key for key in near if key == incomplete.partition("=")[0]]
@@ -64,10 +70,8 @@ def model(incomplete: str) -> list[str]:
     if not colon:
         return []
     try:
-        if Path(path).stat().st_size > MOST_BYTES:
-            return []
-        body = ast.parse(Path(path).read_text(encoding="utf-8")).body
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        body = ast.parse(_text(path)).body
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
     names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
     beside = ("inputs", "loss")  # what a factory's file has with it
@@ -136,7 +140,8 @@ def forms(incomplete: str) -> list[str]:
 
 def in_bash(run: Callable[[list[str]], Any]) -> None:
     """Answer bash, which splits `--fix tp=4` and `model.py:build` at the sign: put words together,
-    ask, and give back what follows the sign. run: the command line, which answers and exits."""
+    ask, and give back what follows the sign, as bash has to have it: what is special to it behind
+    a backslash. run: the command line, which answers and exits."""
     words = os.environ.get("COMP_WORDS", "").split("\n")
     at = min(int(os.environ.get("COMP_CWORD", "0")), len(words) - 1)
     whole: list[str] = []
@@ -153,7 +158,26 @@ def in_bash(run: Callable[[list[str]], Any]) -> None:
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         run([])
     for line in filter(None, said.getvalue().splitlines()):
-        print(line.removeprefix(head))
+        print(re.sub(r"[^\w@%+=:,./~-]", r"\\\g<0>", line).removeprefix(head))
+
+
+def _text(path: str) -> str:
+    """Of a file; empty where there is none to read."""
+    try:
+        small = Path(path).stat().st_size <= MOST_BYTES
+        return Path(path).read_text(encoding="utf-8") if small else ""
+    except (OSError, ValueError):
+        return ""
+
+
+def _patterns(path: str) -> list[str]:
+    """The patterns of parameters that a plan places. A plan may be anybody's, and zsh evaluates
+    what it is offered: a name with more in it than names have is left out."""
+    try:
+        found = [str(row["match"]) for row in json.loads(_text(path))["parameters"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in found if re.fullmatch(r"[\w.{},*-]+", name, re.ASCII)]
 
 
 def _training_keys() -> dict[str, tuple[str, list[str]]]:

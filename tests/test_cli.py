@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +297,13 @@ def test_reading_commands_import_nothing_heavy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_version_is_that_of_the_package(plan):
+    root = Path(__file__).parents[1]
+    said = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert plan("--version") == (0, f"meshwright {said}\n", "")
+    assert f"version: {said}\n" in (root / "CITATION.cff").read_text()
 
 
 def test_broken_pipe_is_quiet():

@@ -1,10 +1,12 @@
 """What shells complete: a word that is offered is taken by the command it is offered for."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,42 @@ def test_a_model_is_parsed_and_not_run(bash, tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text("def (:")
     assert bash("trace", "model.py", ":") == []
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["why", "--not", "pla"], ["place:norm=", r"place:layers.\{0..3\}.w="]),
+        (["why", "--not", "place", ":", "no"], [r"norm=S\(0\)", r"norm=S\(1\)", "norm=R"]),
+        (["why", "--not", "place", ":", r"layers.\{0..3\}.w", "=", "R"], ["R"]),
+        (["trace", "m", "--base", "none.json", "--fix", "place", ":"], []),
+        (["trace", "m", "--task", "serve", "--fix", "place", ":"], []),
+    ],
+)
+def test_places_are_of_the_plan_and_fit_for_a_shell(bash, tmp_path, monkeypatch, words, offered):
+    monkeypatch.chdir(tmp_path)
+    names = ("norm", "layers.{0..3}.w", "\\$(touch ran)", "a\nb", "")
+    Path("plan.json").write_text(json.dumps({"parameters": [{"match": name} for name in names]}))
+    assert bash(*words) == offered
+    Path("plan.json").write_text('{"parameters": [[]]}')
+    assert bash("why", "--not", "place", ":") == []
+
+
+def test_to_complete_takes_no_heavy_module():
+    words = [["export", "--to", ""], ["import", "--from", ""], ["why", "--not", "sch"],
+             ["trace", "m", "--task", "serve", "--fix", "w"]]  # fmt: skip
+    script = (
+        "import os, sys; from functools import partial\n"
+        "from planner import cli, completing, console\n"
+        f"for words in {words!r}:\n"
+        " os.environ.update(_PLAN_COMPLETE='complete_bash', COMP_CWORD=str(len(words)),\n"
+        "                   COMP_WORDS='\\n'.join(['plan', *words]))\n"
+        " completing.in_bash(partial(console.run, cli.app()))\n"
+        "print([name for name in ('numpy', 'torch', 'ortools', 'networkx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    offered = {"pytorch", "megatron", "schedule=1f1b", "weights=bf16"}
+    assert offered | {"[]"} <= set(done.stdout.split())
 
 
 def test_what_is_offered_is_taken():

@@ -1,25 +1,15 @@
-"""Plans in the words of what runs them: one file a target, one row here."""
+"""Plans in the words of what runs them: one file a target, one row here; a target's file is
+imported when it is asked for, so that a shell completes their names at once."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ir.errors import UsageError
-from planner.export import (
-    accelerate,
-    deepspeed,
-    launchers,
-    leaderworkerset,
-    llamacpp,
-    megatron,
-    pytorch,
-    sglang,
-    torchtitan,
-    vllm,
-)
 from planner.export.pinned import checked
-from planner.export.target import Exported, Target
+from planner.export.target import CHECKED_TORCH, Exported, Target
 from planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,49 +17,49 @@ if TYPE_CHECKING:
 
 TARGETS: dict[str, Target] = {
     "pytorch": Target(
-        task="train", checked=f"torch {pytorch.CHECKED_TORCH}", export=pytorch.export,
+        task="train", checked=f"torch {CHECKED_TORCH}", by="pytorch.export",
         made="a readable Python wrapper",
     ),
     "megatron": Target(
-        task="train", checked=checked("megatron"), export=megatron.export,
+        task="train", checked=checked("megatron"), by="megatron.export",
         made="arguments as a shell array",
     ),
     "torchtitan": Target(
-        task="train", checked=checked("torchtitan"), export=torchtitan.export,
+        task="train", checked=checked("torchtitan"), by="torchtitan.export",
         made="a Python function that returns Trainer.Config",
     ),
     "torchtitan-toml": Target(
-        task="train", checked=checked("torchtitan-toml"), export=torchtitan.export_toml,
+        task="train", checked=checked("torchtitan-toml"), by="torchtitan.export_toml",
         made="TOML, which releases to 0.2.2 read",
     ),
     "deepspeed": Target(
-        task="train", checked=checked("deepspeed"), export=deepspeed.export, made="JSON",
+        task="train", checked=checked("deepspeed"), by="deepspeed.export", made="JSON",
     ),
     "accelerate": Target(
-        task="train", checked=checked("accelerate"), export=accelerate.export,
+        task="train", checked=checked("accelerate"), by="accelerate.export",
         made="YAML of `accelerate launch`",
     ),
     "torchrun": Target(
-        task="train", checked=checked("launchers"), export=launchers.torchrun,
+        task="train", checked=checked("launchers"), by="launchers.torchrun",
         made="a script for every node",
     ),
     "slurm": Target(
-        task="train", checked=checked("slurm"), export=launchers.slurm, made="a batch script",
+        task="train", checked=checked("slurm"), by="launchers.slurm", made="a batch script",
     ),
     "trainjob": Target(
-        task="train", checked=checked("trainjob"), export=launchers.trainjob,
+        task="train", checked=checked("trainjob"), by="launchers.trainjob",
         made="a manifest of Kubeflow Trainer",
     ),
-    "vllm": Target(task="serve", checked=checked("vllm"), export=vllm.export, made="a command"),
+    "vllm": Target(task="serve", checked=checked("vllm"), by="vllm.export", made="a command"),
     "sglang": Target(
-        task="serve", checked=checked("sglang"), export=sglang.export, made="a command",
+        task="serve", checked=checked("sglang"), by="sglang.export", made="a command",
     ),
     "llamacpp": Target(
-        task="serve", checked=checked("llamacpp"), export=llamacpp.export,
+        task="serve", checked=checked("llamacpp"), by="llamacpp.export",
         made="a command of llama-server",
     ),
     "leaderworkerset": Target(
-        task="both", checked=checked("leaderworkerset"), export=leaderworkerset.export,
+        task="both", checked=checked("leaderworkerset"), by="leaderworkerset.export",
         made="a manifest: SGLang, or torchrun",
     ),
 }  # fmt: skip
@@ -86,4 +76,6 @@ def export(plan: Plan | ServingPlan, target: str, source: str) -> Exported:
             f"--to {target} is no target of this version", why=f"known: {', '.join(TARGETS)}",
             hints=tuple(f"--to {name}" for name in near),
         )  # fmt: skip
-    return TARGETS[target].export(plan, source)
+    module, _, function = TARGETS[target].by.partition(".")
+    made: Exported = getattr(import_module(f"planner.export.{module}"), function)(plan, source)
+    return made

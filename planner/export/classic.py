@@ -7,7 +7,6 @@ layout where the per-op program found one that costs less.
 
 from __future__ import annotations
 
-from cost_models.serving_reading import parts_of
 from ir.errors import PlanError
 from ir.graph import Graph, full_name
 from planner.names import fold
@@ -19,6 +18,8 @@ _WORDS = {"column": "S(0)", "row": "S(1)"}
 def classic(graph: Graph) -> dict[str, dict[str, str]]:
     """Of every unit class, the placement of its matrices on tp; others (norms, keys and values,
     embeddings) are left out. Raises PlanError for a model that is not read so."""
+    from cost_models.serving_reading import parts_of  # numpy, which completion of words needs not
+
     return {
         unit: {name: _WORDS[part.split] for name, part in parts.items()
                if part.block and part.split in _WORDS}

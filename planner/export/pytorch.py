@@ -16,12 +16,11 @@ from cost_models.state import ranks_of
 from planner.chain import layer_paths, stage_units
 from planner.export.header import one_line, plan_hash, quoted
 from planner.export.pytorch_text import HEADER, TORCH_ALONE, WITH_RUNTIME, fill
-from planner.export.target import Exported, training
+from planner.export.target import CHECKED_TORCH, Exported, training
 from planner.names import fold_text
 from planner.placements import edge_rules, parameter_rules
 from planner.plan import Plan
 
-CHECKED_TORCH = "2.13"
 _DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ir.errors import PlanError
 from planner.plan import Plan
 
+CHECKED_TORCH = "2.13"
 EXACT, APPROXIMATE, UNSUPPORTED = "exact", "approximate", "unsupported"
 FIDELITIES = (EXACT, APPROXIMATE, UNSUPPORTED)  # worse and worse
 
@@ -54,12 +53,13 @@ class Exported:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What a plan can be written for. task: the plans it takes; checked: the engine's version that
-    files were checked against; made: what it is, for documentation."""
+    files were checked against; made: what it is, for documentation; by: `file.function` of this
+    folder that makes it, of a plan and its path."""
 
     task: str
     checked: str
     made: str
-    export: Callable[[Any, str], Exported]
+    by: str
 
 
 def judge(
