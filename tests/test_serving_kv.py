@@ -1,6 +1,6 @@
 """Policies of the cache that lose: what is kept, read and moved; means of blocks as they run."""
 
-from dataclasses import replace
+import itertools
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import runtime_cases_serve as cases
 import torch
 from serving_cases import found, model
 from tiny_models import graph_of
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import planner
 from cost_models.hardware import load_hardware
@@ -19,7 +20,7 @@ from cost_models.serving_ops import Costs, step_of
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import Attend
 from cost_models.serving_tiers import below
-from ir.errors import InfeasibleError, PlanError, UsageError
+from ir.errors import InfeasibleError, UsageError
 from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.kv import kv_bytes as held_bytes
 from planner.serving.asked import ServeAsked, ServePins
@@ -141,9 +142,6 @@ def test_a_plan_says_its_policy_and_is_lossy(tmp_path):
     path = tmp_path / "plan.json"
     plan.save(str(path))
     assert to_text(planner.load(path)) == to_text(plan) and '"kv_policy"' in to_text(plan)
-    picks = replace(plan, serving=replace(plan.serving, kv_policy="retrieve:2x4"))
-    with pytest.raises(PlanError, match=r"does not run this plan.*query picks the blocks"):
-        planner.serve(torch.nn.Identity(), picks, device="cpu")
     for word in ("summary", "summary:0", "retrieve:4", "mean:3"):
         with pytest.raises(UsageError, match="unknown policy"):
             ServeAsked(kv_window=8, kv_policy=word)
@@ -167,6 +165,70 @@ def test_ranks_pack_what_one_does(world, tmp_path, pin, word, window):
     cache = cache_of(net, Kv(word=word, window=window))
     wanted = cases.answer(net, ids, past_key_values=cache)
     assert not torch.equal(wanted, cases.answer(net, ids))
+    found_ = world.run(2, cases.served_kept, "llama", str(tmp_path / "plan.json"), str(tmp_path))
+    assert all(torch.equal(answers, wanted) for answers, _ in found_)
+    assert [size for _, size in found_] == [held_bytes(cache) / 2] * 2
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_step_reads_the_blocks_that_its_query_fits_best(below):
+    """Against attention written out, by sequence and head: recent tokens and best blocks."""
+    window, block, top, tokens = 4, 3, 2, 20
+    net = cases.llama().eval()
+    layer = cache_of(net, Kv(window=window, block=block, top=top, below=below)).layers[0]
+    attention = net.model.layers[0].self_attn
+    keys, queries = torch.randn(2, 2, tokens, 16), torch.randn(2, 4, tokens, 16)
+    attend = ALL_ATTENTION_FUNCTIONS[net.config._attn_implementation]
+    read = layer.update(keys[..., :9, :], -keys[..., :9, :])
+    attend(attention, queries[..., :9, :], *read, None, scaling=1.0)
+    for now in range(9, tokens):
+        one = slice(now, now + 1)
+        read = layer.update(keys[..., one, :], -keys[..., one, :])
+        found, _ = attend(attention, queries[..., one, :], *read, None, scaling=1.0)
+        folded = (now + 1 - window) // block
+        for b, h in itertools.product(range(2), range(4)):
+            row, shared = keys[b, h // 2, : now + 1], queries[b, h // 2 * 2 : h // 2 * 2 + 2, now]
+            scores = [float((shared @ row[k * block : k * block + block].mean(0)).sum())
+                      for k in range(folded)]  # fmt: skip
+            best = sorted(range(folded), key=lambda k: -scores[k])[:top]
+            seen_ = [t for t in range(now + 1) if t >= folded * block or t // block in best]
+            weights = (row[seen_] @ queries[b, h, now]).softmax(0)
+            torch.testing.assert_close(found[b, 0, h], -(weights @ row[seen_]))
+
+
+def test_what_reads_all_blocks_is_the_whole_cache_and_takes_the_bytes_that_are_costed(tiny):
+    net, ids = cases.whole("llama")
+    wanted = cases.answer(net, ids)
+    for top, same in ((9, True), (1, False)):
+        cache = cache_of(net, Kv(window=4, block=3, top=top))
+        assert torch.equal(cases.answer(net, ids, past_key_values=cache), wanted) == same
+        size = kv_bytes(forgetful(tiny, 4, f"retrieve:{top}x3"), Serving(kv="bf16"),
+                        np.asarray(float(wanted.shape[1] - 1)))  # fmt: skip
+        assert held_bytes(cache) == 2 * 2 * size  # two sequences, in fp32
+    beams = [net.generate(ids[:1], max_new_tokens=8, num_beams=3, pad_token_id=95,
+                          past_key_values=kept_) for kept_ in
+             (None, cache_of(net, Kv(window=4, block=3, top=9)))]  # fmt: skip
+    assert torch.equal(*beams)
+    latent, ids = cases.whole("deepseek")
+    with pytest.raises(UsageError, match="cannot be divided") as fault:
+        planner.trace_serving(latent, inputs, hardware="h100x1", kv_window=4,
+                              kv_policy="retrieve:1x3", prompt=16, output=16)  # fmt: skip
+    assert "no blocks of latents" in fault.value.why
+    with pytest.raises(UsageError, match="other keys than its cache has"):
+        cases.answer(latent, ids, past_key_values=cache_of(latent, Kv(window=4, block=3, top=1)))
+
+
+@pytest.mark.parametrize("pin", ["tp=2", "pp=2"])
+def test_ranks_retrieve_what_one_does(world, tmp_path, pin):
+    net, ids = cases.whole("llama")
+    net.save_pretrained(tmp_path)
+    plan = planner.trace_serving(
+        net, inputs, hardware="h100x2", fix=(pin,), precision="fp32", prompt=16, output=16,
+        batch=2, kv_window=4, kv_policy="retrieve:1x3",
+    )  # fmt: skip
+    plan.save(str(tmp_path / "plan.json"))
+    cache = cache_of(net, Kv(window=4, block=3, top=1))
+    wanted = cases.answer(net, ids, past_key_values=cache)
     found_ = world.run(2, cases.served_kept, "llama", str(tmp_path / "plan.json"), str(tmp_path))
     assert all(torch.equal(answers, wanted) for answers, _ in found_)
     assert [size for _, size in found_] == [held_bytes(cache) / 2] * 2

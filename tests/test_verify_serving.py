@@ -57,7 +57,8 @@ def test_tiers_answer_token_for_token_and_a_wrong_weight_does_not(plan, made, mo
     found, tokens = verify.on_rank(0, twin.plan, twin.recipe)
     assert found.holds and found.error < 1e-6 and not found.lossy and tokens.shape == (2, 16)
 
-    for changes in ({"kv": "int8", "kv_window": 6}, {"kv_window": 6, "kv_policy": "summary:3"}):
+    for changes in ({"kv": "int8", "kv_window": 6}, {"kv_window": 6, "kv_policy": "summary:3"},
+                    {"kv_window": 6, "kv_policy": "retrieve:1x3"}):  # fmt: skip
         lossy = replace(twin.plan, serving=replace(twin.plan.serving, **changes))
         found, _ = verify.on_rank(0, lossy, twin.recipe)
         assert found.holds and found.error < 1e-6 and found.lossy_error > 1e-4
@@ -87,6 +88,6 @@ def test_tiers_answer_token_for_token_and_a_wrong_weight_does_not(plan, made, mo
 
 
 def test_what_our_runtime_does_not_serve_is_refused(made):
-    other = made(2, "--engine", "vllm", "--fix", "tp=2", "--fix", "kv=fp8", "--allow", "kv:fp8")
+    other = made(2, "--engine", "vllm", "--fix", "tp=2", "--fix", "prefill_chunk=8")
     with pytest.raises(PlanError, match="runs on vllm, not on our runtime"):
         make_serving_twin(other, "config.json", {}, {}, 32)

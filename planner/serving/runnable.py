@@ -24,12 +24,14 @@ NATIVE = "native"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsOf:
     """A model's routed experts. undivided: why ranks cannot share them; uncut: why they cannot
-    share each of them; "" where they can. inner: what ranks that share one divide."""
+    share each of them; "" where they can. inner: what ranks that share one divide. latent: whether
+    attention caches latents, which is of no expert."""
 
     routed: bool
     undivided: str = ""
     uncut: str = ""
     inner: tuple[int, ...] = ()
+    latent: bool = False
 
 
 def experts_of(graph: Graph) -> ExpertsOf:
@@ -67,6 +69,8 @@ RULES = (
          said=lambda e: ", ".join(map(str, e.inner))),
     Rule(refused=lambda s, e: bool(s.kv_policy) and s.kv not in ("bf16", "fp16"),
          reason="native means of blocks are kept in 16 bits"),
+    Rule(refused=lambda s, e: e.latent and policy_of(s.kv_policy)[1] > 0,
+         reason="native queries pick no blocks of latents: attention makes other keys of them"),
     Rule(refused=lambda s, e: s.prefill is not None,
          reason="native GPUs read prompts and decode; pools of their own have"
          f" {', '.join(engines_with_pools())}"),
@@ -80,10 +84,3 @@ def unservable(engine: str, s: Serving, experts: ExpertsOf) -> str:
         return ""
     found = (r.reason + r.said(experts) for r in RULES if r.refused(s, experts))
     return next(found, "")
-
-
-def unrun(s: Serving) -> str:
-    """Why a plan, whose cost holds for whoever runs it so, is not run by us; "" where it is."""
-    if policy_of(s.kv_policy)[1]:
-        return "the query picks the blocks that are retrieved, and a model's cache does not see it"
-    return ""

@@ -64,7 +64,10 @@ def predictions(
     the pins, or what the engine runs, leave no way to divide the GPUs."""
     engine = load_serving_engine(asked.engine)
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
-    experts = experts or ExpertsOf(routed=any(layer.experts for layer in model.layers))
+    experts = replace(
+        experts or ExpertsOf(routed=any(layer.experts for layer in model.layers)),
+        latent=any(a.latent for layer in model.layers for a in layer.attention),
+    )
     seen: list[Prediction] = []
     refused: list[str] = []
     pools = considered(cluster, engine, pins)

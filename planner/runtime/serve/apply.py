@@ -12,7 +12,7 @@ from torch import nn
 from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.layout import expert_parameters
-from cost_models.serving_decisions import Held, Serving, policy_of
+from cost_models.serving_decisions import Held, Serving
 from cost_models.serving_reading import parts_of
 from ir.errors import PlanError
 from ir.graph import full_name
@@ -29,7 +29,7 @@ from planner.runtime.serve.replicas import divide_batch
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.runnable import NATIVE, experts_of, unrun, unservable
+from planner.serving.runnable import NATIVE, experts_of, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
@@ -49,7 +49,7 @@ def serve(
     Raises GateError for another model.
     """
     s = plan.serving
-    if reason := unservable(NATIVE, s, experts_of(plan.graph)) or unrun(s):
+    if reason := unservable(NATIVE, s, experts_of(plan.graph)):
         raise PlanError(f"planner.serve does not run this plan of {plan.asked.engine}: {reason}",
                         hints=("without --engine, plans are made of what it runs",))  # fmt: skip
     require_blocks(plan)
@@ -60,9 +60,7 @@ def serve(
     limits = Limits(batch=max(1, -(-s.batch // s.replicas)), prompt=plan.asked.prompt,
                     tokens=plan.asked.prompt + plan.asked.output,
                     beams=s.attention_dp == 1)  # fmt: skip
-    kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window,
-            block=policy_of(s.kv_policy)[0],
-            below=s.kv_tier != "gpu" and device != "cpu")  # fmt: skip
+    kv = Kv.planned(s, below=s.kv_tier != "gpu" and device != "cpu")
     shared = _shared_plan(plan)
     if ranks == 1:
         check_parameters(model, shared)

@@ -4,7 +4,8 @@ A layer's keys and values are kept as `Packed` along the head dimension, each to
 scale of its own; attention reads them in the model's dtype. Ranks that share the heads or the
 sequences each pack their own, and so keep what one rank would. Sliding layers keep their window, as
 transformers reads it off the model's configuration; a planned window, which forgets what is older,
-holds for every layer. Where a policy is planned, each block of what is older leaves its mean.
+holds for every layer. Where a policy is planned, each block of what is older leaves its mean, or
+is read when a query picks it (`retrieve`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from cost_models.serving_decisions import Serving, policy_of
 from ir.errors import UsageError
 from planner.runtime.serve.packed import Packed, pack
+from planner.runtime.serve.retrieve import alike, read_by_blocks, retrieving_layer
 
 KV_FORMATS = ("bf16", "fp8", "int8")
 
@@ -27,12 +30,20 @@ KV_FORMATS = ("bf16", "fp8", "int8")
 class Kv:
     """How the cache is kept. word: a format of KV_FORMATS, bf16 being the model's own. window:
     tokens that are kept, 0 for all. block: tokens that become one entry when they leave the window,
-    0 where they are forgotten. below: layers wait on the host."""
+    0 where they are forgotten. top: they stay, and a step reads so many such blocks. below: layers
+    wait on the host."""
 
     word: str = "bf16"
     window: int = 0
     block: int = 0
+    top: int = 0
     below: bool = False
+
+    @classmethod
+    def planned(cls, s: Serving, below: bool = False) -> Kv:
+        block, top = policy_of(s.kv_policy)
+        word = "bf16" if s.kv in ("bf16", "fp16") else s.kv
+        return cls(word=word, window=s.kv_window, block=block, top=top, below=below)
 
     @property
     def plain(self) -> bool:
@@ -49,12 +60,15 @@ def cache_of(model: Any, kv: Kv) -> Any:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    cache = DynamicCache(config=model.config, offloading=kv.below)
+    if kv.top:
+        read_by_blocks(model)
+    cache = DynamicCache(config=model.config, offloading=kv.below and not kv.top)
     for at, layer in enumerate(cache.layers):
         if kv.window and isinstance(layer, DynamicLayer):
             width = min(kv.window, getattr(layer, "sliding_window", None) or kv.window)
             if kv.block and getattr(layer, "sliding_window", kv.window + 1) > kv.window:
-                layer = _summary_layer(DynamicLayer)(kv.window, kv.block)
+                layer = (retrieving_layer(DynamicLayer)(kv.window, kv.block, kv.top, kv.below)
+                         if kv.top else _summary_layer(DynamicLayer)(kv.window, kv.block))
             else:
                 layer = DynamicSlidingWindowLayer(sliding_window=width)
             cache.layers[at] = layer
@@ -86,19 +100,12 @@ def _packed_layer(base: type, word: str) -> type:
             self.keys = pack(key_states[..., :0, :], word)
             self.values = pack(value_states[..., :0, :], word)
 
-        def _on_ranks(self, whole: DTensor, kept: Tensor) -> Tensor:
-            """What a rank keeps, split over ranks as what came is: never by tokens or in a head."""
-            assert not any(p.is_partial() or p.is_shard(2) or p.is_shard(3)
-                           for p in whole.placements)  # fmt: skip
-            return DTensor.from_local(kept, whole.device_mesh, whole.placements, run_check=False)
-
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             if isinstance(key_states, DTensor) and isinstance(value_states, DTensor):
                 kept = self.update(key_states.to_local(), value_states.to_local(), *args, **kwargs)
-                return (self._on_ranks(key_states, kept[0]),
-                        self._on_ranks(value_states, kept[1]))  # fmt: skip
+                return alike(kept[0], key_states), alike(kept[1], value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             packed = (pack(key_states, word), pack(value_states, word))
@@ -166,7 +173,7 @@ def even_mask(ids: Tensor, given: Any) -> Tensor:
     out: a mean of a block would have them in it."""
     if given is not None and not bool(torch.as_tensor(given).all()):
         raise UsageError("prompts of several lengths, and the plan's cache has means of blocks",
-                         why="padding would be in the means",
+                         why="padding would be in them",
                          hints=("ask prompts of one length together",))  # fmt: skip
     return torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
 
@@ -179,7 +186,8 @@ def kv_bytes(cache: Any) -> int:
     """Bytes that a cache holds now."""
     found = 0
     for layer in cache.layers:
-        for x in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        older = getattr(layer, "older", ())
+        for x in (getattr(layer, "keys", None), getattr(layer, "values", None), *older):
             if isinstance(x, Packed):
                 found += x.held_bytes
             elif isinstance(x, torch.Tensor):

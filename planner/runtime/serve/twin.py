@@ -22,7 +22,7 @@ from ir.text import format_graph, graph_hash
 from planner.runtime.serve.apply import PACKED
 from planner.runtime.verify.twin import capture_twin, cut_models, misplaced, words_for
 from planner.serving.plan import ServingPlan
-from planner.serving.runnable import NATIVE, experts_of, unrun, unservable
+from planner.serving.runnable import NATIVE, experts_of, unservable
 
 BATCH, PROMPT, OUTPUT = 2, 12, 16  # sequences, and tokens of each: more than a twin's window
 ROWS = 8  # tokens that the twin's host multiplies at most: a step's 2, not a prompt's 24
@@ -53,7 +53,7 @@ def make_serving_twin(
     """
     s = plan.serving
     routed = any(expert_parameters(unit) for unit in plan.graph.units)
-    if reason := unservable(NATIVE, s, experts_of(plan.graph)) or unrun(s):
+    if reason := unservable(NATIVE, s, experts_of(plan.graph)):
         raise PlanError(f"the plan runs on {plan.asked.engine}, not on our runtime: {reason}",
                         hints=("plan verify runs what planner.serve does",))  # fmt: skip
     small = _smaller(plan, routed)
@@ -91,8 +91,14 @@ def _smaller(plan: ServingPlan, routed: bool) -> Serving:
         ep=(ranks // 2 if both else ranks) if routed and s.ep > 1 else 1, replicas=1, batch=BATCH,
         default="fp32", weights=packed,
         kv_window=min(s.kv_window, PROMPT // 2),
-        kv_policy=f"summary:{min(policy_of(s.kv_policy)[0], PROMPT // 4)}" if s.kv_policy else "",
+        kv_policy=_small_policy(*policy_of(s.kv_policy)),
     )  # fmt: skip
+
+
+def _small_policy(block: int, top: int) -> str:
+    """The policy in blocks that the twin has several of; of those one is retrieved."""
+    small = min(block, PROMPT // 4)
+    return "" if not block else f"retrieve:1x{small}" if top else f"summary:{small}"
 
 
 def _contradicts(graph: Graph, s: Serving) -> str:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cost_models.serving_decisions import policy_of
 from ir.capture.export import logits_of
 from ir.capture.real import Real, Recipe, build
 from ir.errors import PlanError
@@ -91,8 +90,7 @@ def on_rank(rank: int, plan: ServingPlan, recipe: Recipe) -> tuple[ServedCompare
     warnings.simplefilter("ignore")  # torch's and transformers' advice
     logging.getLogger("transformers").setLevel(logging.ERROR)
     s = plan.serving
-    kv = Kv(word="bf16" if s.kv in ("bf16", "fp16") else s.kv, window=s.kv_window,
-            block=policy_of(s.kv_policy)[0])  # fmt: skip
+    kv = Kv.planned(s)
     laid = laid_by(plan)
     for seed in range(MOST_SEEDS):
         real, ids = _drawn(recipe, seed)
