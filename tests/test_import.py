@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from tiny_models import graph_of
 from toy_plan import DECISIONS, WORKLOAD, toy_graph, toy_plan
 
-from ir.errors import PlanError, UsageError
+from cost_models.units import format_bytes
+from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.decisions import Pins, Recompute, parse_pins
 from planner.export import export
+from planner.export.deepspeed import OURS
 from planner.export.pinned import pinned
 from planner.importing import SOURCES, _asked, _pins, facts, read_file
 from planner.importing.megatron import layout
-from planner.importing.origins import ORIGINS, contradicted
+from planner.importing.origins import ORIGINS, contradicted, of_the_file
 from planner.options import TraceOptions
 from planner.workload import Asked
 
@@ -320,6 +322,65 @@ def test_an_imported_plan_is_exported_as_it_was(plan, tmp_path, monkeypatch):
         plan("import", f"{name}/megatron_args.sh", *words)
     first, second = ((tmp_path / n / "megatron_args.sh").read_text() for n in "ab")
     assert first == second
+
+
+def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
+    plan, tmp_path, monkeypatch
+):
+    """A plan of one engine for another: the export tells what its import is costed at, and whether
+    it fits, before anything is written."""
+    monkeypatch.setattr("planner.tracing.capture", lambda *_: graph_of("llama"))
+    pins = ("tp=1", "zero=2", "micro_batch=4", "recompute=none", "compile=off")
+    trace = ("trace", "llama.py", "--seq-len", "128", "--global-batch", "32",
+             *(word for pin in pins for word in ("--fix", pin)))  # fmt: skip
+    back = ("import", "deepspeed.json", "--from", "deepspeed", "--model", "llama.py", "--seq-len",
+            "128")  # fmt: skip
+    taken = []
+    for path, words in (("plan.json", trace), ("imported.json", back)):
+        assert plan(*words, "--hardware", "h100x8", "-o", path)[0] == 0
+        estimate = json.loads(plan("show", path, "--json")[1])["estimate"]
+        taken.append(estimate["peak_memory_bytes"])
+        if path == "plan.json":
+            code, _, said = plan("export", "--to", "deepspeed")
+            assert code == 0 and "deepspeed: exact" in said
+    mine, theirs = taken
+    assert f"as DeepSpeed runs it: {format_bytes(theirs)} of" in said
+    assert f"(the plan: {format_bytes(mine)}," in said
+    assert theirs - mine > 4e9  # blocks that its allocator keeps
+
+    Path("small.toml").write_text(
+        f'base = "h100"\ncount = 8\n[device]\nmemory_bytes = "{(mine + theirs) // 2}B"\n'
+    )
+    assert plan(*trace, "--hardware", "small.toml")[0] == 0
+    code, _, err = plan("export", "--to", "deepspeed", "-o", "new")
+    assert code == 64 and "memory (approximate): does not fit as DeepSpeed runs it" in err
+    assert not Path("new").exists()
+    code, _, err = plan("export", "--to", "deepspeed", "--lossy")
+    assert code == 0 and "plan trace --engine deepspeed plans for it" in err
+    assert "lost: memory" in json.loads(Path("deepspeed.json").read_text())[OURS][2]
+    code, _, err = plan(*back, "--hardware", "small.toml", "-o", "no.json")
+    assert code == 3 and f"needs {theirs / 1e9:.1f} GB" in err and not Path("no.json").exists()
+    assert "--fix" not in err, err
+    assert "plan trace llama.py --hardware small.toml --engine deepspeed: what fits" in err
+
+
+def test_a_refusal_names_the_settings_of_the_file():
+    _, found, _ = read("megatron", SCRIPT)
+    pins = [("tp", "tp=2"), ("recompute", "recompute=none"), ("micro_batch", "micro_batch=1")]
+    fault = InfeasibleError(
+        "no plan fits", why="binding: memory; tp=2 (--fix); recompute=none (--fix); dp=4 (--fix)",
+        hints=("with --fix tp=16, across domains, it fits",),
+    )  # fmt: skip
+    own = of_the_file(fault, pins, "megatron", found, pinned("megatron"))
+    assert isinstance(own, InfeasibleError) and own.what == fault.what
+    assert own.why == (
+        "binding: memory; tp=2 by --tensor-model-parallel-size (line 11);"
+        " recompute=none as Megatron-LM has it; dp=4 (--fix)"
+    )
+    assert own.hints == ("with tp=16, across domains, it fits",)
+    said = of_the_file(UsageError("--fix tp=2 and --fix tp=24"), pins, "megatron", found,
+                       pinned("megatron")).what  # fmt: skip
+    assert said == "tp=2 by --tensor-model-parallel-size (line 11) and --fix tp=24"
 
 
 def test_pins_are_whole():

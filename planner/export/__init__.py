@@ -21,23 +21,24 @@ TARGETS: dict[str, Target] = {
         made="a readable Python wrapper",
     ),
     "megatron": Target(
-        task="train", checked=checked("megatron"), by="megatron.export",
+        task="train", engine="megatron", checked=checked("megatron"), by="megatron.export",
         made="arguments as a shell array",
     ),
     "torchtitan": Target(
-        task="train", checked=checked("torchtitan"), by="torchtitan.export",
+        task="train", engine="torchtitan", checked=checked("torchtitan"), by="torchtitan.export",
         made="a Python function that returns Trainer.Config",
     ),
     "torchtitan-toml": Target(
-        task="train", checked=checked("torchtitan-toml"), by="torchtitan.export_toml",
-        made="TOML, which releases to 0.2.2 read",
+        task="train", engine="torchtitan", checked=checked("torchtitan-toml"),
+        by="torchtitan.export_toml", made="TOML, which releases to 0.2.2 read",
     ),
     "deepspeed": Target(
-        task="train", checked=checked("deepspeed"), by="deepspeed.export", made="JSON",
+        task="train", engine="deepspeed", checked=checked("deepspeed"), by="deepspeed.export",
+        made="JSON",
     ),
     "accelerate": Target(
-        task="train", checked=checked("accelerate"), by="accelerate.export",
-        made="YAML of `accelerate launch`",
+        task="train", engine="native-compiled", checked=checked("accelerate"),
+        by="accelerate.export", made="YAML of `accelerate launch`",
     ),
     "torchrun": Target(
         task="train", checked=checked("launchers"), by="launchers.torchrun",

@@ -54,12 +54,13 @@ class Exported:
 class Target:
     """What a plan can be written for. task: the plans it takes; checked: the engine's version that
     files were checked against; made: what it is, for documentation; by: `file.function` of this
-    folder that makes it, of a plan and its path."""
+    folder that makes it, of a plan and its path; engine: of the cost models, that runs it."""
 
     task: str
     checked: str
     made: str
     by: str
+    engine: str = ""
 
 
 def judge(

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from cost_models.chain import chain_of
 from cost_models.fleet import Fleet, load_any
-from ir.errors import PlanError, UsageError
+from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.decisions import Pins, parse_pins
 from planner.export.classic import classic_places
 from planner.export.pinned import pinned
 from planner.importing import accelerate, deepspeed, megatron, torchtitan
-from planner.importing.origins import contradicted
+from planner.importing.origins import contradicted, of_the_file
 from planner.importing.settings import Facts, Settings, Setup, steps
 from planner.mesh import facts_of
 from planner.options import Progress, TraceOptions, TraceResult
@@ -125,12 +125,19 @@ def run(
             pins = replace(pins, place=pins.place or classic_places(graph))
         except PlanError as fault:
             tp_note = (f"the layout over tp is the planner's own: {fault.what}",)
+    asked_for = dict(options.pins.items())
+    theirs = [(key, pins.said(key)) for key, _ in pins.items() if key not in asked_for]
     options = replace(options, pins=pins, asked=replace(asked, global_batch=batch))
     try:
         result = plan_for(graph, options, hardware, clock, progress)
-    except UsageError as fault:
-        raise PlanError(f"the configuration cannot be planned: {fault.what}", where=path,
-                        why=fault.why, hints=fault.hints) from fault  # fmt: skip
+    except (UsageError, InfeasibleError) as fault:
+        own = of_the_file(fault, theirs, engine, settings, known)
+        if isinstance(fault, UsageError):
+            raise PlanError(f"the configuration cannot be planned: {own.what}", where=path,
+                            why=own.why, hints=own.hints) from fault  # fmt: skip
+        trace = f"plan trace {options.model} --hardware {options.hardware}"
+        own.hints += (f"{trace} --engine {options.asked.engine}: what fits as it is run",)
+        raise own from fault
     return Imported(
         result=result, aside=aside, unknown=unknown, notes=(*setup.notes, *tp_note)
     )

@@ -5,9 +5,10 @@ A decision that no setting of the engine changes is not here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 from planner.export.pinned import Pinned
 from planner.importing.settings import Settings
 
@@ -113,10 +114,8 @@ def contradicted(
     """The error of a flag that is not what the configuration comes to: the lines that say so, or
     whose default it is where none does. theirs: the value as messages have it."""
     path, names = settings.source, origins(key, engine, known)
-    there = [name for name in names if settings.has(name)]
-    if there:
-        lines = ", ".join(f"{name}{f' (line {at})' if (at := settings.values[name].line) else ''}"
-                          for name in there)  # fmt: skip
+    lines = _lines(names, settings)
+    if lines:
         return UsageError(f"{flag}, but {path} says {theirs}", why=f"by {lines}",
                           hints=("leave one of them out",))  # fmt: skip
     if not names:
@@ -128,6 +127,35 @@ def contradicted(
         why=f"the file does not set {' or '.join(names)}; defaults as read in {known.engine}"
             f" {known.version} ({source})",
         hints=(f"{names[0]} in {path} says otherwise", "leave the flag out"),
+    )  # fmt: skip
+
+
+def of_the_file(
+    fault: PlanError, pins: Sequence[tuple[str, str]], engine: str, settings: Settings,
+    known: Pinned,
+) -> PlanError:
+    """A fault of planning a configuration, which speaks of pins, in its own words: where each comes
+    from, and proposals that are no flags. pins: (key, as a pin says it) of what is not of `--fix`.
+    """  # fmt: skip
+
+    def own(text: str) -> str:
+        for key, said in pins:
+            lines = _lines(origins(key, engine, known), settings)
+            where = f"{said} {f'by {lines}' if lines else f'as {known.engine} has it'}"
+            pin = rf"(?<![\w=]){re.escape(said)}(?![\w,:+/])"
+            plain = where.replace("\\", r"\\")  # in a pattern's words one stands for itself so
+            text = re.sub(rf"--fix {pin}|{pin} \(--fix\)", plain, text)
+        return text
+
+    hints = tuple(own(hint).replace("with --fix ", "with ") for hint in fault.hints)
+    return type(fault)(own(fault.what), where=fault.where, why=own(fault.why), hints=hints)
+
+
+def _lines(names: Sequence[str], settings: Settings) -> str:
+    """Those of the names that the file sets, each with its line."""
+    return ", ".join(
+        f"{name}{f' (line {at})' if (at := settings.values[name].line) else ''}"
+        for name in names if settings.has(name)
     )  # fmt: skip
 
 
