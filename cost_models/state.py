@@ -136,11 +136,13 @@ def _spread(size: int, apart: int, ranks: Ranks) -> Layout:
 
 
 def ranks_of(d: Decisions, expert: bool) -> Ranks:
-    """The sharding group of dense or expert parameters. `shard` counts dp * cp ranks."""
+    """The sharding group of dense or expert parameters. `shard` counts dp * cp ranks; under
+    ZeRO-0 no state is shared, of experts either, whose data ranks are others."""
     if expert:
         stride = d.ep * d.etp
         whole = d.shard >= d.dp * d.cp
         size = d.edp if whole else max(1, min(d.edp, d.shard * d.tp // stride))
+        size = size if d.zero else 1
         near = max(1, d.edp // d.dp_outer)
         size = next(
             k for k in range(size, 0, -1) if d.edp % k == 0 and (near % k == 0 or k % near == 0)

@@ -206,12 +206,17 @@ class Space:
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:
         """The schedules that are searched: of the engine's those that it runs compiled, if it
-        compiles; and GPipe, which an engine's own 1F1B is with few micro-batches."""
+        compiles; and GPipe, which an engine's own 1F1B is with few micro-batches. None that splits
+        backward where a pin has layers computed again, which each half would do."""
         if self.pins.schedule is not None:
             return (self.pins.schedule,)
-        engine = self.costs.engine
+        engine, again = self.costs.engine, self.pins.recompute
         runs = engine.compiled_schedules if engine.fused else engine.schedules
-        return tuple(name for name in SEARCHED_SCHEDULES if name in ("gpipe", *runs))
+        whole = again is not None and any((*again.full, *again.selective))
+        return tuple(
+            name for name in SEARCHED_SCHEDULES
+            if name in ("gpipe", *runs) and not (whole and name in SPLIT_BACKWARD)
+        )  # fmt: skip
 
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """The same state under every schedule and number of virtual stages."""

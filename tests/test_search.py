@@ -23,11 +23,11 @@ from random_problems import (
 from tiny_models import EXAMPLES
 
 from cost_models.hardware import load_hardware
-from cost_models.schedule import SCHEDULES, schedule_illegal
+from cost_models.schedule import SCHEDULES, SPLIT_BACKWARD, schedule_illegal
 from cost_models.stage_problem import in_flight
 from planner.bound_ranks import flight, kind_of_schedule
 from planner.bounds import mesh_bounds_ps
-from planner.decisions import Pins
+from planner.decisions import Pins, Recompute
 from planner.mesh import Mesh, meshes
 from planner.score import score_of
 
@@ -164,6 +164,18 @@ def test_search_under_pins_equals_enumeration(name, pins, tmp_path):
     assert out.best.score == least == out.bound
     for key, value in pins.items():
         assert getattr(out.best.decisions, key) == value
+
+
+def test_what_a_pin_computes_again_is_under_no_split_backward(tmp_path):
+    """Free to choose, the search takes the best of the schedules that may be pinned beside it."""
+    searcher = searched("eager, slow", tmp_path).searcher
+    pins = {"pp": 2, "tp": 1, "cp": 1, "recompute": Recompute(full=(1,), selective=(0,))}
+    best = searcher.under(Pins(**pins)).run().best
+    each = [
+        searcher.under(Pins(schedule=name, **pins)).run().best.score
+        for name in ("1f1b", "gpipe", "interleaved")
+    ]
+    assert best.decisions.schedule not in SPLIT_BACKWARD and best.score == min(each)
 
 
 def test_a_known_plan_changes_nothing(tmp_path):

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from cost_models.fleet import load_any
 from ir.capture import capture_graph
@@ -184,6 +186,49 @@ def test_tied_weights_send_their_gradients_between_stages():
 def test_experts(fix):
     more = "" if "recompute" in fix else " recompute=none"
     assert_as_planned("moe", "h100x8", f"{fix} pp=1 cp=1 micro_batch=1{more}", layers=2)
+
+
+class Listed(nn.Module):
+    """A routed module with a loop over experts that are modules of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.top_k = 2
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        weights, chosen = self.router(rows).softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            row, slot = torch.where(chosen == i)
+            out.index_add_(0, row, expert(rows[row]) * weights[row, slot, None])
+        return out.view_as(x)
+
+
+def listed():
+    with meta():
+        model = example("gpt").build(size="tiny", n_layers=2)
+        for block in model.layers:
+            block.mlp = Listed()
+    return model
+
+
+@pytest.mark.parametrize(
+    "fix", ["tp=2 pp=2 zero=0 sequence_parallel=on schedule=1f1b recompute=full:1", "dp=4 zero=3"]
+)
+def test_a_loop_over_experts(fix):
+    """What it reads of its tokens, shapes do not tell: it counts as it was captured."""
+    gpt = example("gpt")
+    graph = capture_graph(source_of(listed(), gpt.inputs, gpt.loss, None))
+    asked = Asked(engine="native", seq_len=64, global_batch=16)
+    options = TraceOptions(
+        model="listed", hardware="h100x4", pins=parse_pins(fix.split()), asked=asked
+    )
+    plan = plan_for(graph, options, load_any("h100x4"), Clock()).plan
+    found = check_ledger(plan, listed(), gpt.inputs, gpt.loss)
+    assert found.equal, "\n".join(str(r) for r in found.differences if not r.reason)
 
 
 def test_products():

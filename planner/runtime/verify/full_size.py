@@ -32,6 +32,7 @@ from planner.runtime.lines import lines
 from planner.runtime.meshes import Meshes
 from planner.runtime.parallel import LossFn, Parallel
 from planner.runtime.parallelize import parallelize
+from planner.runtime.verify.listed import run_as_captured
 from planner.runtime.verify.record import Recorder, nbytes
 
 Axes = tuple[str, ...]  # what a process group may be, in the ledger's words
@@ -140,7 +141,9 @@ def _run(
     """A step of this process's rank. between: what the second of three micro-batches counts."""
     d, w = plan.decisions, plan.workload
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    parallel = parallelize(_without_memory(model, fake), plan, device="cpu")
+    ours = _without_memory(model, fake)
+    run_as_captured(ours, plan.graph)
+    parallel = parallelize(ours, plan, device="cpu")
     at_rest = list(parallel.parameters())
     seen, known = Seen(local=_bytes_of(at_rest)), set(map(id, at_rest))
     groups = _groups(parallel.meshes)

@@ -30,6 +30,7 @@ from ir.graph import Graph, Tensor, Unit
 from ir.text import format_graph, graph_hash, parse_graph
 from planner.mesh import cp_reason, facts_of
 from planner.plan import Plan
+from planner.routed import lists_of
 from planner.runnable import drops, refusals
 from planner.runtime.verify import scale
 from planner.runtime.verify.sample import without_dropout
@@ -257,7 +258,9 @@ def words_for(
             continue
         first = next((u for u in alike if u.name not in used), alike[0])
         used.add(first.name)
-        words[unit.name] = shardings.get(first.name, Sharding())
+        given = shardings.get(first.name, Sharding())
+        own = tuple((name, at) for name, at in given.parameters if name in unit.parameter_names)
+        words[unit.name] = replace(given, parameters=own)
     for unit in theirs:
         if unit.name not in used:
             path = next(x.path for x in chain_of(whole).links if x.unit is unit)
@@ -266,9 +269,11 @@ def words_for(
 
 
 def _structure(unit: Unit) -> tuple[object, ...]:
-    """What a unit is apart from its sizes: operations, what they read, parameters' names."""
+    """What a unit is apart from its sizes: operations, what they read, parameters' names. Experts
+    that are modules of a list are one for all, as their number is a size."""
+    more = {name for names in lists_of(unit) for name in names[1:]}
     return (
-        tuple((n.name, n.op, n.inputs) for n in unit.nodes),
-        tuple((p.name, p.kind, len(p.tensor.shape)) for p in unit.parameters),
+        tuple((n.name, n.op, tuple(r for r in n.inputs if r not in more)) for n in unit.nodes),
+        tuple((p.name, p.kind, len(p.tensor.shape)) for p in unit.parameters if p.name not in more),
         unit.outputs,
     )
