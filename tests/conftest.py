@@ -52,7 +52,8 @@ def local_ranks():
 
     from planner.runtime.world import PRELOAD_COMPILED, PRELOAD_HF, local_world
 
-    with local_world(PRELOAD_HF + PRELOAD_COMPILED) as found:
+    shared = "tests.shared_shardings"  # beside the working directory, where pytest is started
+    with local_world((*PRELOAD_HF, *PRELOAD_COMPILED, shared)) as found:
         forkserver.ensure_running()  # a process has one: that of a later `plan verify` is this
         yield found
 
