@@ -149,7 +149,7 @@ def _layers(costs: Costs, step: Step, split: bool, base: int, counted: bool) -> 
     def each(value: Callable[[list[Row]], int]) -> tuple[int, ...]:
         """A number of every layer's links, computed once a kind."""
         known = [value(rows) for rows in distinct]
-        return tuple([known[k] for k in group_of])
+        return tuple(map(known.__getitem__, group_of))
 
     def total(value: Callable[[Row], int]) -> tuple[int, ...]:
         return each(lambda rows: sum(map(value, rows)))

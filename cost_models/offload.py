@@ -93,6 +93,10 @@ class Exposed:
     activations: tuple[Pair, Pair, Pair]
 
 
+NONE_S = (0.0, 0.0)
+NOTHING = Exposed(data=NONE_S, parameters=NONE_S, activations=(NONE_S, NONE_S, NONE_S))
+
+
 def exposed_s(
     data: Pair, copies: Pair, kept: tuple[Pair, ...], kernels: Pair, share: float
 ) -> Exposed:
@@ -100,26 +104,29 @@ def exposed_s(
     transfers, transfers). The data ranks' come first, then parameters' copies, then activations',
     in streams beside each other that one link and one compute stream serve.
 
-    kept: what activations' copies take, by level; full recomputation gives them forward's kernels
-    to hide behind in backward.
+    kept: what activations' copies take, by level, empty where there are none; full recomputation
+    gives them forward's kernels to hide behind in backward.
     """
+    if not kept and data == copies == NONE_S:
+        return NOTHING
 
     def left(transfer: float, compute: float) -> float:
         return max(share * transfer, transfer - compute)
 
     alone = tuple(left(t, k) for t, k in zip(data, kernels))
     both = tuple(left(t + c, k) for t, c, k in zip(data, copies, kernels))
-    levels = []
+    levels: list[Pair] = [] if kept else [NONE_S] * 3
     for level, moves in enumerate(kept):
         again = kernels[0] if level == 2 else 0.0
         hides = (kernels[0], kernels[1] + again)
-        levels.append(tuple(
+        forward, backward = (
             max(0.0, left(t + c + m, k) - b)
             for t, c, m, k, b in zip(data, copies, moves, hides, both)
-        ))  # fmt: skip
+        )
+        levels.append((forward, backward))
     return Exposed(
         data=(alone[0], alone[1]), parameters=(both[0] - alone[0], both[1] - alone[1]),
-        activations=(levels[0], levels[1], levels[2]),  # type: ignore[arg-type]
+        activations=(levels[0], levels[1], levels[2]),
     )  # fmt: skip
 
 

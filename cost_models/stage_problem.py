@@ -180,11 +180,12 @@ def pinned_pair(problem: StageProblem, stage: int, layers: int) -> Pair | None:
 def allowed_pairs(problem: StageProblem, stage: int, layers: int) -> tuple[Pair, ...]:
     """Every (full, selective) that a stage of so many layers may have, the least full first."""
     pin = pinned_pair(problem, stage, layers)
-    return (pin,) if pin is not None else _pairs(problem.levels, layers)
+    return (pin,) if pin is not None else pairs_of(problem.levels, layers)
 
 
 @functools.lru_cache(maxsize=1024)
-def _pairs(levels: tuple[str, ...], n: int) -> tuple[Pair, ...]:
+def pairs_of(levels: tuple[str, ...], n: int) -> tuple[Pair, ...]:
+    """`allowed_pairs` of n layers where nothing is pinned."""
     fulls = range(n + 1) if "full" in levels else (0,)
     return tuple(
         (full, selective)

@@ -221,52 +221,48 @@ def state_of(
     master = 0 if (wide and not fsdp) or own_bytes < MASTER_BYTES else MASTER_BYTES
     offloaded, below = "optimizer" in dict(d.offload), "params" in dict(d.offload)
     accumulates = mode.gradients_peak == "whole" and (not fsdp or d.microbatches > 1 or d.pp > 1)
-    sums = dict.fromkeys(
-        ("parameter", "gradient", "optimizer", "gathered", "updated", "dense", "expert", "shard"), 0
-    )
-    over = {expert: ranks_of(d, expert) for expert in {h.expert for h in parameters}}
+    whole, by_shard = mode.parameters_peak == "whole", mode.optimizer_at_rest == "shard"
+    own = 0 if below else compute if wide or offloaded else own_bytes  # of a sharded parameter
+    own_master = master if whole else 0
+    reduces = 0 if below or (offloaded and fsdp) else own_bytes if fsdp else grad
+    parameter = gradient = optimizer = gathered = updated = dense = expert = shard = elements = 0
+    over = {expert: ranks_of(d, expert).shard for expert in {h.expert for h in parameters}}
     for h in parameters:
-        ranks = over[h.expert]
-        piece = _shard(h, ranks.shard, fsdp)
-        moved = piece * ranks.shard if fsdp else h.elements
-        moments = moment_bytes(h, piece, workload, engine)
-        sums["expert" if h.expert else "dense"] += moved
-        sums["shard"] += piece
-        if mode.parameters_peak == "whole":
-            sums["parameter"] += compute * moved
+        size, ranks = h.elements, over[h.expert]
+        piece = _shard(h, ranks, fsdp)
+        moved = piece * ranks if fsdp else size
+        elements += size
+        shard += piece
+        if h.expert:
+            expert += moved
         else:
-            own = 0 if below else compute if wide or offloaded else own_bytes
-            sums["parameter"] += own * piece
-            sums["gathered"] += compute * moved
+            dense += moved
+        if whole:
+            parameter += compute * moved
+        else:
+            parameter += own * piece
+            gathered += compute * moved
         if offloaded and fsdp:
-            sums["gathered"] += MASTER_BYTES * piece
+            gathered += MASTER_BYTES * piece
         if h.frozen:
             continue  # no gradient, no optimizer
-        reduced = (own_bytes if fsdp else grad) * piece
-        if below or (offloaded and fsdp):
-            reduced = 0
-        sums["gradient"] += max(grad * h.elements, reduced) if accumulates else reduced
-        sums["gradient"] += copy * (h.elements if accumulates else piece)
+        reduced = reduces * piece
+        gradient += max(grad * size, reduced) if accumulates else reduced
+        gradient += copy * (size if accumulates else piece)
         if grad < MASTER_BYTES:
-            sums["gradient"] += engine.shard_gradient_bytes * piece
+            gradient += engine.shard_gradient_bytes * piece
         if mode.gradients_peak == "units" or (not accumulates and (d.zero or not reduced)):
-            sums["gathered"] += grad * moved
-        kept = piece if mode.optimizer_at_rest == "shard" else h.elements
-        own_master = master if mode.parameters_peak == "whole" else 0
+            gathered += grad * moved
+        kept = piece if by_shard else size
         if not offloaded:
-            sums["optimizer"] += own_master * kept + (
-                moments if kept == piece else moment_bytes(h, h.elements, workload, engine)
-            )
-        sums["updated"] += kept
+            optimizer += own_master * kept + moment_bytes(h, kept, workload, engine)
+        updated += kept
     if engine.live_parameters:
-        most = (compute + grad) * engine.live_parameters // 2
-        sums["gathered"] = min(sums["gathered"], most)
+        gathered = min(gathered, (compute + grad) * engine.live_parameters // 2)
     return State(
-        parameter_bytes=sums["parameter"], gradient_bytes=sums["gradient"],
-        optimizer_bytes=sums["optimizer"], gathered_bytes=sums["gathered"],
-        elements=sum(h.elements for h in parameters), dense=sums["dense"], expert=sums["expert"],
-        summed=tuple(h.elements for h in parameters if h.summed), updated=sums["updated"],
-        shard=sums["shard"],
+        parameter_bytes=parameter, gradient_bytes=gradient, optimizer_bytes=optimizer,
+        gathered_bytes=gathered, elements=elements, dense=dense, expert=expert,
+        summed=tuple([h.elements for h in parameters if h.summed]), updated=updated, shard=shard,
     )  # fmt: skip
 
 

@@ -78,6 +78,8 @@ class Costs:
     _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
     _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
     _sums: dict[tuple[int, int], float] = field(default_factory=dict)
+    _updates: dict[int, float] = field(default_factory=dict)
+    _groups: dict[tuple[int, ...], Groups] = field(default_factory=dict)
     layered: dict[tuple[object, ...], tuple[Step, dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
@@ -135,6 +137,11 @@ class Costs:
 
     def groups_of(self, kind_of: tuple[int, ...]) -> Groups:
         """Distinct groups of rows that a layer's links have, and which each layer's are."""
+        if kind_of not in self._groups:
+            self._groups[kind_of] = self._grouped(kind_of)
+        return self._groups[kind_of]
+
+    def _grouped(self, kind_of: tuple[int, ...]) -> Groups:
         kinds = [tuple(kind_of[i] for i in group) for group in self.chain.groups]
         distinct = tuple(dict.fromkeys(kinds))
         where = {group: i for i, group in enumerate(distinct)}
@@ -287,7 +294,7 @@ class Costs:
             forward=forward, backward=backward, weight_ps=cost.weight_ps, again_ps=cost.again_ps,
             moved=tuple((0, 0) if counted else (ps(f), ps(b)) for f, b in beside.activations),
             kept=kept, working=working, state=state,
-            is_loss=any(n.op == "cross_entropy" for n in unit.nodes), flop=cost.flop,
+            is_loss=_has_loss(unit), flop=cost.flop,
             model_flop=cost.model_flop, traffic=cost.traffic, copied=copied, aside=aside,
             below=below_bytes(self.engine, self.workload, d, state), **tail,
         )  # fmt: skip
@@ -380,6 +387,13 @@ class Costs:
         """Seconds a step of these sums."""
         return sum(times * self._sum_s(size, d.tp) for size, times in self.summed(d, state))
 
+    def _update_s(self, parameters: int) -> float:
+        """Seconds of an update of so many on the device."""
+        if parameters not in self._updates:
+            each = update_bytes(self.workload.optimizer, self.engine.optimizer_bytes_per_parameter)
+            self._updates[parameters] = float(self.kernels.memory_bound_s(each * parameters))
+        return self._updates[parameters]
+
     def _sum_s(self, size_bytes: int, tp: int) -> float:
         if (size_bytes, tp) not in self._sums:
             takes = collective_s(self.network, "all_reduce", size_bytes, tp, 1)
@@ -401,10 +415,13 @@ class Costs:
         compute, grad = self.formats(d)
         data, cluster = (0.0, 0.0), self.cluster
         if mode.gather_per_microbatch or mode.reduce_per_microbatch:
-            gather = self.transfers(d, state, "all_gather", compute)
-            reduce = self.transfers(d, state, "reduce_scatter", grad)
-            if not d.shares:  # those of other parts run other numbers of micro-batches
-                reduce += self.transfers(d, state, "all_reduce_replicas", grad)
+            gather = reduce = 0.0
+            if mode.gather_per_microbatch:
+                gather = self.transfers(d, state, "all_gather", compute)
+            if mode.reduce_per_microbatch:
+                reduce = self.transfers(d, state, "reduce_scatter", grad)
+                if not d.shares:  # those of other parts run other numbers of micro-batches
+                    reduce += self.transfers(d, state, "all_reduce_replicas", grad)
             data = (
                 gather * (mode.gather_per_microbatch >= 1),
                 gather * (mode.gather_per_microbatch >= 2) + reduce * mode.reduce_per_microbatch,
@@ -412,7 +429,7 @@ class Costs:
         moves = is_layer and "activations" in d.tiers
         return exposed_s(
             data, parameter_copies_s(cluster, self.engine, d, state),
-            tuple(activation_copies_s(cluster, k) if moves else (0.0, 0.0) for k in cost.kept),
+            tuple([activation_copies_s(cluster, k) for k in cost.kept]) if moves else (),
             cost.kernels_s, self.engine.fsdp_interference,
         )  # fmt: skip
 
@@ -422,13 +439,16 @@ class Costs:
         """Per step: gradients reduced and parameters gathered once, the optimizer, offload."""
         mode, engine = mode_of(d, self.engine), self.engine
         compute, grad = self.formats(d)
-        reduce = (
-            mode.reduce_per_step * self.transfers(d, state, "reduce_scatter", grad)
-            + replica_sums(mode, d)[1] * self.transfers(d, state, "all_reduce_replicas", grad)
-            + mode.all_reduce_per_step * self.transfers(d, state, "all_reduce", grad)
+        reduce, gather = (
+            sum(times * self.transfers(d, state, kind, size) for times, kind, size in rows if times)
+            for rows in (
+                ((mode.reduce_per_step, "reduce_scatter", grad),
+                 (replica_sums(mode, d)[1], "all_reduce_replicas", grad),
+                 (mode.all_reduce_per_step, "all_reduce", grad)),
+                ((mode.gather_per_step, "all_gather", compute),),
+            )
         )  # fmt: skip
         summed = self.summed_s(d, state)
-        gather = mode.gather_per_step * self.transfers(d, state, "all_gather", compute)
         busy = sum(cost.kernels_s)
         hide = (engine.dp_reduce_hidden if reduce else 0.0) * busy
         hide += (engine.dp_gather_hidden if gather else 0.0) * busy
@@ -437,8 +457,7 @@ class Costs:
         if "optimizer" in dict(d.offload):
             offload = update_s(self.cluster, engine, self.workload, d, state)
         else:
-            each = update_bytes(self.workload.optimizer, engine.optimizer_bytes_per_parameter)
-            own = float(self.kernels.memory_bound_s(each * state.updated))
+            own = self._update_s(state.updated)
         return {
             "tail_comm_ps": ps((1 - least) * (reduce + gather)), "tail_hide_ps": ps(hide),
             "floor_ps": ps(least * (reduce + gather) + summed), "optimizer_ps": ps(own),
@@ -448,6 +467,11 @@ class Costs:
 
 def _one(size_bytes: int) -> Floats:
     return np.asarray(size_bytes, dtype=np.float64)
+
+
+@functools.cache
+def _has_loss(unit: Unit) -> bool:
+    return any(n.op == "cross_entropy" for n in unit.nodes)
 
 
 @functools.cache

@@ -7,16 +7,16 @@ weighed at once, against the problem with none below and the one with all.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cost_models.stage_problem import StageProblem
-from planner.stage_arcs import INF, Array, Options, Rows, Windows
+from cost_models.stage_problem import Pair, StageProblem, pairs_of, pinned_pair
+from planner.stage_arcs import INF, Array, Rows, options_of
 from planner.stage_bounds import lower_bound_ps
 
-CELLS = 1_000_000  # of (layers below, what is computed again) at once, to bound memory
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
 
 
@@ -50,34 +50,32 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
     each = total("forward_ps") + total("input_grad_ps") + total("weight_grad_ps")
     each = each + p.rank_glue_forward_ps + p.rank_glue_backward_ps
     tail = np.maximum(0, total("tail_comm_ps") - total("tail_hide_ps")) + total("tail_own_ps")
-    gathered = [
-        max((*every.gathered_bytes[:n], *none.gathered_bytes[n:],
-             *(e.gathered_bytes for e in ends)))
-        for n in range(p.layers + 1)
-    ]  # fmt: skip
-    fixed = p.constant_bytes + total("state_bytes") + 2 * np.array(gathered)
+    gathered = np.maximum(
+        np.maximum.accumulate((0, *every.gathered_bytes)),
+        np.maximum.accumulate((0, *none.gathered_bytes[::-1]))[::-1],
+    )
+    gathered = np.maximum(gathered, max((e.gathered_bytes for e in ends), default=0))
+    fixed = p.constant_bytes + total("state_bytes") + 2 * gathered
     fixed = fixed + flight * sum(e.activation_bytes for e in ends)
     least = max((e.working_bytes for e in ends), default=0)
-    def step_ps(options: Options, n: slice) -> Array:
+
+    def step_ps(q: StageProblem, n: slice) -> Array:
         """Of these counts, [layers below]."""
-        held = flight * options.act_bytes + np.maximum(options.work_bytes, least)
-        found, first = np.full(len(each[n]), INF), n.start or 0
-        some = max(1, CELLS // len(held))
-        for at in range(0, len(found), some):
-            rows = slice(first + at, min(first + at + some, first + len(found)))
-            fits = fixed[rows, None] + held <= p.capacity_bytes
-            again = np.where(fits, options.extra_ps, INF).min(axis=1)
-            fit = again < INF
-            steps = m * (each[rows] + np.where(fit, again, 0)) + tail[rows]
-            found[at : at + some] = np.where(fit, steps, INF)
-        return found
+        held, quickest = _quickest(
+            (*q.recompute_ps, *q.activation_bytes, *q.working_bytes),
+            pinned_pair(p, 0, p.layers), p.levels, flight, least,
+        )  # fmt: skip
+        some = np.searchsorted(held, p.capacity_bytes - fixed[n], side="right")
+        again = quickest[some]
+        steps = m * (each[n] + np.where(again < INF, again, 0)) + tail[n]
+        return np.where(again < INF, steps, INF)
 
     # where layers below are computed again in another time, or hold other bytes: the least of both
-    easiest = Windows(replace(
+    easiest = replace(
         none, recompute_ps=_least(none.recompute_ps, every.recompute_ps),
         activation_bytes=_least(none.activation_bytes, every.activation_bytes),
         working_bytes=_least(none.working_bytes, every.working_bytes),
-    )).options(0, 0, p.layers)  # fmt: skip
+    )  # fmt: skip
     steps = step_ps(easiest, slice(p.layers + 1))
     rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
     if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
@@ -91,9 +89,23 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
             activation_bytes=_joined(none.activation_bytes, every.activation_bytes, n + 1),
             working_bytes=_joined(none.working_bytes, every.working_bytes, n + 1),
         )  # fmt: skip
-        found[n + 1] = step_ps(Windows(mixed).options(0, 0, p.layers), slice(n + 1, n + 2))[0]
+        found[n + 1] = step_ps(mixed, slice(n + 1, n + 2))[0]
         best = min(best, found[n + 1])
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _quickest(
+    rows: Rows, pin: Pair | None, levels: tuple[str, ...], flight: int, least: int
+) -> tuple[Array, Array]:
+    """Of one stage of all layers, whatever its state: what it may hold beside that, in order, and
+    by how many of these fit the least time added; INF where none does. rows: by layer, as
+    `options_of` has them. flight: micro-batches held. least: bytes used at least."""
+    pairs = (pin,) if pin is not None else pairs_of(levels, len(rows[0]))
+    o = options_of(np.array(rows, dtype=np.int64), pairs)
+    held = flight * o.act_bytes + np.maximum(o.work_bytes, least)
+    order = np.argsort(held, kind="stable")
+    return held[order], np.minimum.accumulate(np.concatenate(([INF], o.extra_ps[order])))
 
 
 def _least(none: Rows, every: Rows) -> Any:

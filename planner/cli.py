@@ -7,6 +7,7 @@ so that show, diff and check answer at once.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import os
 import sys
@@ -34,6 +35,7 @@ COMMANDS: tuple[tuple[str, str, str, str], ...] = (  # word, module, function, h
     ("calibrate", "calibrating", "calibrate", "measure this machine; write a hardware file of it"),
     ("validate", "validating", "validate", "the cost models against measurements: error by class"),
 )
+SELDOM = 100_000, 20, 20  # searches for cycles, of which a search leaves few: by objects made
 
 
 def app(first: str = "") -> typer.Typer:
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if os.environ.get(completing.ASKED) == "complete_bash":
         completing.in_bash(partial(run, app()))
         sys.exit(0)
+    if argv is None:
+        gc.set_threshold(*SELDOM)
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         code = run(app(words[0] if words else ""), words)

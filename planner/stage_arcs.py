@@ -49,7 +49,7 @@ class Windows:
         key = self._class[start : start + count], pin
         if key not in self._found:
             pairs = allowed_pairs(self.problem, stage, count)
-            self._found[key] = _options(self._rows[:, start : start + count], pairs)
+            self._found[key] = options_of(self._rows[:, start : start + count], pairs)
         return self._found[key]
 
 
@@ -67,7 +67,7 @@ class Windows:
                 yield o, s, i, n
 
 
-def _options(rows: Array, pairs: tuple[Pair, ...]) -> Options:
+def options_of(rows: Array, pairs: tuple[Pair, ...]) -> Options:
     """rows: [recompute full, selective, activation none, selective, full, working likewise]."""
     n = rows.shape[1]
     full = np.array([f for f, _ in pairs])

@@ -169,7 +169,11 @@ def filled_ps(p: StageProblem, whole: int) -> int:
     T >= m whole / p + sum_j (p - 1 - j) t_j / (p v). No t_j is beyond T / m: that sum is least
     where the last ranks have T / m each.
     """
-    pp, m, v = p.pp, p.microbatches, p.chunks
+    return _filled_ps(p.pp, p.microbatches, p.chunks, whole)
+
+
+@functools.lru_cache(maxsize=4096)
+def _filled_ps(pp: int, m: int, v: int, whole: int) -> int:
     low, high = m * whole // pp, 2 * m * whole
     while low < high:
         middle = (low + high) // 2

@@ -25,6 +25,7 @@ from planner.stage_arcs import Windows
 
 ALL_PAIRS = 512  # so many combinations of a rank's pairs are all looked at
 Array = Any
+Key = tuple[int, tuple[tuple[int, ...], ...]]  # a rank, and the layers of its stages by class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ class Chunks:
             (np.zeros((4, 1), dtype=np.int64), np.cumsum(np.array(kinds), axis=1)), axis=1
         )
         self.split = p.schedule in SPLIT_BACKWARD
+        self.of_rank = [p.stages_of(rank) for rank in range(p.pp)]
         crossing = [p.rank_of(k) != p.rank_of(k + 1) for k in range(p.count - 1)]
         self.cross = np.concatenate(([0], np.cumsum(crossing))) * p.p2p_ps
         more = [p.extras(k) for k in range(p.count)]
@@ -96,7 +98,14 @@ class Chunks:
         self.moments = [np.array(p.in_flight(rank)).T for rank in range(p.pp)]
         self._kept: dict[int, list[tuple[int, int, int, Pair]]] = {}
         self.exact = True  # whether every combination of pairs asked for was looked at
-        self._pairs: dict[tuple[int, tuple[tuple[int, int], ...]], tuple[Pairs, ...]] = {}
+        self._pairs: dict[Key, tuple[Pairs, ...]] = {}
+        self._least: dict[Key, Pairs] = {}
+        rows = list(zip(
+            *p.recompute_ps, *p.activation_bytes, *p.working_bytes, p.state_bytes, p.gathered_bytes
+        ))  # fmt: skip
+        names: dict[tuple[int, ...], int] = {}
+        self._class = tuple(names.setdefault(row, len(names)) for row in rows)
+        self._names: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def times(self, stages: Sequence[int]) -> Array:
         """[forward, backward, weight; stage], without recomputation."""
@@ -133,12 +142,24 @@ class Chunks:
 
     def pairs(self, rank: int, stages: Sequence[int]) -> tuple[Pairs, ...]:
         """Recomputations of a rank that fit and are not worse in every chunk; none if none fits."""
-        starts = starts_of(stages)
-        spans = tuple((starts[k], stages[k]) for k in self.p.stages_of(rank))
-        key = rank, spans
+        key, spans = self._key(rank, stages, starts_of(stages))
         if key not in self._pairs:
             self._pairs[key] = self._fitting(rank, spans)
         return self._pairs[key]
+
+    def _key(
+        self, rank: int, stages: Sequence[int], starts: Sequence[int]
+    ) -> tuple[Key, tuple[tuple[int, int], ...]]:
+        """What memory depends on of a rank's stages, and where these lie: their layers by class,
+        so that stages of like layers are weighed once wherever they begin."""
+        spans = tuple([(starts[k], stages[k]) for k in self.of_rank[rank]])
+        if self.p.ranks:  # what is alike in the least of all ranks may not be on one of them
+            return (rank, spans), spans
+        names = self._names
+        for span in spans:
+            if span not in names:
+                names[span] = self._class[span[0] : span[0] + span[1]]
+        return (rank, tuple([names[span] for span in spans])), spans
 
     def _fitting(self, rank: int, spans: tuple[tuple[int, int], ...]) -> tuple[Pairs, ...]:
         lists = self._lists(rank, spans)
@@ -164,7 +185,7 @@ class Chunks:
     ) -> list[list[tuple[int, int, int, Pair]]]:
         """Per chunk: (time added, bytes kept, bytes used, pair), the dominated left out."""
         lists = []
-        for k, (start, count) in zip(self.p.stages_of(rank), spans):
+        for k, (start, count) in zip(self.of_rank[rank], spans):
             o = self.windows.options(k, start, count)
             if id(o) not in self._kept:
                 kept: list[tuple[int, int, int, Pair]] = []
@@ -182,7 +203,7 @@ class Chunks:
         """Bytes at the peak, by row of act and work: [row, chunk], what layers keep and use."""
         p, state, working, gathered = self.p, self.p.constant_bytes, 0, 0
         beside = []
-        for k, (start, count) in zip(p.stages_of(rank), spans):
+        for k, (start, count) in zip(self.of_rank[rank], spans):
             kept, fixed, used, copies = self.beside[k]
             beside.append(kept)
             state += int(self.sums[3, start + count] - self.sums[3, start]) + fixed
@@ -241,8 +262,20 @@ class Chunks:
 
     def least(self, rank: int, stages: Sequence[int]) -> Pairs:
         """Where nothing fits: the pairs that need the fewest bytes, or of many keep the least."""
+        return self._fewest(rank, stages, starts_of(stages))
+
+    def least_bytes(self, stages: Sequence[int]) -> list[int]:
+        """The fewest bytes that each rank needs."""
         starts = starts_of(stages)
-        spans = tuple((starts[k], stages[k]) for k in self.p.stages_of(rank))
+        return [self._fewest(rank, stages, starts).bytes for rank in range(self.p.pp)]
+
+    def _fewest(self, rank: int, stages: Sequence[int], starts: Sequence[int]) -> Pairs:
+        key, spans = self._key(rank, stages, starts)
+        if key not in self._least:
+            self._least[key] = self._weigh_least(rank, spans)
+        return self._least[key]
+
+    def _weigh_least(self, rank: int, spans: tuple[tuple[int, int], ...]) -> Pairs:
         lists = self._lists(rank, spans)
         if math.prod(map(len, lists)) > ALL_PAIRS:
             lists = [[min(rows, key=lambda row: (row[1], row[2]))] for rows in lists]
@@ -255,7 +288,7 @@ class Chunks:
     def spread(self, chosen: Sequence[Pairs]) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
         """Pairs and times added by global stage, from those by rank."""
         at = {k: (one.pairs[c], one.extra_ps[c]) for r, one in enumerate(chosen)
-              for c, k in enumerate(self.p.stages_of(r))}  # fmt: skip
+              for c, k in enumerate(self.of_rank[r])}  # fmt: skip
         stages = range(self.p.count)
         return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
 

@@ -21,7 +21,6 @@ from cost_models.stage_problem import (
     Pair,
     StageProblem,
     neighbours,
-    starts_of,
     step_ps,
 )
 from planner.stage_arcs import INF, Array
@@ -274,19 +273,7 @@ def _balanced(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
 
 def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple[int, ...]:
     """Move layers from the fullest rank to the emptiest while the fullest rank shrinks."""
-
-    least: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-
-    def bytes_of(cut: Sequence[int]) -> list[int]:
-        starts, found = starts_of(cut), []
-        for rank in range(p.pp):
-            key = rank, tuple((starts[k], cut[k]) for k in p.stages_of(rank))
-            if key not in least:
-                least[key] = chunks.least(rank, cut).bytes
-            found.append(least[key])
-        return found
-
-    cut, now = tuple(stages), bytes_of(stages)
+    cut, now = tuple(stages), chunks.least_bytes(stages)
     for _ in range(p.layers):
         full, free = now.index(max(now)), now.index(min(now))
         trials = []
@@ -296,7 +283,7 @@ def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
                     then = list(cut)
                     then[give] -= 1
                     then[take] += 1
-                    trials.append((bytes_of(then), tuple(then)))
+                    trials.append((chunks.least_bytes(then), tuple(then)))
         best = min(trials, key=lambda t: (max(t[0]), t[1]), default=None)
         if best is None or max(best[0]) >= max(now):
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,7 @@ def capture(
         return graph
     if progress:
         progress("tracing")
+    first = "torch" not in sys.modules
     with _uncollected():
         import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
 
@@ -148,6 +150,8 @@ def capture(
         from ir.capture.load import load as load_model
 
         source = load_model(options.model, args)
+        if first:  # what is loaded by now stays, and is not walked through again
+            gc.freeze()
         graph = capture_graph(source, precision=precision, fold=options.fold)
     text = format_graph(graph)
     if options.cache:

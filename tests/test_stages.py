@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
+from cost_models.stage_problem import Lowered
 from ir.errors import UsageError
+from planner.by_layer import best_count
 from planner.stage_bounds import filled_ps, forced_ps
+from planner.stage_chunks import Chunks
 from planner.stage_cuts import bound_all
 from planner.stages import (
     Effort,
@@ -331,3 +334,49 @@ def test_an_interrupt_is_not_taken_by_the_solver():
         assert seen
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_stage_of_like_layers_costs_alike_wherever_it_begins():
+    for seed in range(8):
+        rng, p = random.Random(seed), tiny(seed, "interleaved")
+        some = [rng.randrange(2) for _ in range(p.layers + 4)]  # two kinds of layers
+        kind = lambda row, some=some: tuple(row[k % len(row)] for k in some)  # noqa: E731
+        p = replace(p, **{
+            name: kind(getattr(p, name)) for name in (
+                "forward_ps", "input_grad_ps", "weight_grad_ps", "state_bytes", "gathered_bytes",
+                "tail_comm_ps", "tail_hide_ps", "tail_own_ps",
+            )
+        }, **{
+            name: tuple(map(kind, getattr(p, name)))
+            for name in ("recompute_ps", "activation_bytes", "working_bytes")
+        }, capacity_bytes=p.capacity_bytes * 2)  # fmt: skip
+        known = Chunks(p)
+        for cut in cuts(p.layers, p.count):
+            fresh, ranks = Chunks(p), range(p.pp)
+            assert known.least_bytes(cut) == [fresh.least(r, cut).bytes for r in ranks]
+            for rank in ranks:
+                assert known.pairs(rank, cut) == fresh.pairs(rank, cut)
+                assert known.least(rank, cut) == Chunks(p).least(rank, cut)
+
+
+def test_the_best_count_of_optimizers_below_equals_enumeration():
+    found = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        none = replace(tiny(seed, "1f1b"), pp=1)
+        low = Lowered(
+            state_bytes=tuple(n // 2 for n in none.state_bytes),
+            gathered_bytes=numbers(rng, 0, 20, none.layers),
+            tail_own_ps=tuple(n + rng.randint(0, 9) for n in none.tail_own_ps),
+        )  # fmt: skip
+        every = replace(none, **{f: getattr(low, f) for f in low.__slots__})
+        steps = {}
+        for n in range(1, none.layers + 1):
+            one = replace(none, lowered=low).lowering((none.layers,), (n,))
+            costs = (evaluate(one, (none.layers,), (pair,)) for pair in all_pairs(one, none.layers))
+            steps[n] = min((step for step, _, fits in costs if fits), default=None)
+        fit = {n: step for n, step in steps.items() if step is not None}
+        best = best_count(none, every, none.layers, 1 << 60)
+        assert best == min(fit, key=lambda n: (fit[n], n), default=None)
+        found += best is not None
+    assert found > 10
