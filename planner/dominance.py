@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cost_models.decisions import Decisions
-from cost_models.step import Step
+from cost_models.step import Row, Step
 
 
 def _profile(step: Step) -> tuple[int, ...]:
-    """What a variant costs and holds, each number better when smaller."""
+    """What a variant costs and holds, each number better when smaller: of every kind of row in the
+    layers, and of what is before the first layer and behind the last, which lie together."""
     numbers: list[int] = [n for one in step.beside for n in _profile(one)]
     numbers += [sum(size for _, size in step.reserved), step.p2p_ps]
     slow = step.slow_sends or ((0, 0),) * step.decisions.pp
     numbers += [number for boundary in slow for number in boundary]
-    for r in step.rows:
-        s = r.state
-        numbers += [
-            r.forward_ps, r.backward_ps, r.tail_comm_ps, -r.tail_hide_ps,
-            r.floor_ps + r.optimizer_ps + r.offload_ps,
-            s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes, s.gathered_bytes,
-            sum(size for _, size in r.below),
-        ]  # fmt: skip
+    layers, links = step.chain.layers, len(step.chain.links)
+    for end in (range(layers[0]), range(layers[-1] + 1, links)):
+        numbers += _together([step.row(i) for i in end])
+    kinds = dict.fromkeys(step.kinds[layers[0] : layers[-1] + 1])
+    more = range(max(step.kinds) + 1, len(step.rows))  # of layers whose optimizer lies below
+    for k in (*kinds, *more):
+        numbers += _together([step.rows[k]])
     return tuple(numbers)
+
+
+def _together(rows: Sequence[Row]) -> list[int]:
+    """Of rows on one rank. Its tail, max(0, comm - hide) + own, is the larger of the sums of own
+    and of own + comm - hide: it grows with these two, whatever their parts are."""
+    own = [r.floor_ps + r.optimizer_ps + r.offload_ps for r in rows]
+    states = [r.state for r in rows]
+    return [
+        sum(r.forward_ps for r in rows), sum(r.backward_ps for r in rows), sum(own),
+        sum(own) + sum(r.tail_comm_ps - r.tail_hide_ps for r in rows),
+        sum(s.parameter_bytes + s.gradient_bytes + s.optimizer_bytes for s in states),
+        max((s.gathered_bytes for s in states), default=0),
+        sum(size for r in rows for _, size in r.below),
+    ]  # fmt: skip
 
 
 def undominated(found: list[tuple[Decisions, Step]]) -> list[tuple[Decisions, Step]]:

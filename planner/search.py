@@ -195,10 +195,9 @@ class Searcher(Space):
                     least[made] = lower_bound_ps(unlimited(problem))
                     if not out.best or least[made] < self._below(out.best, mesh):
                         todo += self._programs(step, made, problem, out)
-            full += self._solve_all(todo, mesh, laid, out, unsettled)
             held = [row for row in held if not self._over[_state_key(row[0])]]
-            moved = [*self._by_count(undominated(held), mesh, laid, least, out)]
-            full += self._solve_all(moved, mesh, laid, out, unsettled)
+            todo += self._by_count(undominated(held), mesh, laid, least, out)
+            full += self._solve_all(todo, mesh, laid, out, unsettled)
             target = self._below(out.best, mesh) if out.best else ENDLESS
             some = [*programs_below(self, ways, laid, known, least, target)]
             self._solve_all(some, mesh, laid, out, unsettled)
