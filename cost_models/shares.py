@@ -70,7 +70,8 @@ class ShareCosts(Costs):
 
     def transfers(self, d: Decisions, state: State, kind: str, item_bytes: int) -> float:
         """As `Costs.transfers`; groups of data ranks of all parts go over what joins these."""
-        key = (tuple(share.dp for share in d.shares), d.tp, d.cp, d.ep, d.etp, d.shard, state.dense,
+        sizes = tuple((share.part, share.dp) for share in d.shares)
+        key = (sizes, d.tp, d.cp, d.ep, d.etp, d.shard, state.dense,
                state.expert, kind, item_bytes)  # fmt: skip
         if key not in self._fsdp:
             self._fsdp[key] = sum(

@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.estimate import estimate_step
+from cost_models.estimate import estimate_step, whole_step_ps
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Assignments, Costs
 from planner.bounds import NEVER_PS
 from planner.decisions import Pins
 from planner.mesh import meshes
+from planner.refused import Refused, Without
 from planner.runnable import may_compile
+from planner.score import score_of
 from planner.search import Outcome, Searcher
 
 
@@ -31,6 +33,17 @@ class Answer:
         """Of the best plan."""
         assert self.outcome.best is not None
         return self.outcome.best.decisions
+
+    @property
+    def score(self) -> int:
+        """Of the best plan. Of several kinds of GPUs by its whole step: what is beside the
+        objective differs with the GPUs that are used."""
+        best = self.outcome.best
+        assert best is not None
+        if not (best.decisions.parts or best.decisions.shares):
+            return best.score
+        step_ps = whole_step_ps(self.costs, best.objective_ps)
+        return score_of(step_ps, best.decisions, best.gain_ppm)
 
     def estimate(self) -> Estimate:
         """Of the best plan."""
@@ -104,3 +117,27 @@ class Asking:
         found = self.under(pins, cluster=cluster, workload=workload)
         found.effort = effort
         return Answer(costs=found.costs, outcome=found.run())
+
+    def without(
+        self, refused: Refused, pins: Pins, *, memory: float = 1.0, effort: int,
+        known: Answer | None = None,
+    ) -> Answer | None:  # fmt: skip
+        """The best plan that has none of what is refused. memory: times a GPU's. known: a plan of
+        the space. None: nothing legal is left."""
+        s = self.under(pins, cluster=roomier(self.searcher.costs.cluster, memory))
+        search = Without(
+            costs=s.costs, pins=pins, effort=effort, refused=refused, _laid=s._laid, _over=s._over
+        )
+        out = search.run(known.outcome.best if known else None)
+        if out.best is None and out.misfit is None:
+            return None
+        return Answer(costs=s.costs, outcome=out)
+
+
+def roomier(cluster: Cluster, memory: float) -> Cluster:
+    """The same with so many times the memory of each GPU."""
+    device = cluster.device
+    if memory == 1.0:
+        return cluster
+    more = replace(device, memory_bytes=int(memory * device.memory_bytes))
+    return replace(cluster, device=more)

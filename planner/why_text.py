@@ -9,12 +9,13 @@ from cost_models.decisions import Decisions
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from planner.check import Checked
-from planner.decisions import summarise_recompute
+from planner.decisions import recompute_words
 from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.offloads import offload_words
+from planner.refused import refused_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used
-from planner.why import Alternative, Binding, refused_words
+from planner.why import Alternative, Binding
 
 SCHEMA = "why/1"
 WIDTH = 80
@@ -108,12 +109,13 @@ def _binding_json(b: Binding) -> dict[str, Any]:
     return {
         "kind": "memory", "pp_rank": b.pp_rank, "stage": b.stage, "over_bytes": b.over_bytes,
         "component": b.component, "component_bytes": b.component_bytes, "step_time_s": b.step_s,
+        **({"part": b.part} if b.part else {}),
     }  # fmt: skip
 
 
 def decided_json(d: Decisions) -> dict[str, Any]:
     """A plan's decisions as JSON, stages and recomputation with them."""
-    return {**decisions_json(d), "recompute": str(summarise_recompute(d)),
+    return {**decisions_json(d), "recompute": recompute_words(d),
             "stages": list(d.stages)}  # fmt: skip
 
 
@@ -121,7 +123,13 @@ def decided(d: Decisions) -> str:
     """A plan's decisions in a line."""
     words = [f"{axis} {getattr(d, axis)}" for axis in ("pp", "dp", "cp", "tp")]
     words += [f"{axis} {getattr(d, axis)}" for axis in ("ep", "etp") if getattr(d, axis) > 1]
-    words.append(f"micro-batches {d.microbatches} x {d.micro_batch}")
+    if d.parts:
+        lies = ",".join(f"{name}:{ranks}" if len(d.parts) > 1 else name for name, ranks in d.parts)
+        words.append(f"stages on {lies}" if d.pp > 1 else f"on {lies}")
+    if d.tp_by_part:
+        words.append("tp_by_part " + ",".join(f"{name}:{tp}" for name, tp in d.tp_by_part))
+    counts = ",".join(f"{s.part}:{s.microbatches}" for s in d.shares) or d.microbatches
+    words.append(f"micro-batches {counts} x {d.micro_batch}")
     if d.pp > 1:
         virtual = f" x {d.virtual_stages}" if d.virtual_stages > 1 else ""
         words.append(f"{d.schedule}{virtual}")
@@ -132,6 +140,8 @@ def decided(d: Decisions) -> str:
     full, selective = (sum(n) for n in zip(*(d.recompute or ((0, 0),))))
     words += [f"{n} layers recomputed {how}" for n, how in
               ((full, "in full"), (selective, "in part")) if n]  # fmt: skip
+    words += [f"on {s.part} {sum(n)} recomputed {how}" for s in d.shares if s.recompute
+              for n, how in zip(zip(*s.recompute), ("in full", "in part")) if sum(n)]  # fmt: skip
     words += [f"keep {keep_words(d.keep)}"] if d.keep else []
     words += offload_words(d)
     words += [f"{group} in {word}" for group, word in d.formats]
@@ -140,13 +150,15 @@ def decided(d: Decisions) -> str:
 
 def told(found: Alternative, base: Checked) -> str:
     """What first stands in the way, in words."""
-    b, capacity = found.binding, format_bytes(base.estimate.capacity_bytes)
+    b = found.binding
     if b.kind == "rule":
         return f"a rule: {b.reason}"
     if not _slower(found, base):
         return f"none: {_no_slower(found, base)}"
     if b.kind == "memory":
-        where = f"pp rank {b.pp_rank} (stage {b.stage}) is {format_bytes(b.over_bytes)} over"
+        where = f"pp rank {b.pp_rank}{f' of {b.part}' * bool(b.part)} (stage {b.stage})"
+        where += f" is {format_bytes(b.over_bytes)} over"
+        capacity = format_bytes(b.capacity_bytes)
         most = f"{b.component} {format_bytes(b.component_bytes)} of it"
         with_more = f"with more it would take {format_seconds(b.step_s)}; "
         return f"memory: {with_more * (found.estimate is not None)}{where} {capacity}, {most}"
@@ -174,20 +186,21 @@ def _short(found: Alternative, base: Checked) -> str:
     if not _slower(found, base):
         return _no_slower(found, base)
     if b.kind == "memory":
-        return f"memory: rank {b.pp_rank} +{format_bytes(b.over_bytes)} ({b.component})"
+        of = f" of {b.part}" * bool(b.part)
+        return f"memory: rank {b.pp_rank}{of} +{format_bytes(b.over_bytes)} ({b.component})"
     return f"time: {b.component} {_signed(b.more_s)}"
 
 
 def _head(base: Checked) -> list[str]:
     """The plan in two lines: what fills its memory, what fills its step."""
     e = base.estimate
-    worst = max(e.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    worst = e.fullest
     name, most = max(worst.memory_bytes, key=lambda row: row[1])
     parts = sorted(e.breakdown_ps, key=lambda row: -row[1])[:3]
     return [
         f"step {format_seconds(e.step_time_s)} +-{e.error:.0%}: "
         + ", ".join(f"{part} {ps / e.step_time_ps:.0%}" for part, ps in parts),
-        f"memory of pp rank {worst.pp_rank}: {format_bytes(e.peak_memory_bytes)} of "
+        f"memory of {worst.name}: {format_bytes(e.peak_memory_bytes)} of "
         f"{format_bytes(e.capacity_bytes)}, {name} {format_bytes(most)}",
     ]
 

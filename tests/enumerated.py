@@ -249,7 +249,8 @@ def stage_choices(problem, layers):
     """(full, selective): the first so many layers of a stage, and the next."""
     return [(full, some) for full in range(layers + 1) for some in range(layers + 1 - full)
             if ("full" in problem.levels or not full)
-            and ("selective" in problem.levels or not some)]  # fmt: skip
+            and ("selective" in problem.levels or not some)
+            and ("none" in problem.levels or full + some == layers)]  # fmt: skip
 
 
 @functools.cache

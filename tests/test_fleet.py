@@ -22,7 +22,8 @@ from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
 from ir.errors import PlanError, UsageError
 from planner.decisions import Pins
-from planner.fleet_planning import FleetSearch, _searchers
+from planner.fleet_search import FleetSearch
+from planner.fleet_search import searchers as searchers_of
 from planner.mesh import Mesh
 from planner.options import TraceOptions
 from planner.plan import hardware_name, load, recost
@@ -234,21 +235,34 @@ def over_parts(searcher, fleet):
     )  # fmt: skip
 
 
-def least_over_parts(p, fleet):
-    """The least objective of every mesh of which each part has whole stages, one a rank."""
-    found = {}
+def least_over_parts(p, fleet, refused=()):
+    """The least objective of every mesh of which each part has whole stages, one a rank, and none
+    of what is refused."""
+    found, away = {}, {name for key, value in refused if key == "recompute" for name in value}
+
+    def left(rows):
+        for d in rows:
+            if not any(d.get(key) == value or (key == "tp" and value in dict(
+                d.get("tp_by_part", ())).values()) for key, value in refused):  # fmt: skip
+                yield d
+
     names = [f.name for f in fields(Mesh)]
     alike = (
         d for d in enumerated.product(p, enumerated.MESH_AXES) if d["pp"] > 1
         and not any(part.count % (d["dp"] * d["cp"] * d["tp"]) for part in fleet.parts)
     )  # fmt: skip
-    for d in enumerated.with_tp_by_part(p) if p.searcher.apart else alike:
+    for d in left(enumerated.with_tp_by_part(p) if p.searcher.apart else alike):
         laid, objectives = p.searcher.assign(d["tp"], d["sequence_parallel"]), []
-        for made in enumerated.product(p, (*enumerated.STATE_AXES, *enumerated.SCHEDULE_AXES), d):
-            if made["virtual_stages"] == 1:
-                decided = Decisions(**made)
-                problem = stage_problem(p.costs, p.costs.step(decided, laid),
-                                        levels=enumerated.recomputed(p, decided))  # fmt: skip
+        rows = (*enumerated.STATE_AXES, *enumerated.SCHEDULE_AXES)
+        for made in left(enumerated.product(p, rows, d)):
+            decided = Decisions(**made)
+            levels = [x for x in enumerated.recomputed(p, decided) if x not in away]
+            if made["virtual_stages"] == 1 and levels and (
+                made["schedule"] not in enumerated.SPLIT or "none" in levels
+            ):  # fmt: skip
+                problem = stage_problem(
+                    p.costs, p.costs.step(decided, laid), levels=tuple(levels)
+                )
                 objectives.append(enumerated.best_of_problem(problem))
         mesh = Mesh(**{name: d[name] for name in names})
         found[mesh] = min((x for x in objectives if x is not None), default=None)
@@ -260,7 +274,7 @@ def test_search_of_pipelines_over_parts_equals_enumeration(seed, tmp_path):
     graph, fleet, asked = tiny_fleet(seed, tmp_path)
     workload, _ = resolve(graph, fleet, asked, Pins())
     options = TraceOptions(model="", asked=asked, effort=10**9)
-    searchers = list(_searchers(graph, fleet, workload, options))
+    searchers = list(searchers_of(graph, fleet, workload, options))
     pipelined = [s for s in searchers if isinstance(s.costs, MixedCosts)]
     assert len(searchers) == 7 and [s.apart for s in pipelined] == [False, False, True, True]
     for searcher in pipelined:
@@ -279,7 +293,7 @@ def test_no_plan_is_slower_than_the_best_part_alone(seed, tmp_path):
     options = TraceOptions(model="", asked=asked)
     found = FleetSearch(fleet=fleet, workload=workload)
     alone = []
-    for searcher in _searchers(graph, fleet, workload, options):
+    for searcher in searchers_of(graph, fleet, workload, options):
         found.search(searcher)
         if not isinstance(searcher.costs, MixedCosts):
             out = replace(searcher).run()  # without what was found elsewhere
@@ -325,7 +339,7 @@ def test_a_plan_over_parts_is_written_read_shown_and_checked(plan, two, tmp_path
     again = path.read_bytes()
     assert plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *PIPED)[0] == 0
     assert path.read_bytes() == again
-    for words in (("why",), ("show", "--goodput"), ("why", "--layer", "layers.0")):
+    for words in (("show", "--goodput"),):
         code, _, err = plan(*words)
         assert code == 64 and "hardware of one kind" in err
 

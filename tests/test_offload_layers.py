@@ -22,8 +22,8 @@ from planner.legality import illegal, inconsistent
 from planner.mesh import meshes
 from planner.offloads import keeps_offload, lower, offload_words
 from planner.pin_checks import check_pins
+from planner.refused import Without
 from planner.search import Searcher
-from planner.why import Without
 
 H100 = load_hardware("h100x8")
 LAYERS, LINK = 4, 5e10  # bytes/s of one GPU's link

@@ -24,7 +24,9 @@ from planner import trace
 from planner.decisions import Pins, pins_of, recompute_words
 from planner.decisions_json import decisions_from_json, decisions_json
 from planner.export.pytorch import beyond_torch
-from planner.fleet_planning import FleetSearch, _planned, _searchers
+from planner.fleet_planning import _planned
+from planner.fleet_search import FleetSearch
+from planner.fleet_search import searchers as searchers_of
 from planner.legality import illegal, inconsistent
 from planner.options import TraceOptions
 from planner.plan import load
@@ -83,19 +85,23 @@ def replicas_of(seed, folder):
     asked = replace(asked, global_batch=random.Random(seed).choice((4, 6, 8)))
     workload, _ = resolve(graph, fleet, asked, Pins())
     options = TraceOptions(model="", asked=asked, effort=10**9)
-    searchers = list(_searchers(graph, fleet, workload, options))
+    searchers = list(searchers_of(graph, fleet, workload, options))
     (found,) = [s for s in searchers if isinstance(s, ShareSearcher)]
     return graph, fleet, workload, searchers, found
 
 
-def every_share(searcher, mesh):
-    """The objective of every plan of a mesh: states, divisions and what each part computes again,
-    each weighed from its parts' own stage problems."""
+def every_share(searcher, mesh, refused=()):
+    """The least score of a mesh's plans that have none of what is refused: states, divisions and
+    what each part computes again, each weighed from its parts' own stage problems."""
+    away = {name for key, value in refused if key == "recompute" for name in value}
+    gone = [row for row in refused if row[0] != "recompute"]
     costs, (n, k) = searcher.costs, searcher.data_ranks(mesh)
     laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
     total, ranks = costs.workload.global_batch // mesh.micro_batch, (n + k) * mesh.cp
     layers, found = len(costs.chain.layers), []
-    pairs = [(f, s) for f in range(layers + 1) for s in range(layers + 1 - f)]
+    pairs = [(f, s) for f in range(layers + 1) for s in range(layers + 1 - f)
+             if not (f and "full" in away) and not (s and "selective" in away)
+             and not (f + s < layers and "none" in away)]  # fmt: skip
     for zero, reshard, shard, offload in itertools.product(
         range(4), (False, True), range(1, ranks + 1), ((), (("optimizer", "cpu"),))
     ):
@@ -114,6 +120,8 @@ def every_share(searcher, mesh):
                 continue
             whole = replace(base, microbatches=max(a, b), shares=shares)
             if share_fault(whole) or illegal(whole, costs.workload):
+                continue
+            if any(getattr(whole, key) == value for key, value in gone):
                 continue
             sides = []
             for side in costs.sides:

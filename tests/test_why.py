@@ -15,9 +15,10 @@ from planner import load
 from planner.check import Checked, examine
 from planner.decisions import Pins
 from planner.plan import Solver, make_plan
+from planner.refused import parse_refused, refused_words
 from planner.score import score_of
-from planner.why import LEAST_GAIN, MOST_MEMORY, Why, parse_refused, refused_words
-from planner.why_layer import layer
+from planner.why import LEAST_GAIN, MOST_MEMORY, Why
+from planner.why_layer import layers
 from planner.why_text import alternative_text, document, table_text
 
 LLAMA = str(EXAMPLES / "llama.py")
@@ -171,7 +172,7 @@ def test_a_layer(plan, tmp_path):
                 "h100x4", "--global-batch", "16", "--fix", "tp=2",
                 "--fix", "recompute=full:1")[0] == 0  # fmt: skip
     base = examine(load(tmp_path / "plan.json"), Path())
-    found = layer(base, "layers.0")
+    (found,) = layers(base, "layers.0")
     assert found.level == "full" and len(found.ways) == 3
     fewer = next(way for way in found.ways if way.level == "none")
     plan("trace", LLAMA, "--arg", "size=tiny", "--arg", "n_layers=4", "--hardware", "h100x4",
@@ -185,7 +186,7 @@ def test_a_layer(plan, tmp_path):
         assert fewer.step_s == other.step_time_s
         assert fewer.over_bytes == other.peak_memory_bytes - other.capacity_bytes
     assert any(name.startswith("layers.0.") and word != "R" for name, word in found.placements)
-    assert layer(base, "norm").ways == ()
+    assert layers(base, "norm")[0].ways == ()
     code, out, _ = plan("why", "--layer", "layers.0")
     assert code == 0 and "recompute full" in out and all(len(x) <= 80 for x in out.splitlines())
     code, out, _ = plan("why", "--layer", "layers.0", "--json")

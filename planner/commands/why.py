@@ -42,16 +42,18 @@ def why(
     what, and what first stands in its way. Exit code 3 where nothing is left.
     """
     from planner import why_text
+    from planner.refused import parse_refused
     from planner.search import DEFAULT_EFFORT
-    from planner.why import Why, parse_refused
+    from planner.why import Why
 
     refused = parse_refused(refuse)
     base = examine(plan)
     if layer:
         from planner import why_layer
 
-        found = why_layer.layer(base, layer)
-        print_json(why_layer.document(found)) if as_json else print(why_layer.text(found))
+        found = why_layer.layers(base, layer)
+        text = "\n".join(map(why_layer.text, found))
+        print_json(why_layer.document(found)) if as_json else print(text)
         return 0
     asked = Why(base)
     rows = (asked.alternative(refused, effort or DEFAULT_EFFORT),) if refused else asked.rows()

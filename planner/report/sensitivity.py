@@ -104,7 +104,8 @@ def sensitivity(
         row.decisions: Candidate(decisions=row.decisions, assignments=row.assignments)
         for row in rows if row.decisions not in (None, table.chosen.decisions)
     }  # fmt: skip
-    rivals, roomier = list(found.values()), why.roomier(effort).outcome.best
+    rivals, freed = list(found.values()), why.roomier(effort)
+    roomier = freed.outcome.best if freed else None
     own = table.cost(table.cluster, table.workload, [table.chosen, *rivals])
     fit = [c for c, made in zip(rivals, own[1:]) if made.over_bytes <= 0]
     ahead = [c for c, made in zip(rivals, own[1:]) if made.score < own[0].score]

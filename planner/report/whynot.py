@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from cost_models.units import format_seconds
 from planner.check import Checked
+from planner.refused import refused_words
 from planner.report.charts import Mark, Section, bar, figure, row, sentences, table
 from planner.report.markup import Children, el
-from planner.why import Alternative, refused_words
+from planner.why import Alternative
 from planner.why_text import decided, told
 
 NOT_ASKED = "Not asked (--no-why): alternatives and sensitivity take a search each."

@@ -1,0 +1,181 @@
+"""What an alternative may not have: its words, and the searches that go without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cost_models.decisions import Decisions, Keep
+from cost_models.formats import Formats
+from cost_models.mixed import MixedCosts
+from cost_models.schedule import SPLIT_BACKWARD
+from cost_models.shares import SharedCosts
+from cost_models.stage_problem import Pair
+from ir.errors import UsageError
+from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
+from planner.fleet_space import FleetSearcher
+from planner.formats import settled
+from planner.keep_checks import pinned_keep
+from planner.mesh import Mesh
+from planner.search import Searcher
+from planner.share_space import ShareSearcher
+from planner.share_splits import Division
+
+Refused = tuple[tuple[str, Any], ...]  # (key, value): what the alternative may not have
+NOT_REFUSED = ("stages", "weights", "place", "kv")
+PIPELINED = ("schedule", "virtual_stages")
+
+
+@dataclass(kw_only=True)
+class Without(Searcher):
+    """A search of what has none of the refused values."""
+
+    refused: Refused = ()
+
+    def runs(self, mesh: Mesh | Decisions) -> bool:
+        """Also whether the mesh has no refused axis."""
+        away = any(self._has(mesh, key, value) for key, value in self.refused)
+        return not away and super().runs(mesh)
+
+    def _has(self, mesh: Mesh | Decisions, key: str, value: object) -> bool:
+        """Whether a mesh has a value; how cp is shared matters under cp alone, and a tp is that of
+        any part."""
+        if key == "tp" and value in dict(mesh.tp_by_part).values():
+            return True
+        said = mesh.cp > 1 if key == "cp_kind" else hasattr(mesh, key)
+        return said and bool(getattr(mesh, key) == value)
+
+    def format_ways(self) -> tuple[Formats, ...]:
+        """Also without the refused formats."""
+        costs = self.costs
+        away = [
+            settled(value, costs.graph, costs.workload)
+            for key, value in self.refused if key == "formats"
+        ]  # fmt: skip
+        return tuple(way for way in super().format_ways() if way not in away)
+
+    def variants(self, mesh: Mesh) -> Iterator[Decisions]:
+        """Also without the refused ways to hold state."""
+        keys = ("zero", "shard", "reshard", "offload", "dp_outer")
+        away = [(key, _tiers(value) if key == "offload" else value)
+                for key, value in self.refused if key in keys]  # fmt: skip
+        for d in super().variants(mesh):
+            if not any(_held(d, key) == value for key, value in away):
+                yield d
+
+    def by_count(self, d: Decisions) -> Decisions | None:
+        """Also not where activations are refused a place below, or a kind of recomputation is:
+        the program by count has another kind in its place."""
+        away = {what for key, value in self.refused if key == "offload" for what, _ in value}
+        asked = "activations" in away or bool(self._levels)
+        return None if asked else super().by_count(d)
+
+    def schedules(self, d: Decisions) -> Iterator[Decisions]:
+        """Also without the refused schedules, which are a formality without a pipeline; one that
+        cannot recompute goes where a layer that does not is refused."""
+        away = [(key, value) for key, value in self.refused if key in PIPELINED and d.pp > 1]
+        for made in super().schedules(d):
+            still = made.schedule in SPLIT_BACKWARD or "activations" in dict(made.offload)
+            if still and "none" in self._levels:
+                continue
+            if not any(getattr(made, key) == value for key, value in away):
+                yield made
+
+    def recomputed(self, d: Decisions) -> tuple[tuple[Pair, ...] | None, tuple[str, ...]]:
+        """Also without the refused levels of recomputation."""
+        fixed, levels = super().recomputed(d)
+        left = tuple(level for level in levels if level not in self._levels)
+        if d.keep in self._not_kept:
+            left = tuple(level for level in left if level != "selective")
+        return fixed, left
+
+    def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
+        """Also without what may not be kept."""
+        return tuple(k for k in super().keeps(tp, split) if k not in self._not_kept)
+
+    @property
+    def _not_kept(self) -> tuple[Keep, ...]:
+        return tuple(
+            pinned_keep(value, self.costs.graph) for key, value in self.refused if key == "keep"
+        )
+
+    @property
+    def _levels(self) -> tuple[str, ...]:
+        return tuple(name for key, value in self.refused if key == "recompute" for name in value)
+
+
+@dataclass(kw_only=True)
+class FleetWithout(Without, FleetSearcher):
+    """The same of pipelines over several kinds of GPUs."""
+
+    costs: MixedCosts
+
+
+@dataclass(kw_only=True)
+class ShareWithout(Without, ShareSearcher):
+    """The same of replicas on several kinds of GPUs. Of a mesh, `microbatches` is a mean: what is
+    refused is that the data ranks that run the most have so many."""
+
+    costs: SharedCosts
+
+    def _has(self, mesh: Mesh | Decisions, key: str, value: object) -> bool:
+        return key != "microbatches" and super()._has(mesh, key, value)
+
+    def division(
+        self, mesh: Mesh, paces: Sequence[Callable[[int], int]], floors: Sequence[int]
+    ) -> Division:
+        """Also without the refused numbers of micro-batches."""
+        away = {value for key, value in self.refused if key == "microbatches"}
+        made = super().division(mesh, paces, floors)
+        return replace(made, allowed=lambda some: made.allowed(some) and max(some) not in away)
+
+
+def _held(d: Decisions, key: str) -> object:
+    """A decision as `Refused` has it: offload without counts of layers."""
+    return _tiers(d.offload) if key == "offload" else getattr(d, key)
+
+
+def _tiers(offload: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(Decisions(offload=offload).tiers.items())
+
+
+def parse_refused(texts: Sequence[str]) -> Refused:
+    """Read `--not k=v`. Recomputation is refused by its kinds: full:12 refuses full.
+
+    Raises UsageError for a decision that cannot be refused, or refused in every way.
+    """
+    found: list[tuple[str, Any]] = []
+    for text in texts:
+        key = text.partition("=")[0]
+        if key in NOT_REFUSED or text.startswith("place:"):
+            raise UsageError(f"--not {text}: {key.partition(':')[0]} cannot be refused",
+                             why="its alternatives are too many to name one by one",
+                             hints=("--not tp=8, --not recompute=full",))  # fmt: skip
+        try:
+            pins = parse_pins([text])
+        except UsageError as fault:
+            what, why = (t.replace("--fix", "--not") for t in (fault.what, fault.why))
+            hints = tuple(h.replace("--fix", "--not") for h in fault.hints)
+            raise UsageError(what, why=why, hints=hints) from None
+        found += [(k, _kinds(v) if k == "recompute" else v) for k, v in pins.items()]
+    levels = {name for key, value in found if key == "recompute" for name in value}
+    if len(levels) == 3:
+        raise UsageError("--not recompute: every kind is refused")
+    return tuple(dict.fromkeys(found))
+
+
+def _kinds(value: Recompute) -> tuple[str, ...]:
+    kinds = [k for k, n in (("full", value.full), ("selective", value.selective)) if any(n)]
+    return tuple(kinds) or ("none",)
+
+
+def refused_words(refused: Refused) -> str:
+    """As the user wrote them."""
+    words = []
+    for key, value in refused:
+        if key == "recompute":
+            kinds = {k: (ALL_LAYERS,) for k in value if k != "none"}
+            value = Recompute(**kinds)
+        words.append(replace(Pins(), **{key: value}).said(key))
+    return ", ".join(words)
