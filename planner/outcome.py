@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cost_models.decisions import Decisions
@@ -96,13 +95,3 @@ def nearer(old: Misfit | None, new: Misfit) -> Misfit:
     if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
         return old
     return new
-
-
-def in_turn(
-    order: Sequence[int], lower: Sequence[int], out: Outcome, effort: int
-) -> Iterator[int]:
-    """The best guess first; once half of the effort is spent, what holds the bound down."""
-    rest = list(order)
-    while rest and (out.best is None or 2 * out.spent < effort):
-        yield rest.pop(0)
-    yield from sorted(rest, key=lambda i: (lower[i], i))

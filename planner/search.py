@@ -24,7 +24,7 @@ from planner.dominance import undominated
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
-from planner.outcome import Misfit, Outcome, Program, Tried, in_turn, less_over, nearer
+from planner.outcome import Misfit, Outcome, Program, Tried, less_over, nearer
 from planner.proving import FIRST, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
@@ -41,6 +41,7 @@ from planner.stages import (
     solve,
     surely_infeasible,
 )
+from planner.turns import in_turn
 
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
@@ -106,12 +107,12 @@ class Searcher(Space):
         bounds = [space.bounds(runs, below) for space in spaces]
         lower = [self._score(int(x), m) for b in bounds for x, m in zip(b.lower_ps, runs)]
         guess = [self._score(int(x), m) for b in bounds for x, m in zip(b.guess_ps, runs)]
-        order = sorted(range(len(candidates)), key=lambda i: (guess[i], lower[i], i))
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found
         with interruptible() as stopped:
-            for i in in_turn(order, lower, out, self.effort):
+            kinds = [m.pp for _, m in candidates]
+            for i in in_turn(guess, lower, kinds, out, self.effort):
                 if out.best and lower[i] >= out.best.score:
                     continue
                 if stopped() or out.spent >= self.effort:

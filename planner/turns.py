@@ -1,0 +1,37 @@
+"""Which mesh is tried next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+
+from planner.outcome import Outcome
+
+
+def in_turn(
+    guess: Sequence[int], lower: Sequence[int], kinds: Sequence[Hashable], out: Outcome,
+    effort: int,
+) -> Iterator[int]:  # fmt: skip
+    """The best guess first; once half of the effort is spent, what holds the bound down.
+
+    guess, lower: scores of every mesh. kinds: meshes whose guesses err alike. What the meshes of a
+    kind came to, over their guesses, is known once one was tried: at least that, where it came to
+    nothing better than the best. The least of it corrects the kind's guesses, so that no kind is
+    looked at for long that promises more than it keeps.
+    """
+    rest: dict[Hashable, deque[int]] = {}
+    for i in sorted(range(len(guess)), key=lambda i: (guess[i], lower[i], i)):
+        rest.setdefault(kinds[i], deque()).append(i)
+    errs: dict[Hashable, float] = {}
+    while rest and (out.best is None or 2 * out.spent < effort):
+        kind = min(rest, key=lambda k: (guess[rest[k][0]] * errs.get(k, 1.0), rest[k][0]))
+        i = rest[kind].popleft()
+        if not rest[kind]:
+            del rest[kind]
+        if out.best is None or lower[i] < out.best.score:
+            yield i
+            if out.best is not None:
+                came_to = out.best.score / max(1, guess[i])
+                errs[kind] = min(errs.get(kind, came_to), came_to)
+    left = (i for row in rest.values() for i in row)
+    yield from sorted(left, key=lambda i: (lower[i], i))

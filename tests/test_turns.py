@@ -1,0 +1,33 @@
+"""Which mesh is tried next, on meshes whose steps are known."""
+
+from types import SimpleNamespace
+
+from planner.turns import in_turn
+
+
+def tried(guess, lower, kinds, steps, effort=1_000):
+    """The order in which meshes of these steps are tried, each at an effort of one."""
+    out, order = SimpleNamespace(best=None, spent=0), []
+    for i in in_turn(guess, lower, kinds, out, effort):
+        order.append(i)
+        out.spent += 1
+        if out.best is None or steps[i] < out.best.score:
+            out.best = SimpleNamespace(score=steps[i])
+    return order
+
+
+def test_a_kind_that_keeps_less_than_it_promises_waits():
+    """Guesses of kind a are half of what its meshes come to: after one of them, b is looked at."""
+    guess, kinds = [10, 11, 12, 13, 15], ["a", "a", "a", "a", "b"]
+    assert tried(guess, [1] * 5, kinds, [20, 22, 24, 26, 16])[:2] == [0, 4]
+    assert tried(guess, [1] * 5, ["a"] * 5, [20, 22, 24, 26, 16]) == [0, 1, 2, 3, 4]
+
+
+def test_every_mesh_that_may_be_better_is_tried_once():
+    guess, lower = [4, 3, 9, 7, 8], [4, 3, 2, 6, 1]
+    assert sorted(tried(guess, lower, "abcab", [9, 5, 8, 8, 5])) == [0, 1, 2, 4]  # 3: 6 > 5
+
+
+def test_what_holds_the_bound_down_comes_once_half_of_the_effort_is_spent():
+    guess, lower = [1, 2, 3, 4, 5], [1, 2, 3, 2, 1]
+    assert tried(guess, lower, "aaaaa", [10] * 5, effort=4) == [0, 1, 4, 3, 2]
