@@ -214,6 +214,8 @@ def test_two_plans_stand_side_by_side_on_one_scale(checked):
         assert peak == pytest.approx(100 * c.estimate.peak_memory_bytes / wide, abs=0.01)
     changed = root.all("section", id="changes")[0].words()
     assert diff(*both).verdict[1:] in changed and "recompute" in changed
+    for one in root.all("section")[-2:]:  # what is asked of one plan alone says of which
+        assert next(e.words() for e in one.all("h3")) == "New", one.attributes
     ids = [e.attributes["id"] for e in root.all() if "id" in e.attributes]
     assert len(ids) == len(set(ids))
 

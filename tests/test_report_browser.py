@@ -46,6 +46,23 @@ def test_it_renders_without_an_error_and_nothing_is_wider_than_the_window(
     assert browser.errors == []
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_named_first_is_seen_without_scrolling_sideways(browser, pages, width):
+    """The links to all sections, and the table of decisions that changed, with what each means."""
+    browser.open(pages / "two.html", width, 900)
+    for name in ("nav", "#changes > .scroll"):  # not behind a chart
+        assert browser.run(
+            f"[...document.querySelectorAll('{name}')]"
+            ".every(e => e.scrollWidth <= e.clientWidth)"
+        ), name
+    last = browser.run("(l => l[l.length - 1].getBoundingClientRect().right)"
+                       "(document.querySelectorAll('nav a'))")  # fmt: skip
+    assert last <= width
+    lines = browser.run("new Set([...document.querySelectorAll('nav a')].map("
+                        "a => a.getBoundingClientRect().top)).size")  # fmt: skip
+    assert lines == 1 or width == 390
+
+
 def tip(browser):
     return browser.run("(t => t.hidden ? '' : t.textContent)(document.getElementById('tip'))")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from planner.differ import Change, Diff, Number
 from planner.differ_text import amount, effect_words
-from planner.report.charts import Mark, Section, bar, figure, row, sentences, table
+from planner.report.charts import Mark, Section, bar, breakable, figure, row, sentences, table
 from planner.report.markup import Html, el, join
 
 
@@ -73,7 +73,7 @@ def _effects(d: Diff) -> Html | None:
         share = 0.5 * e.step_time_ps / most
         mark = Mark(start=min(0.5, 0.5 + share), end=max(0.5, 0.5 + share),
                     kind="worse" if share > 0 else "better", tip=f"{what}: {seconds}, {size}")
-        rows.append(row(what, bar([mark], lines=[(0.5, "the old plan")]), seconds))
+        rows.append(row(breakable(what), bar([mark], lines=[(0.5, "the old plan")]), seconds))
     behind = table("What each change does alone, the old plan otherwise as it is",
                    ["change", "step", "peak memory"], [effect_words(e) for e in d.effects])
     return join([
@@ -88,10 +88,10 @@ def _changes(
 ) -> Html | None:
     if not changes:
         return None
-    meanings = any(c.meaning for c in changes)
     made = table(
-        title, [what, "old", "new", *(["meaning"] if meanings else [])],
-        [[c.what, c.old, c.new, *([c.meaning] if meanings else [])] for c in changes], words=4,
+        title, [what, "old", "new"],
+        [[[c.what, el("span", c.meaning, class_="about") if c.meaning else None], c.old, c.new]
+         for c in changes], words=3,
     )  # fmt: skip
     if not folded:
         return made

@@ -6,6 +6,7 @@ whose values are in `report.css` for light, dark and print.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -133,6 +134,12 @@ def spread(count: int, most: int, *, always: Iterable[int] = ()) -> list[int]:
         return list(range(count))
     even = {round(i * (count - 1) / (most - 1)) for i in range(most)}
     return sorted(even | {*always})
+
+
+def breakable(name: str) -> list[Html | str]:
+    """A key or a pin, which a narrow page may break behind its signs."""
+    parts = re.split(r"(?<=[_=])", name)
+    return [x for part in parts for x in (part, el("wbr"))][:-1]
 
 
 def title_of(name: str) -> str:

@@ -17,14 +17,14 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
     """price: what hangs on prices, as a sentence."""
     flipping = [e.name for e in s.effects if e.flips]
     lede = sentences(
-        f"The plan and {s.rivals} rivals (the best plans without each of its decisions) are costed"
-        " again with one input scaled.",
+        f"The plan and {_rivals(s.rivals)} (the best plans without each of its decisions) are"
+        " costed again with one input scaled.",
         f"Of these another comes first with {_listed(flipping)}." if flipping
         else f"Between {FACTORS[0]:g} and {FACTORS[-1]:g} times what it is no input puts another of"
         " these first."
         if s.rivals else None,
-        f"{s.ahead} rivals come before it as it is: the plan was pinned, or made with other inputs."
-        if s.ahead else None,
+        f"{_rivals(s.ahead)} {'come' if s.ahead > 1 else 'comes'} before it as it is: the plan was"
+        " pinned, or made with other inputs." if s.ahead else None,
         price,
     )
     sizes = [abs(c) for e in s.effects for _, c in e.changes]
@@ -52,6 +52,10 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
             " nearer.",
         ),
     )  # fmt: skip
+
+
+def _rivals(count: int) -> str:
+    return f"{count or 'no'} rival{'' if count == 1 else 's'}"
 
 
 def differing(old: Decisions, new: Decisions) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
-VOID = ("meta", "br", "input", "rect", "line", "path", "col")
+VOID = ("meta", "br", "input", "rect", "line", "path", "col", "wbr")
 _ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 

@@ -46,7 +46,7 @@ def document(title: str, about: Sequence[str], verdicts: Html, rows: Sequence[Ro
             [el("p", words, class_="subtitle") for words in _named(about)],
         ),
         el("nav", el("ul", links), aria_label="Sections"),
-        el("main", verdicts, [_section(row) for row in rows], id="main", tabindex=-1),
+        el("main", verdicts, [_section(row, len(about)) for row in rows], id="main", tabindex=-1),
         el("footer", el("p", f"Meshwright {PLANNER_VERSION}. Predicted, not measured. The same"
                         " plan gives the same page, byte for byte; it loads nothing.")),
         el("div", id="tip", role="status", aria_live="polite", hidden=True),
@@ -69,10 +69,12 @@ def _named(parts: Sequence[Children]) -> list[Children]:
     return [[el("b", f"{word}: "), part] for word, part in zip(OLD_NEW, parts)]
 
 
-def _section(row: Row) -> Html:
+def _section(row: Row, plans: int) -> Html:
+    """plans: of the page. What two have one section for is of the new one, but what changed."""
     first, title = row[0], f"{row[0].key}-title"
+    new = el("h3", OLD_NEW[-1]) if len(row) < plans and first.key != "changes" else None
     parts = [join([el("p", one.lede, class_="lede"), one.body]) for one in row]
-    return el("section", el("h2", first.title, id=title), pair(parts), id=first.key,
+    return el("section", el("h2", first.title, id=title), new, pair(parts), id=first.key,
               aria_labelledby=title)  # fmt: skip
 
 

@@ -68,9 +68,10 @@ def whynot(checked: CheckedServing, others: Sequence[Prediction] | str) -> Secti
           o.bottleneck] for o in (p, *others)],
     )  # fmt: skip
     lede = sentences(
-        f"The {len(others)} best other ways to divide the GPUs, ordered for"
-        f" {checked.plan.asked.objective}.",
-        f"{len(ahead)} come before this plan, which was pinned or made with other inputs."
+        (f"The {len(others)} best other ways to divide the GPUs, ordered for" if len(others) > 1
+         else "The one other way to divide the GPUs, asked for")
+        + f" {checked.plan.asked.objective}.",
+        f"{len(ahead)} of them better than this plan, which was pinned or made with other inputs."
         if ahead else "None comes before this plan.",
     )
     return Section(key=key, title=title, lede=lede, body=figure(
@@ -191,8 +192,8 @@ def sensitivity(checked: CheckedServing, found: Sequence[Effect], count: int) ->
     """What each input does to the first token and to those after it. count: rivals."""
     flipping = [e.name for e in found if e.flips]
     lede = sentences(
-        f"The plan and {count} other divisions of the GPUs are predicted again with one input"
-        " scaled, the formats and tiers of each kept." if count
+        f"The plan and {count} other division{'s' * (count > 1)} of the GPUs are predicted again"
+        " with one input scaled, the formats and tiers of each kept." if count
         else "The plan is predicted again with one input scaled.",
         f"Another division comes first with {', '.join(flipping)}." if flipping
         else f"Nothing asked changes the division between {FACTORS[0]:g} and {FACTORS[-1]:g} times."

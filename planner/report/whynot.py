@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cost_models.units import format_seconds
 from planner.check import Checked
 from planner.refused import refused_words
-from planner.report.charts import Mark, Section, bar, figure, row, sentences, table
+from planner.report.charts import Mark, Section, bar, breakable, figure, row, sentences, table
 from planner.report.markup import Children, el
 from planner.why import Alternative
 from planner.why_text import decided, told
@@ -23,7 +23,8 @@ def section(checked: Checked, rows: Sequence[Alternative], effort: int) -> Secti
     worse = [r for r in made if _change(checked, r) > base.error]
     quicker = [r for r in made if _change(checked, r) < 0]
     lede = sentences(
-        f"Each decision is refused in turn and the search asked again: {len(rows)} alternatives.",
+        f"Each decision is refused in turn and the search asked again: {len(rows)}"
+        f" alternative{'s' * (len(rows) != 1)}.",
         f"{len(worse)} of them cost more than the model's error of {base.error:.0%}."
         if worse else f"None costs more than the model's error of {base.error:.0%}"
         + ("." if quicker else ": they are as good as anyone can tell beforehand.")
@@ -65,7 +66,7 @@ def _row(checked: Checked, r: Alternative, scale: float) -> Children:
                       tip=f"without {name}: {step}, {change}")]
     drawn = bar(marks, lines=[(half, "this plan")])
     return el(
-        "div", row(["without ", el("b", name)], drawn, f"{step} {change:>7}"),
+        "div", row(["without ", el("b", breakable(name))], drawn, f"{step} {change:>7}"),
         el("p", told(r, checked), class_="because"),
         class_="reasoned",
     )  # fmt: skip
