@@ -5,16 +5,21 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_models import costs_of, graph_of
+from torch import nn
 
 from cost_models.layout import Assignment, options, produced
 from cost_models.sharding import Edge, Sharding
 from cost_models.traffic import tp_traffic
 from cost_models.words import assignment_of, sharding_of
 from cost_models.work import Axes
+from ir.capture import capture_graph
+from ir.capture.module import source_of
 from planner.decisions import Pins
 from planner.search import Searcher
-from planner.sharding import best_assignment, objective_ps, solve, tabulate
+from planner.sharding import best_assignment, solve
+from planner.sharding_program import objective_ps, tabulate
 
 EXAMPLES = ("llama", "gpt", "moe", "dit", "resnet")
 
@@ -58,8 +63,9 @@ def by_force(program):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_solve_equals_brute_force(seed):
-    """On random costs, for parts of every example's units: eliminated, half and half, by HiGHS."""
+def test_solve_equals_brute_force(seed, monkeypatch):
+    """On random costs, for parts of every example's units: eliminated, half and half, by HiGHS;
+    with a table for each value, and with none."""
     name = EXAMPLES[seed % len(EXAMPLES)]
     for kind in range(3):
         p = program_of(name, kind, split=seed % 2 == 1, seed=seed, free=7)
@@ -68,6 +74,42 @@ def test_solve_equals_brute_force(seed):
             picks = solve(p, cells=cells)
             assert agrees(p, picks)
             assert objective_ps(p, picks) == least
+        with monkeypatch.context() as m:
+            m.setattr("planner.sharding.CELLS", 0)
+            for cells in (20_000, 12):
+                picks = solve(p, cells=cells)
+                assert agrees(p, picks)
+                assert objective_ps(p, picks) == least
+
+
+class Wide(nn.Module):
+    """A value that many branches read."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(64, 64) for _ in range(branches))
+
+    def forward(self, x):
+        return x + sum(torch.tanh(branch(x)) for branch in self.branches)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_value_with_many_readers(split):
+    """A table over 30 readers has more cells than any memory; two solvers agree without it."""
+    with torch.device("meta"):
+        model = nn.Sequential(Wide(30), Wide(30), nn.Linear(64, 32))
+    source = source_of(model, lambda b, s: (torch.zeros(b, s, 64),), None, None)
+    costs = costs_of(capture_graph(source), "h100x8", seq_len=1024)
+    unit, is_layer, _ = max(costs.kinds, key=lambda kind: len(kind[0].nodes))
+    axes = Axes(tp=4, sequence_parallel=split)
+    p = tabulate(costs, unit, is_layer, axes, 1, 1, 0.5, {})
+    readers = [n for n in p.unit.nodes if unit.inputs[0][0] in n.inputs]
+    assert len(readers) >= 30
+    eliminated, searched = solve(p), solve(p, cells=0)
+    assert agrees(p, eliminated)
+    assert objective_ps(p, eliminated) == objective_ps(p, searched)
+    whole = tuple(0 for _ in p.choices)
+    assert objective_ps(p, eliminated) <= objective_ps(p, whole)
 
 
 @pytest.mark.parametrize("split", [False, True])
