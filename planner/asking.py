@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from cost_models.chain import Chain
 from cost_models.decisions import Decisions, Workload
 from cost_models.estimate import estimate_step, whole_step_ps
+from cost_models.fleet import Fleet, Hardware
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Assignments, Costs
@@ -65,6 +67,18 @@ class Asking:
     searcher: Searcher
     _known: dict[tuple[object, ...], Searcher] = field(default_factory=dict)
 
+    @property
+    def hardware(self) -> Cluster:
+        return self.searcher.costs.cluster
+
+    @property
+    def workload(self) -> Workload:
+        return self.searcher.costs.workload
+
+    @property
+    def chain(self) -> Chain:
+        return self.searcher.costs.chain
+
     def under(
         self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None
     ) -> Searcher:
@@ -101,20 +115,24 @@ class Asking:
         return {key: laid for key, laid in own._laid.items() if alike or key[0] <= inside}
 
     def can_fit(
-        self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None
+        self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None
     ) -> bool:
         """False where bounds alone say that no mesh fits: there is nothing to search."""
-        found = self.under(pins, cluster=cluster, workload=workload)
+        found = self.under(pins, cluster=_alike(hardware), workload=workload)
         runs = [m for m in found.meshes() if found.runs(m)]
         spaces = [replace(found, formats=way) for way in found.format_ways()]
         return any((s.bounds(runs).lower_ps < NEVER_PS).any() for s in spaces) if runs else False
 
+    def suits(self, pins: Pins, workload: Workload) -> bool:
+        """Whether any mesh has these pins and divides the batch."""
+        return next(meshes(self.chain, self.hardware, workload, pins), None) is not None
+
     def ask(
-        self, pins: Pins, *, cluster: Cluster | None = None, workload: Workload | None = None,
+        self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None,
         effort: int,
     ) -> Answer:  # fmt: skip
         """The best plan that so much effort finds."""
-        found = self.under(pins, cluster=cluster, workload=workload)
+        found = self.under(pins, cluster=_alike(hardware), workload=workload)
         found.effort = effort
         return Answer(costs=found.costs, outcome=found.run())
 
@@ -132,6 +150,11 @@ class Asking:
         if out.best is None and out.misfit is None:
             return None
         return Answer(costs=s.costs, outcome=out)
+
+
+def _alike(hardware: Hardware | None) -> Cluster | None:
+    assert not isinstance(hardware, Fleet)  # its parts are asked about by `FleetAsking`
+    return hardware
 
 
 def roomier(cluster: Cluster, memory: float) -> Cluster:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from cost_models.chain import Chain, chain_of
 from cost_models.decisions import Workload
-from cost_models.fleet import Fleet
+from cost_models.fleet import Fleet, Hardware
+from ir.errors import PlanError
 from ir.graph import Graph
 from planner.asking import Answer, roomier
 from planner.decisions import Pins
 from planner.fleet_search import FleetSearch, Shelf, searchers
 from planner.options import TraceOptions
 from planner.refused import Refused
+from planner.search import Searcher
 
 
 @dataclass(kw_only=True)
@@ -22,6 +26,50 @@ class FleetAsking:
     fleet: Fleet
     workload: Workload
     _shelf: Shelf = field(default_factory=Shelf)
+
+    @property
+    def hardware(self) -> Fleet:
+        return self.fleet
+
+    @property
+    def chain(self) -> Chain:
+        return chain_of(self.graph)
+
+    def can_fit(
+        self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None
+    ) -> bool:
+        """Whether there is something to search: bounds of several parts say nothing of memory."""
+        return self.suits(pins, workload or self.workload, hardware)
+
+    def suits(self, pins: Pins, workload: Workload, hardware: Hardware | None = None) -> bool:
+        """Whether any mesh of any parts has these pins and divides the batch."""
+        return any(next(s.meshes(), None) for s in self._searchers(pins, hardware, workload))
+
+    def ask(
+        self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None,
+        effort: int,
+    ) -> Answer | None:  # fmt: skip
+        """A plan that fits, of the first parts that have one: each is searched with so much
+        effort. None: nothing legal is left."""
+        workload = workload or self.workload
+        found = FleetSearch(fleet=self.fleet, workload=workload)
+        for searcher in self._searchers(pins, hardware, workload):
+            searcher.effort = effort
+            found.search(searcher)
+            if found.best is not None:
+                break
+        return found.answer()
+
+    def _searchers(
+        self, pins: Pins, hardware: Hardware | None, workload: Workload
+    ) -> Iterator[Searcher]:
+        fleet = hardware or self.fleet
+        assert isinstance(fleet, Fleet)
+        options = TraceOptions(model="", pins=pins)
+        try:
+            yield from searchers(self.graph, fleet, workload, options, shelf=self._shelf)
+        except PlanError:  # the pins suit no parts
+            return
 
     def without(
         self, refused: Refused, pins: Pins, *, memory: float = 1.0, part: str = "", effort: int,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cost_models.estimate import estimate
 from cost_models.fleet import Fleet, used_parts
 from cost_models.ledger import Estimate
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
+from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
-from planner.infeasible import needs
+from planner.infeasible import explained, needs
+from planner.limits import capped
 from planner.options import Progress, TraceOptions, TraceResult
+from planner.outcome import Outcome
 from planner.plan import Plan, Solver, make_plan
 from planner.tracing import Clock
 from planner.workload import resolve
@@ -44,7 +49,7 @@ def plan_fleet(
     if found.best is None:
         if stopped:
             raise KeyboardInterrupt
-        raise _infeasible(found)
+        raise _infeasible(graph, options, found)
     plan, made = _planned(graph, options.hardware, found)
     return TraceResult(
         plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet)), interrupted=stopped,
@@ -81,21 +86,19 @@ def _used(plan: Plan, fleet: Fleet) -> tuple[str, ...]:
     )
 
 
-def _infeasible(found: FleetSearch) -> InfeasibleError:
-    """Why nothing fits: the nearest of each part alone and of all together."""
+def _infeasible(graph: Graph, options: TraceOptions, found: FleetSearch) -> InfeasibleError:
+    """Why nothing fits: the nearest of each part alone and of all together, and what binds."""
     lines = [
         f"{row.words}: nearest needs {needs(row.searcher, row.outcome.misfit)}"
         for row in found.rows if row.outcome.misfit is not None
     ]  # fmt: skip
-    if not lines:
-        return InfeasibleError(
-            f"no mesh of {found.fleet.spec} suits the model, the batch and the pins",
-            why="every part has whole stages of as many GPUs, and dp divides the global batch of"
-            f" {found.workload.global_batch}",
-            hints=("another --global-batch, or fewer pins",),
-        )
-    return InfeasibleError(
-        f"no plan fits {found.fleet.spec}", why="\n".join(lines),
-        hints=tuple(f"plan trace MODEL --hardware {part.spec}: what binds there"
-                    for part in found.fleet.parts),
+    usable = tuple(capped(part, options.limits.memory_bytes) for part in found.fleet.parts)
+    asked = FleetAsking(
+        graph=graph, fleet=replace(found.fleet, parts=usable), workload=found.workload
+    )
+    answer = found.answer()
+    return explained(
+        asked, options.pins, answer.outcome if answer else Outcome(), "\n".join(lines),
+        "every part has whole stages of as many GPUs, and dp divides the global batch of"
+        f" {found.workload.global_batch}",
     )  # fmt: skip

@@ -8,21 +8,26 @@ small effort, counted, not timed: the same question has the same answer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.estimate import estimate_step
+from cost_models.fleet import Fleet, Hardware, parts_of
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.units import format_seconds
 from ir.errors import InfeasibleError, PlanError
 from planner.asking import Answer, Asking
 from planner.decisions import Pins, summarise_recompute
-from planner.mesh import divisors, meshes, splits_something
+from planner.mesh import divisors, splits_something
 from planner.outcome import Misfit, Outcome
 from planner.search import Searcher
+
+if TYPE_CHECKING:  # it plans a part as `tracing` does, which asks here
+    from planner.fleet_asking import FleetAsking
 
 EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
@@ -66,28 +71,40 @@ class Core:
 
 
 def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
-    """Why no plan fits, by name, and hints that were solved again."""
-    costs, pins = searcher.costs, searcher.pins
-    asked = Asking(searcher=searcher)
+    """Why no plan fits hardware of one kind, by name, and hints that were solved again."""
+    costs = searcher.costs
+    nearest = f"nearest needs {needs(searcher, out.misfit)}" if out.misfit else ""
+    return explained(
+        Asking(searcher=searcher), searcher.pins, out, nearest,
+        f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
+        f" {costs.workload.global_batch}",
+    )  # fmt: skip
+
+
+def explained(
+    asked: Asking | FleetAsking, pins: Pins, out: Outcome, nearest: str, rule: str
+) -> InfeasibleError:
+    """Why no plan of what is asked fits. nearest: what the nearest misfit needs, rule: what a legal
+    mesh keeps, in words."""
     legal = out.misfit is None and out.full is None
-    questions = Questions(asked=asked, pins=pins, legal=legal)
-    core = questions.core()
-    spec = costs.cluster.spec
-    tier = [f"tier {out.full.said}"] if out.full else []
+    core = Questions(asked=asked, pins=pins, legal=legal).core()
+    spec, tier = asked.hardware.spec, [f"tier {out.full.said}"] if out.full else []
     words = [*core.limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
     binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
     if legal:
         return InfeasibleError(
             f"no mesh of {spec} suits the model, the batch and the pins",
-            why=f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
-            f" {costs.workload.global_batch}\n{binding}",
+            why=f"{rule}\n{binding}",
             hints=core.hints or ("another --global-batch, or fewer pins",),
         )
     proved = out.expanded == out.meshes
+    sizes = dict.fromkeys(
+        f"{part.device.memory_bytes / 1e9:.1f}" for part in parts_of(asked.hardware)
+    )
     return InfeasibleError(
         f"no plan {'fits' if proved else 'was found that fits'} {spec}"
-        f" ({costs.cluster.device.memory_bytes / 1e9:.1f} GB a GPU)",
-        why=(f"nearest needs {needs(searcher, out.misfit)}\n" if out.misfit else "") + binding,
+        f" ({' or '.join(sizes)} GB a GPU)",
+        why=(f"{nearest}\n" if nearest else "") + binding,
         hints=core.hints or ("a device with more memory, or a smaller model",),
     )
 
@@ -110,22 +127,21 @@ class Questions:
     """The questions asked of one infeasible problem. legal: whether plans are sought that are
     legal at all, where memory is not what is in the way."""
 
-    asked: Asking
+    asked: Asking | FleetAsking
     pins: Pins
     legal: bool = False
     _answers: dict[tuple[Pins, int, Workload], Answer | None] = field(default_factory=dict)
 
     def answer(
-        self, pins: Pins, cluster: Cluster | None = None, workload: Workload | None = None
+        self, pins: Pins, hardware: Hardware | None = None, workload: Workload | None = None
     ) -> Answer | None:
         """What is found under these, or None."""
-        costs = self.asked.searcher.costs
-        cluster, workload = cluster or costs.cluster, workload or costs.workload
-        key = (pins, cluster.count, workload)
+        hardware, workload = hardware or self.asked.hardware, workload or self.asked.workload
+        key = (pins, hardware.count, workload)
         if key not in self._answers:
-            hope = self.legal or self.asked.can_fit(pins, cluster=cluster, workload=workload)
+            hope = self.legal or self.asked.can_fit(pins, hardware=hardware, workload=workload)
             self._answers[key] = self.asked.ask(
-                pins, cluster=cluster, workload=workload,
+                pins, hardware=hardware, workload=workload,
                 effort=EFFORT * (LEGAL_TIMES if self.legal else 1),
             ) if hope else None  # fmt: skip
         found = self._answers[key]
@@ -136,26 +152,27 @@ class Questions:
 
     def core(self) -> Core:
         """What binds, and what would help."""
-        costs, kept = self.asked.searcher.costs, self._minimal()
+        hardware, kept = self.asked.hardware, self._minimal()
         pins = _without(self.pins, [c for c in constraints(self.pins) if c not in kept])
         limits = ["memory"] if not self.legal else []
         hints = [hint for c in kept for hint in self._dropped(c, kept)]
         wider = None if self.pins.tp else self._wider_tp(pins)
         if wider:
-            limits.append(f"tp<={costs.cluster.domain_ranks} (one NVLink domain)")
+            domain = min(part.domain_ranks for part in parts_of(hardware))
+            limits.append(f"tp<={domain} (one NVLink domain)")
             hints.append(wider)
         if not hints and not self.legal:
             hints += self._offloaded()
         more = self._more_gpus()
         if more is not None:
-            limits.append(f"{costs.cluster.count} GPUs")
+            limits.append(f"{hardware.count} GPUs")
             hints.append(more)
         if not hints or self.legal:
             for word, hint in self._smaller():
                 limits.append(word)
                 hints.append(hint)
         self.answer(pins)
-        seen = self._answers[pins, costs.cluster.count, costs.workload]
+        seen = self._answers[pins, hardware.count, self.asked.workload]
         return Core(
             pins=kept, limits=tuple(limits), hints=tuple(hints),
             proved=seen is None or seen.outcome.expanded == seen.outcome.meshes,
@@ -192,11 +209,10 @@ class Questions:
 
     def _wider_tp(self, pins: Pins) -> str:
         """The least tp beyond one domain with which something fits."""
-        costs = self.asked.searcher.costs
-        cluster = costs.cluster
-        for tp in divisors(cluster.count):
-            crosses = 1 < tp / cluster.domain_ranks <= MOST_DOMAINS
-            if not crosses or not splits_something(costs.chain, tp):
+        parts = parts_of(self.asked.hardware)
+        for tp in sorted({n for part in parts for n in divisors(part.count)}):
+            crosses = any(1 < tp / part.domain_ranks <= MOST_DOMAINS for part in parts)
+            if not crosses or not splits_something(self.asked.chain, tp):
                 continue
             found = self.answer(replace(pins, tp=tp))
             if found:
@@ -205,8 +221,8 @@ class Questions:
 
     def _offloaded(self) -> list[str]:
         """What is not searched: with parameters all layers' activations on the CPU."""
-        tiers = [tier.name for tier in self.asked.searcher.costs.cluster.tiers]
-        if "cpu" not in tiers:
+        parts = parts_of(self.asked.hardware)
+        if not all(any(tier.name == "cpu" for tier in part.tiers) for part in parts):
             return []
         pins = replace(self.pins, offload=OFFLOAD)
         found = self.answer(pins)
@@ -214,36 +230,34 @@ class Questions:
 
     def _more_gpus(self) -> str | None:
         """The least of 2, 3, 4, 6, 8 .. times the GPUs on which something fits."""
-        cluster, most = self.asked.searcher.costs.cluster, 1
+        most = 1
         while most < MOST_TIMES:
             most *= 2
-            found = self._on(cluster, most * cluster.count)
+            found = self._on(most)
             if found is None:
                 continue
-            fewer = self._on(cluster, most * cluster.count * 3 // 4) if most > 2 else None
-            return self._held(fewer or found)
+            return (self._on(most * 3 // 4) if most > 2 else None) or found
         return None
 
-    def _on(self, cluster: Cluster, count: int) -> Answer | None:
-        """What is found under all pins on so many GPUs."""
+    def _on(self, times: int) -> str | None:
+        """What is found under all pins on so many times the GPUs, of each part."""
+        hardware = self.asked.hardware
+        parts = [replace(part, count=times * part.count) for part in parts_of(hardware)]
+        bigger = replace(hardware, parts=tuple(parts)) if isinstance(hardware, Fleet) else parts[0]
         try:
-            bigger = replace(cluster, count=count)
-            return self.answer(self.pins, bigger) if _whole(bigger) else None
+            found = self.answer(self.pins, bigger) if all(map(_whole, parts)) else None
         except PlanError:  # the pins or the hardware's levels do not go with that count
             return None
-
-    def _held(self, found: Answer) -> str:
-        return f"{found.costs.cluster.spec} {self._told(found, (), 'holds it')}"
+        return None if found is None else f"{bigger.spec} {self._told(found, (), 'holds it')}"
 
     def _smaller(self) -> Iterator[tuple[str, str]]:
         """The nearest smaller batch, and the nearest shorter sequence, where something fits."""
-        workload = self.asked.searcher.costs.workload
+        workload = self.asked.workload
         batches = [workload.global_batch // 2**n for n in range(1, 5)]
         if self.legal:
-            batches = sorted(
-                {b for b in range(1, 2 * workload.global_batch + 1) if self._suits(b)},
-                key=lambda b: (abs(b - workload.global_batch), b),
-            )[:1]
+            near = sorted(range(1, 2 * workload.global_batch + 1),
+                          key=lambda b: (abs(b - workload.global_batch), b))  # fmt: skip
+            batches = [*itertools.islice(filter(self._suits, near), 1)]
         for batch in batches:
             found = self._with(global_batch=batch) if batch else None
             if found:
@@ -262,14 +276,12 @@ class Questions:
 
     def _suits(self, batch: int) -> bool:
         """Whether any mesh divides such a batch."""
-        costs = self.asked.searcher.costs
-        workload = replace(costs.workload, global_batch=batch)
-        return next(meshes(costs.chain, costs.cluster, workload, self.pins), None) is not None
+        workload = replace(self.asked.workload, global_batch=batch)
+        return self.asked.suits(self.pins, workload)
 
     def _with(self, **changed: int) -> Answer | None:
-        workload = self.asked.searcher.costs.workload
         changes: dict[str, Any] = {**changed}
-        return self.answer(self.pins, workload=replace(workload, **changes))
+        return self.answer(self.pins, workload=replace(self.asked.workload, **changes))
 
     def _told(self, found: Answer, keys: Sequence[str], fits: str = "it fits") -> str:
         """Memory and step of the plan that was found, and what it has for the keys."""

@@ -1,21 +1,27 @@
 """Why, on hardware of several kinds: alternatives equal enumeration of every part, of replicas and
 of pipelines over parts; what binds is what it is said to be."""
 
+import itertools
 import json
+import re
 from dataclasses import dataclass, replace
 
 import pytest
 from test_fleet import LLAMA, PIPED, TINY, least_over_parts, over_parts, tiny_fleet
 from test_shares import every_share
+from tiny_models import graph_of, with_memory
 
 from cost_models.estimate import estimate
 from cost_models.fleet import Fleet
+from cost_models.hardware import load_hardware
 from planner.asking import roomier
 from planner.check import Checked, examine
-from planner.decisions import Pins
+from planner.decisions import Pins, parse_pins
+from planner.fleet_asking import FleetAsking
 from planner.fleet_planning import _planned
 from planner.fleet_search import FleetSearch, searchers
 from planner.fleet_space import FleetSearcher
+from planner.infeasible import Questions
 from planner.options import TraceOptions
 from planner.outcome import Outcome, Tried
 from planner.plan import load, recost
@@ -26,7 +32,7 @@ from planner.share_space import ShareSearcher
 from planner.why import LEAST_GAIN, MOST_MEMORY, Why
 from planner.why_layer import layers
 from planner.why_text import alternative_text
-from planner.workload import resolve
+from planner.workload import Asked, resolve
 
 EVERY = 10**9
 
@@ -169,3 +175,34 @@ def test_a_layer_on_its_part_computed_again(plan, tmp_path):
     assert way.step_s == made.step_time_s
     over = max(rank.peak_bytes - rank.capacity_bytes for rank in made.ranks)
     assert way.over_bytes == over
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "texts"),
+    [((8_000, 6_000), ["recompute=none", "offload=none"]), ((5_000, 9_000), ["dp=4"])],
+)
+def test_the_core_is_minimal(megabytes, texts, tmp_path):
+    """By solving every subset of the pins on all parts; hints are plans that fit."""
+    parts = [with_memory(replace(load_hardware("h100x2"), name=name), 10**6 * size)
+             for name, size in zip(("quick", "slow"), megabytes)]  # fmt: skip
+    fleet = Fleet(name="two", parts=tuple(parts))
+    graph = graph_of("llama", size="8b", n_layers=2)
+    asked = Asked(engine="native", seq_len=2048, global_batch=4)
+    workload, _ = resolve(graph, fleet, asked, Pins())
+    asking = FleetAsking(graph=graph, fleet=fleet, workload=workload)
+
+    def fits(words):
+        answer = asking.ask(parse_pins(words), effort=EVERY)
+        return answer is not None and answer.outcome.best is not None
+
+    every = {kept: fits(kept) for n in range(len(texts) + 1)
+             for kept in itertools.combinations(texts, n)}  # fmt: skip
+    assert not every[tuple(texts)]
+    pins = parse_pins(texts)
+    core = Questions(asked=asking, pins=pins).core()
+    words = tuple(t for t in texts if t in {c.said(pins) for c in core.pins})
+    assert core.limits[0] == "memory" and core.hints and not every[words]
+    assert all(every[tuple(w for w in words if w != one)] for one in words)
+    assert bool(words) == every[()]
+    for hint in core.hints:
+        assert float(re.search(r"([0-9.]+) GB a GPU", hint)[1]) <= max(megabytes) / 1000
