@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from cost_models.units import format_bytes, format_bytes_per_s, format_count, fo
 from planner.decisions import summarise_recompute
 from planner.decisions_json import decisions_json
 from planner.plan_text import workload_json
-from planner.sizing import PAST, Sized, Sizing
+from planner.sizing import PAST, Left, Sized, Sizing
 from planner.sizing_options import Question
 
 WIDTH = 80
@@ -28,6 +28,7 @@ LEFT = {
     "dominated": "cannot beat a row in anything",
 }  # fmt: skip
 Column = tuple[str, int, Callable[[Sized], str]]
+Without = Sequence[tuple[str, tuple[str, ...]]]  # (why, names) of devices that cannot take part
 
 
 def size_text(found: Sizing, asked: Question, *, every: bool = False) -> str:
@@ -35,9 +36,11 @@ def size_text(found: Sizing, asked: Question, *, every: bool = False) -> str:
     rows = ordered(found, asked.objective)
     shown = [row for row, on in rows if on or every]
     columns = _columns(found, asked)
-    lines = [*_head(found, asked), "", _line([(name, width) for name, width, _ in columns])]
-    lines += [_line([(cell(row), width) for _, width, cell in columns]) for row in shown]
-    return "\n".join([*lines, "", *_best(found), *_left(found, asked), *_assumed(found, asked)])
+    lines = [*_head(found, asked), "", in_columns([(name, width) for name, width, _ in columns])]
+    lines += [in_columns([(cell(row), width) for _, width, cell in columns]) for row in shown]
+    searched = f"{found.searched} searched, {len(found.rows)} reach the target"
+    left = left_out(found.left, asked.without, LEFT, searched, found.on_front)
+    return "\n".join([*lines, "", *_best(found), *left, *_assumed(found, asked)])
 
 
 def ordered(found: Sizing, objective: str) -> list[tuple[Sized, bool]]:
@@ -57,10 +60,10 @@ def _head(found: Sizing, asked: Question) -> list[str]:
     most = f"{PAST:g} times the target"
     return [
         f"{g.name}, {format_count(g.parameter_count)} parameters",
-        *_row("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}"),
-        *_row("target", ", ".join(asked.targets_said)),
-        *_row("limits", limits),
-        *_row("front", f"{', '.join(found.axes)}; rates beyond {most} count as alike"),
+        *named("workload", f"batch {length}, {w.precision}, {w.optimizer}, {w.engine}"),
+        *named("target", ", ".join(asked.targets_said)),
+        *named("limits", limits),
+        *named("front", f"{', '.join(found.axes)}; rates beyond {most} count as alike"),
     ]
 
 
@@ -77,9 +80,9 @@ def _columns(found: Sizing, asked: Question) -> list[Column]:
     if asked.tokens:
         columns.append(("days", 6, lambda r: _days_text(_days(r, asked))))
     if "cost" in found.axes:
-        columns.append(("$/M", 7, lambda r: _usd(r.usd_per_million_tokens)))
+        columns.append(("$/M", 7, lambda r: usd_text(r.usd_per_million_tokens)))
     if "spot" in found.axes:
-        columns.append(("spot", 7, lambda r: _usd(r.spot_usd_per_million_tokens)))
+        columns.append(("spot", 7, lambda r: usd_text(r.spot_usd_per_million_tokens)))
     columns += [
         (f"J/{unit[:-1]}", len(unit) + 2, lambda r: f"{r.joules_per_token:.3g}"),
         ("free", 9, lambda r: format_bytes(r.headroom_bytes)),
@@ -104,11 +107,13 @@ def _days(row: Sized, asked: Question) -> float:
     return (asked.tokens or 0) / row.expected_tokens_per_s / DAY_S
 
 
-def _usd(usd: float | None) -> str:
+def usd_text(usd: float | None) -> str:
+    """A price; "-" where none is known."""
     return "-" if usd is None else f"{usd:.3g}"
 
 
-def _line(cells: Sequence[tuple[str, int]]) -> str:
+def in_columns(cells: Sequence[tuple[str, int]]) -> str:
+    """Cells of so many letters each, to the left where that is negative."""
     return "".join(
         text.ljust(-width) if width < 0 else text.rjust(width) for text, width in cells
     ).rstrip()
@@ -120,17 +125,20 @@ def _best(found: Sizing) -> list[str]:
     for axis in (a for a in BEST if a in (*found.axes, "memory")):
         first = next(row for row, on in ordered(found, axis) if on)
         words.append(f"{BEST[axis]} {first.cluster.spec}")
-    return _row("best", "; ".join(words))
+    return named("best", "; ".join(words))
 
 
-def _left(found: Sizing, asked: Question) -> list[str]:
-    reasons = Counter(left.reason for left in found.left)
-    words = [f"{count} {LEFT[reason]}" for reason, count in sorted(reasons.items())]
-    words += [f"{len(names)} {why}: {', '.join(names)}" for why, names in asked.without if names]
-    off = len(found.rows) - sum(found.on_front)
-    searched = f"{found.searched} searched, {len(found.rows)} reach the target"
+def left_out(
+    left: Sequence[Left], without: Without, words: Mapping[str, str], searched: str,
+    on_front: Sequence[bool],
+) -> list[str]:
+    """How many were searched, and why the others were not. words: of each reason."""
+    reasons = Counter(one.reason for one in left)
+    said = [f"{count} {words[reason]}" for reason, count in sorted(reasons.items())]
+    said += [f"{len(names)} {why}: {', '.join(names)}" for why, names in without if names]
+    off = len(on_front) - sum(on_front)
     searched += f", {off} of them beaten in everything (--all)" if off else ""
-    return [*_row("searched", searched), *(_row("left out", "; ".join(words)) if words else [])]
+    return [*named("searched", searched), *(named("left out", "; ".join(said)) if said else [])]
 
 
 def _assumed(found: Sizing, asked: Question) -> list[str]:
@@ -139,20 +147,20 @@ def _assumed(found: Sizing, asked: Question) -> list[str]:
     apart = dict.fromkeys(f"+-{error:.0%}" for error in (min(errors), max(errors)))
     reads = max(row.inputs.node_bytes_per_s for row in found.rows)
     lines = [
-        *_row("columns", f"{asked.unit}/s: expected; free: memory of the fullest GPU"
+        *named("columns", f"{asked.unit}/s: expected; free: memory of the fullest GPU"
               + ("; $/M, spot: USD a million" if asked.prices else "")),
-        *_row("error", f"steps {' to '.join(apart)}; gaps up to "
+        *named("error", f"steps {' to '.join(apart)}; gaps up to "
               f"{max(row.gap for row in found.rows):.0%}: plan trace searches one in full"),
-        *_row("input", f"a node reads {format_bytes_per_s(reads)} at most"),
-        *_row("assumed", f"energy: device power x PUE {o.pue:g}{_of(o, 'pue')}; no hosts or"
+        *named("input", f"a node reads {format_bytes_per_s(reads)} at most"),
+        *named("assumed", f"energy: device power x PUE {o.pue:g}{_of(o, 'pue')}; no hosts or"
               " switches"),
-        *_row("", f"{o.failures_per_gpu_hour:.3g} failures a GPU hour"
+        *named("", f"{o.failures_per_gpu_hour:.3g} failures a GPU hour"
               f"{_of(o, 'failures_per_gpu_hour')}"),
-        *_row("", f"restart {o.restart_s:g} s{_of(o, 'restart_s')}, then the checkpoint is read"),
-        *_row("", f"checkpoints on {o.tier or 'the last tier'}{_of(o, 'tier')}"),
+        *named("", f"restart {o.restart_s:g} s{_of(o, 'restart_s')}, then the checkpoint is read"),
+        *named("", f"checkpoints on {o.tier or 'the last tier'}{_of(o, 'tier')}"),
     ]  # fmt: skip
     if not {"cost", "spot"} & set(found.axes):
-        lines += _row("prices", "none given, so no cost: --prices FILE")
+        lines += named("prices", "none given, so no cost: --prices FILE")
     return lines
 
 
@@ -161,7 +169,8 @@ def _of(o: Operations, name: str) -> str:
     return f" ({SOURCES[name]})" if getattr(o, name) == getattr(Operations(), name) else ""
 
 
-def _row(name: str, text: str) -> list[str]:
+def named(name: str, text: str) -> list[str]:
+    """A row of words behind its name, wrapped."""
     wrapped = textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False)
     return [f"  {name if not i else '':10}{line}" for i, line in enumerate(wrapped)]
 
@@ -191,11 +200,14 @@ def size_json(found: Sizing, asked: Question) -> dict[str, Any]:
         },
         "candidates": [_candidate(row, on, asked) for row, on in rows],
         "searched": found.searched,
-        "left_out": [
-            *(asdict(left) for left in found.left),
-            *({"hardware": name, "reason": why} for why, names in asked.without for name in names),
-        ],
+        "left_out": left_json(found.left, asked.without),
     }
+
+
+def left_json(left: Sequence[Left], without: Without) -> list[dict[str, Any]]:
+    """What was not compared, and why."""
+    apart = ({"hardware": name, "reason": why} for why, names in without for name in names)
+    return [*map(asdict, left), *apart]
 
 
 def _candidate(row: Sized, on_front: bool, asked: Question) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +12,9 @@ from planner.serving.asked import ServeAsked
 from planner.serving.show import division, estimate_json
 from planner.serving.sizing import ServeSized, ServeSizing
 from planner.serving.text import workload_json
+from planner.show_size import WIDTH, in_columns, left_json, left_out, named, usd_text
 from planner.sizing import PAST
 
-WIDTH = 80
 LEFT = {
     "slow": "too slow", "memory": "do not fit", "room": "run fewer requests at once",
     "divided": "cannot be divided", "dominated": "cannot beat a row in anything",
@@ -57,21 +55,23 @@ def size_text(found: ServeSizing, of: Served, *, every: bool = False) -> str:
     formats = ", ".join((*asked.formats, *(f"kv:{word}" for word in asked.allow_kv)))
     lines = [
         f"{of.model.name}, {format_count(of.parameters)} parameters",
-        *_row("load", f"{asked.batch} requests at once, {asked.prompt} tokens in,"
+        *named("load", f"{asked.batch} requests at once, {asked.prompt} tokens in,"
               f" {asked.output} out, {asked.engine}, {formats}"),
-        *_row("limits", ", ".join([*limits, f"{of.most_gpus} GPUs"])),
-        *_row("front", ", ".join(AXIS[axis] for axis in found.axes)
+        *named("limits", ", ".join([*limits, f"{of.most_gpus} GPUs"])),
+        *named("front", ", ".join(AXIS[axis] for axis in found.axes)
               + f"; below 1/{PAST:g} of the limits all times count as alike"),
-        "", _line([(name, width) for name, width, _ in columns]),
-        *(_line([(cell(row), width) for _, width, cell in columns]) for row in shown),
-        "", *_left(found, of),
+        "", in_columns([(name, width) for name, width, _ in columns]),
+        *(in_columns([(cell(row), width) for _, width, cell in columns]) for row in shown),
+        "", *left_out(found.left, of.without, LEFT,
+                      f"{found.searched} searched, {len(found.rows)} meet the limits",
+                      found.on_front),
     ]  # fmt: skip
     if "cost" in found.axes:
-        lines += _row("columns", "$/h: on demand; $/M: a million tokens that are written, at this"
+        lines += named("columns", "$/h: on demand; $/M: a million tokens that are written, at this"
                       " load; J/token: power of the boards, no hosts or switches")  # fmt: skip
     else:
-        lines += _row("columns", "power: of the boards, no hosts or switches")
-        lines += _row("prices", "none given, so rows are by the power of the boards: --prices FILE")
+        lines += named("columns", "power: of the boards, no hosts or switches")
+        lines += named("prices", "none given: rows are by the power of the boards; --prices FILE")
     return "\n".join(lines)
 
 
@@ -79,8 +79,8 @@ def _columns(found: ServeSizing, shown: Sequence[ServeSized]) -> list[Column]:
     name = 1 + max(len(row.cluster.spec) for row in shown)
     columns: list[Column] = [("hardware", -max(name, 9), lambda r: r.cluster.spec)]
     if "cost" in found.axes:
-        columns += [("$/h", 7, lambda r: _number(r.usd_per_hour)),
-                    ("$/M", 7, lambda r: _number(r.usd_per_million_tokens))]  # fmt: skip
+        columns += [("$/h", 7, lambda r: usd_text(r.usd_per_hour)),
+                    ("$/M", 7, lambda r: usd_text(r.usd_per_million_tokens))]  # fmt: skip
     columns += [
         ("power", 8, lambda r: f"{r.watts / 1e3:.3g} kW"),
         ("J/token", 9, lambda r: f"{r.joules_per_token:.3g}"),
@@ -106,36 +106,11 @@ def _short(sizes: dict[str, int]) -> list[str]:
     return [f"{short}{sizes[name]}" for name, short in words.items() if sizes.get(name, 1) > 1]
 
 
-def _number(usd: float | None) -> str:
-    return "-" if usd is None else f"{usd:.3g}"
-
-
 def _decisions(row: ServeSized) -> dict[str, Any]:
     found = asdict(row.found.serving)
     if found["prefill"] is None:
         del found["prefill"]
     return found
-
-
-def _left(found: ServeSizing, of: Served) -> list[str]:
-    reasons = Counter(left.reason for left in found.left)
-    words = [f"{count} {LEFT[reason]}" for reason, count in sorted(reasons.items())]
-    words += [f"{len(names)} {why}: {', '.join(names)}" for why, names in of.without if names]
-    off = len(found.rows) - sum(found.on_front)
-    said = f"{found.searched} searched, {len(found.rows)} meet the limits"
-    said += f", {off} of them beaten in everything (--all)" if off else ""
-    return [*_row("searched", said), *(_row("left out", "; ".join(words)) if words else [])]
-
-
-def _line(cells: Sequence[tuple[str, int]]) -> str:
-    return "".join(
-        text.ljust(-width) if width < 0 else text.rjust(width) for text, width in cells
-    ).rstrip()
-
-
-def _row(name: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(text, WIDTH - 12, break_on_hyphens=False)
-    return [f"  {name if not i else '':10}{line}" for i, line in enumerate(wrapped)]
 
 
 def size_json(found: ServeSizing, of: Served) -> dict[str, Any]:
@@ -161,8 +136,5 @@ def size_json(found: ServeSizing, of: Served) -> dict[str, Any]:
             for row, on in ordered(found, of.objective)
         ],
         "searched": found.searched,
-        "left_out": [
-            *(asdict(left) for left in found.left),
-            *({"hardware": name, "reason": why} for why, names in of.without for name in names),
-        ],
+        "left_out": left_json(found.left, of.without),
     }  # fmt: skip
