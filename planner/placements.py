@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from cost_models.chain import chain_of
+from cost_models.decisions import Decisions
 from cost_models.sharding import Edge, Sharding
 from ir.errors import PlanError
 from ir.graph import Graph, Parameter, Unit, full_name
@@ -26,6 +27,12 @@ def placements(shardings: Mapping[str, Sharding], graph: Graph) -> dict[str, str
         for name, placement in shardings.get(unit.name, Sharding()).parameters:
             said.setdefault(full_name(path, name), placement)
     return {name: said.get(name, "R") for name in graph.parameters}
+
+
+def tp_idle(d: Decisions, shardings: Mapping[str, Sharding]) -> bool:
+    """Whether tp has several ranks, and each of them computes and holds the same."""
+    split = any(s.edges or any(word != "R" for _, word in s.parameters) for s in shardings.values())
+    return d.tp > 1 and d.ep * d.etp == 1 and not d.sequence_parallel and not split
 
 
 def parameter_rules(shardings: Mapping[str, Sharding], graph: Graph) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from planner.decisions_json import decisions_json
 from planner.names import fold, fold_text
 from planner.offloads import offload_words
 from planner.options import Baseline, Timing
-from planner.placements import placements
+from planner.placements import placements, tp_idle
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
 from planner.share_words import microbatch_words, tp_words
@@ -141,6 +141,8 @@ def _head(plan: Plan) -> list[str]:
         _row("steps", f"micro-batches {microbatch_words(d)} x {d.micro_batch},"
              f" {d.schedule}{virtual}"),
         *(_row("" if i else "layout", row) for i, row in enumerate(_pack(words, ", "))),
+        *([_row("note", f"tp {d.tp} splits nothing of this model: its ranks all do the same")]
+          if tp_idle(d, plan.sharding_by_unit) else []),
     ]
 
 

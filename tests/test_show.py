@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy_plan import DECISIONS, WORKLOAD, toy_estimate, toy_graph, toy_plan
+from toy_plan import DECISIONS, SHARDED, WORKLOAD, toy_estimate, toy_graph, toy_plan
 
 from cost_models.hardware import load_hardware
 from ir.errors import UsageError
@@ -27,6 +27,20 @@ def test_summary(update_golden):
     plan = toy_plan()
     text = summary(plan, estimated(plan), notes=("--seq-len 2048 (default)",), baselines=BASELINES)
     update_golden(GOLDEN / "show.txt", text + "\n")
+
+
+def test_a_tp_that_splits_nothing_is_said():
+    def says(**changes):
+        plan = toy_plan(**changes)
+        return "splits nothing" in summary(plan, estimated(toy_plan()))
+
+    whole = replace(SHARDED, edges=(), parameters=tuple((n, "R") for n, _ in SHARDED.parameters))
+    alone = replace(DECISIONS, sequence_parallel=False)
+    assert not says() and not says(decisions=alone)
+    assert says(decisions=alone, shardings=(("Layer", whole),))
+    assert says(decisions=alone, shardings=())
+    assert not says(decisions=replace(alone, ep=2), shardings=())  # they share experts
+    assert not says(decisions=replace(alone, tp=1, dp=4), shardings=())
 
 
 def test_layers(update_golden):

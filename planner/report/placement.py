@@ -10,7 +10,7 @@ from ir.graph import full_name
 from planner.chain import stage_units
 from planner.names import expand_text, fold_text
 from planner.offloads import offload_words
-from planner.placements import placements
+from planner.placements import placements, tp_idle
 from planner.plan import Plan
 from planner.plan_text import recompute_records, stage_records
 from planner.report.charts import Section, figure, legend, sentences, table
@@ -51,7 +51,9 @@ def section(plan: Plan) -> Section:
     experts = f" Experts lie over {d.ep} ranks." if d.ep > 1 else ""
     offloaded = offload_words(d)
     lede = sentences(
-        f"Matrices are split over {tp_words(d)} tp ranks as the map says." if d.tp > 1
+        f"The {d.tp} tp ranks split nothing of this model, and all do the same."
+        if tp_idle(d, plan.sharding_by_unit)
+        else f"Matrices are split over {tp_words(d)} tp ranks as the map says." if d.tp > 1
         else "With tp 1 no matrix is split over tp.",
         f"Over {over} data ranks ZeRO-{d.zero} shards {ZERO[d.zero]}." if over > 1 else None,
         experts or None,
