@@ -158,6 +158,26 @@ def test_a_router_with_equal_experts_is_recognised(tmp_path: Path) -> None:
     assert model_flop(graph, 5, 7) == 3 * layer + 2 * tokens * 16 * 32
 
 
+def test_a_router_is_what_scores_the_experts(tmp_path: Path) -> None:
+    """One of several layers, beside a linear with as many outputs that nothing runs."""
+    gate = "nn.Linear(16, 4, bias=False)"
+    several = f"nn.Sequential(nn.Linear(16, 40), nn.GELU(), {gate.replace('16', '40')})"
+    text = EXPERTS.format(top_k="self.top_k = 2; self.unused = nn.Linear(16, 4)")
+    plain, deep = (graph_of(tmp_path, text.replace(gate, to)) for to in (gate, several))
+    more = 3 * (2 * 5 * 7) * (16 * 40 + 40 * 4 - 16 * 4)
+    assert model_flop(deep, 5, 7) == model_flop(plain, 5, 7) + more
+
+
+def test_experts_that_differ_are_told_apart(tmp_path: Path) -> None:
+    text = EXPERTS.format(top_k="self.top_k = 2; self.experts[2].up = nn.Linear(16, 64)")
+    lines = text.splitlines(keepends=True)
+    made = next(i for i, line in enumerate(lines) if "self.top_k" in line)
+    lines.insert(made + 2, lines.pop(made))  # once the experts are there
+    with pytest.raises(PlanError, match="experts that are not alike") as caught:
+        graph_of(tmp_path, "".join(lines))
+    assert "up.weight is [48, 16] in the first and [64, 16] in number 2" in caught.value.why
+
+
 @pytest.mark.parametrize(
     ("ending", "why"),
     [

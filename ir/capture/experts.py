@@ -1,9 +1,9 @@
 """The one data-dependent pattern that is recognised: a router, and a list of equal experts.
 
 A forward that loops over experts (`nonzero`, `tolist`, `bincount`) cannot be traced. Where a
-module holds a linear layer with one output for each member of a `ModuleList` of equal modules,
-what it computes is known: route each token to its top k experts, run them, sum. That it computes
-nothing else is tried, with experts whose answers are known.
+module holds a router, which ends in a linear layer with one output for each member of a
+`ModuleList` of equal modules, what it computes is known: route each token to its top k experts, run
+them, sum. That it computes nothing else is tried, with experts whose answers are known.
 """
 
 from __future__ import annotations
@@ -51,30 +51,70 @@ def _(rows: Tensor, biases: list[Tensor], offsets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routed:
-    """A module that routes: its router, its experts, how many each token goes to."""
+    """A module that routes: its router, its experts, how many each token goes to. width: features
+    of a token."""
 
-    router: nn.Linear
+    router: nn.Module
+    width: int
     experts: tuple[nn.Module, ...]
     top_k: int
 
 
 def find_routed(model: nn.Module) -> dict[str, Routed]:
-    """Modules of the pattern by path. Raises PlanError where top k cannot be told."""
-    found = {}
+    """Modules of the pattern by path. Raises PlanError where top k cannot be told, where a module
+    does more than route, and where there is none but with experts that differ."""
+    found, differ = {}, None
     for path, module in model.named_modules():
         for experts in module.children():
             if not isinstance(experts, nn.ModuleList) or len(experts) < 2:
                 continue
-            routers = [
-                m
-                for m in module.children()
-                if isinstance(m, nn.Linear) and m.out_features == len(experts)
-            ]
-            if len(routers) == 1 and len({signature(e, set()) for e in experts}) == 1:
-                top_k = _top_k(path, module, len(experts))
-                found[path] = Routed(router=routers[0], experts=tuple(experts), top_k=top_k)
-                _check_routes_alone(path, module, found[path])
+            routers = [m for m in module.children() if m is not experts and _scores(m, experts)]
+            if not routers:
+                continue
+            other = next((i for i, e in enumerate(experts) if not _alike(e, experts[0])), None)
+            if other is not None:
+                differ = differ or _unequal(path, module, experts, other)
+                continue
+            top_k = _top_k(path, module, len(experts))
+            found[path] = _routes_alone(path, module, [
+                Routed(
+                    router=m, width=_linears(m)[0].in_features, experts=tuple(experts), top_k=top_k
+                ) for m in routers
+            ])  # fmt: skip
+    if differ and not found:
+        raise differ
     return found
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def _scores(module: nn.Module, experts: nn.ModuleList) -> bool:
+    """Whether a module ends in a linear layer with an output for each expert."""
+    linears = _linears(module)
+    return bool(linears) and linears[-1].out_features == len(experts)
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    return signature(a, set()) == signature(b, set())
+
+
+def _unequal(path: str, module: nn.Module, experts: nn.ModuleList, other: int) -> PlanError:
+    """What is said of a list whose first and `other` experts differ."""
+    sizes = [{name: list(p.shape) for name, p in experts[i].named_parameters()} for i in (0, other)]
+    shapes = (
+        f"{name} is {size} in the first and {sizes[1].get(name)} in number {other}"
+        for name, size in sizes[0].items() if sizes[1].get(name) != size
+    )  # fmt: skip
+    return PlanError(
+        f"{path} routes tokens to experts that are not alike", where=path,
+        why=next(shapes, f"number {other} has other modules or settings than the first"),
+        hints=(
+            "experts of one kind and shape run as grouped matmuls",
+            f"or declare it a leaf: ir.leaf({type(module).__name__}, flop=...)",
+        ),
+    )  # fmt: skip
 
 
 class _Known(nn.Module):
@@ -99,11 +139,30 @@ class _Beside(nn.Module):
         raise RuntimeError(f"it runs {self.name}, which is neither its router nor its experts")
 
 
-def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
-    """Run the module's own forward on the CPU with experts that answer orthogonal vectors (or zero,
-    where there are as many as features): what is no sum of them is not the experts'. Raises
-    PlanError: all else that the forward does would be lost."""
-    width, count = routed.router.in_features, len(routed.experts)
+def _routes_alone(path: str, module: nn.Module, candidates: list[Routed]) -> Routed:
+    """The candidate with which the module does nothing but route. Raises PlanError where there is
+    none: all else that the forward does would be lost."""
+    faults = []
+    for routed in candidates:
+        fault = _fault(module, routed)
+        if fault is None:
+            return routed
+        faults.append(fault)
+    raise PlanError(
+        f"{path} does more than route tokens to its experts", where=path, why=faults[0],
+        hints=(
+            "a module of its own for the router and the experts, and what stands beside them"
+            " around it",
+            f"or declare it a leaf: ir.leaf({type(module).__name__}, flop=...)",
+        ),
+    )  # fmt: skip
+
+
+def _fault(module: nn.Module, routed: Routed) -> str | None:
+    """What a module does beside routing, or None. Its own forward runs on the CPU with experts that
+    answer orthogonal vectors (or zero, where there are as many as features): what is no sum of them
+    is not the experts'."""
+    width, count = routed.width, len(routed.experts)
     drawn = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -145,15 +204,7 @@ def _check_routes_alone(path: str, module: nn.Module, routed: Routed) -> None:
                 fault = "its result is not a sum of what its experts answer"
             elif int((shares.abs() > SAME).sum(dim=-1).max()) > routed.top_k:
                 fault = f"a token takes the answers of more than its top {routed.top_k} experts"
-    if fault:
-        raise PlanError(
-            f"{path} does more than route tokens to its experts", where=path, why=fault,
-            hints=(
-                "a module of its own for the router and the experts, and what stands beside them"
-                " around it",
-                f"or declare it a leaf: ir.leaf({type(module).__name__}, flop=...)",
-            ),
-        )  # fmt: skip
+    return fault
 
 
 def _top_k(path: str, module: nn.Module, experts: int) -> int:
@@ -176,21 +227,29 @@ def experts_in_groups(model: nn.Module, routed: dict[str, Routed]) -> Iterator[N
     """Inside, modules of the pattern run as router, dispatch, grouped matmuls and combine."""
     modules = [model.get_submodule(path) for path in routed]
     try:
-        for module, pattern in zip(modules, routed.values()):
-            module.forward = _grouped(pattern)
+        for module, (path, pattern) in zip(modules, routed.items()):
+            module.forward = _grouped(path, pattern)
         yield
     finally:
         for module in modules:
             vars(module).pop("forward", None)
 
 
-def _grouped(pattern: Routed) -> Callable[..., Tensor]:
+def _grouped(path: str, pattern: Routed) -> Callable[..., Tensor]:
     ops, first = torch.ops, pattern.experts[0]
     linears = [name for name, m in first.named_modules() if isinstance(m, nn.Linear)]
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        weights, index = pattern.router(tokens).float().softmax(-1).topk(pattern.top_k, dim=-1)
+        scores = pattern.router(tokens)
+        if not isinstance(scores, Tensor) or scores.shape != (len(tokens), len(pattern.experts)):
+            raise PlanError(
+                f"{path} has a router that gives no score for each token and expert",
+                where=path,
+                why=f"expected one tensor, [tokens, {len(pattern.experts)}]",
+                hints=(f"a router of linear layers alone; top {pattern.top_k} beside it",),
+            )
+        weights, index = scores.float().softmax(-1).topk(pattern.top_k, dim=-1)
         rows, offsets = ops.meshwright.moe_experts_dispatch(tokens, index, len(pattern.experts))
         for name in linears:
             same = [expert.get_submodule(name) for expert in pattern.experts]

@@ -303,15 +303,17 @@ def _user_frame(fault: BaseException) -> str:
 
 
 def _untraceable(fault: BaseException, where: str) -> PlanError:
-    text = f"{type(fault).__name__}: {_first_line(fault)}"
-    data = any(word in text for word in _READS_VALUES)
-    hint = (
-        "the forward reads values of a tensor (.item(), .tolist(), if x.sum() > 0, a boolean mask)"
-        ": use torch.where or F.grouped_mm, or declare the module a leaf with ir.leaf(...)"
-        if data
-        else "run the model once in eager mode with inputs(batch, seq_len): it must work there"
-    )
-    error = DataDependent if data else PlanError
-    return error(
-        f"the model cannot be traced: {text}", where=_user_frame(fault) or where, hints=(hint,)
-    )
+    text, at = f"{type(fault).__name__}: {_first_line(fault)}", _user_frame(fault) or where
+    if any(word in text for word in _READS_VALUES):
+        return DataDependent(
+            "the model cannot be traced: its forward reads values of a tensor", where=at,
+            why=text,
+            hints=(
+                "not .item(), .tolist(), if x.sum() > 0, a boolean mask: use torch.where or"
+                " F.grouped_mm, or declare the module a leaf with ir.leaf(...)",
+            ),
+        )  # fmt: skip
+    return PlanError(
+        f"the model cannot be traced: {text}", where=at,
+        hints=("run the model once in eager mode with inputs(batch, seq_len): it must work there",),
+    )  # fmt: skip
