@@ -68,10 +68,15 @@ def costed(
               compiled=decisions.compile)
         for part in used_parts(hardware, decisions)
     ]  # fmt: skip
-    costs = together(hardware, made)
-    if decisions.shares and isinstance(hardware, Fleet):
-        costs = side_by_side(hardware, made)
+    costs = jointly(hardware, made, decisions)
     return costs, costs.step(decisions, read_assignments(costs, decisions, shardings))
+
+
+def jointly(hardware: Hardware, made: Sequence[Costs], decisions: Decisions) -> Costs:
+    """The costs of a plan on these parts, those that it uses in the order of its ranks."""
+    if decisions.shares and isinstance(hardware, Fleet):
+        return side_by_side(hardware, made)
+    return together(hardware, made)
 
 
 def read_assignments(

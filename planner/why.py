@@ -132,8 +132,12 @@ class Why:
                 found.append(self.alternative(((key, value),), effort))
         return tuple(found)
 
-    def roomier(self, effort: int = ROW_EFFORT) -> Answer | None:
-        """The best plan on the same GPUs with more memory."""
+    def roomier(self, effort: int = ROW_EFFORT, part: str = "") -> Answer | None:
+        """The best plan on the same GPUs with more memory: on all, or on those of one part."""
+        if isinstance(self.asking, FleetAsking):
+            return self.asking.without(
+                (), self.pins, memory=MOST_MEMORY, part=part, effort=effort
+            )
         return self._search((), effort, MOST_MEMORY)
 
     def _search(

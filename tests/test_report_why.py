@@ -73,8 +73,8 @@ def test_a_decision_flips_where_a_rival_comes_first(asked, found):
 
 def test_memory_at_which_it_no_longer_fits(asked, found):
     checked = asked[0]
-    assert found.room.needs_bytes == checked.estimate.peak_memory_bytes
-    assert found.room.capacity_bytes == checked.hardware.device.memory_bytes
+    assert found.rooms[0].needs_bytes == checked.estimate.peak_memory_bytes
+    assert found.rooms[0].capacity_bytes == checked.hardware.device.memory_bytes
 
 
 def test_other_micro_batches(asked, found):

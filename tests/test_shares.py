@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -29,7 +30,7 @@ from planner.fleet_search import FleetSearch
 from planner.fleet_search import searchers as searchers_of
 from planner.legality import illegal, inconsistent
 from planner.options import TraceOptions
-from planner.plan import load
+from planner.plan import load, recost
 from planner.runtime.verify.scale import smallest
 from planner.score import score_of
 from planner.share_space import ShareSearcher
@@ -298,8 +299,16 @@ def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp
     assert recompute_words(again) == "none, a100 full:2+selective:1"
     assert pins_of(again).shares == tuple(counts.items())
     assert "unequal shares of the batch" in beyond_torch(d)
-    code, _, err = plan("report", "plan.json")
-    assert code == 64 and "is not drawn" in err
+    assert plan("report", "plan.json", "--no-why", "--trace", "step.json")[0] == 0
+    page, events = (tmp_path / "report.html").read_text(), json.loads(
+        (tmp_path / "step.json").read_text())["traceEvents"]  # fmt: skip
+    assert f"runs {counts['h100']} on h100, {counts['a100']} on a100" in page
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    ops = Counter(names[e["pid"]] for e in events if e.get("cat") == "forward")
+    assert ops == counts and not any(e["ph"] == "s" for e in events)
+    step = [e for e in events if e.get("cat") == "step"]
+    last = max(e["ts"] + e["dur"] for e in step)
+    assert last == pytest.approx(recost(found, load_any("h100x8+a100x8")).step_time_ps / 1e6)
     code, _, err = plan("export", "plan.json", "--to", "megatron")
     assert code == 1 and "shares: every data rank" in err
     for old, new, word in (

@@ -26,6 +26,7 @@ from planner.options import TraceOptions
 from planner.outcome import Outcome, Tried
 from planner.plan import load, recost
 from planner.refused import parse_refused
+from planner.report.sensitivity import sensitivity
 from planner.score import objective_below
 from planner.search import Searcher
 from planner.share_space import ShareSearcher
@@ -118,7 +119,7 @@ def test_an_alternative_equals_enumeration(seed, texts, tmp_path):
 def test_memory_binds_on_the_part_that_is_over(tmp_path):
     """What is told to be over is over on its part, and quicker with so much more."""
     seen = set()
-    for seed, text in ((2, "pp=2"), (7, "tp=2"), (8, "tp=2"), (10, "tp=1")):
+    for seed, text in ((2, "pp=2"), (8, "dp=1"), (10, "tp=1")):
         graph, fleet, asked = tiny_fleet(seed, tmp_path)
         checked, _ = checked_of(graph, fleet, asked)
         found = Why(checked).alternative(parse_refused([text]), EVERY)
@@ -177,12 +178,9 @@ def test_a_layer_on_its_part_computed_again(plan, tmp_path):
     assert way.over_bytes == over
 
 
-@pytest.mark.parametrize(
-    ("megabytes", "texts"),
-    [((8_000, 6_000), ["recompute=none", "offload=none"]), ((5_000, 9_000), ["dp=4"])],
-)
-def test_the_core_is_minimal(megabytes, texts, tmp_path):
+def test_the_core_is_minimal():
     """By solving every subset of the pins on all parts; hints are plans that fit."""
+    megabytes, texts = (8_000, 6_000), ["recompute=none", "offload=none"]
     parts = [with_memory(replace(load_hardware("h100x2"), name=name), 10**6 * size)
              for name, size in zip(("quick", "slow"), megabytes)]  # fmt: skip
     fleet = Fleet(name="two", parts=tuple(parts))
@@ -206,3 +204,32 @@ def test_the_core_is_minimal(megabytes, texts, tmp_path):
     assert bool(words) == every[()]
     for hint in core.hints:
         assert float(re.search(r"([0-9.]+) GB a GPU", hint)[1]) <= max(megabytes) / 1000
+
+
+def test_inputs_of_each_part_are_scaled(tmp_path):
+    """An effect is the plan costed on hardware so changed; a flip puts another plan first there;
+    memory is asked of each part that is used."""
+    graph, fleet, asked = tiny_fleet(12, tmp_path)
+    checked, workload = checked_of(graph, fleet, asked)
+    d, shardings = checked.plan.decisions, checked.plan.sharding_by_unit
+    why = Why(checked)
+    rows = [why.alternative(parse_refused([text]), 50) for text in ("pp=2", "micro_batch=1")]
+    found = sensitivity(checked, why, rows, 50)
+    names = [e.name for e in found.effects]
+    assert {"network bandwidth", "arithmetic rate of quick", "arithmetic rate of slow"} <= {*names}
+    effect = next(e for e in found.effects if e.name == "arithmetic rate of slow")
+    for factor, change in effect.changes:
+        parts = tuple(
+            part if part.name == "quick" else replace(part, device=replace(
+                part.device, peak_flop_per_s=tuple(
+                    (name, factor * rate) for name, rate in part.device.peak_flop_per_s)))
+            for part in fleet.parts
+        )  # fmt: skip
+        made = estimate(graph, replace(fleet, parts=parts), workload, d, shardings)
+        assert change == made.step_time_ps / checked.estimate.step_time_ps - 1
+    assert [room.part for room in found.rooms] == [name for name, _ in d.parts]
+    for room in found.rooms:
+        ranks = [r.peak_bytes for r, part in zip(checked.estimate.ranks, d.part_of_rank)
+                 if part == room.part]  # fmt: skip
+        assert room.needs_bytes == max(ranks) <= room.capacity_bytes
+        assert room.more is None or room.capacity_bytes < room.more_bytes

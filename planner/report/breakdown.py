@@ -75,7 +75,7 @@ def _collectives(e: Estimate) -> Html | None:
     left = len(ordered) - MOST_COLLECTIVES
     also = f"; the {MOST_COLLECTIVES} of {len(ordered)} most exposed" if left > 0 else ""
     return table(
-        f"Collectives of pp rank {rank.pp_rank} in a step{also}",
+        f"Collectives of {rank.name} in a step{also}",
         ["where", "kind", "axis", "count", "bytes each", "on the wire", "exposed"],
         [[c.where, title_of(c.kind), c.axis, f"{c.count:,}", format_bytes(c.size_bytes),
           format_seconds(c.total_s), format_seconds(c.exposed_s)]

@@ -32,15 +32,13 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
     scale = max([LEAST_SCALE, *sizes])
     rows = [_effect_row(e, scale, d) for e in s.effects]
     rows += [_batch_row(b, scale, d) for b in s.batches]
-    rows.append(_room_row(s.room, scale, d))
+    rows += [_room_row(room, scale, d) for room in s.rooms]
     behind = table(
         "What each input does", ["input", "value", "step", "decision"],
         [*(line for e in s.effects for line in _effect_lines(e, d)),
          *([f"micro-batch {b.micro_batch}", f"instead of {d.micro_batch}",
             "" if b.reason else f"{b.change:+.1%}", _batch_words(b)] for b in s.batches),
-         ["memory of a GPU", format_bytes(s.room.needs_bytes), "", _too_small(s.room, d)],
-         *([["memory of a GPU", format_bytes(s.room.more_bytes), f"{s.room.more_change:+.1%}",
-             _more(s.room, d)]] if s.room.more else [])], words=2,
+         *(line for room in s.rooms for line in _room_lines(room, d))], words=2,
     )  # fmt: skip
     return Section(
         key="sensitivity", title="What would change the decision", lede=lede,
@@ -132,11 +130,26 @@ def _batch_words(b: Batch) -> str:
     return f"does not fit: {format_bytes(b.over_bytes)} too much" if b.over_bytes else "fits"
 
 
+def _memory_of(room: Room) -> str:
+    return f"memory of a GPU{f' of {room.part}' * bool(room.part)}"
+
+
+def _room_lines(room: Room, d: Decisions) -> list[list[Children]]:
+    name = _memory_of(room)
+    lines: list[list[Children]] = [
+        [name, format_bytes(room.needs_bytes), "", _too_small(room, d)]
+    ]
+    if room.more:
+        change = f"{room.more_change:+.1%}"
+        lines.append([name, format_bytes(room.more_bytes), change, _more(room, d)])
+    return lines
+
+
 def _room_row(room: Room, scale: float, d: Decisions) -> Html:
     words = [_too_small(room, d)]
     if room.more:
         words.append(f"from {format_bytes(room.more_bytes)}: {_more(room, d)}")
-    return _reasoned("memory of a GPU", bar([], lines=[(0.5, "as it is")]), "", words)
+    return _reasoned(_memory_of(room), bar([], lines=[(0.5, "as it is")]), "", words)
 
 
 def _too_small(room: Room, d: Decisions) -> str:

@@ -30,7 +30,7 @@ def section(e: Estimate, prefix: str, scale_bytes: float = 0) -> Section:
     capacity = e.capacity_of(worst)
     total = f"{format_bytes(worst.peak_bytes)} of {format_bytes(capacity)}"
     lede = sentences(
-        f"The fullest GPU{f' is on pp rank {worst.pp_rank} and' if len(e.ranks) > 1 else ''} holds"
+        f"The fullest GPU{f' is on {worst.name} and' if len(e.ranks) > 1 else ''} holds"
         f" {total} at its peak; most of it is {title_of(name)}, {format_bytes(most)}.",
         _in_flight(worst),
         *(f"Tier {use.said}{'' if use.fits else ': it does not fit'}." for use in e.tiers),
@@ -116,6 +116,8 @@ def _chooser(group: list[RankLedger], target: str, chosen: bool, several: bool) 
 
 
 def _ranks(group: list[RankLedger]) -> str:
+    if group[0].part:  # each has replicas of its own, of one rank
+        return ", ".join(rank.part for rank in group)
     first, last = group[0].pp_rank, group[-1].pp_rank
     return f"rank {first}" if first == last else f"ranks {first} to {last}"
 

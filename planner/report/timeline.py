@@ -44,12 +44,14 @@ def section(s: Simulated, d: Decisions, scale_ps: int = 0) -> Section:
     """scale_ps: the step of another plan beside this one, so that times compare."""
     busy = [b / s.step_ps for b in s.line.busy_ps]
     virtual = f", {d.virtual_stages} virtual stages a rank" if d.virtual_stages > 1 else ""
+    counts = ", ".join(f"{share.microbatches} on {share.part}" for share in d.shares)
     lede = sentences(
-        f"{d.microbatches} micro-batches of {d.micro_batch} go through {d.pp} pipeline ranks in"
-        f" the order of {d.schedule}{virtual}." if d.pp > 1
+        f"Of micro-batches of {d.micro_batch} a data rank runs {counts}." if counts
+        else f"{d.microbatches} micro-batches of {d.micro_batch} go through {d.pp} pipeline ranks"
+        f" in the order of {d.schedule}{virtual}." if d.pp > 1
         else f"Without a pipeline, {d.microbatches} micro-batches of {d.micro_batch} follow each"
         " other.",
-        f"A rank computes {min(busy):.0%} to {max(busy):.0%} of the step." if d.pp > 1
+        f"A rank computes {min(busy):.0%} to {max(busy):.0%} of the step." if len(busy) > 1
         else f"They fill {busy[0]:.0%} of the step.",
         f"The pipeline takes {format_seconds(s.line.makespan_ps / 1e12)}, what follows its last"
         f" backward {format_seconds((s.step_ps - s.line.makespan_ps) / 1e12)}.",
@@ -70,7 +72,7 @@ def windows(s: Simulated, ranks: Sequence[int]) -> tuple[Window, ...]:
 
 
 def _figure(s: Simulated, d: Decisions, scale_ps: int) -> Html:
-    ranks = spread(d.pp, MOST_RANKS)
+    ranks = spread(len(s.rows), MOST_RANKS)
     parts = windows(s, ranks)
     drawn = [_window(s, ranks, w, scale_ps if len(parts) == 1 else 0) for w in parts]
     if len(parts) == 2:
@@ -79,16 +81,18 @@ def _figure(s: Simulated, d: Decisions, scale_ps: int) -> Html:
     kinds += [k for name, k in TAIL_KINDS.items()
               if any(tail[TAIL.index(name)] for tail in s.tails_ps)]  # fmt: skip
     note = [
-        f"{len(ranks)} of {d.pp} ranks are drawn, evenly spaced. " if len(ranks) < d.pp else None,
+        f"{len(ranks)} of {len(s.rows)} ranks are drawn, evenly spaced. "
+        if len(ranks) < len(s.rows) else None,
         "Lighter: later virtual stages. " if d.virtual_stages > 1 else None,
         "Point at an operation for its times; backward includes what is computed again."
         if d.recompute and any(map(sum, d.recompute)) else "Point at an operation for its times.",
     ]
     return figure(
-        f"Simulated schedule of a step of {format_seconds(s.step_ps / 1e12)} on {d.pp} pp ranks.",
+        f"Simulated schedule of a step of {format_seconds(s.step_ps / 1e12)} on"
+        + (f" replicas on {len(s.parts)} parts." if s.parts else f" {d.pp} pp ranks."),
         [legend([*((f"op-{k}", KINDS[k]) for k in kinds), ("op-H", KINDS["H"]), ("idle", "idle")]),
          *drawn],
-        join([_rank_table(s, d), _stage_table(s)]), note=note,
+        join([_rank_table(s), _stage_table(s)]), note=note,
     )  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def _window(s: Simulated, ranks: Sequence[int], w: Window, scale_ps: int) -> Htm
     wide = max(scale_ps, w.end_ps - w.start_ps)
     window = Window(start_ps=w.start_ps, end_ps=w.start_ps + wide)
     lines = [
-        el("div", el("div", f"rank {rank}", class_="what"),
+        el("div", el("div", s.rows[rank], class_="what"),
            el("div", _rank(s, rank, window), class_="drawn"),
            el("div", f"{s.line.busy_ps[rank] / s.step_ps:.0%}", class_="amount"), class_="row thin")
         for rank in ranks
@@ -160,15 +164,15 @@ def _of(s: Simulated, rank: int) -> list[Event]:
     return [e for e in s.line.events if e.rank == rank]
 
 
-def _rank_table(s: Simulated, d: Decisions) -> Html:
+def _rank_table(s: Simulated) -> Html:
     rows = []
-    for rank in range(d.pp):
+    for rank, name in enumerate(s.rows):
         events = _of(s, rank)
         busy, first = s.line.busy_ps[rank], min(e.start_ps for e in events)
         last = max(e.end_ps for e in events)
         idle = s.line.makespan_ps - busy
         rows.append([
-            f"rank {rank}", f"{len(events):,}", format_seconds(busy / 1e12),
+            name, f"{len(events):,}", format_seconds(busy / 1e12),
             format_seconds(idle / 1e12), format_seconds(first / 1e12),
             format_seconds(last / 1e12), format_seconds(sum(s.tails_ps[rank]) / 1e12),
         ])  # fmt: skip
@@ -192,6 +196,8 @@ def _stage_table(s: Simulated) -> Html:
 
     def told(stages: list[int], way: str, parts: tuple[tuple[str, int], ...]) -> list[str]:
         where = f"stage {stages[0]}" + (f" to {stages[-1]}" if len(stages) > 1 else "")
+        if s.parts:
+            where = ", ".join(s.parts[k] for k in stages)
         sizes = dict(parts)
         total = format_seconds(sum(sizes.values()) / 1e12)
         return [where, way, total, *(format_seconds(sizes.get(n, 0) / 1e12) for n in names)]

@@ -31,24 +31,28 @@ def trace_text(s: Simulated, d: Decisions, title: str) -> str:
 
 
 def events(s: Simulated, d: Decisions) -> Iterator[Record]:
-    """A process a pp rank and one for the step; operations, sends, what follows the pipeline."""
-    for rank in range(d.pp):
-        yield _named("process_name", rank, f"pp rank {rank}")
+    """A process a pp rank, or a part that has replicas of its own, and one for the step:
+    operations, sends, what follows the pipeline."""
+    for rank, name in enumerate(s.rows):
+        yield _named("process_name", rank, name if s.parts else f"pp {name}")
         yield _named("process_sort_index", rank, rank)
         yield _named("thread_name", rank, "forward and backward", COMPUTE)
         yield _named("thread_name", rank, "after the pipeline", AFTER)
-    step = d.pp
+    step = len(s.rows)
     yield _named("process_name", step, "the step")
     yield _named("process_sort_index", step, step)
     yield _named("thread_name", step, "parts of the step", COMPUTE)
-    stages = {(e.rank, e.chunk): global_stage(d.schedule, d.pp, e.rank, e.chunk)
-              for e in s.line.events}  # fmt: skip
+    stages = {
+        (e.rank, e.chunk): e.rank if s.parts else global_stage(d.schedule, d.pp, e.rank, e.chunk)
+        for e in s.line.events
+    }
     takers = {(e.op[0], stages[e.rank, e.chunk], e.microbatch): e
               for e in s.line.events if e.op != "W"}  # fmt: skip
     for number, event in enumerate(s.line.events):
         stage = stages[event.rank, event.chunk]
         yield _operation(s, event, stage)
-        other = {"F": stage + 1, "B": stage - 1, "BW": stage - 1}.get(event.op, -1)
+        next_ = {} if s.parts else {"F": stage + 1, "B": stage - 1, "BW": stage - 1}
+        other = next_.get(event.op, -1)
         taker = takers.get((event.op[0], other, event.microbatch))
         if taker and taker.rank != event.rank:
             yield from _send(event, taker, s.sends_ps[min(stage, other)], number)

@@ -73,14 +73,13 @@ def _asked(checked: Checked, effort: int | None, progress: Progress | None) -> l
     """What else there is, and what would change the decision; None: not asked."""
     if effort is None:
         return [(whynot.left_out(whynot.NOT_ASKED),)]
-    if isinstance(checked.hardware, Fleet):
-        return [(whynot.left_out("Not asked: alternatives are of hardware of one kind, and this is"
-                                 f" {checked.plan.hardware}."),)]  # fmt: skip
     why = Why(checked)
     found: list[Section] = [whynot.section(checked, rows := why.rows(effort, progress), effort)]
     price = (
         f"No price flips it: every plan here uses the same {checked.plan.decisions.gpus:,} GPUs, so"
         " that cost goes with time."
+        if not isinstance(checked.hardware, Fleet) else
+        "Prices are not weighed: plans that leave a part idle cost less an hour."
     )
     d = checked.plan.decisions
     found.append(flips.section(sensitivity(checked, why, rows, effort), d, price))

@@ -69,7 +69,7 @@ def margin(e: Estimate) -> str:
     rank = e.fullest
     capacity = e.capacity_of(rank)
     left = capacity - rank.peak_bytes
-    where = f"of {format_bytes(capacity)}" + (f" on pp rank {rank.pp_rank}" if len(e.ranks) > 1
+    where = f"of {format_bytes(capacity)}" + (f" on {rank.name}" if len(e.ranks) > 1
                                               else "")  # fmt: skip
     full = [use.said for use in e.tiers if not use.fits]
     if full:
