@@ -62,7 +62,13 @@ def local_ranks():
 def world(local_ranks):
     """The same, warm for a file's tests: `world.run(ranks, function, *args)`."""
     yield local_ranks
-    local_ranks.close()  # idle ranks look for work: a dozen of them take a core from later tests
+    local_ranks.close()  # idle ranks hold memory, as many as the file's largest mesh had
+
+
+@pytest.fixture(scope="session")
+def shared_shardings():
+    """What DTensor finds of placements is found once, in this process as on the local ranks."""
+    import shared_shardings  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,8 @@ from typing import Any, cast
 from ir.errors import PlanError
 
 TIMEOUT_S = 120.0  # of one call, and of a collective in it
-# process groups that a worker may have made: gloo leaves the threads of every one, which look for
-# work a hundred times a second, and a thousand of them take all of two cores
-MOST_GROUPS = 60
+# process groups that a worker may have made: gloo leaves two sleeping threads of every one
+MOST_GROUPS = 250
 GRACE_S = 3.0  # for idle workers to end, so that what they hold of the system is given back
 PRELOAD = (
     "torch", "torch.distributed", "torch.distributed.tensor", "torch.distributed.fsdp",
@@ -151,6 +150,7 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    _share_device()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it stops the workers
     group, left = "", 0
     while True:
@@ -175,6 +175,26 @@ def _serve(pipe: Connection) -> None:
         except Exception:
             pipe.send((False, None, text or traceback.format_exc(), made))
         sys.stdout.flush()
+
+
+def _share_device() -> None:
+    """Have all gloo groups of this process use one device.
+
+    Each device has a thread that looks for work a hundred times a second, for as long as the
+    process lives; a mesh has a dozen groups.
+    """
+    from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+    make, device = ProcessGroupGloo.__init__, ProcessGroupGloo.create_default_device()
+
+    def on_device(
+        self: ProcessGroupGloo, store: Any, rank: int, size: int, timeout: datetime.timedelta
+    ) -> None:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices, options._timeout = [device], timeout
+        make(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = on_device  # type: ignore[method-assign]
 
 
 def _join(rank: int, ranks: int, timeout_s: float, store: str) -> None:
