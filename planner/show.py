@@ -211,10 +211,9 @@ def _arithmetic(rank: RankLedger) -> str:
         f"{sizes[name] / max(1, rank.parameters):.3g}"
         for name in ("parameters", "gradients", "optimizer")
     ]
-    return (
-        f"  {format_count(rank.parameters)} params x ({' + '.join(each)}) bytes of weights,"
-        " gradients, optimizer"
-    )
+    head = f"  {format_count(rank.parameters)} params x ({' + '.join(each)}) bytes of weights, "
+    words = "gradients, optimizer"
+    return head + (words if len(head + words) <= WIDTH else "grads, optimizer")
 
 
 def _time(e: Estimate, has_tokens: bool) -> list[str]:

@@ -344,7 +344,7 @@ def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
             code, _, said = plan("export", "--to", "deepspeed")
             assert code == 0 and "deepspeed: exact" in said
     mine, theirs = taken
-    assert f"as DeepSpeed runs it: {format_bytes(theirs)} of" in said
+    assert f"under DeepSpeed: {format_bytes(theirs)} of" in said
     assert f"(the plan: {format_bytes(mine)}," in said
     assert theirs - mine > 4e9  # blocks that its allocator keeps
 
@@ -353,7 +353,7 @@ def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
     )
     assert plan(*trace, "--hardware", "small.toml")[0] == 0
     code, _, err = plan("export", "--to", "deepspeed", "-o", "new")
-    assert code == 64 and "memory (approximate): does not fit as DeepSpeed runs it" in err
+    assert code == 64 and "memory (approximate): does not fit under DeepSpeed: " in err
     assert not Path("new").exists()
     code, _, err = plan("export", "--to", "deepspeed", "--lossy")
     assert code == 0 and "plan trace --engine deepspeed plans for it" in err

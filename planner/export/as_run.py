@@ -38,7 +38,7 @@ def with_memory(made: Exported, plan: Plan, engine: str, folder: Path) -> Export
         return replace(made, notes=(*made.notes, f"what it takes there is not known: {fault.what}"))
     here, there = (format_bytes(found.peak_memory_bytes) for found in (mine, theirs))
     words = (
-        f"as {load_engine(engine).title} runs it: {there} of"
+        f"under {load_engine(engine).title}: {there} of"
         f" {format_bytes(theirs.capacity_of(theirs.fullest))} a GPU,"
         f" {format_seconds(theirs.step_time_s)} a step (the plan: {here},"
         f" {format_seconds(mine.step_time_s)}){_items(mine, theirs)}"
