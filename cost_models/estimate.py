@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -150,11 +151,12 @@ def _layers(costs: Costs, step: Step, split: bool, base: int, counted: bool) -> 
     chain, wide = step.chain, step.wide
     groups, group_of = costs.groups_of(step.kinds) if counted else costs.layer_groups
     distinct = [[step.rows[k] for k in group] for group in groups]
+    spread = operator.itemgetter(*group_of, group_of[-1])  # once more: of one layer a tuple too
 
     def each(value: Callable[[list[Row]], int]) -> tuple[int, ...]:
         """A number of every layer's links, computed once a kind."""
-        known = [value(rows) for rows in distinct]
-        return tuple(map(known.__getitem__, group_of))
+        found: tuple[int, ...] = spread([value(rows) for rows in distinct])[:-1]
+        return found
 
     def total(value: Callable[[Row], int]) -> tuple[int, ...]:
         return each(lambda rows: sum(map(value, rows)))

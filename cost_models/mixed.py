@@ -224,4 +224,4 @@ def together(hardware: Hardware, made: Sequence[Costs]) -> Costs:
 
 def fields_of(costs: Costs) -> dict[str, Any]:
     """What another kind of costs of the same cluster is made of; what they know is shared."""
-    return {f.name: getattr(costs, f.name) for f in fields(Costs)}
+    return {f.name: getattr(costs, f.name) for f in fields(Costs) if f.init}

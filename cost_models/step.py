@@ -78,8 +78,9 @@ class Costs:
     _fsdp: dict[tuple[object, ...], float] = field(default_factory=dict)
     _points: dict[tuple[object, ...], Point] = field(default_factory=dict)
     _sums: dict[tuple[int, int], float] = field(default_factory=dict)
-    _updates: dict[int, float] = field(default_factory=dict)
-    _groups: dict[tuple[int, ...], Groups] = field(default_factory=dict)
+    _works: dict[bool, Work] = field(default_factory=dict, init=False)
+    _updates: dict[int, float] = field(default_factory=dict, init=False)
+    _groups: dict[tuple[int, ...], Groups] = field(default_factory=dict, init=False)
     layered: dict[tuple[object, ...], tuple[Step, dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
@@ -148,13 +149,15 @@ class Costs:
         return distinct, tuple(where[group] for group in kinds)
 
     def work(self, axes: Axes, is_layer: bool) -> Work:
-        batch, cp = np.asarray(self.points, dtype=np.float64).T
-        return Work(
-            micro_batch=batch, cp=cp, local_seq=self.workload.seq_len / cp,
-            axes=axes, cluster=self.network, kernels=self.kernels, engine=self.engine,
-            precision=self.workload.precision, is_layer=is_layer,
-            expert_imbalance=self.workload.expert_imbalance,
-        )  # fmt: skip
+        if is_layer not in self._works:
+            batch, cp = np.asarray(self.points, dtype=np.float64).T
+            self._works[is_layer] = Work(
+                micro_batch=batch, cp=cp, local_seq=self.workload.seq_len / cp,
+                axes=axes, cluster=self.network, kernels=self.kernels, engine=self.engine,
+                precision=self.workload.precision, is_layer=is_layer,
+                expert_imbalance=self.workload.expert_imbalance,
+            )  # fmt: skip
+        return self._works[is_layer].on(axes)
 
     def unit(
         self, unit: Unit, is_layer: bool, assignment: Assignment, d: Decisions
@@ -170,7 +173,7 @@ class Costs:
             key = (make, unit, is_layer, assignment, changed, *kept)
             if key not in self._units:
                 given = (*more, *kept)
-                self._units[key] = make(unit, assignment, replace(work, axes=changed), *given)
+                self._units[key] = make(unit, assignment, work.on(changed), *given)
             return self._units[key]
 
         alone = once(unit_cost, axes)

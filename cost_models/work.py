@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -49,6 +49,14 @@ class Work:
     precision: str
     is_layer: bool
     expert_imbalance: float = 1.0
+    # sizes of tensors at these points; `replace` forgets them
+    known: dict[Tensor, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def on(self, axes: Axes) -> Work:
+        """The same points under other degrees: what is known of sizes is of both."""
+        made = replace(self, axes=axes)
+        object.__setattr__(made, "known", self.known)
+        return made
 
     @property
     def skew(self) -> float:
@@ -61,7 +69,12 @@ class Work:
         return np.zeros_like(self.micro_batch)
 
     def sizes(self, tensor: Tensor, at: int, seq_scale: Any = 1) -> tuple[Any, ...]:
-        found = list(tensor.sizes(self.micro_batch, self.local_seq * seq_scale))
+        if isinstance(seq_scale, int) and seq_scale == 1:
+            if tensor not in self.known:
+                self.known[tensor] = tensor.sizes(self.micro_batch, self.local_seq)
+            found = list(self.known[tensor])
+        else:
+            found = list(tensor.sizes(self.micro_batch, self.local_seq * seq_scale))
         if at >= 0:
             found[at] = found[at] / self.axes.tp
         return tuple(found)

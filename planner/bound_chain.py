@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cost_models.decisions import Decisions, Keep
 from cost_models.offload import host_s
 from cost_models.step import Assignments, Costs
+from cost_models.unit_costs import UnitCost
 from planner.bound_ranks import Layers, freed, freed_by
 
 Floats = NDArray[np.float64]
@@ -45,16 +46,35 @@ class Through:
     kinds_s: tuple[Floats, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One link of the chain at every work point: seconds, of kernels alone, and forward; bytes kept
+    and the least that it uses; what recomputation frees, where it is a layer, as `Through` has it.
+    """
+
+    step_s: Floats
+    kernels_s: Floats
+    forward_s: Floats
+    kept_bytes: Floats
+    working_bytes: Floats
+    freed: Floats
+
+
+Units = tuple[UnitCost, ...]  # a unit at every work point: alone, its experts, its context
+Known = dict[tuple[int, ...], Link]  # by the identity of costs that outlive it
+
+
 def through_chain(
     costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = (),
-    moves: bool = False,
+    moves: bool = False, known: Known | None = None,
 ) -> Through:  # fmt: skip
     """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
-    in part beside what d says. moves: a layer may lie on the host as well as be recomputed."""
+    in part beside what d says. moves: a layer may lie on the host as well as be recomputed. known:
+    links of chains of the same costs, which units without experts have in common."""
+    known = {} if known is None else known
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
     places = costs.chain.layers
     of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
-    wide = 1 + costs.engine.fragmentation
     zero = np.zeros(len(costs.points))
     step, busy, quickest = zero, zero, np.full(len(costs.points), np.inf)
     ahead = np.full(len(costs.points), np.inf)
@@ -63,48 +83,28 @@ def through_chain(
     all_freed, each, layers = [], [], {}
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
-        one = sum(
-            (c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
-             + sum(t.seconds - t.hidden_s for t in c.traffic)
-             for c in found), zero,
-        )  # fmt: skip
-        holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
-        uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
-        step = step + counts[k] * one
-        busy = busy + counts[k] * sum((c.forward_s + c.backward_s for c in found), zero)
-        each.append((one, holds[0]))
-        least = uses[0]
+        others = [
+            costs.unit(unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep))
+            for keep in (keeps if of_layers[k] else ())
+        ]
+        key = (*map(id, (*found, *(c for other in others for c in other))), bool(of_layers[k]))
+        if key not in known:
+            known[key] = _link(costs, found, others, moves, bool(of_layers[k]))
+        one = known[key]
+        step = step + counts[k] * one.step_s
+        busy = busy + counts[k] * one.kernels_s
+        each.append((one.step_s, one.kept_bytes))
         if of_layers[k]:
-            least = np.minimum(np.minimum(uses[0], uses[1]), uses[2])
-            quickest = np.minimum(quickest, one)
-            whole = sum(
-                (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
-                 for c in found), zero,
-            )  # fmt: skip
-            light = sum((c.light_s for c in found), zero)
-            ahead = np.minimum(ahead, whole)
-            pieces = freed(holds, light, whole)
-            if keeps or moves:
-                ways = [(holds[1], light), (holds[2], whole)]
-                for keep in keeps:
-                    other = costs.unit(
-                        unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep)
-                    )
-                    held = wide * sum((c.kept_bytes[1] for c in other), zero)
-                    ways.append((held, sum((c.light_s for c in other), zero)))
-                if moves:
-                    kernels = (sum((c.forward_s for c in found), zero),
-                               sum((c.backward_s for c in found), zero))  # fmt: skip
-                    ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
-                pieces = freed_by(holds[0], ways)
+            quickest = np.minimum(quickest, one.step_s)
+            ahead = np.minimum(ahead, one.forward_s)
             layers[k] = Layers(
-                count=int(of_layers[k]), step_s=one, kept_bytes=holds[0], working_bytes=least,
-                freed=pieces,
+                count=int(of_layers[k]), step_s=one.step_s, kept_bytes=one.kept_bytes,
+                working_bytes=one.working_bytes, freed=one.freed,
             )  # fmt: skip
-            all_freed.append(pieces * np.array([of_layers[k], 1.0])[:, None])
-            least_working = np.minimum(least_working, least)
-        working = np.maximum(working, least)
-        kept = kept + counts[k] * holds[0]
+            all_freed.append(one.freed * np.array([of_layers[k], 1.0])[:, None])
+            least_working = np.minimum(least_working, one.working_bytes)
+        working = np.maximum(working, one.working_bytes)
+        kept = kept + counts[k] * one.kept_bytes
     common = max(layers, key=lambda k: layers[k].count)
 
     def end(links: range) -> tuple[Floats, Floats]:
@@ -119,6 +119,44 @@ def through_chain(
         least_working=least_working, common=common, layer=layers[common],
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(one for one, _ in each),
+    )  # fmt: skip
+
+
+def _link(
+    costs: Costs, found: Units, others: Sequence[Units], moves: bool, is_layer: bool
+) -> Link:
+    """One link of its unit's costs; others: the same with other operations kept in part."""
+    wide, zero = 1 + costs.engine.fragmentation, np.zeros(len(costs.points))
+    one = sum(
+        (c.forward_s + c.backward_s + c.host_forward_s + c.host_backward_s
+         + sum(t.seconds - t.hidden_s for t in c.traffic)
+         for c in found), zero,
+    )  # fmt: skip
+    holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
+    uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
+    busy = sum((c.forward_s + c.backward_s for c in found), zero)
+    if not is_layer:
+        return Link(step_s=one, kernels_s=busy, forward_s=zero, kept_bytes=holds[0],
+                    working_bytes=uses[0], freed=zero)  # fmt: skip
+    whole = sum(
+        (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
+         for c in found), zero,
+    )  # fmt: skip
+    light = sum((c.light_s for c in found), zero)
+    pieces = freed(holds, light, whole)
+    if others or moves:
+        ways = [(holds[1], light), (holds[2], whole)]
+        for other in others:
+            held = wide * sum((c.kept_bytes[1] for c in other), zero)
+            ways.append((held, sum((c.light_s for c in other), zero)))
+        if moves:
+            kernels = (sum((c.forward_s for c in found), zero),
+                       sum((c.backward_s for c in found), zero))  # fmt: skip
+            ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
+        pieces = freed_by(holds[0], ways)
+    return Link(
+        step_s=one, kernels_s=busy, forward_s=whole, kept_bytes=holds[0],
+        working_bytes=np.minimum(np.minimum(uses[0], uses[1]), uses[2]), freed=pieces,
     )  # fmt: skip
 
 

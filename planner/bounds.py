@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.step import Assignments, Costs
-from planner.bound_chain import Through, through_chain
+from planner.bound_chain import Known, Through, through_chain
 from planner.bound_ranks import (
     SPLIT_KINDS,
     Rows,
@@ -94,12 +94,13 @@ def mesh_bounds_ps(
     table.by_layer = counts_state(states.pins, costs.cluster, costs.workload.engine)
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
+    known: Known = {}
     for (tp, split, kind, ep, etp), members in groups.items():
         d = Decisions(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
         )
         laid = assign(tp, split)
-        through = through_chain(costs, d, laid, keeps(tp, split), moves)
+        through = through_chain(costs, d, laid, keeps(tp, split), moves, known)
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))

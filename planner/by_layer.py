@@ -70,16 +70,16 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
         steps = m * (each[n] + np.where(again < INF, again, 0)) + tail[n]
         return np.where(again < INF, steps, INF)
 
-    # where layers below are computed again in another time, or hold other bytes: the least of both
+    rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
+    if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
+        return step_ps(none, slice(p.layers + 1))
+    # layers below are computed again in another time, or hold other bytes: the least of both
     easiest = replace(
         none, recompute_ps=_least(none.recompute_ps, every.recompute_ps),
         activation_bytes=_least(none.activation_bytes, every.activation_bytes),
         working_bytes=_least(none.working_bytes, every.working_bytes),
     )  # fmt: skip
     steps = step_ps(easiest, slice(p.layers + 1))
-    rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
-    if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
-        return steps
     found, best = np.full_like(steps, INF), INF
     for n in np.argsort(steps[1 : most + 1], kind="stable").tolist():
         if steps[n + 1] >= best:

@@ -298,14 +298,14 @@ def illegal(
     scheduled: False where the schedule is still to be decided.
     """
     d = decisions
-    reason = _refusal(_case_of(d, workload, scheduled))
+    reason = refusal(case_of(d, workload, scheduled))
     if reason or not scheduled:
         return reason
     return schedule_illegal(d.schedule, d.pp, d.microbatches, d.virtual_stages)
 
 
 @functools.lru_cache(maxsize=4096)
-def _refusal(case: Case) -> str | None:
+def refusal(case: Case) -> str | None:
     """What the first rule says that refuses a case. Of many meshes the cases are few."""
     return next((rule.reason for rule in RULES if rule.refused(case)), None)
 
@@ -378,10 +378,12 @@ def tp_fault(d: Decisions) -> str | None:
     return next((reason for holds, reason in checks if not holds), None)
 
 
-def _case_of(d: Decisions, workload: Workload, scheduled: bool) -> Case:
+def case_of(d: Decisions, workload: Workload, scheduled: bool) -> Case:
+    """What the rules look at; scheduled: as `illegal` has it. Degrees of which they ask only
+    whether they are more than 1 are cut to 2: of many decisions the cases are few."""
     return Case(
         engine=workload.engine, precision=workload.precision, seq_len=workload.seq_len,
-        pp=d.pp, dp_outer=d.dp_outer, cp=d.cp, tp=d.tp, zero=d.zero, shard=d.shard,
+        pp=d.pp, dp_outer=min(2, d.dp_outer), cp=d.cp, tp=d.tp, zero=d.zero, shard=min(2, d.shard),
         reshard=d.reshard, microbatches=d.microbatches,
         schedule=d.schedule if scheduled else None,
         virtual_stages=d.virtual_stages if scheduled else None,

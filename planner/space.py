@@ -14,7 +14,7 @@ from cost_models.estimate import stage_problem
 from cost_models.formats import Formats
 from cost_models.hardware import Cluster
 from cost_models.layout import expert_parameters, placement
-from cost_models.schedule import SPLIT_BACKWARD
+from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
 from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.work import Axes
@@ -24,7 +24,7 @@ from planner.decisions import Pins
 from planner.formats import format_ways
 from planner.keep_checks import pinned_keep
 from planner.keeps import keep_sets
-from planner.legality import illegal
+from planner.legality import Case, case_of, illegal, refusal
 from planner.mesh import Mesh, meshes, outside, shard_sizes
 from planner.names import matches
 from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
@@ -222,6 +222,7 @@ class Space:
         """The same state under every schedule and number of virtual stages."""
         layers = len(self.costs.chain.layers)
         names = self.searched_schedules if d.pp > 1 else (self.pins.schedule or "1f1b",)
+        pairs: list[tuple[str, int]] = []
         for name in names:
             if name == "interleaved":
                 most = min(MOST_VIRTUAL_STAGES, layers // d.pp)
@@ -230,13 +231,11 @@ class Space:
                 counts = (2,) if name in ("zbv", "dualpipev") else (1,)
             if self.pins.virtual_stages is not None:
                 counts = (self.pins.virtual_stages,)
-            for v in counts:
-                made = replace(d, schedule=name, virtual_stages=v)
-                pinned = self.pins.stages
-                if pinned is not None and len(pinned) != d.pp * v:
-                    continue
-                if d.pp * v <= layers and illegal(made, self.costs.workload) is None:
-                    yield made
+            pairs += [(name, v) for v in counts if d.pp * v <= layers]
+        if self.pins.stages is not None:
+            pairs = [row for row in pairs if d.pp * row[1] == len(self.pins.stages)]
+        for name, v in _legal(case_of(d, self.costs.workload, False), tuple(pairs)):
+            yield replace(d, schedule=name, virtual_stages=v)
 
     def problem(self, step: Step, d: Decisions) -> StageProblem:
         """The stage program of a mesh under one schedule, with the pins it has to keep."""
@@ -268,6 +267,18 @@ class Space:
         elif d.tp > 1 and self._never_whole:
             levels = ("none", "selective")
         return fixed, levels
+
+
+@functools.lru_cache(maxsize=4096)
+def _legal(case: Case, pairs: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    """Those of these (schedule, virtual stages) under which `illegal` has nothing to say."""
+    assert case.pp is not None and case.microbatches is not None
+    pp, m = case.pp, case.microbatches
+    return tuple(
+        (name, v) for name, v in pairs
+        if not refusal(replace(case, schedule=name, virtual_stages=v))
+        and not schedule_illegal(name, pp, m, v)
+    )
 
 
 def _pinned_places(pins: Pins, unit: Unit, paths: list[str]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from planner.decisions import (
     summarise_recompute,
 )
 from planner.decisions_json import decisions_from_json, decisions_json
-from planner.legality import illegal, inconsistent
+from planner.legality import RULES, case_of, illegal, inconsistent
 from planner.pin_checks import check_pins
 from planner.workload import Asked, resolve
 
@@ -155,6 +155,20 @@ def test_one_micro_batch_more_or_less_than_stages_is_the_engines():
         assert illegal(few, workload) is None
         assert (illegal(enough, workload) is None) == ("gpipe" in load_engine(engine).schedules)
         assert "microbatches >= pp" in illegal(replace(few, schedule="1f1b"), workload)
+
+
+@given(
+    pp=st.sampled_from([1, 2]), cp=st.sampled_from([1, 2]), zero=st.integers(0, 3),
+    shard=st.integers(2, 64), outer=st.integers(2, 64), engine=st.sampled_from(engine_names()),
+)  # fmt: skip
+def test_rules_ask_of_some_degrees_only_whether_they_are_more_than_one(
+    pp, cp, zero, shard, outer, engine
+):
+    workload = Workload(engine=engine, global_batch=64, seq_len=128)
+    d = Decisions(pp=pp, cp=cp, zero=zero, shard=shard, dp_outer=outer, microbatches=4)
+    case = case_of(d, workload, True)
+    whole = replace(case, shard=shard, dp_outer=outer)
+    assert [r.refused(case) for r in RULES] == [r.refused(whole) for r in RULES]
 
 
 def test_zero_under_a_pipeline_is_the_engines():

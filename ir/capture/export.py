@@ -181,6 +181,7 @@ def _trace(
                 given = [targets(*size)] if targets else []
                 step, wanted = _step(model, loss, args, kwargs, given, where)
                 folding.outputs.clear()  # the trace must see each class anew
+                folding.recorded = True
                 programs.append(_export(step, (args, kwargs, _meta(wanted)), where))
             if folding.touched - split:
                 break

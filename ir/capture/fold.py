@@ -59,9 +59,11 @@ def _(xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str) -> 
 class Folding:
     """What the patched forwards found: paths of the layers in tree order, the classes that branch
     on their index, each traced class's outputs (tensors, where they go, and the structure), and
-    by path what a unit returns where that is neither a tensor nor a tuple of them."""
+    by path what a unit returns where that is neither a tensor nor a tuple of them. recorded: the
+    operations are, so that a repeated call has to be one."""
 
     layers: tuple[str, ...]
+    recorded: bool = False
     touched: set[str] = field(default_factory=set)
     returns: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, tuple[list[torch.Tensor], list[Any], Any]] = field(default_factory=dict)
@@ -219,7 +221,11 @@ def _patched(
         if name in state.outputs:
             like, template, tree = state.outputs[name]
             _note_structure(state, path, template, tree)
-            at = iter(torch.ops.meshwright_fold.call(tensors, like, path, name))
+            made = (
+                torch.ops.meshwright_fold.call(tensors, like, path, name) if state.recorded
+                else [x.clone() for x in like]
+            )  # fmt: skip
+            at = iter(made)
             return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
         if hollow:
             raise RuntimeError(f"{path} is called as no instance of its class was before it")
