@@ -58,6 +58,8 @@ def at_point(costs: tuple[UnitCost, ...], at: int) -> Point:
 
     forward = parts("forward")
     comm = sum(p for name, p in zip(PARTS, forward) if name.endswith("_comm"))
+    once = (t for c in costs for t in c.traffic if not (t.again or t.backward))
+    comm -= min(comm, ps(sum(float(t.seconds[at] - t.hidden_s[at]) for t in once)))
     return Point(
         forward=forward, backward=parts("backward"), weight_ps=ps(total("weight_s")),
         again_ps=(ps(total("light_s")), ps(total("forward_s")) + comm),

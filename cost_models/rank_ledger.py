@@ -147,7 +147,8 @@ def rank_collectives(
     for i in (i for k in problem.stages_of(rank) for i in links[k]):
         row, unit = step.row(i), step.chain.links[i].unit
         for t in row.traffic:
-            repeats = d.microbatches * (2 if levels.get(i) == 2 and not t.backward else 1)
+            again = levels.get(i) == 2 and t.again and not t.backward
+            repeats = d.microbatches * (2 if again else 1)
             if not t.count[at]:
                 continue
             seconds = float(t.seconds[at])

@@ -383,7 +383,8 @@ class Costs:
         if not in_torch(mode):
             return ((sum(state.summed) * grad, 1),)
         each = bool(mode.reduce_per_microbatch)
-        item = compute if each or d.microbatches == 1 else grad
+        alone = d.microbatches == 1 and d.pp == 1  # a pipeline accumulates, be it a single one
+        item = compute if each or alone else grad
         return tuple((n * item, d.microbatches if each else 1) for n in state.summed)
 
     def summed_s(self, d: Decisions, state: State) -> float:

@@ -11,13 +11,14 @@ from cost_models.collectives import collective_s
 from cost_models.crossing import leaving
 from cost_models.layout import WHOLE, Assignment, collective, moves
 from cost_models.work import Floats, Work
+from ir.backward import needed_again
 from ir.graph import Node, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
     """Collectives of one place in a unit, per micro-batch: how many, and bytes of each and
-    seconds of all, at each point."""
+    seconds of all, at each point. again: the unit's forward, run again whole, has them as well."""
 
     kind: str
     axis: str
@@ -27,16 +28,17 @@ class Traffic:
     size_bytes: Floats
     seconds: Floats
     hidden_s: Floats
+    again: bool = True
 
 
 def _row(
     work: Work, kind: str, axis: str, where: str, backward: bool, size: Floats, ranks: int,
-    stride: int, exposed: float, count: int = 1,
+    stride: int, exposed: float, count: int = 1, again: bool = True,
 ) -> Traffic:  # fmt: skip
     seconds = collective_s(work.cluster, kind, size, ranks, stride) * count
     return Traffic(
         kind=kind, axis=axis, where=where, backward=backward, count=work.zeros + count,
-        size_bytes=size, seconds=seconds, hidden_s=seconds * (1 - exposed),
+        size_bytes=size, seconds=seconds, hidden_s=seconds * (1 - exposed), again=again,
     )  # fmt: skip
 
 
@@ -45,14 +47,18 @@ def tp_traffic(unit: Unit, assignment: Assignment, work: Work) -> list[Traffic]:
     if work.axes.tp == 1:
         return []
     rows = []
+    # torch's checkpoint stops where backward has what it needs; a compiled unit runs as one
+    stops = work.engine.recompute_grain == "op" and not work.engine.fused
+    needed = needed_again(unit) if stops else {}
     for backward, found in enumerate(moves(unit, assignment)):
         for move in found:
             kind = collective(move.source, move.target)
             if kind:
                 size = work.nbytes(unit.values[move.ref], WHOLE)
+                again = not stops or any(needed.get(reader) for reader in move.readers)
                 rows.append(_row(
                     work, kind, "tp", move.ref, bool(backward), size, work.axes.tp, 1,
-                    work.engine.tp_exposed,
+                    work.engine.tp_exposed, again=again,
                 ))  # fmt: skip
                 regather = work.engine.sp_regather_backward and not backward
                 if regather and kind == "all_gather":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +58,18 @@ def _read_by_backward(unit: Unit, learns: dict[str, bool]) -> dict[str, None]:
         if node.op != "call" and any(needs) and learns[node.name]:
             wanted.update(dict.fromkeys(rule(node).saved(node, needs)))
     return wanted
+
+
+@cache
+def needed_again(unit: Unit) -> dict[str, bool]:
+    """Which nodes a forward that is repeated for backward comes to: it stops at the last one that
+    keeps something for it."""
+    learns, found, reached = differentiable(unit), {}, False
+    for node in reversed(unit.nodes):
+        needs = tuple(learns[r] for r in node.inputs)
+        reached |= any(needs) and learns[node.name] and bool(rule(node).saved(node, needs))
+        found[node.name] = reached
+    return found
 
 
 def feeds_backward(unit: Unit) -> dict[str, bool]:

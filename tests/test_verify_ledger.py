@@ -144,6 +144,27 @@ def test_inside_a_layer(fix):
     assert_as_planned("llama", "h100x8", f"{fix} {rest} micro_batch=1")
 
 
+SPLIT = {"attention.wq": 0, "attention.wo": 1, "feed_forward.w1": 0, "feed_forward.w2": 1}
+PLACED = " ".join(f"place:layers.*.{name}.weight=S({dim})" for name, dim in SPLIT.items())
+
+
+def test_a_pipelines_only_micro_batch():
+    """Its gradients wait in fp32 as those of many do, and are summed over tp so."""
+    fix = "pp=2 tp=2 micro_batch=16 schedule=gpipe zero=0 sequence_parallel=on recompute=none"
+    _, found = assert_as_planned("llama", "h100x4", fix, layers=2)
+    assert rows(found, "all_reduce", "tp")[0, 4 * 64 * 256] == 1
+
+
+@pytest.mark.parametrize(("engine", "repeated"), [("native", 3), ("native-compiled", 4)])
+def test_a_repeated_layers_last_sum(engine, repeated):
+    """Two sums a layer in forward, two in backward, and again the first: eager code is repeated as
+    far as backward needs it, which is not the sum behind the last matmul; compiled code whole."""
+    fix = f"{DATA} tp=2 sequence_parallel=off recompute=full zero=1 {PLACED}".replace("tp=1 ", "")
+    _, found = assert_as_planned("llama", "h100x4", fix, layers=2, engine=engine)
+    (count,) = rows(found, "all_reduce", "tp").values()
+    assert count == 2 * 8 * (2 + repeated)
+
+
 @pytest.mark.parametrize(
     "fix",
     [
@@ -217,7 +238,7 @@ def listed():
 
 
 @pytest.mark.parametrize(
-    "fix", ["tp=2 pp=2 zero=0 sequence_parallel=on schedule=1f1b recompute=full:1", "dp=4 zero=3"]
+    "fix", ["tp=2 pp=2 zero=0 sequence_parallel=off schedule=1f1b recompute=full:1", "dp=4 zero=3"]
 )
 def test_a_loop_over_experts(fix):
     """What it reads of its tokens, shapes do not tell: it counts as it was captured."""

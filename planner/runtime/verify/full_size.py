@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from cost_models.decisions import Decisions
 from ir.errors import PlanError
@@ -81,7 +82,9 @@ def look_at(
         runs = ((3, 1),)
     total: Counter[tuple[Axes, str, int]] = Counter()
     for count, times in runs:
-        with _fake_group(d.gpus, _first_rank(d, pp_rank)):
+        # a compiled unit is repeated to its end, an eager one while backward needs it
+        ends = set_checkpoint_early_stop(not d.compile)
+        with _fake_group(d.gpus, _first_rank(d, pp_rank)), ends:
             seen = _run(_shortened(plan, count), model, inputs, targets, loss,
                         between=d.microbatches - 2)  # fmt: skip
         for key, found in seen.sent.items():
