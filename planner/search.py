@@ -18,6 +18,7 @@ from cost_models.rank_ledger import tier_uses
 from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Step
 from cost_models.tiers import TierUse
+from cost_models.units import format_seconds
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.dominance import undominated
@@ -165,9 +166,8 @@ class Searcher(Space):
             best = out.best.score
             step = out.best.objective_ps / 1e12
             gap = max(0.0, (best - bound) / best)
-            self.progress(
-                f"solving: best {step:.3f} s, bound {step * (1 - gap):.3f} s, gap {gap:.1%}"
-            )
+            said = [format_seconds(seconds) for seconds in (step, step * (1 - gap))]
+            self.progress(f"solving: best {said[0]}, bound {said[1]}, gap {gap:.1%}")
 
     def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
         """Solve a mesh's variants; note those whose bound is below what was found. Where a tier is

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -179,13 +180,28 @@ def test_what_a_pin_computes_again_is_under_no_split_backward(tmp_path):
 
 
 def test_a_known_plan_changes_nothing(tmp_path):
-    """Starting from any plan of the space ends at the same best."""
+    """Starting from any plan of the space ends at the same best, and says how far it is: the
+    gap never rises, and is what lies between the best and the bound."""
+    lines: list[str] = []
     searcher = searched("tp", tmp_path).searcher
     alone = searcher.run().best
     start = searcher.under(Pins(cp=2)).run().best
     assert start.score > alone.score
+    searcher.progress = lines.append
     found = searcher.run(start)
     assert (found.best.decisions, found.proved) == (alone.decisions, True)
+    form = r"solving: best ([\d.]+ m?s), bound ([\d.]+ m?s), gap ([\d.]+)%"
+    told = [re.fullmatch(form, line).groups() for line in lines]
+    gaps = [float(gap) for _, _, gap in told]
+    assert gaps and gaps == sorted(gaps, reverse=True)
+    for best, bound, gap in told:
+        share = seconds(bound) / seconds(best)
+        assert float(gap) == pytest.approx(100 * (1 - share), abs=1)  # of three digits
+
+
+def seconds(text):
+    size, unit = text.split()
+    return float(size) * {"s": 1, "ms": 1e-3}[unit]
 
 
 def test_little_effort_says_so(tmp_path):
