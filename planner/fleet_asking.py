@@ -49,12 +49,14 @@ class FleetAsking:
         self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None,
         effort: int,
     ) -> Answer | None:  # fmt: skip
-        """A plan that fits, of the first parts that have one: each is searched with so much
-        effort. None: nothing legal is left."""
+        """A plan that fits, of the first parts that have one. Parts alone share so much effort, and
+        so do several together. None: nothing legal is left."""
         workload = workload or self.workload
         found = FleetSearch(fleet=self.fleet, workload=workload)
-        for searcher in self._searchers(pins, hardware, workload):
-            searcher.effort = effort
+        every = [*self._searchers(pins, hardware, workload)]
+        alone = [len(searcher.clusters) == 1 for searcher in every]
+        for searcher, single in zip(every, alone):
+            searcher.effort = max(1, effort // alone.count(single))
             found.search(searcher)
             if found.best is not None:
                 break
@@ -88,7 +90,7 @@ class FleetAsking:
             self.graph, fleet, self.workload, options, refused=refused, shelf=self._shelf
         ):
             found.search(searcher)
-            if found.rows and found.rows[-1].outcome.interrupted:
+            if found.stopped:
                 break
         answer = found.answer()
         if answer is None or (answer.outcome.best is None and answer.outcome.misfit is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from cost_models.estimate import estimate
@@ -17,6 +18,7 @@ from planner.limits import capped
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.outcome import Outcome
 from planner.plan import Plan, Solver, make_plan
+from planner.sizing import RETRY_EFFORT
 from planner.tracing import Clock
 from planner.workload import resolve
 
@@ -25,36 +27,97 @@ def plan_fleet(
     graph: Graph, options: TraceOptions, fleet: Fleet, clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:  # fmt: skip
-    """Plan a graph for time; raises as `planner.tracing.run` does."""
-    if options.objective != "time":
-        raise UsageError(f"--objective {options.objective} is for hardware of one kind",
-                         hints=tuple(f"--hardware {p.spec}" for p in fleet.parts))  # fmt: skip
-    if options.limits.gpus or options.limits.usd_per_million_tokens:
-        raise UsageError("--max-gpus and --max-cost are for hardware of one kind",
+    """Plan a graph for time, or for the fewest GPUs that hold it; raises as `planner.tracing.run`
+    does."""
+    result, found = attempt_fleet(graph, options, fleet, clock, progress)
+    if result is None:
+        raise _beyond(graph, options, fleet) or _infeasible(graph, options, found)
+    return result
+
+
+def _beyond(graph: Graph, options: TraceOptions, fleet: Fleet) -> InfeasibleError | None:
+    """Where --max-gpus is in the way: how many GPUs it takes."""
+    most = options.limits.gpus
+    if most is None or most >= fleet.count:
+        return None
+    free = replace(options.limits, gpus=None)
+    asked = replace(options, limits=free, objective="gpus", effort=RETRY_EFFORT)
+    found, _ = attempt_fleet(graph, asked, fleet, Clock())
+    if found is None:
+        return None
+    count = found.plan.decisions.gpus
+    return InfeasibleError(
+        f"no plan was found that fits {most} GPUs or fewer (--max-gpus {most})",
+        why=f"the fewest that hold it are {count}: {count - most} more",
+        hints=(f"--max-gpus {count}",),
+    )
+
+
+def attempt_fleet(
+    graph: Graph, options: TraceOptions, fleet: Fleet, clock: Clock,
+    progress: Progress | None = None,
+) -> tuple[TraceResult | None, FleetSearch]:  # fmt: skip
+    """The plan within the limits of memory and GPUs, or None where none fits; and the search."""
+    _refuse(options, fleet)
+    workload, echo = resolve(graph, fleet, options.asked, options.pins)
+    found = FleetSearch(fleet=fleet, workload=workload)
+    every = _sizes(fleet, options.limits.gpus)
+    for sizes in [[n] for n in every] if options.objective == "gpus" else [every]:
+        for searcher in searchers(graph, fleet, workload, options, sizes=sizes):
+            searcher.progress = progress
+            clock.mark("cost_s")
+            found.search(searcher)
+            if len(searcher.clusters) == 1:
+                found.note_alone()
+            clock.mark("solve_s")
+            if found.stopped:
+                break
+        if found.best is not None or found.stopped:
+            break
+    if found.best is None:
+        if found.stopped:
+            raise KeyboardInterrupt
+        return None, found
+    plan, made = _planned(graph, options.hardware, found)
+    word = {"gpus": "--objective gpus"}.get(options.objective, f"--max-gpus {options.limits.gpus}")
+    if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
+        echo = (*echo, f"{word}: {plan.decisions.gpus} of {fleet.count} GPUs hold it")
+    result = TraceResult(
+        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet, max(sizes))),
+        interrupted=found.stopped, baselines=found.baselines, timing=clock.timing(),
+    )  # fmt: skip
+    return result, found
+
+
+def _refuse(options: TraceOptions, fleet: Fleet) -> None:
+    """Raise UsageError for what is of hardware of one kind alone."""
+    hints = tuple(f"--hardware {p.spec}" for p in fleet.parts)
+    if options.objective in ("cost", "energy"):
+        raise UsageError(
+            f"--objective {options.objective} is for hardware of one kind", hints=hints,
+            why="a plan that leaves a part idle is slower and may take less: that is not searched",
+        )  # fmt: skip
+    if options.limits.usd_per_million_tokens:
+        raise UsageError("--max-cost is for hardware of one kind", hints=hints,
                          why=f"{fleet.spec} has several")  # fmt: skip
     if options.stability is not None:
         raise UsageError("--stability is for hardware of one kind", why=f"{fleet.spec} has several")
-    workload, echo = resolve(graph, fleet, options.asked, options.pins)
-    found = FleetSearch(fleet=fleet, workload=workload)
-    for searcher in searchers(graph, fleet, workload, options):
-        searcher.progress = progress
-        clock.mark("cost_s")
-        found.search(searcher)
-        if len(searcher.clusters) == 1:
-            found.note_alone()
-        clock.mark("solve_s")
-        if found.rows[-1].outcome.interrupted:
-            break
-    stopped = found.rows[-1].outcome.interrupted
-    if found.best is None:
-        if stopped:
-            raise KeyboardInterrupt
-        raise _infeasible(graph, options, found)
-    plan, made = _planned(graph, options.hardware, found)
-    return TraceResult(
-        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet)), interrupted=stopped,
-        baselines=found.baselines, timing=clock.timing(),
-    )  # fmt: skip
+
+
+def _sizes(fleet: Fleet, most: int | None) -> list[int]:
+    """How many GPUs any of the parts have together, ascending, up to so many. Raises
+    InfeasibleError where none has so few."""
+    counts = [part.count for part in fleet.parts]
+    every = {sum(some) for n in range(1, len(counts) + 1)
+             for some in itertools.combinations(counts, n)}  # fmt: skip
+    found = sorted(n for n in every if most is None or n <= most)
+    if not found:
+        raise InfeasibleError(
+            f"--max-gpus {most}: every part of {fleet.spec} has more GPUs",
+            why=f"parts are used whole, and the smallest has {min(counts)}",
+            hints=(f"--max-gpus {min(counts)}",),
+        )
+    return found
 
 
 def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimate]:
@@ -74,15 +137,16 @@ def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimat
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
 
 
-def _used(plan: Plan, fleet: Fleet) -> tuple[str, ...]:
-    """Which GPUs the plan uses, and which are idle."""
+def _used(plan: Plan, fleet: Fleet, most: int) -> tuple[str, ...]:
+    """Which GPUs the plan uses, and which are idle. most: GPUs that it could use."""
     used = [part.name for part in used_parts(fleet, plan.decisions)]
     idle = [part.spec for part in fleet.parts if part.name not in used]
     joint = " beside " if plan.decisions.shares else " then "
     words = joint.join(fleet.part(name).spec for name in used)
     return (
         f"--hardware {fleet.spec}: the plan uses {words}",
-        *(f"{spec} is idle: no shorter step was found with it" for spec in idle),
+        *(f"{spec} is idle: no shorter step was found with it" for spec in idle
+          if most == fleet.count),
     )
 
 

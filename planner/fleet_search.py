@@ -65,6 +65,11 @@ class FleetSearch:
         assert self.best is not None and self.costs is not None
         return whole_step_ps(self.costs, self.best.objective_ps)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C ended the last search."""
+        return bool(self.rows) and self.rows[-1].outcome.interrupted
+
     def search(self, searcher: Searcher) -> None:
         """Search some of the parts for a plan that beats the best."""
         known = None
@@ -181,11 +186,12 @@ def _objective_within(costs: Costs, step_ps: int) -> int:
 
 def searchers(
     graph: Graph, fleet: Fleet, workload: Workload, options: TraceOptions, *,
-    refused: Refused = (), shelf: Shelf | None = None,
+    refused: Refused = (), shelf: Shelf | None = None, sizes: Sequence[int] | None = None,
 ) -> Iterator[Searcher]:  # fmt: skip
     """Each part alone, the quickest first; then replicas on several, side by side; then pipelines
     over several in every order, and again with a tp of each part. refused: what none may have.
-    Raises UsageError where the pins suit none of them."""
+    sizes: how many GPUs their parts may have together. Raises UsageError where the pins suit none.
+    """
     pins = options.pins
     for part in fleet.parts:
         check_model(graph, part, workload, pins)
@@ -209,7 +215,10 @@ def searchers(
             made.append(_piped(costs, pins, refused, False))
         if pins.tp_by_part != () and workload.engine in NATIVE:
             last.append(_piped(costs, pins, refused, True))
-    made = [s for s in (*made, *last) if must <= _kind(s)]
+    made = [
+        s for s in (*made, *last) if must <= _kind(s)
+        and (sizes is None or sum(part.count for part in s.clusters) in sizes)
+    ]  # fmt: skip
     every = ((s.candidates() if isinstance(s, FleetSearcher) else s.meshes()) for s in made)
     points = dict.fromkeys((m.micro_batch, m.cp) for some in every for m in some)
     shelf = shelf or Shelf()

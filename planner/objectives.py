@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from cost_models.fleet import Fleet, Hardware, load_any
+from cost_models.fleet import Fleet, Hardware, load_any, parts_of
 from cost_models.hardware import Cluster, catalogue
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.charges import charges, charges_said
-from planner.fleet_planning import plan_fleet
+from planner.fleet_planning import attempt_fleet, plan_fleet
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
@@ -101,6 +101,8 @@ def plan_for(
 ) -> TraceResult:
     """Plan a graph for the objective of the options, within their limits. Raises as `run` does."""
     if isinstance(hardware, Fleet):
+        if options.objective == "memory":
+            return _least_memory(graph, options, hardware, clock, progress)
         return plan_fleet(graph, options, hardware, clock, progress)
     return _of_one_kind(graph, options, hardware, clock, progress)
 
@@ -263,7 +265,7 @@ def _unmet(
 def _least_memory(
     graph: Graph,
     options: TraceOptions,
-    cluster: Cluster,
+    hardware: Hardware,
     clock: Clock,
     progress: Progress | None,
 ) -> TraceResult:
@@ -272,21 +274,36 @@ def _least_memory(
     The fastest plan under a limit of memory is the slower the lower the limit, so limits are
     halved towards the least whose plan is fast enough.
     """
-    best = fastest = plan_graph(graph, options, cluster, clock, progress)
+
+    def within(limit: int) -> TraceResult | None:
+        limits = replace(options.limits, memory_bytes=limit)
+        tried = replace(options, limits=limits)
+        if isinstance(hardware, Fleet):
+            return attempt_fleet(graph, tried, hardware, clock, progress)[0]
+        return attempt(graph, tried, hardware, clock, progress)[0]
+
+    if isinstance(hardware, Fleet):
+        best = fastest = plan_fleet(graph, options, hardware, clock, progress)
+    else:
+        best = fastest = plan_graph(graph, options, hardware, clock, progress)
     longest_ps = round(fastest.estimate.step_time_ps * (1 + options.slack))
-    fine = max(1, cluster.device.memory_bytes // RESOLVED)
-    least, most = 0, best.estimate.peak_memory_bytes
+    fine = max(1, max(p.device.memory_bytes for p in parts_of(hardware)) // RESOLVED)
+    least, most = 0, _most_bytes(best)
     while most - least > fine and not best.interrupted:
         limit = (least + most) // 2
-        limits = replace(options.limits, memory_bytes=limit)
-        found, _, _ = attempt(graph, replace(options, limits=limits), cluster, clock, progress)
+        found = within(limit)
         if found is None or found.estimate.step_time_ps > longest_ps:
             least = limit
         else:
-            best, most = found, min(limit, found.estimate.peak_memory_bytes)
-    peaks = [format_bytes(r.estimate.peak_memory_bytes) for r in (best, fastest)]
+            best, most = found, min(limit, _most_bytes(found))
+    peaks = [format_bytes(_most_bytes(r)) for r in (best, fastest)]
     line = (
         f"--objective memory: {peaks[0]}, where the fastest plan takes {peaks[1]} and"
         f" {format_seconds(fastest.estimate.step_time_s)} (--slack {options.slack:.0%})"
     )
-    return replace(best, echo=(*fastest.echo, line), timing=clock.timing())
+    return replace(best, echo=(*best.echo, line), timing=clock.timing())
+
+
+def _most_bytes(found: TraceResult) -> int:
+    """Of the rank that holds most, whatever its GPU has."""
+    return max(rank.peak_bytes for rank in found.estimate.ranks)

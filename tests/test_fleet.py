@@ -20,15 +20,19 @@ from cost_models.hardware import load_hardware
 from cost_models.mixed import MixedCosts, border_form, mixed
 from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
-from ir.errors import PlanError, UsageError
+from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.decisions import Pins
+from planner.fleet_planning import attempt_fleet, plan_fleet
 from planner.fleet_search import FleetSearch
 from planner.fleet_search import searchers as searchers_of
+from planner.limits import Limits
 from planner.mesh import Mesh
+from planner.objectives import plan_for
 from planner.options import TraceOptions
 from planner.plan import hardware_name, load, recost
 from planner.show_hardware import hardware_json, hardware_text
 from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
+from planner.tracing import Clock
 from planner.workload import Asked, resolve
 
 LLAMA = str(EXAMPLES / "llama.py")
@@ -391,9 +395,9 @@ def test_one_part_is_used_where_the_others_make_no_step_shorter(plan, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--objective", "memory"), 64, "hardware of one kind"),
+        (("--objective", "cost"), 64, "hardware of one kind"),
+        (("--max-gpus", "7"), 3, "the smallest has 8"),
         (("--fix", "dp=5"), 64, "5"),
-        (("--max-memory", "3GB"), 3, "no plan fits h100x8+a100x8"),
         (("--fix", "pp=4", "--fix", "schedule=gpipe"), 0, ""),
     ],
 )
@@ -409,3 +413,46 @@ def test_a_plan_of_one_kind_names_no_parts(plan, tmp_path):
     assert load("plan.json").decisions.parts == ()
     with pytest.raises(PlanError):
         load("missing.json")
+
+
+def test_fewest_gpus_are_those_of_one_part(tmp_path):
+    """Of all parts and sums of parts, the fewest GPUs on which anything fits; a limit of GPUs
+    leaves out what has more; what holds it is said where the limit is too low."""
+    graph, fleet, asked = tiny_fleet(0, tmp_path)  # parts of 1 and 2 GPUs
+    parts = tuple(with_memory(part, 9 * 10**9) for part in fleet.parts)
+    fleet, sizes = replace(fleet, parts=parts), {}
+    workload, _ = resolve(graph, fleet, asked, Pins())
+    options = TraceOptions(model="", asked=asked, hardware="two", effort=10**9)
+    for searcher in searchers_of(graph, fleet, workload, options):
+        best, count = searcher.run().best, sum(part.count for part in searcher.clusters)
+        if best is not None:
+            step = whole_step_ps(searcher.costs, best.objective_ps)
+            sizes[count] = min(step, sizes.get(count, step))
+    fewest = min(sizes)
+
+    def planned(**changes):
+        return attempt_fleet(graph, replace(options, **changes), fleet, Clock())[0]
+
+    assert planned(objective="gpus").plan.decisions.gpus == fewest
+    for most in (1, 2, 3):
+        within = [step for count, step in sizes.items() if count <= most]
+        found = planned(limits=Limits(gpus=most))
+        assert (found is None) == (not within)
+        if found is not None:
+            assert found.plan.decisions.gpus <= most
+            assert min(within) <= found.estimate.step_time_ps <= sizes.get(fewest)
+    assert fewest > 1
+    with pytest.raises(InfeasibleError) as fault:
+        plan_fleet(graph, replace(options, limits=Limits(gpus=1)), fleet, Clock())
+    assert f"the fewest that hold it are {fewest}" in fault.value.why
+
+
+def test_least_memory_on_parts_is_within_the_slack(tmp_path):
+    graph, fleet, asked = tiny_fleet(10, tmp_path)
+    options = TraceOptions(model="", asked=asked, hardware="two", effort=60, slack=0.5)
+    fastest, made = (
+        plan_for(graph, replace(options, objective=word), fleet, Clock()).estimate
+        for word in ("time", "memory")
+    )
+    most = [max(rank.peak_bytes for rank in e.ranks) for e in (made, fastest)]
+    assert most[0] < most[1] and made.step_time_s <= 1.5 * fastest.step_time_s

@@ -21,7 +21,7 @@ from planner.fleet_asking import FleetAsking
 from planner.fleet_planning import _planned
 from planner.fleet_search import FleetSearch, searchers
 from planner.fleet_space import FleetSearcher
-from planner.infeasible import Questions
+from planner.infeasible import Questions, explained
 from planner.options import TraceOptions
 from planner.outcome import Outcome, Tried
 from planner.plan import load, recost
@@ -202,6 +202,9 @@ def test_the_core_is_minimal():
     assert core.limits[0] == "memory" and core.hints and not every[words]
     assert all(every[tuple(w for w in words if w != one)] for one in words)
     assert bool(words) == every[()]
+    answer = asking.ask(pins, effort=EVERY)
+    fault = explained(asking, pins, answer.outcome, "", "")
+    assert fault.what.startswith("no plan fits") and "binding: memory" in fault.why
     for hint in core.hints:
         assert float(re.search(r"([0-9.]+) GB a GPU", hint)[1]) <= max(megabytes) / 1000
 
