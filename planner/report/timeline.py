@@ -18,7 +18,8 @@ from planner.report.markup import Html, el, join
 
 MOST_RANKS = 16
 MOST_OPS = 320  # that a rank's row shows side by side; more, and it is drawn in two parts
-MOST_EDGED = 100  # of a row with a line around each
+# A line around each operation is left out where the usual one is so small a share of its row:
+EDGED = (("dense", 1 / 160), ("tight", 1 / 40))  # in any, in a row of half the width
 RESOLUTION = 1_000_000  # units that a window is wide: what hovering can tell apart
 ROW_PX = 18
 KINDS = {"F": "forward", "B": "input gradient", "W": "weight gradient", "BW": "backward",
@@ -146,7 +147,9 @@ def _rank(s: Simulated, rank: int, w: Window) -> Html:
         told.append(f"{op},{microbatch},{chunk},{x0 - last},{x1 - x0}")
         last = x1
     width = -(-(w.end_ps - w.start_ps) // unit)
-    dense = "" if len(told) <= MOST_EDGED else " dense"
+    lengths = sorted(int(text.rpartition(",")[2]) for text in told)
+    usual = lengths[len(lengths) // 2] / width if lengths else 1.0
+    dense = next((f" {kind}" for kind, share in EDGED if usual < share), "")
     paths = [
         el("path", d="".join(drawn), class_=f"k-op-{op} chunk-{chunk}{dense}")
         for (op, chunk), drawn in shapes.items()
