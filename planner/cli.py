@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from planner import completing
-from planner.console import heard, run
+from planner.console import INTERRUPTED, heard, run, say
 
 COMMANDS: tuple[tuple[str, str, str, str], ...] = (  # word, module, function, help
     ("trace", "commands.trace", "trace", "trace, cost, solve, write the plan"),
@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         words = list(sys.argv[1:] if argv is None else argv)
         code = run(app(words[0] if words else ""), words)
         sys.stdout.flush()
+    except KeyboardInterrupt:  # before there is a command that would have it
+        say("interrupted")
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1  # as the library has it, where it meets the closed pipe first

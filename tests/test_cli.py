@@ -16,7 +16,7 @@ import typer
 from toy_plan import DECISIONS, toy_estimate, toy_graph, toy_plan
 
 from cost_models.hardware import load_hardware
-from planner import cli, console
+from planner import cli, console, start
 from planner.options import Baseline, TraceResult
 from planner.plan import load, make_plan
 from planner.plan_text import to_text
@@ -162,6 +162,27 @@ def test_interrupt_is_130(plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "cost_models.estimate", SimpleNamespace(estimate=stop))
     code, out, err = plan("show")
     assert (code, out, err) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_before_there_is_a_command(monkeypatch, capsys):
+    """As the command line is imported, and as it imports what the command needs."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    importer = SimpleNamespace(find_spec=interrupt)
+    for place in ("import", "command"):
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as left:
+            m.setattr("planner.cli.app", interrupt)
+            m.setattr("sys.argv", ["plan", "show"])
+            m.setattr("gc.set_threshold", lambda *_: None)
+            m.setattr("planner.cli._leave", sys.exit)
+            if place == "import":
+                m.delitem(sys.modules, "planner.cli")
+                m.delattr("planner.cli")
+                m.setattr("sys.meta_path", [importer, *sys.meta_path])
+            start.main()
+        assert (left.value.code, capsys.readouterr().err) == (130, "interrupted\n"), place
 
 
 def test_progress_is_a_line_of_a_terminal_wiped_at_the_end(monkeypatch):
