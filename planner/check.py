@@ -49,7 +49,7 @@ class Checked:
         if isinstance(self.hardware, Fleet):
             raise UsageError(
                 f"the plan is for {self.plan.hardware}, and this is for hardware of one kind",
-                hints=("plan show, check and diff take any plan",),
+                hints=("plan show, why, report, check and diff take any plan",),
             )
         return self.hardware
 

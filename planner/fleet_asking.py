@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from cost_models.chain import Chain, chain_of
@@ -53,10 +53,7 @@ class FleetAsking:
         so do several together. None: nothing legal is left."""
         workload = workload or self.workload
         found = FleetSearch(fleet=self.fleet, workload=workload)
-        every = [*self._searchers(pins, hardware, workload)]
-        alone = [len(searcher.clusters) == 1 for searcher in every]
-        for searcher, single in zip(every, alone):
-            searcher.effort = max(1, effort // alone.count(single))
+        for searcher in _dealt(self._searchers(pins, hardware, workload), effort):
             found.search(searcher)
             if found.best is not None:
                 break
@@ -75,10 +72,11 @@ class FleetAsking:
 
     def without(
         self, refused: Refused, pins: Pins, *, memory: float = 1.0, part: str = "", effort: int,
-        known: Answer | None = None,
+        known: Answer | None = None, dealt: bool = False,
     ) -> Answer | None:  # fmt: skip
         """The best plan that has none of what is refused. memory: times that of each GPU, or of
-        one part's. known: a plan of the space. None: nothing legal is left."""
+        one part's. known: a plan of the space. dealt: whether parts alone share the effort, and so
+        do several together; else each has it. None: nothing legal is left."""
         fleet = replace(self.fleet, parts=tuple(
             roomier(one, memory) if part in ("", one.name) else one for one in self.fleet.parts
         ))  # fmt: skip
@@ -86,9 +84,10 @@ class FleetAsking:
         if known is not None:
             found.best, found.costs = known.outcome.best, known.costs
         options = TraceOptions(model="", pins=pins, effort=effort)
-        for searcher in searchers(
+        every = searchers(
             self.graph, fleet, self.workload, options, refused=refused, shelf=self._shelf
-        ):
+        )
+        for searcher in _dealt(every, effort) if dealt else every:
             found.search(searcher)
             if found.stopped:
                 break
@@ -96,3 +95,12 @@ class FleetAsking:
         if answer is None or (answer.outcome.best is None and answer.outcome.misfit is None):
             return None
         return answer
+
+
+def _dealt(searchers: Iterable[Searcher], effort: int) -> Iterator[Searcher]:
+    """The searches, the effort shared by those of parts alone, and again by those of several."""
+    every = [*searchers]
+    alone = [len(searcher.clusters) == 1 for searcher in every]
+    for searcher, single in zip(every, alone):
+        searcher.effort = max(1, effort // alone.count(single))
+        yield searcher

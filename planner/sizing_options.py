@@ -111,6 +111,11 @@ def parse_devices(text: str) -> tuple[Cluster, ...]:
         if word.endswith(".toml"):
             found.append(load_hardware(word))
             continue
+        if "+" in word:
+            raise UsageError(f"--hardware {word}: plan size compares devices of one kind",
+                             why="a part of several kinds has a count, which is what is sought",
+                             hints=(f"--hardware {word.replace('+', ',')}",
+                                    f"plan trace MODEL --hardware {word}"))  # fmt: skip
         name, _, count = word.lower().rpartition("x")
         if name in catalogue() and count.isdigit():
             raise UsageError(f"--hardware {word}: plan size chooses the count",

@@ -87,9 +87,12 @@ class Why:
             formats=None if plan.workload.allowed_formats else self.d.formats or None,
         )  # fmt: skip
 
-    def alternative(self, refused: Refused, effort: int = DEFAULT_EFFORT) -> Alternative:
-        """The best plan without what is refused, and what stands in its way."""
-        found = self._search(refused, effort)
+    def alternative(
+        self, refused: Refused, effort: int = DEFAULT_EFFORT, *, dealt: bool = False
+    ) -> Alternative:
+        """The best plan without what is refused, and what stands in its way. dealt: as
+        `FleetAsking.without` has it."""
+        found = self._search(refused, effort, dealt=dealt)
         if found is None:
             return Alternative(refused=refused, binding=self._rule(refused))
         out, hardware = found.outcome, self.base.hardware
@@ -103,10 +106,10 @@ class Why:
             status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
             meshes=out.meshes, meshes_solved=out.expanded,
         )  # fmt: skip
+        binding = self._memory(refused, effort, found, dealt)
         return Alternative(
             refused=refused, decisions=out.best.decisions, assignments=out.best.assignments,
-            estimate=made, solver=solver,
-            binding=self._memory(refused, effort, found) or _slower(self.base.estimate, made),
+            estimate=made, solver=solver, binding=binding or _slower(self.base.estimate, made),
         )  # fmt: skip
 
     def rows(
@@ -129,20 +132,21 @@ class Why:
             if not idle:
                 if progress:
                     progress(f"solving: without {refused_words(((key, value),))}")
-                found.append(self.alternative(((key, value),), effort))
+                found.append(self.alternative(((key, value),), effort, dealt=True))
         return tuple(found)
 
     def roomier(self, effort: int = ROW_EFFORT, part: str = "") -> Answer | None:
         """The best plan on the same GPUs with more memory: on all, or on those of one part."""
         if isinstance(self.asking, FleetAsking):
             return self.asking.without(
-                (), self.pins, memory=MOST_MEMORY, part=part, effort=effort
+                (), self.pins, memory=MOST_MEMORY, part=part, effort=effort, dealt=True
             )
         return self._search((), effort, MOST_MEMORY)
 
     def _search(
-        self, refused: Refused, effort: int, memory: float = 1.0, known: Answer | None = None
-    ) -> Answer | None:
+        self, refused: Refused, effort: int, memory: float = 1.0, known: Answer | None = None,
+        dealt: bool = False,
+    ) -> Answer | None:  # fmt: skip
         """memory: times a GPU's. known: a plan of the space."""
         pins = self.pins
         for key, value in refused:
@@ -156,14 +160,20 @@ class Why:
                 pins = replace(pins, shares=())
             elif key == "tp_by_part" and value:
                 pins = replace(pins, tp_by_part=())
+        if isinstance(self.asking, FleetAsking):
+            return self.asking.without(
+                refused, pins, memory=memory, effort=effort, known=known, dealt=dealt
+            )
         return self.asking.without(refused, pins, memory=memory, effort=effort, known=known)
 
-    def _memory(self, refused: Refused, effort: int, first: Answer) -> Binding | None:
+    def _memory(
+        self, refused: Refused, effort: int, first: Answer, dealt: bool
+    ) -> Binding | None:
         """The plan that would be better with the least more memory, and by how much it is over;
         None where much more gains nothing."""
 
         def better(memory: float) -> Binding | None:
-            found = self._search(refused, effort, memory, first)
+            found = self._search(refused, effort, memory, first, dealt)
             if found is None or (first.score - found.score) * LEAST_GAIN < first.score:
                 return None
             return _over(found.decisions, found.estimate(), self.base.hardware)

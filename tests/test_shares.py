@@ -311,6 +311,7 @@ def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp
     assert last == pytest.approx(recost(found, load_any("h100x8+a100x8")).step_time_ps / 1e6)
     code, _, err = plan("export", "plan.json", "--to", "megatron")
     assert code == 1 and "shares: every data rank" in err
+    assert "hint: --hardware of one kind of GPU" in err
     for old, new, word in (
         ('"a100": {"dp": 8', '"b200": {"dp": 8', "b200"),
         ('"a100": {"dp": 8', '"a100": {"dp": 4', "data ranks"),

@@ -221,7 +221,7 @@ def test_targets_are_read():
 def test_devices_are_names_without_counts(tmp_path):
     assert [c.name for c in parse_devices("h100,b200-sxm")] == ["h100", "b200"]
     assert len(parse_devices("")) > 20
-    for bad in ("h100x8", "h100,h100", "h900"):
+    for bad in ("h100x8", "h100,h100", "h900", "h100+a100"):
         with pytest.raises(UsageError):
             parse_devices(bad)
     path = tmp_path / "mine.toml"

@@ -88,7 +88,9 @@ def judge(
         said = [f"{row.decision}: {row.note}" for row in fatal]
         if besides:
             said.append(f"and would lose of it besides: {', '.join(besides)}")
-        alike = ("--hardware of one kind of GPU",) * any(x.decision == "parts" for x in fatal)
+        alike = ("--hardware of one kind of GPU",) * any(
+            x.decision in ("parts", "shares", "tp_by_part") for x in fatal
+        )
         pins = " ".join(f"--fix {pin}" for pin in takes)
         raise PlanError(
             f"--to {target} cannot lay out this plan", why="\n".join(said),
