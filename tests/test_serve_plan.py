@@ -202,6 +202,7 @@ def test_two_plans_are_compared(made, plan):
     assert code == 2
     changed = {c["what"]: (c["old"], c["new"]) for c in found["decisions"]}
     assert changed["tp"] == ("2", "1") and changed["pp"] == ("1", "2")
+    assert not {"ep", "etp"} & {*changed}  # it has no experts
     assert [(c["what"], c["old"], c["new"]) for c in found["blocks"]] == [("mlp", "fp32", "int8")]
     for at, path in (("old", first), ("new", second)):
         shown = json.loads(plan("show", path, "--json")[1])["estimate"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cost_models.serving_engines import error_of
+from cost_models.serving_reading import served_model
 from planner.differ import Change, Diff, Number, by_name, placed, renamed_of, same_names, verdict_of
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
@@ -55,7 +56,10 @@ def _numbers(old: CheckedServing, new: CheckedServing) -> tuple[Number, ...]:
 
 
 def _decided(plan: ServingPlan) -> dict[str, str]:
-    return {key: _plain(value) for key, value in decisions_json(plan).items()}
+    """In words; of experts where the model has some: else etp goes with tp, and says nothing."""
+    experts = any(layer.experts for layer in served_model(plan.graph).layers)
+    return {key: _plain(value) for key, value in decisions_json(plan).items()
+            if experts or key not in ("ep", "etp")}  # fmt: skip
 
 
 def _blocks(plan: ServingPlan) -> dict[str, str]:
