@@ -7,7 +7,7 @@ a prompt's own steps behind what is queued before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from cost_models.serving_engines import ServingEngine
 from cost_models.serving_host import host_of
 from cost_models.serving_kv import kv_bytes, kv_here_bytes
 from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
-from cost_models.serving_queue import STEADY, Arrivals, mixed_s, prior_s
+from cost_models.serving_queue import STEADY, Arrivals, gathered, mixed_s, prior_s
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
 
@@ -53,8 +53,7 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     step: of the whole replica; attention replicas and pipeline stages have equal shares.
     """
     s, engine = costs.serving, costs.engine
-    share = s.attention_dp * s.pp
-    mine = replace(step, sequences=step.sequences / share, prompts=step.prompts / s.attention_dp)
+    mine = step.of_fullest(s.attention_dp, s.pp)
     total = {part: np.zeros(np.shape(step.sequences)) for part in PARTS}
     for layer in model.layers:
         for part, seconds in layer_s(costs, layer, model.hidden, mine).items():
@@ -66,7 +65,7 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
             size = rows * matrix.n * 2
             gathered = collective_s(costs.cluster, "all_gather", size, s.tp)
             total["tp_comm"] = total["tp_comm"] + gathered
-    tokens = mine.sequences + mine.prompts * mine.new
+    tokens = mine.tokens
     if s.tp > 1:  # a table of tokens split over the vocabulary
         total["tp_comm"] = total["tp_comm"] + costs.all_reduce_s(tokens * model.hidden * 2)
     if s.pp > 1:
@@ -76,7 +75,8 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     eager = engine.kernel_host_s > 0  # what an engine's own host does is its table's to say
     own_s = host.token_s if eager else None
     step_host_s = engine.step_host_s if own_s is None else own_s
-    total["host"] = step_host_s + engine.sequence_host_s * step.sequences
+    # Each replica of attention has a scheduler of its own.
+    total["host"] = step_host_s + engine.sequence_host_s * step.sequences / s.attention_dp
     if s.tiers or s.kv_tier != "gpu":
         _add_below(total, below(costs, model, mine), costs.serving)
     launched = engine.kernel_host_s * _launches(model)  # ahead of the kernels, as far as it can
@@ -121,7 +121,7 @@ def weight_bytes(model: ServedModel, s: Serving) -> float:
         return WEIGHT_BYTES[s.format_of(block)]
 
     def layer_bytes(layer: LayerShape) -> float:
-        found = sum(m.held(s.tp) * size(m.block) for m in layer.matrices)
+        found = sum(m.held(s.tp) * size(m.part) for m in layer.matrices)
         experts = sum(e.elements for e in layer.experts)
         return found + experts / (s.ep * s.expert_tp) * size("routed_experts")
 
@@ -197,22 +197,22 @@ class Served:
 
 
 def _step_tokens(costs: Costs) -> int:
-    """Tokens of prompts that a replica's step takes: so many for each replica of attention."""
-    s = costs.serving
-    return (s.prefill_chunk or costs.engine.chunk_tokens) * s.attention_dp
+    """Tokens of prompts that a step of one replica of attention takes."""
+    return costs.serving.prefill_chunk or costs.engine.chunk_tokens
 
 
 def prompt_steps(
     costs: Costs, model: ServedModel, running: FloatArray, context: FloatArray,
     prompt: FloatArray, prompts: FloatArray,
 ) -> FloatArray:  # fmt: skip
-    """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode."""
-    chunk = _step_tokens(costs)
-    most = int(np.max(np.ceil(prompts * prompt / chunk)))
+    """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode;
+    of replicas of attention each reads prompts of its own."""
+    chunk, fullest = _step_tokens(costs), np.maximum(prompts / costs.serving.attention_dp, 1.0)
+    most = int(np.max(np.ceil(fullest * prompt / chunk)))
     found = np.zeros(np.shape(running))
     left = prompt * 1.0
     for _ in range(most):
-        room = np.maximum(chunk / prompts, 1.0)
+        room = np.maximum(chunk / fullest, 1.0)
         new = np.minimum(left, room)
         past = prompt - left
         step = step_of(running, context, np.where(new > 0, prompts, 0.0), new, past)
@@ -242,19 +242,30 @@ def serve(
         delay_s = (own_s - steps * decode_s) / s.pp
     else:
         own_s, delay_s = alone_s, alone_s / s.pp
+    at_once = one
+    if s.attention_dp > 1:  # each replica of attention reads a prompt of its own beside the others
+        a_prompt_s = (decode_s * output + others * np.maximum(delay_s, 0.0)) / running
+        more = gathered(arrivals, others / output * arrivals.bunched)[1]
+        together = np.maximum(own_s / a_prompt_s, 1 + more)
+        at_once = np.clip(together, one, np.minimum(s.attention_dp, running))
+        beside = others if engine.mixes else none
+        own_s = prompt_steps(costs, model, beside, context, prompt, at_once)
+        passed_s = steps * decode_s if engine.mixes else none
+        delay_s = (own_s - passed_s) / at_once / s.pp
     # Stages read different prompts at once: those behind wait for one stage's share of each.
     # A request of the first wave waits for those behind it alone, half of the others.
     first = 1 / np.asarray(arrivals.waves, dtype=np.float64)
     behind = others * (1 - first / 2)
     tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
-    group = np.where(fit >= 1, fit, chunk / prompt)
+    group = np.where(fit >= 1, fit, chunk / prompt) * s.attention_dp
     if engine.mixes:
-        steady_s = mixed_s(arrivals, others, output, decode_s, own_s, steps, group)
+        steady_s = mixed_s(arrivals, others, output, decode_s, own_s, steps, group, at_once)
     else:
-        steady_s = prior_s(arrivals, others, output, decode_s, own_s, group)
-    steady_s = steady_s + np.minimum(engine.wait_prompts, others / 2) * own_s
+        steady_s = prior_s(arrivals, others, output, decode_s, own_s, group, at_once)
+    met = np.minimum(engine.wait_prompts, others / 2) / s.attention_dp  # of one's own replica
+    steady_s = steady_s + met * own_s
     # The first wave arrives at once: in groups of as many prompts as a step takes.
-    together = np.minimum(np.maximum(fit, 1.0), running)
+    together = np.minimum(np.maximum(fit, 1.0) * s.attention_dp, running)
     batch_s = prompt_steps(costs, model, none, context, prompt, together)
     if engine.mixes:  # those that were read decode meanwhile
         batch_s = batch_s + np.where(running > together, decode_s, 0.0)
@@ -262,7 +273,7 @@ def serve(
     burst_s = burst_s + (running + 1) / 2 * engine.arrival_host_s
     request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
     request_s = engine.request_host_s if request_s is None else request_s
-    request_s += engine.expert_host_s * model.routed_count
+    request_s += engine.routed_op_host_s * model.routed_ops
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
         tpot_s, ttft_s = decode_s, request_s + batch_s

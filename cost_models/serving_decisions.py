@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields, replace
 
-from cost_models.serving_shapes import BLOCKS
+from cost_models.serving_shapes import BLOCKS, PARTS_OF
 from ir.errors import UsageError
 
 # Bytes a weight, scales included: int4 in groups of 128 with two-byte scales, fp4 in groups of 16
@@ -118,7 +118,7 @@ class Serving:
         if self.ranks % self.ep:
             raise UsageError(f"ep={self.ep} does not divide {self.ranks} ranks of a stage")
         for block, _ in self.weights:
-            if block not in BLOCKS:
+            if block not in BLOCKS and block not in PARTS_OF:
                 raise UsageError(f"unknown block {block!r}", why=f"one of {', '.join(BLOCKS)}")
         for block, name in (*self.weights, ("default", self.default)):
             if name not in WEIGHT_BYTES:
@@ -162,7 +162,9 @@ class Serving:
         return self.etp or self.ranks // self.ep
 
     def format_of(self, block: str) -> str:
-        return dict(self.weights).get(block, self.default)
+        """Of a block class, or of a part of one (`PARTS_OF`)."""
+        given = dict(self.weights)
+        return given.get(block) or given.get(PARTS_OF.get(block, ""), self.default)
 
     def held(self, block: str) -> Held | None:
         """How a block lies below the GPU, None where all of it is on it."""

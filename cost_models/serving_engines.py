@@ -28,9 +28,9 @@ class ServingEngine:
     request_host_s: host time of a request before its first step (tokenizing, transport).
     arrival_host_s: of requests that arrive at once, what the host takes for each before the next
     (tokenizing, admission), one after another.
-    expert_host_s: host time of a routed layer in a prompt's step, which is launched kernel by
-    kernel (no CUDA graph has its shapes) while steps before it run still: the first token waits for
-    it, the steps of others do not.
+    routed_op_host_s: host time of an op of a routed layer in a prompt's step, which are launched
+    one by one (no CUDA graph has their shapes) while steps before it run still: the first token
+    waits for it, the steps of others do not.
     kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
     chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
     waits. static: requests come as one batch, read and decoded to the end together.
@@ -40,6 +40,8 @@ class ServingEngine:
     for all it will write; else for what it has, and half of what it will write.
     kv_sent: what of a prompt's cache leaves a pool of prefill at a time, as soon as it is there:
     layer, chunk or prompt; "" where the engine has no such pools.
+    expands_latents: of models that cache latents (MLA) a step makes all heads' keys and values
+    again, of all that is cached; else it decodes in the latent space.
     all_reduce: kernel family; library is NCCL's. skew: exponent of the power law of experts' loads
     under the prompts of benchmarks (0: uniform at random).
     """
@@ -51,7 +53,7 @@ class ServingEngine:
     sequence_host_s: float
     request_host_s: float
     arrival_host_s: float
-    expert_host_s: float
+    routed_op_host_s: float
     kernel_host_s: float
     chunk_tokens: int
     mixes: bool
@@ -60,6 +62,7 @@ class ServingEngine:
     memory_share: float
     reserves: bool
     kv_sent: str
+    expands_latents: bool
     all_reduce: str
     skew: float
     source: str

@@ -8,7 +8,7 @@ cache still, for all other layers ran since; and of a kernel's start a step pays
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -40,13 +40,31 @@ _CUSTOM_BYTES = 8 << 20  # engines give larger sums to the library (vLLM's and S
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One step's work, arrays of one shape: `sequences` that decode a token each, with `context`
-    keys in the cache; `prompts` of `new` tokens each, behind `past` ones. Of one model replica."""
+    keys in the cache; `prompts` of `new` tokens each, behind `past` ones. Of one model replica; of
+    one of its replicas of attention, whose fellows read `elsewhere` prompts (`of_fullest`)."""
 
     sequences: FloatArray
     context: FloatArray
     prompts: FloatArray
     new: FloatArray
     past: FloatArray
+    elsewhere: FloatArray | float = 0.0
+
+    @property
+    def tokens(self) -> FloatArray:
+        return np.asarray(self.sequences + self.prompts * self.new)
+
+    def of_fullest(self, replicas: int, stages: int) -> Step:
+        """What the fullest of so many replicas of attention does, in one of so many stages at once.
+        Sequences are spread evenly; a prompt is one replica's, which reads all of it."""
+        most = np.maximum(self.prompts / replicas, np.minimum(self.prompts, 1.0))
+        return replace(self, sequences=self.sequences / (replicas * stages), prompts=most,
+                       elsewhere=self.prompts - most)  # fmt: skip
+
+    def of_all(self, replicas: int) -> FloatArray:
+        """Tokens of all replicas of attention, which their experts share."""
+        read = (self.prompts + self.elsewhere) * self.new
+        return np.asarray(self.sequences * replicas + read)
 
 
 def step_of(
@@ -152,7 +170,7 @@ class Costs:
 
     def matrix_s(self, matrix: Matrix, tokens: FloatArray, beside: bool = False) -> FloatArray:
         """One kernel of matrices for `tokens` tokens. beside: it starts while others run."""
-        name = self.serving.format_of(matrix.block)
+        name = self.serving.format_of(matrix.part)
         if self.device.family == CPU:
             rows = np.maximum(tokens * matrix.rows, 1.0)
             columns, inner = matrix.columns(self.serving.tp), matrix.inner(self.serving.tp)
@@ -169,8 +187,29 @@ class Costs:
         return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
                             narrow=family != "bf16")  # fmt: skip
 
+    def rows_of(self, matrix: Matrix, attention: tuple[Attend, ...], step: Step) -> FloatArray:
+        """Tokens of a step that a matrix multiplies. What expands latents does so for prompts and
+        what came before them; for sequences that decode where the engine expands their cache."""
+        if not matrix.expands:
+            return step.tokens
+        rows = step.prompts * (step.new + step.past)
+        if self.engine.expands_latents:
+            rows = rows + step.sequences * seen(attention[0], step.context)
+        return np.asarray(rows)
+
+    def _expanded_s(self, attend: Attend, step: Step) -> FloatArray:
+        """Heads' keys copied together of what a matrix made and the key that heads share."""
+        heads = max(attend.heads / self.serving.tp, 1.0)
+        tokens = step.sequences * seen(attend, step.context)
+        moved = tokens * heads * (2 * attend.dim_qk - attend.rope) * 2
+        return load_kernels(self.device).memory_bound_s(moved, 2)
+
     def attention_s(self, attend: Attend, step: Step) -> FloatArray:
         """Attention of a step: the sequences that decode, and the prompts."""
+        if attend.latent and self.engine.expands_latents:
+            heads_own = replace(attend, latent=0, rope=0, kv_heads=attend.heads)
+            copied = np.where(step.sequences > 0, self._expanded_s(attend, step), 0.0)
+            return copied + self.attention_s(heads_own, step)
         tp, device = self.serving.tp, self.device
         context = seen(attend, step.context) if attend.block else step.context
         if device.family == CPU:
@@ -306,21 +345,27 @@ class Costs:
         return np.where(size_bytes <= _CUSTOM_BYTES, custom, library)
 
     def exchange_s(self, size_bytes: FloatArray) -> FloatArray:
-        """Tokens of all attention replicas to the experts' ranks and back: gathered, reduced."""
+        """Tokens of all attention replicas to the experts' ranks and back: gathered, reduced.
+        size_bytes: of them in 16 bits, which 4-bit tensor cores' are quantized from before they
+        are sent (vLLM's pull request 30014, SGLang's 7667)."""
         ranks = self.serving.ranks
-        gathered = collective_s(self.cluster, "all_gather", size_bytes, ranks)
+        _, width, peak = _gemm_family(self.device, self.serving.format_of("routed_experts"))
+        sent = size_bytes * (width / 2 if peak == "nvfp4" else 1.0)
+        gathered = collective_s(self.cluster, "all_gather", sent, ranks)
         return gathered + collective_s(self.cluster, "reduce_scatter", size_bytes, ranks)
 
 
 def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[str, FloatArray]:
     """Seconds of one layer by part; `step` is of one attention replica."""
     s = costs.serving
-    tokens = step.sequences + step.prompts * step.new
-    shared = tokens * s.attention_dp  # what the experts' ranks see
+    tokens = step.tokens
+    shared = step.of_all(s.attention_dp)  # what the experts' ranks see
     parts = {part: np.zeros(np.shape(tokens)) for part in PARTS}
     for matrix in layer.matrices:  # shared experts run on a stream beside the routed ones
         beside = matrix.block == "shared_experts"
-        parts["gemm"] = parts["gemm"] + costs.matrix_s(matrix, tokens, beside)
+        rows = costs.rows_of(matrix, layer.attention, step)
+        spent = costs.matrix_s(matrix, rows, beside)
+        parts["gemm"] = parts["gemm"] + np.where(rows > 0, spent, 0.0)
     for attend in layer.attention:
         parts["attention"] = parts["attention"] + costs.attention_s(attend, step)
     for one in layer.recurrences:

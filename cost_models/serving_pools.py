@@ -111,7 +111,7 @@ def reads(
     return Reads(
         alone_s=float(found[0]), prompts_per_s=float((s.pp * counts / found).max()),
         held_bytes=fixed + HELD * memory.kv_bytes_per_sequence,
-        host_s=engine.expert_host_s * model.routed_count,
+        host_s=engine.routed_op_host_s * model.routed_ops,
     )  # fmt: skip
 
 

@@ -70,30 +70,38 @@ def read_before(others: FloatArray, group: FloatArray) -> FloatArray:
     return np.minimum(others, np.maximum((others + group - 1) / 2, 0.0))
 
 
+def turns(before: FloatArray, at_once: FloatArray | float) -> FloatArray:
+    """Times that so many prompts before one's own are read, if so many are at once: one's own
+    turn has all but one of those."""
+    return np.asarray(np.maximum(before - (at_once - 1), 0.0) / at_once)
+
+
 def mixed_s(
     arrivals: Arrivals, others: FloatArray, output: FloatArray, decode_s: FloatArray,
-    own_s: FloatArray, steps: FloatArray, group: FloatArray,
+    own_s: FloatArray, steps: FloatArray, group: FloatArray, at_once: FloatArray | float = 1.0,
 ) -> FloatArray:  # fmt: skip
     """Seconds from arrival to first token where prompts are read in steps that decode too.
 
     others: requests beside it. own_s: of a prompt's `steps` steps, decoding included. Half of the
     step that runs, longer by the prompts it reads (an arrival falls anywhere in time, so the
-    likelier in a longer step); then a step with those that came during it.
+    likelier in a longer step); then a step with those that came during it. at_once: prompts that
+    those steps read beside one another, one each of as many replicas of attention.
     """
     a_step = others / output * arrivals.bunched
     prompt_s = np.maximum(own_s - steps * decode_s, 0.0)
-    mean_s = decode_s + prompt_s * a_step / steps
+    mean_s = decode_s + prompt_s * a_step / at_once / steps
     # of the step that an arrival falls in; the prompts of a step are Poisson
-    met_s = mean_s + prompt_s**2 * a_step / mean_s
+    met_s = mean_s + prompt_s**2 * a_step / at_once / mean_s
     held, more = gathered(arrivals, a_step)
     before = read_before(a_step * met_s / mean_s + more, group)
     late = np.maximum((before + 1) / group - steps, 0.0)
-    return held * decode_s + met_s / 2 + own_s + prompt_s * before + late * decode_s
+    waited_s = prompt_s * turns(before, at_once) + late * decode_s
+    return held * decode_s + met_s / 2 + own_s + waited_s
 
 
 def prior_s(
     arrivals: Arrivals, others: FloatArray, output: FloatArray, decode_s: FloatArray,
-    own_s: FloatArray, group: FloatArray,
+    own_s: FloatArray, group: FloatArray, at_once: FloatArray | float = 1.0,
 ) -> FloatArray:  # fmt: skip
     """The same where prompts are read before anything is decoded. own_s: of a prompt alone.
 
@@ -101,8 +109,9 @@ def prior_s(
     """
     a_step = others / output * arrivals.bunched
     between_s = arrivals.looked_every * decode_s
-    reads = a_step * own_s / (decode_s + a_step * own_s)  # share of the time
+    prompts_s = a_step / at_once * own_s
+    reads = prompts_s / (decode_s + prompts_s)  # share of the time
     held, more = gathered(arrivals, a_step)
     before = read_before(a_step * arrivals.looked_every + more, group)
     running_s = (1 - reads) * between_s / 2 + reads * own_s / 2
-    return held * decode_s + running_s + own_s * (1 + before)
+    return held * decode_s + running_s + own_s * (1 + turns(before, at_once))

@@ -279,14 +279,24 @@ class _Walk:
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """Matrices of one input, block and split are one kernel."""
-        keyed: dict[tuple[str, str, str, int, int], list[tuple[int, int]]] = {}
+        keyed: dict[tuple[str, str, str, int, int, bool], list[tuple[int, int]]] = {}
+        expanding = {name for _, _, values in self.attention for name in self._expanding(values)}
         for name, found in self.linears.items():
-            key = (found.read, self.blocks[name], found.split, found.k, found.rows)
+            key = (found.read, self.blocks[name], found.split, found.k, found.rows,
+                   name in expanding)  # fmt: skip
             keyed.setdefault(key, []).append((found.n, self.kv_heads(name)))
         return tuple(
-            Matrix(block=block, k=k, parts=tuple(parts), split=split, rows=rows)
-            for (_, block, split, k, rows), parts in keyed.items()
+            Matrix(block=block, k=k, parts=tuple(parts), split=split, rows=rows, expands=expands)
+            for (_, block, split, k, rows, expands), parts in keyed.items()
         )
+
+    def _expanding(self, values: frozenset[str]) -> list[str]:
+        """Matrices of attention's values that read what another matrix made, a latent."""
+        return [
+            name for name in sorted(values & self.linears.keys())
+            if self.linears[name].parents & self.linears.keys()
+            and not self.linears[name].parents & self.mixers
+        ]  # fmt: skip
 
     def kv_heads(self, name: str) -> int:
         for node, keys, values in self.attention:
@@ -299,13 +309,11 @@ class _Walk:
 
         The latent is what a compressing matrix made: the cache keeps that, not the heads.
         """
-        for name in sorted(values & self.linears.keys()):
+        for name in self._expanding(values):
             found = self.linears[name]
-            source = found.parents & self.linears.keys()
-            if source and not found.parents & self.mixers:
-                wide = max(self.linears[x].n for x in source)
-                beside = (keys & self.linears.keys()) - {name}
-                return found.k, max(wide - found.k, 0) if beside else 0
+            wide = max(self.linears[x].n for x in found.parents & self.linears.keys())
+            beside = (keys & self.linears.keys()) - {name}
+            return found.k, max(wide - found.k, 0) if beside else 0
         return 0, 0
 
     def attends(self) -> tuple[Attend, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 BLOCKS = (
     "attention", "mlp", "shared_experts", "routed_experts", "router", "embeddings", "head",
 )  # fmt: skip
+PARTS_OF = {"attention_out": "attention"}  # what may have a format that its block has not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +20,8 @@ class Matrix:
     """Matrices that read one input, as one kernel: [rows, k] x [k, n], n the sum of `parts`.
 
     parts: (columns, key-value heads, 0 for any other columns): where tp exceeds those heads they
-    are repeated. split: column, row or whole (every rank has it). rows: a token's.
+    are repeated. split: column, row or whole (every rank has it). rows: a token's. expands: it
+    makes heads' keys and values of a latent that the cache keeps (MLA).
     """
 
     block: str
@@ -27,6 +29,14 @@ class Matrix:
     parts: tuple[tuple[int, int], ...]
     split: str
     rows: int = 1
+    expands: bool = False
+
+    @property
+    def part(self) -> str:
+        """The finest class that may have a format of its own: what leaves attention, else its
+        block."""
+        leaves = self.block == "attention" and self.split == "row"
+        return "attention_out" if leaves else self.block
 
     @property
     def n(self) -> int:
@@ -157,9 +167,9 @@ class ServedModel:
         return sum(layer.count for layer in self.layers)
 
     @property
-    def routed_count(self) -> int:
-        """Layers with routed experts."""
-        return sum(layer.count for layer in self.layers if layer.experts)
+    def routed_ops(self) -> int:
+        """Ops of the layers with routed experts, views apart."""
+        return sum(layer.count * layer.light.ops for layer in self.layers if layer.experts)
 
     def block_elements(self) -> dict[str, float]:
         """Elements of the whole model's weights by block class, those there are."""

@@ -68,11 +68,11 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
     s, cluster = costs.serving, costs.cluster
     zero = np.zeros(np.shape(step.sequences))
     stream = fetched = on_host = saved = zero
-    tokens = step.sequences + step.prompts * step.new
+    tokens = step.tokens
     for held in s.tiers:
         rate = rate_bytes_per_s(cluster, s, held.tier)
         if held.block == "routed_experts":
-            some = _experts(costs, model, held, tokens * s.attention_dp)
+            some = _experts(costs, model, held, step.of_all(s.attention_dp))
             fetched = fetched + some.fetched_s
             on_host, saved = on_host + some.on_host_s, saved + some.saved_s
             continue
@@ -207,7 +207,8 @@ def block_bytes(model: ServedModel, s: Serving, block: str) -> float:
     if block == "routed_experts":
         elements = sum(layer.count * e.elements for layer in model.layers for e in layer.experts)
         return elements / (s.ep * s.expert_tp) / s.pp * width
-    found = sum(count * m.held(s.tp) for count, m in _matrices(model, block)) * width
+    found = sum(count * m.held(s.tp) * WEIGHT_BYTES[s.format_of(m.part)]
+                for count, m in _matrices(model, block))  # fmt: skip
     return found if block == "head" else found / s.pp
 
 

@@ -14,7 +14,7 @@ from cost_models.serving_engines import load_serving_engine
 from ir.errors import UsageError
 from planner import cli
 from planner.validation import serving as found
-from planner.validation.serving_fit import fit_engine
+from planner.validation.serving_fit import Prior, fit_engine, fitted
 from planner.validation.serving_recipes import Recipe, recipe_of
 from planner.validation.serving_report import document, text
 from planner.validation.serving_rows import plain_name, read_serving
@@ -195,16 +195,26 @@ def test_the_fit_finds_what_made_the_runs(folder):
     models, _ = found.models_of(rows)
     truth = replace(
         load_serving_engine("vllm"), start_share=0.7, step_host_s=4e-4, sequence_host_s=1e-5,
-        request_host_s=0.05, wait_prompts=0.5, arrival_host_s=3e-3, expert_host_s=0.0,
+        request_host_s=0.05, wait_prompts=0.5, arrival_host_s=3e-3, routed_op_host_s=0.0,
     )  # fmt: skip
     made, _ = found.predict(rows, models, {"vllm": truth})
     rows = [replace(one.row, tpot_s=one.tpot_s, ttft_s=one.ttft_s) for one in made]
-    got, of = fit_engine(rows, models, load_serving_engine("vllm"))
+    got, of = fit_engine(rows, models, load_serving_engine("vllm"), prior=None)
     part = of(np.array([row.serving.tp == 1 for row in rows]))  # from those alone
     for engine in (got, part):
         again, _ = found.predict(rows, models, {"vllm": engine})
         assert max(abs(one.tpot_s / one.row.tpot_s - 1) for one in again) < 0.01
         assert max(abs(one.ttft_s / one.row.ttft_s - 1) for one in again) < 0.05
+
+
+def test_a_constant_that_no_run_tells_is_what_engines_have_in_common():
+    """Errors of a first constant alone: the second stays where it is held, however it starts."""
+    errors = lambda at: np.log(np.array([1.0, 2.0, 3.0]) * at[0] / np.array([2.0, 4.0, 6.0]))  # noqa: E731
+    free = (("a", 0.0, 10.0, 0.1), ("b", 0.0, 10.0, 0.1))
+    prior = Prior(mean=(1.0, 3.0), spread=(100.0, 1.0))
+    for start in (0.0, 9.0):
+        values, _ = fitted(errors, np.array([1.0, start]), free, 0.3, prior)
+        assert values == pytest.approx([2.0, 3.0], rel=1e-2)
 
 
 def test_what_no_queue_explains_is_set_aside(folder):

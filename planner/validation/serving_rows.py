@@ -21,7 +21,7 @@ from cost_models.op_rows import device_of
 from cost_models.serving_decisions import Serving
 from cost_models.serving_engines import serving_engines
 from ir.errors import UsageError
-from planner.validation.serving_recipes import Recipe, recipe_of
+from planner.validation.serving_recipes import LOADS, Recipe, recipe_of
 
 _NEEDED = ("backend", "model_path", "system", "isl", "osl", "concurrency", "tp_size",
            "silicon_ttft_ms", "silicon_tpot_ms")  # fmt: skip
@@ -159,6 +159,8 @@ def _row(name: str, line: int, raw: Mapping[str, str], configs: Mapping[str, Pat
         raise _Unfit(f"{serving.ranks} GPUs an instance, more than the node's {cluster.node_size}")
     precision = raw.get("precision") or "bf16"
     default, weights = _formats(raw, precision, shape)
+    if precision == "fp4" and short.startswith("deepseek") and (prompt, output) in LOADS:
+        weights = (*weights, ("attention_out", "fp4"))  # nvidia/DeepSeek-R1-0528-FP4-V2, its card
     recipe = recipe_of(raw["backend"], raw.get("backend_version", ""), short, device.name,
                        precision, (prompt, output), serving)  # fmt: skip
     serving = replace(serving, default=default, weights=weights, prefill_chunk=recipe.chunk_tokens,
