@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
+from planner.bound_chunks import SLACK_BYTES, Chunks, Floats, Ints, chunk_flight
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 CELLS = 500_000  # of (mesh, rank, layers) at once, to bound memory
 HALVINGS = 40  # of the interval that a bound lies in
-SLACK_BYTES = 1e4  # sums of bytes as floats
 SPLIT_KINDS = ("zbh1", "folded")  # of schedules whose backward is split
 
 
@@ -142,20 +140,26 @@ def forced_s(pieces: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -
     return seconds
 
 
-def ranks_s(rows: Rows, pp: int, layers: int, kind: str) -> Floats:
-    """Seconds of the pipeline at least, with `layers` layers of the commonest kind."""
+def ranks_s(
+    rows: Rows, pp: int, layers: int, kind: str, chunks: Chunks | None = None
+) -> Floats:
+    """Seconds of the pipeline at least, with `layers` layers of the commonest kind. chunks: of an
+    interleaved schedule with so many a rank."""
     found = np.empty(len(rows.m))
     most = min(layers, 2 * -(-layers // pp) + 1)
     each = max(1, CELLS // (pp * most))
     for at in range(0, len(found), each):
         some = np.arange(at, min(at + each, len(found)))
-        found[some] = _ranks_s(rows.part(some), pp, layers, most, kind)
+        found[some] = _ranks_s(rows.part(some), pp, layers, most, kind, chunks)
     return found
 
 
-def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
+def _ranks_s(
+    rows: Rows, pp: int, layers: int, most: int, kind: str, chunks: Chunks | None
+) -> Floats:
     m = rows.m
-    held = flight(pp, m, kind)
+    each_held = None if chunks is None else chunk_flight(pp, m.astype(np.int64), chunks.count)
+    held = flight(pp, m, kind) if each_held is None else each_held[:, :, -1].astype(float)
     rank, number = np.arange(pp), np.arange(1, most + 1)
     last = 0 if kind == "folded" else pp - 1
     ends = np.zeros((3, len(m), pp))
@@ -172,7 +176,11 @@ def _ranks_s(rows: Rows, pp: int, layers: int, most: int, kind: str) -> Floats:
         size, rate = rows.lowered.T[..., None, None]
         freed = np.broadcast_to(freed, (*freed.shape[:3], pp, 1))
         freed = with_piece(freed, size / held[..., None], rate * held[..., None])
-    again = forced_s(freed, over, number.astype(float))
+    if chunks is None or each_held is None:
+        again = forced_s(freed, over, number.astype(float))
+    else:
+        over = each[:, :, None] * number - room[:, :, None]
+        again = chunks.again_s(freed[..., 0, 0], rows.kept_bytes, over, number, each_held)
     time = (
         m[:, None, None] * (number * rows.layer_s[:, None, None] + ends[0][:, :, None] + again)
         + (rank * rows.way_s[:, None])[:, :, None]

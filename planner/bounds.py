@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
+from cost_models.schedule import schedule_illegal
 from cost_models.step import Assignments, Costs
 from planner.bound_chain import Known, Through, through_chain
+from planner.bound_chunks import Chunks, chunk_flight, filled_chunks
 from planner.bound_ranks import (
     SPLIT_KINDS,
     Rows,
@@ -76,13 +78,15 @@ def mesh_bounds_ps(
     below: Sequence[int] | None = None,
     formats: Formats = (),
     keeps: Callable[[int, bool], Sequence[Keep]] = lambda tp, split: (),
+    apart: bool = False,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
     schedules: any of them may run. pins: of how state is held. keeps: what layers may keep in
     part beside the default, by (tp, sequence parallel). Where what needs memory here is
     pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
-    these picoseconds. formats: of all of them.
+    these picoseconds. formats: of all of them. apart: interleaved schedules are bounded each by its
+    own number of chunks, which is sharper and takes longer.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
@@ -93,6 +97,7 @@ def mesh_bounds_ps(
     table.schedules = frozenset(schedules)
     table.by_layer = counts_state(states.pins, costs.cluster, costs.workload.engine)
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
+    table.apart = apart and "interleaved" in table.schedules
     moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
     known: Known = {}
     for (tp, split, kind, ep, etp), members in groups.items():
@@ -131,6 +136,7 @@ class _Table:
         self.layers = len(costs.chain.layers)
         self.schedules: frozenset[str] = frozenset()  # that may run, and the most chunks a rank
         self.most_virtual = 1
+        self.apart = False  # whether each number of chunks is bounded by itself
         self.by_layer = False  # whether the optimizer of some layers may lie below
 
     def fill(self, members: list[int], through: Through, at: list[int], sizes: Sizes) -> None:
@@ -161,7 +167,8 @@ class _Table:
         reserved = np.array([states.reserved(r) for r in rows])
         room = self.costs.cluster.device.memory_bytes - reserved
         working, kernels = self.get(mine, "least_working"), self.get(mine, "kernels_s")
-        kinds = {kind_of_schedule(name) for name in self.schedules}
+        kinds = {kind_of_schedule(name) for name in self._merged}
+        chunks = range(2, self.most_virtual + 1) if self.apart else ()
         if "fused" in kinds:  # holds no more than GPipe: its bound is one of both
             kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
@@ -180,11 +187,21 @@ class _Table:
                     least = np.minimum(least, self._alone_s(mine, step, held, room, way, below))
                 continue
             at_most = np.minimum(least, limit[mine])
-            for kind in sorted(kinds):
-                for below in (both if self.schedules & ALONE[kind] else []) or [None]:
-                    found_s = self._pipeline_s(mine, step, held, room, kind, way, at_most, below)
+            programs = [(0, kind) for kind in sorted(kinds)] + [(v, "fused") for v in chunks]
+            for v, kind in programs:
+                alone = self.schedules & ALONE[kind] and not v
+                for below in (both if alone else []) or [None]:
+                    found_s = self._pipeline_s(
+                        mine, step, held, room, kind, way, at_most, below, v
+                    )
                     least = np.minimum(least, found_s)
+                    at_most = np.minimum(at_most, least)
         return least, tail, held_bytes
+
+    @property
+    def _merged(self) -> frozenset[str]:
+        """The schedules that are bounded together, by kind."""
+        return self.schedules - {"interleaved"} if self.apart else self.schedules
 
     def _elsewhere(self, way: Way) -> bool:
         return "activations" in dict(way.offload)
@@ -230,11 +247,12 @@ class _Table:
 
     def _pipeline_s(
         self, mine: Ints, step: Floats, held: Held, room: Floats, kind: str, way: Way,
-        at_most: Floats, below: Held | None,
+        at_most: Floats, below: Held | None, v: int = 0,
     ) -> Floats:  # fmt: skip
         """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened.
-        below: as `_alone_s` has it."""
+        below: as `_alone_s` has it. v: interleaved with so many chunks a rank, where it is."""
         pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
+        schedules = {"interleaved"} if v else self._merged
         quickest = self.get(mine, "quickest_s")
         way_s = self.get(mine, "forward_s") if split else quickest
         if self._elsewhere(way):
@@ -243,6 +261,8 @@ class _Table:
             most, places = np.zeros(len(mine)), np.zeros(len(mine))
             for p in np.unique(pp):
                 held_at_once = flight(int(p), m[pp == p], kind)
+                if v:
+                    held_at_once = chunk_flight(int(p), m[pp == p], v)[:, :, -1].astype(float)
                 most[pp == p] = held_at_once.max(axis=1)
                 places[pp == p] = (1 / held_at_once).sum(axis=1)
             left = room - self.get(mine, "least_working")
@@ -264,24 +284,33 @@ class _Table:
         least = np.maximum(least, m * fullest * quickest)
         if not split:  # a micro-batch goes there and back
             least = np.maximum(least, step + again)
+            most_v = v or self.most_virtual
             least = np.maximum(
-                least, bubble_s(step + again, m, pp, self.layers, self.schedules, self.most_virtual)
+                least, bubble_s(step + again, m, pp, self.layers, schedules, most_v)
             )
+        if v:
+            never = [schedule_illegal("interleaved", *row, v) is not None
+                     for row in zip(pp.tolist(), m.tolist())]  # fmt: skip
+            least = np.where(np.array(never) | (pp * v > self.layers), np.inf, least)
         tail = held.tail_s / pp
         near = np.flatnonzero(least + tail < at_most)
         if not self._elsewhere(way):
             for p in np.unique(pp[near]):
                 some = near[pp[near] == p]
-                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p), below)
+                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p), below, v)
                 least[some] = np.maximum(least[some], sharper)
         bound: Floats = least + tail
         return bound
 
     def _by_ranks(
         self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int,
-        below: Held | None,
+        below: Held | None, v: int,
     ) -> Floats:  # fmt: skip
-        these, count = mine[some], self.chain[0].layer.count
+        these, count, chunks = mine[some], self.chain[0].layer.count, None
+        if v:
+            chain, common = self.costs.chain, self.chain[0].common
+            others = [n for n, i in enumerate(chain.layers) if self.costs.kind_of[i] != common]
+            chunks = Chunks(count=v, filled=filled_chunks(pp, v, self.layers, others))
         working = self.get(these, "layer.working_bytes")
         working = working + 2 * self._wide(held.gathered_bytes[some, 1])
         seconds, kept = (
@@ -299,7 +328,7 @@ class _Table:
             ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some],
             lowered=lowered.T,
         )  # fmt: skip
-        return ranks_s(rows, pp, count, kind)
+        return ranks_s(rows, pp, count, kind, chunks)
 
     def guess_s(self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int) -> Floats:
         """What a plan of the mesh may come to."""

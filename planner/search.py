@@ -47,6 +47,7 @@ from planner.turns import in_turn
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 8 s
+SHARPENED = 8  # meshes whose bounds are sharpened count one
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
 ENDLESS = 1 << 62  # picoseconds
@@ -78,10 +79,15 @@ class Searcher(Space):
     ) -> Bounds:
         """Of every mesh a lower bound of its objective, and a guess at it. below: bounds are not
         sharpened beyond these."""
+        return self._bounds(candidates, below, apart=False)
+
+    def _bounds(
+        self, candidates: Sequence[Mesh], below: Sequence[int] | None, apart: bool
+    ) -> Bounds:
         return mesh_bounds_ps(
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
             schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
-            keeps=self.keeps,
+            keeps=self.keeps, apart=apart,
         )  # fmt: skip
 
     def _score(self, objective_ps: int, mesh: Mesh | Decisions) -> int:
@@ -113,7 +119,13 @@ class Searcher(Space):
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found
         with interruptible() as stopped:
             kinds = [m.pp for _, m in candidates]
-            for i in in_turn(guess, lower, kinds, out, self.effort):
+
+            def sharpen(rest: Sequence[int]) -> None:
+                self._sharpen(rest, candidates, lower, out)
+                left[:] = sorted(lower[i] for i in rest)[::-1]
+                tried.clear()
+
+            for i in in_turn(guess, lower, kinds, out, self.effort, sharpen):
                 if out.best and lower[i] >= out.best.score:
                     continue
                 if stopped() or out.spent >= self.effort:
@@ -134,6 +146,26 @@ class Searcher(Space):
         rest = [*left[-1:], *(u.bound for u in unsettled)]
         out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
+
+    def _sharpen(
+        self, rest: Sequence[int], candidates: Sequence[tuple[Searcher, Mesh]], lower: list[int],
+        out: Outcome,
+    ) -> None:  # fmt: skip
+        """Raise the bounds of those of these candidates that may be better than the best: on one
+        kind of GPUs, as others are bounded otherwise."""
+        if out.best is None or len(self.clusters) > 1:
+            return
+        for space in dict.fromkeys(id(candidates[i][0]) for i in rest):
+            some = [i for i in rest if id(candidates[i][0]) == space
+                    and lower[i] < out.best.score and candidates[i][1].pp > 1]  # fmt: skip
+            if not some:
+                continue
+            meshes = [candidates[i][1] for i in some]
+            below = [self._below(out.best, m) for m in meshes]
+            found = candidates[some[0]][0]._bounds(meshes, below, apart=True)
+            for i, mesh, bound in zip(some, meshes, found.lower_ps.tolist()):
+                lower[i] = max(lower[i], self._score(bound, mesh))
+            out.spent += len(some) // SHARPENED
 
     def _prove(
         self, out: Outcome, unsettled: list[Unsettled], untried: int, stopped: Callable[[], bool]

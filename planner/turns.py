@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from planner.outcome import Outcome
 
 
 def in_turn(
     guess: Sequence[int], lower: Sequence[int], kinds: Sequence[Hashable], out: Outcome,
-    effort: int,
+    effort: int, sharpen: Callable[[Sequence[int]], None],
 ) -> Iterator[int]:  # fmt: skip
-    """The best guess first; once half of the effort is spent, what holds the bound down.
+    """The best guess first; once half of the effort is spent, what holds the bound down. Before
+    that, `sharpen` is told of all that are left, and may raise their bounds in `lower`.
 
     guess, lower: scores of every mesh. kinds: meshes whose guesses err alike. What the meshes of a
     kind came to, over their guesses, is known once one was tried: at least that, where it came to
@@ -33,5 +34,7 @@ def in_turn(
             if out.best is not None:
                 came_to = out.best.score / max(1, guess[i])
                 errs[kind] = min(errs.get(kind, came_to), came_to)
-    left = (i for row in rest.values() for i in row)
+    left = [i for row in rest.values() for i in row]
+    if left:
+        sharpen(left)
     yield from sorted(left, key=lambda i: (lower[i], i))

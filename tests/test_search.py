@@ -127,15 +127,16 @@ def test_random_problems_equal_their_enumeration(tmp_path):
 def test_bounds_hold_for_every_mesh(case):
     problem, least = case
     space, searcher = list(least), problem.searcher
-    bounds = mesh_bounds_ps(
-        problem.costs, space, searcher.assign, schedules=searcher.searched_schedules,
-        keeps=searcher.keeps,
-    ).lower_ps
-    broken = [
-        (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)
-        if least[mesh] is not None and low > least[mesh]
-    ]  # fmt: skip
-    assert not broken
+    for apart in (False, True):
+        bounds = mesh_bounds_ps(
+            problem.costs, space, searcher.assign, schedules=searcher.searched_schedules,
+            keeps=searcher.keeps, apart=apart,
+        ).lower_ps
+        broken = [
+            (mesh, int(low), least[mesh]) for mesh, low in zip(space, bounds)
+            if least[mesh] is not None and low > least[mesh]
+        ]  # fmt: skip
+        assert not broken
 
 
 PINNED = [

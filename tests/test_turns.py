@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from planner.turns import in_turn
 
 
-def tried(guess, lower, kinds, steps, effort=1_000):
+def tried(guess, lower, kinds, steps, effort=1_000, sharpen=lambda rest: None):
     """The order in which meshes of these steps are tried, each at an effort of one."""
     out, order = SimpleNamespace(best=None, spent=0), []
-    for i in in_turn(guess, lower, kinds, out, effort):
+    for i in in_turn(guess, lower, kinds, out, effort, sharpen):
         order.append(i)
         out.spent += 1
         if out.best is None or steps[i] < out.best.score:
@@ -31,3 +31,13 @@ def test_every_mesh_that_may_be_better_is_tried_once():
 def test_what_holds_the_bound_down_comes_once_half_of_the_effort_is_spent():
     guess, lower = [1, 2, 3, 4, 5], [1, 2, 3, 2, 1]
     assert tried(guess, lower, "aaaaa", [10] * 5, effort=4) == [0, 1, 4, 3, 2]
+
+
+def test_bounds_are_sharpened_before_the_least_comes_first():
+    guess, lower = [1, 2, 3, 4, 5], [1, 2, 3, 2, 1]
+
+    def sharpen(rest):
+        assert sorted(rest) == [2, 3, 4]
+        lower[4], lower[3] = 10, 4
+
+    assert tried(guess, lower, "aaaaa", [10] * 5, effort=4, sharpen=sharpen) == [0, 1, 2, 3, 4]
