@@ -88,7 +88,7 @@ def test_groups_that_are_costed_are_those_that_run() -> None:
 
 
 def test_expert_groups_lie_inside_a_pipeline() -> None:
-    d = Decisions(pp=2, dp=8, tp=2, ep=4, dp_outer=2, shard=8)
+    d = Decisions(pp=2, dp=8, tp=2, ep=4, dp_outer=2, zero=1, shard=8)
     ranks = ranks_of(d, True)
     assert (ranks.shard, ranks.replicas) == (4, 1) and d.pipeline == 16
     assert spread(ranks.sharing) == [0, 4, 16, 20]  # two blocks of ep in each of two parts

@@ -147,7 +147,7 @@ def trace(
     effort: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, show_default=False, help="programs searched (default: 2500)"
+            metavar="N", min=0, show_default=False, help="programs searched (default: 1200)"
         ),
     ] = 0,
     prompt: Prompt = None,
