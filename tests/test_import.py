@@ -30,6 +30,11 @@ SUFFIX = {"megatron": ".sh", "deepspeed": ".json", "torchtitan": ".py", "torchti
           "accelerate": ".yaml"}  # fmt: skip
 
 
+def every_model_is_llama(monkeypatch):
+    for module in ("objectives", "tracing"):  # the former imports the latter's
+        monkeypatch.setattr(f"planner.{module}.capture", lambda *_: graph_of("llama"))
+
+
 def read(engine, text, name="f", gpus=8, fix=(), asked=None):
     """(pins, settings) of a text, without costing it."""
     source = SOURCES[engine]
@@ -289,7 +294,7 @@ def test_mutated_files_are_read_or_refused_in_words():
 
 
 def test_a_configuration_is_costed_and_compared(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("planner.tracing.capture", lambda *_: graph_of("llama"))
+    every_model_is_llama(monkeypatch)
     tmp = tmp_path
     (tmp / "ds.json").write_text(json.dumps({
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2,
@@ -309,7 +314,7 @@ def test_a_configuration_is_costed_and_compared(plan, tmp_path, monkeypatch):
 
 
 def test_an_imported_plan_is_exported_as_it_was(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("planner.tracing.capture", lambda *_: graph_of("llama"))
+    every_model_is_llama(monkeypatch)
     layers = facts(graph_of("llama"), "bf16", 8).layers
     text = SCRIPT.replace("--num-layers 8", f"--num-layers {layers}").replace("2048", "128")
     (tmp_path / "run.sh").write_text(text)
@@ -329,7 +334,7 @@ def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
 ):
     """A plan of one engine for another: the export tells what its import is costed at, and whether
     it fits, before anything is written."""
-    monkeypatch.setattr("planner.tracing.capture", lambda *_: graph_of("llama"))
+    every_model_is_llama(monkeypatch)
     pins = ("tp=1", "zero=2", "micro_batch=4", "recompute=none", "compile=off")
     trace = ("trace", "llama.py", "--seq-len", "128", "--global-batch", "32",
              *(word for pin in pins for word in ("--fix", pin)))  # fmt: skip
