@@ -17,7 +17,7 @@ from typing import Any
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
-from cost_models.hardware import CLUSTER_KEYS, DEVICE_KEYS, DTYPES, LINK_KEYS
+from cost_models.hardware import CLUSTER_KEYS, DEVICE_KEYS, DTYPES, LINK_KEYS, catalogue
 from cost_models.levels import LEVEL_KEYS, LEVEL_KINDS
 from cost_models.serving_decisions import Held, Pool, Serving
 from cost_models.serving_engines import serving_engines
@@ -70,7 +70,9 @@ def hardware_schema() -> Json:
     }  # fmt: skip
     prose = {"type": "object", "additionalProperties": WORD}
     one = {
-        "name": WORD, "base": WORD | {"description": "a catalogue name; only what differs is said"},
+        "name": WORD,
+        "base": WORD | {"description": "a device of the catalogue, by any name of it; only what"
+                        " differs is said", "examples": list(catalogue())},
         "count": {"type": "integer", "minimum": 1, "description": "GPUs"},
         "device": _object(device), "cluster": _object(cluster), "sources": prose,
         "constants": {"type": "object", "description": "constants of its own, by op and format"},
@@ -184,7 +186,9 @@ def _numbers(keys: Mapping[str, type]) -> Json:
     """Keys of a TOML table; sizes may have a unit, numbers are positive."""
     found: Json = {}
     for name, kind in keys.items():
-        number = {"exclusiveMinimum": 0} if kind in (int, float) else {}
+        number: Json = {"exclusiveMinimum": 0} if kind in (int, float) else {}
+        if name.endswith("efficiency"):
+            number |= {"maximum": 1}
         found[name] = SIZE if kind is int and "bytes" in name else PLAIN[kind] | number
     return found
 

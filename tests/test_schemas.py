@@ -46,6 +46,7 @@ def test_every_hardware_file_is_valid():
         {"count": 8, "bse": "h100"}, {"base": "h100"}, {"base": "h100", "count": 0},
         {"base": "h100", "count": 8, "device": {"power_w": -1}},
         {"base": "h100", "count": 8, "cluster": {"inter": {"kind": "ethernet"}}},
+        {"base": "h100", "count": 8, "cluster": {"intra": {"efficiency": 80}}},
         {"parts": ["h100x8"], "cluster": {}},
     ],
     ids=str,
