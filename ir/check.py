@@ -94,6 +94,9 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as fault:
         yield f"{node.name}: {node.op} has not what its rule reads ({fault})"
         return
+    empty = any(d.is_constant and d.numerator == 0 for t in (*ins, *node.outputs) for d in t.shape)
+    if empty and rule(node).kind not in ("memory", "free"):
+        yield f"{node.name}: {node.op} of a tensor without elements"
     operands = (*zip(spec.inputs, ins), *zip(spec.outputs, node.outputs))
     if len(spec.inputs) != len(ins) or len(spec.outputs) != len(node.outputs):
         yield f"{node.name}: the rule of {node.op} has another number of operands"

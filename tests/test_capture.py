@@ -264,6 +264,70 @@ def test_damaged_text_says_where() -> None:
         parse_graph(text.replace("graph/1", "graph/9", 1))
 
 
+TEXT = """graph/1 "m"
+max_seq_len None seq_in_input True
+unit u0
+  input in0 f32[b, s, 64] diff
+  parameter w f32[64, 64]
+  f32[b, s, 64] = mm matmul(in0, w)
+  f32[b, 64, s] = permute permute(mm) {dims=[0, 2, 1]}
+  return permute
+  saved
+  saved_fused
+  saved_selective
+unit root
+  input x f32[b, s, 64] diff
+  f32[b, 64, s] = u0 call(x) {path="a", unit="u0"}
+  return u0
+  saved
+  saved_fused
+  saved_selective
+"""
+
+
+def test_that_text_is_a_graph() -> None:
+    check_graph(parse_graph(TEXT))
+
+
+@pytest.mark.parametrize(
+    ("was", "put", "why"),
+    [
+        ("{dims", "{dimute {dims", "not the key"),
+        ("{dims=[0, 2, 1]}", "{dims=" + "[" * 50_000 + "}", "brackets"),
+        ("{dims=[0, 2, 1]}", '{dims=[0, "2"]}', "not an attribute"),
+        ("{dims=[0, 2, 1]}", "{dims=[0, 9223372036854775808]}", "not an attribute"),
+        ("64, 64]", "64, -64]", "a dimension of -64"),
+        ("64, 64]", f"64, {'9' * 400}]", "not a size"),
+        ("64, 64]", f"64, {2**48}]", "elements"),
+        ("64, 64]", "64, b*b*b*s*s]", "a power"),
+        ("64, 64]", "64, b/0]", "not a size"),
+        ("64, 64]", "64, 064]", "not as a graph is written"),
+        ("  saved_fused", "  saved_fused ", "not as a graph is written"),
+        ('"m"', "1.5", "not a word"),
+        ("input True", "input True\nnote {}", "at line 3"),
+    ],
+)
+def test_a_line_that_no_graph_has_is_refused(was: str, put: str, why: str) -> None:
+    """Each is read as a graph has it or refused with its line: nothing that a rule trips over."""
+    assert was in TEXT
+    with pytest.raises(PlanError, match="damaged") as found:
+        parse_graph(TEXT.replace(was, put, 1))
+    said = "\n".join(found.value.lines())
+    assert why in said and "at line" in said
+
+
+def test_sums_over_nothing_and_orders_that_are_none_are_not_legal() -> None:
+    """A size of 0 is one that graphs have, where nothing is computed of it."""
+    for was, put, why in (
+        ("64, 64]", "64, 0]", "without elements"),
+        ("{dims=[0, 2, 1]}", "{dims=[0, 2, 2]}", "no order"),
+        (" {dims=[0, 2, 1]}", "", "no order"),
+    ):
+        with pytest.raises(PlanError, match="not legal") as found:
+            check_graph(parse_graph(TEXT.replace(was, put)))
+        assert why in found.value.why
+
+
 # --- exact counts -----------------------------------------------------------------------------
 
 

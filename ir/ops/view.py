@@ -76,7 +76,8 @@ def _view_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
 def _permute_spec(node: Node, ins: tuple[Tensor, ...]) -> Spec:
     rank = len(ins[0].shape)
     dims = node.attr("dims")
-    assert isinstance(dims, tuple)
+    if not isinstance(dims, tuple) or sorted(d % rank for d in dims) != [*range(rank)]:
+        raise ValueError(f"dims of {dims} are no order of {rank} dimensions")
     letters = tuple(f"d{i}" for i in range(rank))
     return Spec(inputs=(letters,), outputs=(tuple(letters[d % rank] for d in dims),))
 
