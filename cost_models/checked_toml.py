@@ -10,6 +10,7 @@ from typing import Any
 
 from cost_models.units import parse_bytes
 from ir.errors import UsageError
+from ir.files import may_wait
 
 MOST = 10**18  # of a whole number: an exabyte, an exaflop a second
 MOST_BYTES = 4 << 20  # of a file
@@ -17,6 +18,8 @@ MOST_BYTES = 4 << 20  # of a file
 
 def read_toml(path: Path, what: str = "hardware file") -> dict[str, Any]:
     """The file's tables. Raises UsageError where it cannot be read, or is no TOML."""
+    if may_wait(path):
+        raise UsageError(f"cannot read {what} {path}", why="it is no file")
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{what} {path} is larger than {MOST_BYTES >> 20} MiB")

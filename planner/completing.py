@@ -164,7 +164,7 @@ def in_bash(run: Callable[[list[str]], Any]) -> None:
 def _text(path: str) -> str:
     """Of a file; empty where there is none to read."""
     try:
-        small = Path(path).stat().st_size <= MOST_BYTES
+        small = Path(path).is_file() and Path(path).stat().st_size <= MOST_BYTES
         return Path(path).read_text(encoding="utf-8") if small else ""
     except (OSError, ValueError):
         return ""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ir.errors import PlanError, UsageError
+from ir.files import is_stream
 from planner import completing
 from planner.commands.shared import folder_of
 from planner.console import say
@@ -74,7 +75,9 @@ def write_files(folder: Path, files: tuple[tuple[str, str], ...]) -> list[Path]:
     paths = [folder / name for name, _ in files]
     for path in paths:
         try:
-            theirs = path.exists() and OURS not in path.read_text(encoding="utf-8")
+            theirs = is_stream(path) or (
+                path.exists() and OURS not in path.read_text(encoding="utf-8")
+            )
         except (OSError, UnicodeDecodeError):
             theirs = True
         if theirs:

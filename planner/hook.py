@@ -17,17 +17,19 @@ def plans_of(files: Sequence[str]) -> list[str]:
 def _is_plan(path: Path) -> bool:
     """Whether a file says that it is one, or a graph of ours beside it does: a plan that is broken
     or gone is one that fails."""
+    graph = _start(path.with_suffix(".graph")).startswith("graph/")
+    return graph or '"schema": "plan/' in _start(path)
+
+
+def _start(path: Path) -> str:
+    """Of a file's text; empty where there is none to read."""
     try:
-        with open(path.with_suffix(".graph"), encoding="utf-8") as file:
-            if file.read(6) == "graph/":
-                return True
-    except (OSError, UnicodeDecodeError):
-        pass
-    try:
+        if not path.is_file():
+            return ""
         with open(path, encoding="utf-8") as file:
-            return '"schema": "plan/' in file.read(200)
+            return file.read(200)
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
 
 
 def main() -> None:

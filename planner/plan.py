@@ -15,6 +15,7 @@ from cost_models.fleet import Hardware, load_any, parts_of
 from cost_models.hardware import summands
 from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
+from ir.files import is_stream, may_wait
 from ir.graph import Graph
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ class Plan:
     def save(self, target: str, *, embed: bool = False) -> None:
         """Write `target` and the graph beside it, each whole or not at all; `-` is stdout.
 
-        embed: put the graph's text inside instead.
+        embed: put the graph's text inside instead, as into what has nothing beside it: a pipe.
         """
         from ir.text import format_graph
         from planner.plan_text import to_text
 
-        text = to_text(self, embed=embed or target == "-")
+        embed = embed or target == "-" or is_stream(target)
+        text = to_text(self, embed=embed)
         if target == "-":
             sys.stdout.write(text)
             return
@@ -105,15 +107,23 @@ def hardware_name(spec: str) -> str:
 
 
 def load_cluster(plan: Plan | ServingPlan, folder: Path) -> Hardware:
-    """The plan's hardware as it is today; a file is sought here, then beside the plan."""
+    """The plan's hardware as it is today; a file is sought here, then beside the plan.
+
+    A plan may be anybody's: the file that is read lies here or beside it, or below, links followed.
+    """
+    allowed = [Path.cwd().resolve(), folder.resolve()]
 
     def found(spec: str) -> str:
-        if spec.endswith(".toml") and (Path(spec).is_absolute() or ".." in Path(spec).parts):
+        if not spec.endswith(".toml"):
+            return spec
+        beside = folder / spec
+        path = beside if not Path(spec).exists() and beside.exists() else Path(spec)
+        real = Path(os.path.realpath(path))
+        said = Path(spec).is_absolute() or ".." in Path(spec).parts
+        if said or not any(map(real.is_relative_to, allowed)):
             raise PlanError(f"the plan's hardware {spec!r} is outside of where the plan may read",
                             why="a plan names a file beside it or below")  # fmt: skip
-        beside = folder / spec
-        near = spec.endswith(".toml") and not Path(spec).exists() and beside.exists()
-        return str(beside) if near else spec
+        return str(path)
 
     try:
         return load_any("+".join(map(found, summands(plan.hardware, folder))))
@@ -176,14 +186,23 @@ def recost(plan: Plan, hardware: Hardware) -> Estimate:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write beside and rename, so that a reader sees the old file or the new one.
+
+    A link stays one, and what it leads to is replaced. A pipe or a device is written to as it is:
+    a file in its place would break whatever else uses it. Raises PlanError.
+    """
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if is_stream(path):
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+            return
         with open(beside, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(beside, target)
     except OSError as fault:
         reason = fault.strerror or type(fault).__name__
         raise PlanError(f"cannot write {path}", why=reason) from fault
@@ -258,6 +277,9 @@ def read(source: str) -> str:
         from planner.revisions import read_revision
 
         return _within(read_revision(source), source)
+    if may_wait(source):
+        raise PlanError(f"cannot read {source}", why="it is no file",
+                        hints=("'-' is stdin",))  # fmt: skip
     try:
         with open(source, encoding="utf-8") as file:
             return _within(file.read(MOST_CHARACTERS + 1), source)

@@ -20,6 +20,7 @@ from planner.commands.shared import (
     print_json,
 )
 from planner.console import progress, say
+from planner.targets import require_target
 
 
 def import_(
@@ -96,6 +97,7 @@ def import_(
         raise UsageError(f"plan import needs {' and '.join(missing)}")
     if as_json and path == "-":
         raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
+    require_target(path, embed=embed)
     source_of(engine)
     options = TraceOptions(
         model=model, hardware=hardware, args=parse_args(arg), pins=parse_pins(fix), cache=cache,

@@ -195,7 +195,7 @@ def check(
         checks.require_model(checked.plan, traced, model)
     checks.require_fit(checked)
     if update and checked.moved:
-        if plan == "-" or not Path(plan).exists():
+        if plan == "-" or not Path(plan).is_file():
             raise UsageError(f"--update cannot rewrite {plan}", why="expected the path of a file")
         embedded = parse_header(read(plan), plan).graph is not None
         checks.updated(checked).save(plan, embed=embedded)

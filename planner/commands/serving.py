@@ -205,7 +205,7 @@ def check_serving(
     checked = examine_serving(plan, folder_of(source))
     require_fit(checked)
     if update and checked.moved:
-        if source == "-" or not Path(source).exists():
+        if source == "-" or not Path(source).is_file():
             raise UsageError(f"--update cannot rewrite {source}", why="expected a file's path")
         embedded = parse_header(read(source), source).graph is not None
         updated(checked).save(source, embed=embedded)

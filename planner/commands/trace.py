@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +46,7 @@ from planner.commands.shared import (
     print_json,
 )
 from planner.console import INTERRUPTED, progress, say
+from planner.targets import require_target
 
 if TYPE_CHECKING:
     from planner.options import TraceResult
@@ -189,10 +189,7 @@ def trace(
 
     if as_json and path == "-":
         raise UsageError("--json and -o - both want stdout", hints=("-o plan.json --json",))
-    if path != "-" and Path(path).is_dir():
-        raise UsageError(f"-o {path} is a folder", hints=(f"-o {path}/plan.json",))
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {Path(path).parent}")
+    require_target(path, embed=embed)
     if not model and not base:
         raise UsageError(
             "plan trace needs a MODEL",

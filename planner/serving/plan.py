@@ -12,6 +12,7 @@ from cost_models.serving_decisions import Serving, policy_of
 from cost_models.serving_reading import parts_of, served_model
 from cost_models.sharding import Sharding
 from ir.errors import PlanError
+from ir.files import is_stream
 from ir.graph import Graph
 from planner.plan import Solver, constants_hash, hardware_name, write_whole
 from planner.serving.asked import ServeAsked
@@ -73,7 +74,8 @@ class ServingPlan:
         from ir.text import format_graph
         from planner.serving.text import to_text
 
-        text = to_text(self, embed=embed or target == "-")
+        embed = embed or target == "-" or is_stream(target)
+        text = to_text(self, embed=embed)
         if target == "-":
             sys.stdout.write(text)
             return

@@ -1,0 +1,61 @@
+"""Where a command may write a plan: what a user wrote is never lost to a mistaken `-o`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ir.errors import UsageError
+from ir.files import is_stream
+
+_HEAD_BYTES = 4096  # of a file: a plan and a graph say what they are in their first lines
+_PLAN = re.compile(rb'\A\s*\{.*?"schema"\s*:\s*"plan/', re.DOTALL)
+_GRAPH = re.compile(rb"^graph/", re.MULTILINE)  # of any line: a merge may have left marks above
+
+
+def require_target(target: str, *, embed: bool) -> None:
+    """Refuse `-o` before anything is searched: a plan may be written over, and what is no plan not.
+
+    The inputs are covered, by whatever path they are named: none of them is a plan, but that of
+    `--base`, which may be planned again. embed: no graph is written beside. Raises UsageError.
+    """
+    if target == "-":
+        return
+    path = Path(target)
+    try:
+        _require_free(path, embed=embed)
+    except OSError as fault:  # a name that is too long, a folder that may not be entered
+        reason = fault.strerror or type(fault).__name__
+        raise UsageError(f"-o {target} cannot be written", why=reason) from fault
+
+
+def _require_free(path: Path, *, embed: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder", hints=(f"-o {path}/plan.json",))
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {path.parent}")
+    if is_stream(path):
+        return
+    _require_ours(path, _PLAN, "plan")
+    if embed:
+        return
+    beside = path.with_suffix(".graph")
+    if beside == path:
+        raise UsageError(f"-o {path} is where the plan's graph goes",
+                         hints=("-o plan.json", "--embed"))  # fmt: skip
+    if beside.is_dir() or is_stream(beside):
+        raise UsageError(f"-o {path}: its graph goes to {beside}, which is no file",
+                         hints=("-o another name", "--embed"))  # fmt: skip
+    _require_ours(beside, _GRAPH, "graph of a plan")
+
+
+def _require_ours(path: Path, mark: re.Pattern[bytes], what: str) -> None:
+    """Raise UsageError where a file is in the way that does not say that it is one of ours."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        start = file.read(_HEAD_BYTES)
+    if start and not mark.search(start):
+        raise UsageError(f"{path} is there, and is no {what}",
+                         why="a model or another file of yours would be lost",
+                         hints=("-o another name", "remove it first if it may go"))  # fmt: skip
