@@ -9,7 +9,7 @@ from cost_models.decisions import Workload
 from cost_models.formats import NARROW
 from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
-from planner.decisions import Pins
+from planner.decisions import ALL_LAYERS, Pins
 from planner.legality import RULES, VIRTUAL_STAGES, Case
 from planner.mesh import divisors
 
@@ -165,6 +165,7 @@ def _check_stages(pins: Pins, layers: int | None) -> None:
             f"{_joined(['stages'], pins)} holds {sum(pins.stages)} layers, the model has {layers}",
             hints=(f"layers per stage that sum to {layers}",),
         )
+    _check_recompute(pins, layers)
     if pins.pp is None:
         return
     count = pins.pp * pins.virtual_stages if pins.virtual_stages else None
@@ -182,6 +183,26 @@ def _check_stages(pins: Pins, layers: int | None) -> None:
             f"{_joined(['recompute', 'pp'], pins)} does not say it for {count} stages",
             hints=("one number for all stages, or one a stage: full:4/4/3/2",),
         )
+
+
+def _check_recompute(pins: Pins, layers: int | None) -> None:
+    """No stage computes more layers again than it has: one count for all, than the largest has."""
+    stages = pins.stages or (() if layers is None else (layers,))
+    if pins.recompute is None or not stages:
+        return
+    full, some = pins.recompute.full, pins.recompute.selective
+    counts = [
+        sum(n for n in (full[i % len(full)], some[i % len(some)]) if n != ALL_LAYERS)
+        for i in range(max(len(full), len(some)))
+    ]
+    held = stages if len(stages) == len(counts) else (max(stages),) * len(counts)
+    for count, most in zip(counts, held):
+        if count > most:
+            raise UsageError(
+                f"{_joined(['recompute'], pins)} computes {count} layers of a stage again,"
+                f" {'which' if pins.stages else 'the model'} has {most}",
+                hints=(f"up to {most}, or a kind alone, as in recompute=full: every layer",),
+            )  # fmt: skip
 
 
 def _check_keep(pins: Pins) -> None:

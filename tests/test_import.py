@@ -200,6 +200,28 @@ def test_python_is_read_and_not_run(tmp_path):
         read("torchtitan", "(" * 5000, "c.py")
 
 
+@pytest.mark.parametrize(
+    ("argument", "what"),
+    [
+        ("local_batch_size=N * 2", "training.local_batch_size is no literal"),
+        ("local_batch_size=1, seq_len=N", "training.seq_len is no literal"),
+        ("local_batch_size=1, **base", "training.** is no literal, and may say mixed_precision"),
+    ],
+)
+def test_what_a_layout_needs_is_a_literal_or_refused(argument, what):
+    """No default of the engine stands for what the file sets otherwise."""
+    with pytest.raises(PlanError) as caught:
+        read("torchtitan", f"N = 4\nTrainingConfig({argument})\n", "c.py")
+    assert caught.value.what.startswith(what) and caught.value.where == "c.py:2"
+    every = "".join(f", {name.partition('.')[2]}={value}" for name, value in (
+        ("training.local_batch_size", 1), ("training.global_batch_size", 8),
+        ("training.seq_len", 64), ("training.mixed_precision_param", "'bfloat16'"),
+        ("training.mixed_precision_reduce", "'float32'"), ("training.disable_cuda_graphs", False),
+        ("training.enable_cpu_offload", False)))  # fmt: skip
+    pins, _, setup = read("torchtitan", f"TrainingConfig(**base{every})", "c.py")
+    assert pins.micro_batch == 1 and setup.asked["seq_len"] == "64"
+
+
 def test_fix_adds_what_a_file_leaves_open_and_contradicts_nothing():
     text = "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\nmixed_precision: bf16\n"
     pins, _, _ = read("accelerate", text, fix=("micro_batch=2", "microbatches=4"))

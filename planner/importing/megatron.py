@@ -68,7 +68,8 @@ def decide(s: Settings, facts: Facts) -> Setup:
         "reshard": switch(zero == 3 and pp == 1),
         "micro_batch": str(micro), "microbatches": str(count),
         "schedule": "interleaved" if virtual > 1 else once, "virtual_stages": str(virtual),
-        "stages": joined(stages), "recompute": _recompute(s), "offload": _offload(s, stages),
+        "stages": joined(stages), "recompute": _recompute(s, stages),
+        "offload": _offload(s, stages),
         "formats": "none", "sequence_parallel": switch(tp > 1 and s.on("--sequence-parallel")),
         "compile": "on", "cp_kind": _cp_kind(s), "grad_dtype": _gradients(s),
     }  # fmt: skip
@@ -140,7 +141,7 @@ def _zero(s: Settings) -> int:
     return int(distributed)
 
 
-def _recompute(s: Settings) -> str:
+def _recompute(s: Settings, stages: tuple[int, ...]) -> str:
     selective = s.on("--recompute-activations")
     kind = s.word("--recompute-granularity", "selective" if selective else "none",
                   ("none", "full", "selective"))  # fmt: skip
@@ -156,7 +157,8 @@ def _recompute(s: Settings) -> str:
                       "--recompute-method uniform: every layer", "block: some of each stage")
     if method == "uniform" and count > 1:
         s.doubts.append(f"--recompute-num-layers {count}: costed as layers one by one")
-    return "full" if method == "uniform" else f"full:{count}"
+    most = max(stages)  # of block, a count beyond a stage's layers is all of them
+    return "full" if method == "uniform" or count >= most else f"full:{count}"
 
 
 def _offload(s: Settings, stages: tuple[int, ...]) -> str:

@@ -16,7 +16,8 @@ def parse(text: str, source: str, classes: Mapping[str, str], policies: Mapping[
 
     classes: the section that a class's arguments are of. policies: what a class stands for as the
     value of `activation_checkpoint`. sections: those whose attributes may be set one by one, as
-    `config.parallelism.key = literal`. What is no literal is a doubt.
+    `config.parallelism.key = literal`. What is no literal is a doubt, and refused where it is asked
+    for.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of the user's own style
@@ -57,6 +58,7 @@ def _put(made: Settings, name: str, node: ast.expr) -> None:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         made.doubts.append(f"{name} (line {node.lineno}): not a literal, and nothing is run")
+        made.unread[name] = node.lineno
         return
     known = made.values.get(name)
     if known is not None and known.value != value:
@@ -72,6 +74,7 @@ def _policy(made: Settings, node: ast.expr, policies: Mapping[str, str]) -> None
         name = "None"
     word = policies.get(name)
     if word is None:
-        made.doubts.append(f"activation_checkpoint (line {node.lineno}): no policy known here")
+        made.doubts.append(f"activation_checkpoint (line {node.lineno}): no policy known here,"
+                           " costed as selective where no other is said")
         return
     made.values["activation_checkpoint"] = Setting(value=word, line=node.lineno)

@@ -25,23 +25,32 @@ class Setting:
 class Settings:
     """All of a file. `used` grows as they are asked for: what is left was not understood.
 
-    source: the file's name, for messages. doubts: what was understood in part.
+    source: the file's name, for messages. doubts: what was understood in part. unread: names that
+    the file sets to what is no literal, with their lines; "section.**" is any of the section.
     """
 
     source: str
     values: dict[str, Setting]
     used: set[str] = field(default_factory=set)
     doubts: list[str] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def fault(self, name: str, what: str, *hints: str, why: str = "") -> PlanError:
         """An error about one setting, where it stands."""
-        line = self.values[name].line if name in self.values else 0
+        line = self.values[name].line if name in self.values else self.unread.get(name, 0)
         where = f"{self.source}:{line}" if line else self.source
         return PlanError(f"{name} {what}", where=where, why=why, hints=hints)
 
     def has(self, name: str) -> bool:
-        """Whether the file sets it; "auto" and null are left open."""
+        """Whether the file sets it; "auto" and null are left open. Raises PlanError where what it
+        sets is not known: no default stands for it."""
         self.used.add(name)
+        rest = f"{name.rpartition('.')[0]}.**"
+        for one in (name, *((rest,) if name not in self.values else ())):
+            if one in self.unread:
+                what = f"is no literal, and may say {name.rpartition('.')[2]}" if one == rest else (
+                    "is no literal")  # fmt: skip
+                raise self.fault(one, what, "write the value in", why="nothing in a file is run")
         return name in self.values and self.values[name].value not in (None, AUTO)
 
     def number(self, name: str, default: int, least: int = 1, most: int = MOST) -> int:
