@@ -349,7 +349,7 @@ def inconsistent(
          f"activations offloaded of {len(d.moved or ())} stages of {count}"),
         (d.below is None or len(d.below) == count,
          f"the optimizer offloaded of {len(d.below or ())} stages of {count}"),
-        (d.below in (None, d.below_of(d.stages)) and d.below != (0,) * count,
+        (d.below is None or (d.below == d.below_of(d.stages) and any(d.below)),
          "a stage offloads the optimizer of more layers than it has, or none does"),
         (d.below is None or len(d.parts) < 2,
          "over several kinds of GPUs the optimizer is offloaded whole"),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 from ir.errors import PlanError
+
+MOST_COUNT = 999_999_999  # of GPUs, samples and tokens: what ranges of sizes take as well
+MOST_NUMBER = 2**53 - 1  # an integer that every reader of JSON has exactly (RFC 8259, 6)
+COUNTS = ("workload", "decisions", "stages", "blocks")  # sections whose integers are counts
 
 
 def section(value: Any) -> str:
@@ -69,3 +74,26 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise PlanError(f"key {next(k for k in keys if keys.count(k) > 1)} is there twice")
     return raw
+
+
+def check_numbers(raw: dict[str, Any]) -> None:
+    """Raises PlanError for a number that no plan has, by its key: of any section, of any depth."""
+    for section_key, value in raw.items():
+        most = MOST_COUNT if section_key in COUNTS else MOST_NUMBER
+        for key, number in _numbers(value, section_key):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise PlanError(f"{key} is {json.dumps(number)}", why="expected a finite number")
+            if abs(number) > most:
+                raise PlanError(f"{key} is {str(number)[:40]}", why=f"expected at most {most:,}")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, int | float]]:
+    """(key, number) of every number in a value."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{index}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value

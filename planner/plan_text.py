@@ -25,6 +25,7 @@ from planner.names import expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
 from planner.plan import PLANNER_VERSION, Plan, Solver
 from planner.plan_json import (
+    check_numbers,
     is_list,
     no_duplicates,
     object_at,
@@ -212,6 +213,11 @@ def _document(text: str, source: str) -> dict[str, Any]:
             raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(known)}")
         if key not in raw:
             raise PlanError(f"missing key {key}", where=source)
+    try:
+        check_numbers(raw)
+    except PlanError as fault:
+        fault.where = source
+        raise
     return dict(raw)
 
 
