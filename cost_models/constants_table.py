@@ -121,11 +121,11 @@ def _known_names() -> tuple[str, ...]:
 @functools.cache
 def _collect(name: str) -> dict[str, Constant]:
     """Constants of `name` over those of its bases, over the common ones; shared, never changed."""
-    path = _FOLDER / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(_known_names())
-        raise UsageError(f"no constants named {name!r}", why=f"device.constants is one of {known}")
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = _known_names()
+    if name not in (*known, _COMMON):  # a hardware file's word, which is no path
+        raise UsageError(f"no constants named {name!r}",
+                         why=f"device.constants is one of {', '.join(known)}")  # fmt: skip
+    table = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     base = table.pop("base", [])
     reason = table.pop("transferred", "")
     if name == _COMMON:

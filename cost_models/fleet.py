@@ -84,6 +84,15 @@ def load_any(spec: str) -> Hardware:
     return load_hardware(spec)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that `load_any` reads for a hardware file: itself, and those of its parts.
+    Raises UsageError as it does."""
+    parts = read_toml(path).get("parts", [])
+    named = parts if isinstance(parts, list) else []  # what is no list, loading it says
+    own = [part for part in named if isinstance(part, str) and part.endswith(".toml")]
+    return (path, *(path.parent / part for part in own))
+
+
 def _from_file(path: Path, raw: dict[str, Any]) -> Fleet:
     top = table({"name": path.stem, "between": {}, "sources": {}, **raw}, _FILE_KEYS, str(path), "")
     parts = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost_models.decisions import Decisions, Workload
-from cost_models.fleet import Hardware, load_any, parts_of
+from cost_models.fleet import Hardware, files_of, load_any, parts_of
 from cost_models.hardware import summands
 from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
@@ -109,18 +109,21 @@ def hardware_name(spec: str) -> str:
 def load_cluster(plan: Plan | ServingPlan, folder: Path) -> Hardware:
     """The plan's hardware as it is today; a file is sought here, then beside the plan.
 
-    A plan may be anybody's: the file that is read lies here or beside it, or below, links followed.
+    A plan may be anybody's: a file that is read lies here or beside it, or below, links followed;
+    and so do the files that it names as its parts.
     """
     allowed = [Path.cwd().resolve(), folder.resolve()]
+
+    def within(path: Path) -> bool:
+        return any(map(Path(os.path.realpath(path)).is_relative_to, allowed))
 
     def found(spec: str) -> str:
         if not spec.endswith(".toml"):
             return spec
         beside = folder / spec
         path = beside if not Path(spec).exists() and beside.exists() else Path(spec)
-        real = Path(os.path.realpath(path))
         said = Path(spec).is_absolute() or ".." in Path(spec).parts
-        if said or not any(map(real.is_relative_to, allowed)):
+        if said or not (within(path) and all(map(within, files_of(path)))):
             raise PlanError(f"the plan's hardware {spec!r} is outside of where the plan may read",
                             why="a plan names a file beside it or below")  # fmt: skip
         return str(path)

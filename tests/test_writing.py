@@ -2,12 +2,14 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from tiny_models import EXAMPLES
 from toy_plan import toy_graph, toy_plan
 
-from ir.errors import PlanError
+from cost_models import constants_table
+from ir.errors import PlanError, UsageError
 from ir.text import format_graph
 from planner.hook import plans_of
 from planner.plan import load, load_cluster, write_whole
@@ -124,9 +126,19 @@ def test_hardware_of_a_plan_is_confined_though_a_link_leads_out(tmp_path, monkey
     (tmp_path / "plans" / "below" / "own.toml").write_text(text)
     (tmp_path / "plans" / "in.toml").symlink_to("below/own.toml")
     monkeypatch.chdir(tmp_path / "here")
-    for name in ("out.toml", "out2.toml", "h100x8+out.toml"):
+    (tmp_path / "plans" / "mix.toml").write_text('parts = ["h100x8", "../secret.toml"]')
+    (tmp_path / "plans" / "own.toml").write_text('parts = ["h100x8", "in.toml"]')
+    for name in ("out.toml", "out2.toml", "h100x8+out.toml", "mix.toml"):
         with pytest.raises(PlanError, match="outside of where the plan may read"):
             load_cluster(toy_plan(hardware=name), tmp_path / "plans")
-    for name in ("in.toml", "below/own.toml"):  # read, and found to be no hardware
+    for name in ("in.toml", "below/own.toml", "own.toml"):  # read, and found to be no hardware
         with pytest.raises(PlanError, match="cannot be read"):
             load_cluster(toy_plan(hardware=name), tmp_path / "plans")
+
+
+def test_constants_of_a_hardware_file_are_a_name_not_a_path(tmp_path):
+    (tmp_path / "mine.toml").write_text("secret = 1\n")
+    away = os.path.relpath(tmp_path / "mine", Path(constants_table.__file__).parent / "constants")
+    for name in (away, str(tmp_path / "mine")):
+        with pytest.raises(UsageError, match="no constants named"):
+            constants_table.load_constants(name)
