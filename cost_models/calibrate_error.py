@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.calibrate import SOURCE
-from cost_models.checked_toml import merged
+from cost_models.checked_toml import merged, parse_toml
 from cost_models.compute import load_kernels
 from cost_models.constants_table import load_constants
 from cost_models.hardware import Cluster, Device
@@ -99,11 +98,11 @@ def with_error(text: str, error: StepError, where: str) -> str:
     made = _put(text, "constants", ["runs = 1"])
     made = _put(made, "constants.step_error", lines)
     table: dict[str, Any] = {**said, "source": error.source}
-    wanted = merged(tomllib.loads(text), {"constants": {"runs": 1, "step_error": table}})
+    wanted = merged(parse_toml(text), {"constants": {"runs": 1, "step_error": table}})
     try:
-        if tomllib.loads(made) == wanted:
+        if parse_toml(made) == wanted:
             return made
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         pass
     raise PlanError(
         "the error cannot be put into this file, which is left as it is", where=where,

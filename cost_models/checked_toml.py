@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,13 @@ from ir.files import may_wait
 
 MOST = 10**18  # of a whole number: an exabyte, an exaflop a second
 MOST_BYTES = 4 << 20  # of a file
+MOST_DEPTH = 64  # of tables in tables; tomllib's work and memory grow with the square of a key's
+_TOKEN = re.compile(  # one that has no end goes on to where it must: no text is read twice
+    r'"""(?:[^"\\]+|\\.?|"(?!""))*"{0,5}' r"|'''(?:[^']+|'(?!''))*'{0,5}"
+    r'|"(?:[^"\\\n]+|\\[^\n])*"?' r"|'[^'\n]*'?"
+    r"|#[^\n]*|[A-Za-z0-9_+-]+|[ \t]+|.",
+    re.DOTALL,
+)  # fmt: skip
 
 
 def read_toml(path: Path, what: str = "hardware file") -> dict[str, Any]:
@@ -23,14 +31,39 @@ def read_toml(path: Path, what: str = "hardware file") -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{what} {path} is larger than {MOST_BYTES >> 20} MiB")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UsageError(f"cannot read {what} {path}", why=reason) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError("not a TOML file", where=str(path), why=str(error)) from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of another's TOML. Raises ValueError where it is none, and where keys or values
+    lie deeper than MOST_DEPTH: keys are counted before tomllib reads them."""
+    if any(line.count(".") > MOST_DEPTH for line in text.split("\n")):
+        dots = 0
+        for found in _TOKEN.finditer(text):
+            token = found[0]
+            part = token[0] in " \t\"'_+-" or token[0].isalnum()
+            dots = dots + 1 if token == "." else dots if part else 0
+            if dots > MOST_DEPTH:
+                raise ValueError(f"a key has more than {MOST_DEPTH} parts")
+    try:
+        raw = tomllib.loads(text)
     except RecursionError:
-        raise UsageError("not a TOML file", where=str(path), why="nested too deeply") from None
+        raise ValueError("nested too deeply") from None
+    level: list[Any] = [raw]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]  # fmt: skip
+    if level:
+        raise ValueError("nested too deeply")
+    return raw
 
 
 def typed(value: Any, kind: type, where: str, key: str) -> Any:

@@ -12,16 +12,19 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
+from math import prod
 
 from ir.errors import PlanError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
-MOST_NUMBERS = 100_000  # of a range: a pattern of another's file is written out
-_RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+MOST_NUMBERS = 100_000  # of a range, or words of a segment: another's pattern is written out
+MOST_NAMES = 1_000_000  # of a line of patterns: 384 experts in 61 layers have 70,272 matrices
+_LONGEST = 60  # characters of a pattern in a message
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)(?:\.\.([0-9]+))?")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SPECIAL = re.compile(r"[{},%*\s]")
 _ESCAPE = re.compile(r"%([0-9A-F]{2,6});")
-_DOT = re.compile(r"\.(?![^{]*\})")  # not inside braces, where `..` is a range
+_CUT = re.compile(r"(\.)|\{[^{}]*\}")  # a dot; not inside braces, where `..` is a range
 
 Segments = tuple[tuple[str, ...], ...]  # the alternatives of each dot-separated segment
 
@@ -48,17 +51,26 @@ def fold_text(names: Sequence[str]) -> str:
 def expand(pattern: str) -> tuple[str, ...]:
     """Return the names a pattern stands for, in its own order.
 
-    Raises PlanError for `*`, which has no end, and for braces that do not close.
+    Raises PlanError for `*`, which has no end, for braces that do not close, and for more than
+    MOST_NAMES names, which are counted before any is made.
     """
     segments = _parse(pattern)
     if any("*" in words for words in segments):
-        raise PlanError(f"{pattern!r} has a '*', which stands for no list of names")
+        raise PlanError(f"{_short(pattern)} has a '*', which stands for no list of names")
+    _require(prod(map(len, segments)), MOST_NAMES, pattern)
     return tuple(_unquote(".".join(words)) for words in product(*segments))
 
 
 def expand_text(text: str) -> tuple[str, ...]:
-    """Return the names of a line of patterns separated by a comma and a space."""
-    return tuple(name for pattern in text.split(", ") if pattern for name in expand(pattern))
+    """Return the names of a line of patterns separated by a comma and a space.
+
+    Raises PlanError as `expand` does, and where all together are more than MOST_NAMES.
+    """
+    patterns, count = [pattern for pattern in text.split(", ") if pattern], 0
+    for pattern in patterns:
+        count += prod(map(len, _parse(pattern)))
+        _require(count, MOST_NAMES, text)
+    return tuple(name for pattern in patterns for name in expand(pattern))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -145,14 +157,18 @@ def _parse(pattern: str) -> Segments:
     """The alternatives of each segment of a pattern."""
     bare = _BRACES.sub("", pattern)
     if "{" in bare or "}" in bare:
-        raise PlanError(f"pattern {pattern!r} has braces that do not pair")
-    return tuple(_alternatives(segment) for segment in _DOT.split(pattern))
+        raise PlanError(f"pattern {_short(pattern)} has braces that do not pair")
+    dots = [found.start() for found in _CUT.finditer(pattern) if found[1]]
+    return tuple(
+        _alternatives(pattern[start + 1 : end]) for start, end in zip([-1, *dots], [*dots, None])
+    )
 
 
 def _alternatives(segment: str) -> tuple[str, ...]:
     """The words of one segment: the product of its braces and the text around them."""
     pieces = re.split(r"(\{[^{}]*\})", segment)
     options = [_inside(piece[1:-1]) if piece[:1] == "{" else (piece,) for piece in pieces]
+    _require(prod(map(len, options)), MOST_NUMBERS, segment)
     return tuple("".join(words) for words in product(*options))
 
 
@@ -164,13 +180,27 @@ def _inside(text: str) -> tuple[str, ...]:
         if found is None:
             words.append(item)
             continue
+        if len(item) > _LONGEST:
+            raise PlanError(f"range {_short(item)} has more numbers than any model has layers")
         first, last, step = int(found[1]), int(found[2]), int(found[3] or 1)
         if step < 1 or last < first:
             raise PlanError(f"range {item!r} is empty")
         if last - first > MOST_NUMBERS * step:
             raise PlanError(f"range {item!r} has more numbers than any model has layers")
         words += map(str, range(first, last + 1, step))
+        _require(len(words), MOST_NUMBERS, "{" + text + "}")
     return tuple(words)
+
+
+def _require(count: int, most: int, pattern: str) -> None:
+    """Raise PlanError where a pattern stands for more names than any model has."""
+    if count > most:
+        raise PlanError(f"pattern {_short(pattern)} stands for more than {most:,} names",
+                        why="no model has so many")  # fmt: skip
+
+
+def _short(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= _LONGEST else pattern[:_LONGEST] + "...")
 
 
 def _quote(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from planner.decisions_json import decisions_from_json, decisions_json
 from planner.formats import fault, settled
 from planner.keep_checks import check_keep
 from planner.legality import illegal, inconsistent
-from planner.names import expand_text, fold_text
+from planner.names import MOST_NAMES, expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
 from planner.plan import PLANNER_VERSION, Plan, Solver
 from planner.plan_json import (
@@ -263,15 +264,16 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
                             why="expected stage, pp_rank and units; on hardware with parts, the"
                             " part of each")  # fmt: skip
         units.append(expand_text(row["units"]))
+        _require_few(sum(map(len, units)), "stages")
     counts = tuple(sum(path in layers for path in paths) for paths in units)
     known = [path for paths in stage_units(graph, (len(layers),)) for path in paths]
-    placed = [path for paths in units for path in paths]
+    placed = Counter(path for paths in units for path in paths)
     for path in dict.fromkeys([*known, *placed]):
         if path not in known:
             raise PlanError(f"stages name {path!r}, which is no unit of {graph.name}")
-        if placed.count(path) != 1:
-            raise PlanError(f"{path} is on {placed.count(path) or 'no'} stage"
-                            + ("s" if placed.count(path) else ""),
+        if placed[path] != 1:
+            raise PlanError(f"{path} is on {placed[path] or 'no'} stage"
+                            + ("s" if placed[path] else ""),
                             why="every unit is on exactly one stage")  # fmt: skip
     for index, (found, expected) in enumerate(zip(units, stage_units(graph, counts))):
         if sorted(found) != sorted(expected):
@@ -280,6 +282,12 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
                 why=f"in the model's order it would hold {fold_text(expected)}",
             )
     return counts
+
+
+def _require_few(count: int, key: str) -> None:
+    """Raise PlanError where all rows together name more units than any model has."""
+    if count > MOST_NAMES:
+        raise PlanError(f"{key} name more than {MOST_NAMES:,} units")
 
 
 def _parts(raw: dict[str, Any]) -> tuple[tuple[str, int], ...]:
@@ -314,6 +322,7 @@ def _recompute(
             if path in modes:
                 raise PlanError(f"{path} is in two rules of units")
             modes[path] = row["recompute"]
+        _require_few(len(modes), "units")
     layers = layer_paths(graph)
     for path in dict.fromkeys([*layers, *modes]):
         if (path in modes) != (path in layers):

@@ -29,10 +29,12 @@ MOST_S = 30
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3, 10**30, 1.5, float("nan"), float("inf"), "", "x", "../../etc/passwd",
     "<script>alert(1)</script>", "\u202e\x00\x1b[2J", "layers.{0..999999999}", "{" * 200, [], {},
+    "m" + ".{a,b,c,d,e,f,g,h}" * 30,
     [[]], {"a": 1}, "S(0)", "S(99999999999999999999)", "cpu:1/2/3", "9" * 5000, "h100x64", "fp8",
 )  # fmt: skip
 TEXT = ("", "\n", '"', "{", "}", "[", "]", ",", "\\", "\x00", "\ufeff", "-", "9" * 400, "1e999",
-        "nan", "batch", "%", "\u0663", " @", "[[", "=", "#", "unit", "..", "é")  # fmt: skip
+        "nan", "a." * 300, "batch", "%", "\u0663", " @", "[[", "=", "#", "unit", "..",
+        "é")  # fmt: skip
 
 # Configurations that `plan import` reads: (engine, suffix, text).
 ENGINES = {

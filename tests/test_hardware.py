@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cost_models import hardware as hw
+from cost_models.checked_toml import parse_toml
 from cost_models.compute import load_kernels
 from cost_models.constants_table import load_constants
 from cost_models.engines import engine_names, load_engine
@@ -282,6 +283,33 @@ def test_a_bad_file_is_told_by_its_key(tmp_path, old, new, words) -> None:
         hw.load_hardware(str(path))
     found = "\n".join(caught.value.lines())
     assert all(word in found for word in words), found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a." * 20_000 + "b = 1",
+        "[" + '"a".' * 20_000 + "b]",
+        "[[" + "a . " * 20_000 + "b]]",
+        'x = { y = "\\"", z = """"q".""", ' + "a." * 20_000 + 'b = ".x" }',
+        ("a." * 60 + '"\x85".') * 400 + "b = 1",
+        "a = " + "[" * 20_000,
+        "a = " + "{a = " * 90 + "1" + "}" * 90,
+        "[" + "a." * 60 + "a]\n" + "b." * 60 + "b = 1",
+    ],
+)
+def test_keys_are_counted_before_they_are_read(text) -> None:
+    with pytest.raises(ValueError, match=r"nested too deeply|a key has more than 64 parts"):
+        parse_toml(text)
+
+
+def test_dots_of_strings_comments_and_numbers_are_no_keys() -> None:
+    dots = "a." * 100
+    text = (
+        f"n = [{'1.5, ' * 100}]\nt = '{dots}' # {dots}\nu = \"\\\"{dots}\"\n"
+        f"v = \"\"\"\n\"\"{dots}\\\"\"\"\"\"\nw = '''{dots}'''\n{'a.' * 60}a = 1\n"
+    )
+    assert parse_toml(text) == tomllib.loads(text)
 
 
 def test_digests_tell_clusters_apart() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ir.errors import PlanError
-from planner.names import expand, expand_text, fold, fold_text, matches
+from planner.names import MOST_NAMES, MOST_NUMBERS, expand, expand_text, fold, fold_text, matches
 
 LAYERS = [f"layers.{i}" for i in range(80)]
 
@@ -76,3 +76,23 @@ def test_bad_patterns_are_refused(pattern):
 def test_a_range_without_end_is_refused():
     with pytest.raises(PlanError, match="more numbers"):
         expand("layers.{0..999999999}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "m" + ".{a,b,c,d,e,f,g,h}" * 30,
+        "{0..9}" * 30,
+        "l.{" + ",".join(["0..99999"] * 200) + "}",
+        "l.{0..99999}.{0..8}, k.{0..99999}.{0..8}",
+    ],
+)
+def test_names_are_counted_before_they_are_made(pattern):
+    with pytest.raises(PlanError, match=f"more than ({MOST_NAMES:,}|{MOST_NUMBERS:,}) names"):
+        expand_text(pattern)
+    with pytest.raises(PlanError, match="more numbers"):
+        expand("l.{0.." + "9" * 5000 + "}")
+
+
+def test_many_segments_are_split_once():
+    assert expand("a." * 50_000 + "{b.c,d}") == ("a." * 50_000 + "b.c", "a." * 50_000 + "d")

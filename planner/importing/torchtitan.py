@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from typing import Any
 
+from cost_models.checked_toml import parse_toml
 from ir.errors import PlanError
 from planner.export.torchtitan import DTYPES, ROTATION, SCHEDULES
 from planner.importing import python_literals
@@ -41,8 +41,8 @@ def parse(text: str, source: str) -> Settings:
     if is_python(source):
         return python_literals.parse(text, source, _CLASSES, _POLICIES, _SECTIONS)
     try:
-        raw = tomllib.loads(text)
-    except (ValueError, RecursionError) as fault:
+        raw = parse_toml(text)
+    except ValueError as fault:
         raise PlanError(f"{source} is no TOML", where=source, why=str(fault)[:200],
                         hints=("a .py file is read as Python",)) from fault  # fmt: skip
     values: dict[str, Setting] = {}
