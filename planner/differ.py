@@ -25,6 +25,7 @@ from planner.plan_text import recompute_records, stage_records
 from planner.share_words import share_words
 
 if TYPE_CHECKING:
+    from planner.serving.effects import ServingEffect
     from planner.serving.plan import ServingPlan
 
 VERDICT = {  # figures that the verdict names: more, less
@@ -84,7 +85,8 @@ class Diff:
     effects: what each change does alone, and all together beyond that: they sum to the whole.
     drift: the old plan's stored step against the same plan costed today. renamed: modules paired
     by shape and order, (old, new) folded. decisions: those of the greatest effect first. blocks:
-    of serving, formats and tiers.
+    of serving, formats and tiers. serving_effects: of serving, what each change does when they are
+    made one after another: they too sum to the whole.
     """
 
     verdict: str
@@ -97,6 +99,7 @@ class Diff:
     drift: Number | None
     effects: tuple[Effect, ...] = ()
     blocks: tuple[Change, ...] = ()
+    serving_effects: tuple[ServingEffect, ...] = ()
 
     def __repr__(self) -> str:
         from planner.differ_text import diff_text

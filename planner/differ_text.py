@@ -9,6 +9,7 @@ from typing import Any
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.attribution import TOGETHER, Effect
 from planner.differ import Change, Diff, Number
+from planner.serving.effects import HEADS, TITLE, effects_json, effects_text
 
 SCHEMA = "diff/1"
 MOST_CHARACTERS = 60_000  # GitHub takes 65,536 in a comment
@@ -30,6 +31,8 @@ def diff_text(d: Diff) -> str:
     if len(d.effects) > 1:
         lines += ["", "what each change does alone, the old plan otherwise as it is"]
         lines += [f"{_seconds(row):>12}{_bytes(row):>12}  {_what(row)}" for row in d.effects]
+    if len(d.serving_effects) > 1:
+        lines += ["", *effects_text(d.serving_effects)]
     lines += _section("stages", d.stages)
     lines += _section("blocks: format and place", d.blocks)
     lines += _section("placements on tp", d.placements)
@@ -52,6 +55,7 @@ def diff_json(d: Diff) -> dict[str, Any]:
              "peak_memory_bytes": row.peak_memory_bytes}
             for row in d.effects
         ],
+        **({"serving_effects": effects_json(d.serving_effects)} if d.serving_effects else {}),
         **{
             key: [{"what": c.what, "old": c.old, "new": c.new} for c in getattr(d, key)]
             for key in ("decisions", "stages", "blocks", "placements", "inputs")
@@ -79,10 +83,15 @@ def diff_markdown(d: Diff, plan: str = "plan.json") -> str:
         f" | {_bytes(row)} |"
         for row in d.effects
     ]
+    served = [
+        f"| {_code(row.what)}{f' ({row.note})' if row.note else ''} | {' | '.join(row.cells)} |"
+        for row in d.serving_effects
+    ]
     tables = [
         ("Decisions", ("what", "before", "after", "meaning"), _rows(d.decisions, meaning=True)),
         ("What each change does alone, the old plan otherwise as it is",
          ("what", "step time", "peak memory"), effects if len(effects) > 1 else []),
+        (TITLE, ("what", *HEADS), served if len(served) > 1 else []),
         ("Stages", ("what", "before", "after"), _rows(d.stages)),
         ("Blocks: format and place", ("what", "before", "after"), _rows(d.blocks)),
         ("Placements on tp", ("what", "before", "after"), _rows(d.placements)),

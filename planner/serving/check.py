@@ -39,17 +39,7 @@ def examine_serving(plan: ServingPlan, folder: Path) -> CheckedServing:
     cluster = load_cluster(plan, folder)
     if not isinstance(cluster, Cluster):
         raise PlanError(f"{plan.hardware} is of several kinds", why="a server has GPUs of one")
-    if plan.serving.devices > cluster.count:
-        raise PlanError(f"the plan contradicts its hardware {plan.hardware}:"
-                        f" it divides {plan.serving.devices} GPUs, there are {cluster.count}")
-    if plan.serving.prefill and not load_serving_engine(plan.asked.engine).kv_sent:
-        raise PlanError(f"{plan.asked.engine} has no pools of prefill and decode",
-                        why=f"{', '.join(engines_with_pools())} have")  # fmt: skip
-    if plan.serving.kv_tier != "gpu":
-        cluster.tier(plan.serving.kv_tier)
-    require_blocks(plan)
-    for held in plan.serving.tiers:
-        cluster.tier(held.tier)
+    require_possible(plan, cluster)
     found = recosted(plan, cluster)
     now = (round(found.ttft_s * 1e6), round(found.tpot_s * 1e6))
     pairs = (
@@ -61,6 +51,21 @@ def examine_serving(plan: ServingPlan, folder: Path) -> CheckedServing:
         moved.append(f"the estimate was {plan.ttft_us} us to the first token and {plan.tpot_us} us"
                      f" between tokens, it is {now[0]} and {now[1]}")  # fmt: skip
     return CheckedServing(plan=plan, cluster=cluster, found=found, moved=tuple(moved))
+
+
+def require_possible(plan: ServingPlan, cluster: Cluster) -> None:
+    """Raise PlanError where the decisions contradict the hardware, the engine or the model."""
+    if plan.serving.devices > cluster.count:
+        raise PlanError(f"the plan contradicts its hardware {plan.hardware}:"
+                        f" it divides {plan.serving.devices} GPUs, there are {cluster.count}")
+    if plan.serving.prefill and not load_serving_engine(plan.asked.engine).kv_sent:
+        raise PlanError(f"{plan.asked.engine} has no pools of prefill and decode",
+                        why=f"{', '.join(engines_with_pools())} have")  # fmt: skip
+    if plan.serving.kv_tier != "gpu":
+        cluster.tier(plan.serving.kv_tier)
+    require_blocks(plan)
+    for held in plan.serving.tiers:
+        cluster.tier(held.tier)
 
 
 def require_fit(checked: CheckedServing) -> None:

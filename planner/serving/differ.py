@@ -7,6 +7,7 @@ from typing import Any
 from cost_models.serving_engines import error_of
 from cost_models.serving_reading import served_model
 from planner.differ import Change, Diff, Number, by_name, placed, renamed_of, same_names, verdict_of
+from planner.serving.attribution import serving_effects
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
 from planner.serving.text import block_records, decisions_json, workload_json
@@ -37,12 +38,13 @@ def diff_serving(old: CheckedServing, new: CheckedServing) -> Diff:
         verdict=verdict_of(differs, numbers, fits=new.found.fits), numbers=numbers,
         decisions=decisions, stages=(), blocks=blocks, placements=placements, inputs=inputs,
         renamed=same_names(renamed), drift=_drift(old),
+        serving_effects=serving_effects(old, new, _error(old, new)),
     )  # fmt: skip
 
 
 def _numbers(old: CheckedServing, new: CheckedServing) -> tuple[Number, ...]:
     a, b = old.found, new.found
-    error = max(error_of(c.plan.asked.engine) for c in (old, new))
+    error = _error(old, new)
     rows = (
         ("first token", "ttft_s", "s", a.ttft_s, b.ttft_s, -1),
         ("then a token", "tpot_s", "s", a.tpot_s, b.tpot_s, -1),
@@ -53,6 +55,10 @@ def _numbers(old: CheckedServing, new: CheckedServing) -> tuple[Number, ...]:
         Number(name=name, key=key, unit=unit, old=x, new=y, error=error, better=better)
         for name, key, unit, x, y, better in rows
     )
+
+
+def _error(old: CheckedServing, new: CheckedServing) -> float:
+    return max(error_of(c.plan.asked.engine) for c in (old, new))
 
 
 def _decided(plan: ServingPlan) -> dict[str, str]:
