@@ -138,6 +138,9 @@ class Searcher(Space):
                     tried[left.pop()] -= 1
                 self._report(out, min([*left[-1:], *(u.bound for u in unsettled)], default=0))
             if out.best is None and out.misfit is None:
+                if not out.closest:
+                    in_order = sorted(range(len(candidates)), key=lambda i: (guess[i], i))
+                    self._seen_over([candidates[i][1] for i in in_order], out)
                 self._weigh_closest(out)
             if not stopped():
                 untried = left[-1] if left else 1 << 62
@@ -418,6 +421,15 @@ class Searcher(Space):
             out.closest = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
             del out.closest[CLOSEST:]
         return least <= capacity
+
+    def _seen_over(self, meshes: Sequence[Mesh], out: Outcome) -> None:
+        """Weigh states of which an earlier search, of a recipe, has seen that they are too much:
+        this one left them out, and had no other."""
+        seen = (
+            d for mesh in meshes for d in self.variants(mesh) if self._over.get(_state_key(d))
+        )
+        for d in itertools.islice(seen, CLOSEST):
+            self._may_fit(d, self.costs.step(d, self.assign(d.tp, d.sequence_parallel)), out)
 
     def _weigh_closest(self, out: Outcome) -> None:
         """The nearest misfit, where no program was worth solving."""

@@ -14,7 +14,7 @@ from cost_models.hardware import load_hardware
 from cost_models.stage_problem import rank_bytes
 from planner.asking import Asking
 from planner.decisions import Pins, parse_pins
-from planner.infeasible import Constraint, Questions, constraints, infeasible
+from planner.infeasible import Constraint, Questions, constraints, infeasible, needs
 from planner.mesh import meshes
 from planner.room import least_bytes, state_bytes
 from planner.search import Searcher
@@ -58,6 +58,14 @@ def test_no_rank_holds_less(name, tmp_path):
                 assert least_bytes(step, recomputes=False) <= plain
                 checked += 1
     assert checked > 10
+
+
+def test_what_a_recipe_has_seen_not_to_fit_is_told_as_memory():
+    """Every state of the pins was too much for a search before: the nearest is the same."""
+    searcher = small(300, "pp=1", "tp=1", "zero=0", "micro_batch=1")
+    first, again = searcher.run(), searcher.run()
+    assert first.misfit is not None and again.misfit == first.misfit
+    assert "GB on pp rank 0: " in needs(searcher, again.misfit)
 
 
 def test_leaving_out_what_cannot_fit_changes_nothing(tmp_path, monkeypatch):
