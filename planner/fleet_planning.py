@@ -11,6 +11,7 @@ from cost_models.ledger import Estimate
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
+from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
 from planner.infeasible import explained, needs
@@ -18,6 +19,7 @@ from planner.limits import capped
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.outcome import Outcome
 from planner.plan import Plan, Solver, make_plan
+from planner.proved import pins_said
 from planner.sizing import RETRY_EFFORT
 from planner.tracing import Clock
 from planner.workload import resolve
@@ -78,7 +80,7 @@ def attempt_fleet(
         if found.stopped:
             raise KeyboardInterrupt
         return None, found
-    plan, made = _planned(graph, options.hardware, found)
+    plan, made = _planned(graph, options.hardware, found, options.pins)
     word = {"gpus": "--objective gpus"}.get(options.objective, f"--max-gpus {options.limits.gpus}")
     if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
         echo = (*echo, f"{word}: {plan.decisions.gpus} of {fleet.count} GPUs hold it")
@@ -120,7 +122,9 @@ def _sizes(fleet: Fleet, most: int | None) -> list[int]:
     return found
 
 
-def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimate]:
+def _planned(
+    graph: Graph, spec: str, found: FleetSearch, pins: Pins
+) -> tuple[Plan, Estimate]:
     assert found.best is not None and found.costs is not None
     d, workload = found.decisions, found.workload
     shardings = {u.name: sharding_of(u, a) for (u, _), a in found.best.assignments.items()}
@@ -133,6 +137,7 @@ def _planned(graph: Graph, spec: str, found: FleetSearch) -> tuple[Plan, Estimat
         status="OPTIMAL" if bound >= step else "FEASIBLE",
         gap_ppm=round((step - bound) / step * 1e6), bound_us=bound // 1_000_000,
         meshes=sum(out.meshes for out in outs), meshes_solved=sum(out.expanded for out in outs),
+        pins=pins_said(pins),
     )  # fmt: skip
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
 

@@ -209,3 +209,8 @@ def _quote(text: str) -> str:
 
 def _unquote(text: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
+
+
+def many(count: int, what: str) -> str:
+    """A number of things: `1 mesh`, `2 meshes`."""
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("sh") else "s")

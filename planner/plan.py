@@ -28,13 +28,15 @@ MOST_CHARACTERS = 64_000_000  # of a plan or a graph: folded, they have thousand
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solver:
-    """How the search ended. status: OPTIMAL or FEASIBLE, or ESTIMATE where all was pinned."""
+    """How the search ended. status: OPTIMAL or FEASIBLE, or ESTIMATE where none was.
+    pins: what the user decided, `tp=8`; the search is of what they leave."""
 
     status: str = "ESTIMATE"
     gap_ppm: int = 0
     bound_us: int = 0
     meshes: int = 1
     meshes_solved: int = 1
+    pins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

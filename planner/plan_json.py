@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ir.errors import PlanError
+from planner.plan import Solver
 
 MOST_COUNT = 999_999_999  # of GPUs, samples and tokens: what ranges of sizes take as well
 MOST_NUMBER = 2**53 - 1  # an integer that every reader of JSON has exactly (RFC 8259, 6)
@@ -50,6 +51,22 @@ def record_at(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = (
     table = object_at(raw, key, names)
     kinds = {f.name: int if "int" in str(f.type) else str for f in fields(kind)}
     return kind(**{name: typed(table, name, kinds[name], f"{key}.") for name in names})
+
+
+def solver_json(solver: Solver) -> dict[str, Any]:
+    """How the search ended; pins where there are any."""
+    found = asdict(solver)
+    return found if found["pins"] else {k: v for k, v in found.items() if k != "pins"}
+
+
+def solver_at(raw: dict[str, Any]) -> Solver:
+    """The same, read."""
+    table = object_at(raw, "solver")
+    pins = table.pop("pins", [])
+    if not is_list(pins, str) or not all(pin.isprintable() for pin in pins):
+        raise PlanError("solver.pins is not a list of words")
+    found: Solver = record_at(raw | {"solver": table}, "solver", Solver, but=("pins",))
+    return replace(found, pins=tuple(pins))
 
 
 def records_at(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:

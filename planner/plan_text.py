@@ -24,7 +24,7 @@ from planner.keep_checks import check_keep
 from planner.legality import illegal, inconsistent
 from planner.names import MOST_NAMES, expand_text, fold_text
 from planner.placements import edge_rules, parameter_rules, parse_placements
-from planner.plan import PLANNER_VERSION, Plan, Solver
+from planner.plan import PLANNER_VERSION, Plan
 from planner.plan_json import (
     check_numbers,
     is_list,
@@ -33,6 +33,8 @@ from planner.plan_json import (
     record_at,
     records_at,
     section,
+    solver_at,
+    solver_json,
     typed,
 )
 from planner.workload import OPTIMIZERS, PRECISIONS
@@ -75,7 +77,7 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
             "step_time_us": plan.step_time_us,
             "peak_memory_bytes": plan.peak_memory_bytes,
         },
-        "solver": asdict(plan.solver),
+        "solver": solver_json(plan.solver),
     }
     if embed:
         from ir.text import format_graph
@@ -180,7 +182,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
         ),
         step_time_us=typed(estimate, "step_time_us", int, "estimate."),
         peak_memory_bytes=typed(estimate, "peak_memory_bytes", int, "estimate."),
-        solver=record_at(raw, "solver", Solver),
+        solver=solver_at(raw),
     )
 
 

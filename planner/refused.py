@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cost_models.decisions import Decisions, Keep
+from cost_models.decisions import Decisions, Keep, Workload
 from cost_models.formats import Formats
 from cost_models.mixed import MixedCosts
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.shares import SharedCosts
 from cost_models.stage_problem import Pair
 from ir.errors import UsageError
+from ir.graph import Graph
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
 from planner.fleet_space import FleetSearcher
 from planner.formats import settled
@@ -163,6 +164,33 @@ def parse_refused(texts: Sequence[str]) -> Refused:
     if len(levels) == 3:
         raise UsageError("--not recompute: every kind is refused")
     return tuple(dict.fromkeys(found))
+
+
+def require_held(refused: Refused, d: Decisions, graph: Graph, workload: Workload) -> None:
+    """Raise UsageError where a plan has nothing of what is refused: it would be its own
+    alternative. Of several values of a key, one it has is enough."""
+
+    def has(key: str, value: Any) -> bool:
+        if key == "recompute":
+            rows = [*d.recompute, *(row for share in d.shares for row in share.recompute)]
+            full, selective = (any(n) for n in zip(*(rows or [(0, 0)])))
+            there = {"full": full, "selective": selective}
+            less = sum(map(sum, rows)) < sum(d.stages) * max(1, len(d.shares))
+            return any(there.get(kind, less) for kind in value)
+        if key == "tp":
+            return value == d.tp or value in dict(d.tp_by_part).values()
+        if key == "keep":
+            return pinned_keep(value, graph) == d.keep
+        if key == "formats":
+            return settled(value, graph, workload) == settled(d.formats, graph, workload)
+        if key == "shares":
+            return bool(value == tuple((s.part, s.microbatches) for s in d.shares))
+        return bool(_held(d, key) == (_tiers(value) if key == "offload" else value))
+
+    if refused and not any(has(key, value) for key, value in refused):
+        said = refused_words(refused)
+        raise UsageError(f"the plan has no {said}", why="without it the plan would be as it is",
+                         hints=("plan why: what it has, and the best plan without",))  # fmt: skip
 
 
 def _kinds(value: Recompute) -> tuple[str, ...]:

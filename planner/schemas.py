@@ -128,14 +128,15 @@ def _sections(workload: Json, decisions: Json, own: Json, estimate: Json) -> Jso
     inputs = {"graph": HASH, "hardware": WORD, "constants": HASH}
     rule = {"match": WORD, "tp": WORD}
     edge = {"at": WORD, "forward": WORD, "backward": WORD}
-    solver = _fields(Solver)
+    solver = _fields(Solver, but=("pins",))
+    ended = _object(solver | {"pins": _list(WORD)}, needed=tuple(solver))
     sections = {
         "schema": {"const": SCHEMA}, "planner": WORD,
         "inputs": _object(inputs, needed=tuple(inputs)), "workload": workload,
         "decisions": decisions, **own,
         "parameters": _list(_object(rule, needed=tuple(rule))),
         "edges": _list(_object(edge, needed=tuple(edge))),
-        "estimate": estimate, "solver": _object(solver, needed=tuple(solver)),
+        "estimate": estimate, "solver": ended,
         "graph": _list(WORD) | {"description": "the model's graph, with --embed"},
     }  # fmt: skip
     return _object(sections, needed=tuple(k for k in sections if k != "graph"))

@@ -14,12 +14,13 @@ from ir.errors import UsageError
 from planner.charges import Charges
 from planner.decisions import recompute_words
 from planner.decisions_json import decisions_json
-from planner.names import fold, fold_text
+from planner.names import fold, fold_text, many
 from planner.offloads import offload_words
 from planner.options import Baseline, Timing
 from planner.placements import placements, tp_idle
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
+from planner.proved import all_pinned, status_words
 from planner.share_words import microbatch_words, tp_words
 
 WIDTH = 80
@@ -57,6 +58,7 @@ def document(
             "bound_s": plan.solver.bound_us / 1e6,
             "meshes": plan.solver.meshes,
             "meshes_solved": plan.solver.meshes_solved,
+            **({"pins": list(plan.solver.pins)} if plan.solver.pins else {}),
         },
     }
     if charges is not None:
@@ -243,15 +245,17 @@ def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str
     s = plan.solver
     proof = {
         "OPTIMAL": (  # an axis more must earn 2% of the step: see docs/search.md
-            f"no plan of {s.meshes} meshes is better by 2% an axis", f"{s.meshes_solved} solved"
+            f"no plan of {many(s.meshes, 'mesh')} is better by 2% an axis",
+            f"{s.meshes_solved} solved",
         ),
         "FEASIBLE": (
             f"at most {s.gap_ppm / 1e4:.2f}% can be gained",
-            f"{s.meshes} meshes, {s.meshes_solved} programs solved",
+            f"{many(s.meshes, 'mesh')}, {many(s.meshes_solved, 'program')} solved",
         ),
         "ESTIMATE": ("every decision is given", "an estimate, not a search"),
     }
-    words = _pack([s.status, *proof.get(s.status, ())], ", ")
+    said: tuple[str, ...] = () if all_pinned(plan) else proof.get(s.status, ())
+    words = _pack([*status_words(plan).split(", "), *said], ", ")
     lines = [_row("" if i else "search", row) for i, row in enumerate(words)]
     if baselines:
         rows = [

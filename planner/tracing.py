@@ -31,6 +31,7 @@ from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
 from planner.pin_checks import check_pins
 from planner.plan import Plan, Solver, make_plan, write_whole
+from planner.proved import pins_said
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.search import Outcome, Searcher, Tried
 from planner.stability import steady
@@ -86,7 +87,8 @@ def attempt(
     if options.old is not None and options.stability is not None and not outcome.interrupted:
         kept = steady(searcher, outcome, options.old, options.stability)
         echo, outcome = (*echo, f"{options.base}: {kept.words}"), kept.outcome
-    plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome)
+    plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome,
+                              options.pins)  # fmt: skip
     found = TraceResult(
         plan=plan, estimate=estimate, echo=echo, interrupted=outcome.interrupted,
         baselines=tuple(row for row, _ in baselines), timing=clock.timing(),
@@ -351,7 +353,8 @@ def _best_of(rows: Found, pins: Pins) -> Tried | None:
 
 
 def _planned(
-    graph: Graph, spec: str, cluster: Cluster, workload: Workload, costs: Costs, out: Outcome
+    graph: Graph, spec: str, cluster: Cluster, workload: Workload, costs: Costs, out: Outcome,
+    pins: Pins,
 ) -> tuple[Plan, Estimate]:
     assert out.best is not None
     d = out.best.decisions
@@ -360,6 +363,7 @@ def _planned(
     solver = Solver(
         status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
         bound_us=bound // 1_000_000, meshes=out.meshes, meshes_solved=out.expanded,
+        pins=pins_said(pins),
     )  # fmt: skip
     shardings = {
         unit.name: sharding_of(unit, a) for (unit, _), a in out.best.assignments.items()

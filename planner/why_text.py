@@ -13,8 +13,9 @@ from planner.decisions import recompute_words
 from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.offloads import offload_words
+from planner.proved import pins_words
 from planner.refused import refused_words
-from planner.score import AXIS_GAIN_PPM, PPM, axes_used
+from planner.score import AXIS_GAIN_PPM, PPM, axes_used, score_of
 from planner.why import Alternative, Binding
 
 SCHEMA = "why/1"
@@ -171,12 +172,18 @@ def _slower(found: Alternative, base: Checked) -> bool:
 
 
 def _no_slower(found: Alternative, base: Checked) -> str:
-    """Why a plan that is as quick was not chosen."""
-    assert found.decisions is not None
+    """Why a plan that is as quick or quicker was not chosen."""
+    assert found.decisions is not None and found.estimate is not None
     more = axes_used(found.decisions) - axes_used(base.plan.decisions)
-    if more > 0:
-        return f"quicker by less than {more} more axes must earn ({AXIS_GAIN_PPM / PPM:.0%} each)"
-    return "as quick; the plan was pinned, or made with other constants or effort"
+    gain = -_change(base.estimate, found.estimate)
+    scores = [score_of(e.step_time_ps, d) for e, d in
+              ((base.estimate, base.plan.decisions), (found.estimate, found.decisions))]
+    if more > 0 and scores[0] <= scores[1] * (1 + LEAST_SHARE):
+        axes = "axis" if more == 1 else "axes"
+        return f"quicker by less than {more} more {axes} must earn ({AXIS_GAIN_PPM / PPM:.0%} each)"
+    pace = f"quicker by {gain:.1%}" if gain >= LEAST_SHARE else "as quick"
+    pinned = f"pinned to {pins_words(base.plan)}" if base.plan.solver.pins else "pinned"
+    return f"{pace}; the plan was {pinned}, or made with other constants or effort"
 
 
 def _short(found: Alternative, base: Checked) -> str:

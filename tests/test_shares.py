@@ -163,7 +163,7 @@ def test_what_is_found_is_what_its_estimate_says(seed, tmp_path):
     found.search(searcher)
     if found.best is None:
         return
-    plan, e = _planned(graph, "two", found)
+    plan, e = _planned(graph, "two", found, Pins())
     assert plan.solver.status == "OPTIMAL" and e.fits
     assert e.step_time_ps == found.step_ps == sum(ps for _, ps in e.breakdown_ps)
     costs, d = searcher.costs, found.best.decisions

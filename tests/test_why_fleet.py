@@ -45,7 +45,7 @@ def checked_of(graph, fleet, asked):
     for searcher in searchers(graph, fleet, workload, TraceOptions(model="", effort=EVERY)):
         found.search(searcher)
     assert found.best is not None
-    plan, made = _planned(graph, "two", found)
+    plan, made = _planned(graph, "two", found, Pins())
     checked = Checked(plan=plan, hardware=fleet, estimate=made, inputs=(), stale=False)
     return checked, workload
 

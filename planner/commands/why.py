@@ -42,12 +42,13 @@ def why(
     what, and what first stands in its way. Exit code 3 where nothing is left.
     """
     from planner import why_text
-    from planner.refused import parse_refused
+    from planner.refused import parse_refused, require_held
     from planner.search import DEFAULT_EFFORT
     from planner.why import Why
 
     refused = parse_refused(refuse)
     base = examine(plan)
+    require_held(refused, base.plan.decisions, base.plan.graph, base.plan.workload)
     if layer:
         from planner import why_layer
 

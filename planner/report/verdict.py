@@ -8,6 +8,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.check import Checked
 from planner.plan import Plan
+from planner.proved import all_pinned, pins_words
 from planner.report.charts import sentences, strong
 from planner.report.markup import Children, Html, el
 from planner.why_text import decided
@@ -44,7 +45,7 @@ def verdict(checked: Checked) -> Html:
             ("Memory at peak", format_bytes(e.peak_memory_bytes), margin(e)),
             ("Throughput", f"{rate:,.0f}", f"{what}/s a GPU; {rate * e.gpus:,.0f} in all"),
             ("MFU", f"{e.mfu:.1%}", tflops),
-            ("Search", plan.solver.status.lower(), proof(checked)),
+            ("Search", *searched(checked)),
         ]),
         el("p", el("span", "Decided", class_="label"), decided(plan.decisions), class_="decided"),
         stale(checked.moved),
@@ -78,11 +79,26 @@ def margin(e: Estimate) -> str:
     return f"{format_bytes(abs(left))} ({abs(left) / capacity:.0%}) {word} {where}"
 
 
+def searched(checked: Checked) -> tuple[str, str]:
+    """How the search ended in a word, and what it proved."""
+    plan = checked.plan
+    if all_pinned(plan):
+        return "pinned", "not searched: every decision was given"
+    return plan.solver.status.lower(), proof(checked)
+
+
 def proof(checked: Checked) -> str:
-    """What the search proved, of the inputs that it had."""
-    s = checked.plan.solver
+    """What the search proved, of the inputs that it had and of what its pins left open."""
+    plan, s = checked.plan, checked.plan.solver
+    if all_pinned(plan):
+        return "pinned, not searched"
     if checked.moved and s.status != "ESTIMATE":
         return "what its search proved was of other inputs than today's"
+    if s.pins:
+        of = "that has them is better by what an axis must earn" if s.status == "OPTIMAL" else (
+            f"better by {s.gap_ppm / 1e6:.1%} at most is not ruled out among those that have them")
+        no = "no plan" if s.status == "OPTIMAL" else "a plan"
+        return f"{s.status.lower()} under its pins: {pins_words(plan)} ({no} {of})"
     if s.status == "FEASIBLE":
         return f"a plan better by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
     return PROOF.get(s.status, s.status)

@@ -8,6 +8,7 @@ from typing import Any
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
 from cost_models.serving_pools import Pooled
 from cost_models.units import format_bytes, format_count, format_seconds
+from planner.names import many
 from planner.options import Timing
 from planner.serving.plan import ServingPlan, kept_words
 from planner.serving.predict import RELIEF, Prediction
@@ -82,14 +83,14 @@ def summary(
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     lines = [*notes, f"{plan.graph.name}, {format_count(plan.graph.parameter_count)} parameters,"
              f" served on {plan.hardware}"]  # fmt: skip
-    lines += _packed("load", [_many(s.batch, "request") + " at once", f"{asked.prompt} tokens in",
+    lines += _packed("load", [many(s.batch, "request") + " at once", f"{asked.prompt} tokens in",
                               f"{asked.output} out", asked.engine, f"for {asked.objective}"])
     mine = s.devices - (s.prefill.devices if s.prefill else 0)
     if s.prefill:
         lines += _packed("prefill", [f"{k} {v}" for k, v in _degrees(s.prefill).items()]
-                         + ["= " + _many(s.prefill.devices, "GPU")])  # fmt: skip
+                         + ["= " + many(s.prefill.devices, "GPU")])  # fmt: skip
     lines += _packed("decode" if s.prefill else "division",
-                     [f"{k} {v}" for k, v in _degrees(s).items()] + ["= " + _many(mine, "GPU")])
+                     [f"{k} {v}" for k, v in _degrees(s).items()] + ["= " + many(mine, "GPU")])
     if s.prefill_chunk:
         lines.append(_row("prompts", f"in chunks of {s.prefill_chunk} tokens"))
     lines.append("")
@@ -119,7 +120,7 @@ def summary(
         share = size / capacity if name == "gpu" else None
         lines.append(_bar(name, format_bytes(round(size)), share))
     lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
-    predicted = _many(plan.solver.meshes, "plan") + " predicted"
+    predicted = many(plan.solver.meshes, "plan") + " predicted"
     lines.append(_row("search", f"{plan.solver.status}, {predicted}"))
     for at, p in enumerate(others[:3]):
         degrees = " ".join(f"{k} {v}" for k, v in _degrees(p.serving).items())
@@ -129,10 +130,6 @@ def summary(
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(line[:WIDTH] for line in lines)
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def _pools(found: Pooled) -> list[str]:

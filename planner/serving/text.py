@@ -10,8 +10,15 @@ from cost_models.serving_decisions import Held, Pool, Serving
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.placements import edge_rules, parameter_rules, parse_placements
-from planner.plan import PLANNER_VERSION, Solver
-from planner.plan_json import object_at, record_at, records_at, section, typed
+from planner.plan import PLANNER_VERSION
+from planner.plan_json import (
+    object_at,
+    records_at,
+    section,
+    solver_at,
+    solver_json,
+    typed,
+)
 from planner.serving.asked import MOST, ServeAsked
 from planner.serving.plan import ServingPlan
 
@@ -36,7 +43,7 @@ def to_text(plan: ServingPlan, *, embed: bool = False) -> str:
         "parameters": parameter_rules(plan.sharding_by_unit, plan.graph) if plan.shardings else [],
         "edges": edge_rules(plan.sharding_by_unit, plan.graph) if plan.shardings else [],
         "estimate": {name: getattr(plan, name) for name in _ESTIMATE},
-        "solver": asdict(plan.solver),
+        "solver": solver_json(plan.solver),
     }
     if embed:
         from ir.text import format_graph
@@ -110,7 +117,7 @@ def parse(raw: dict[str, Any], graph: Graph) -> ServingPlan:
         asked=asked, serving=serving, shardings=shardings,
         rows_on_host=_whole(rows_on_host, "decisions.rows_on_host"),
         **{name: typed(estimate, name, int, "estimate.") for name in _ESTIMATE},
-        solver=record_at(raw, "solver", Solver),
+        solver=solver_at(raw),
     )  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""What a search proved, in words: of the whole space, of what its pins left, or nothing."""
+
+from __future__ import annotations
+
+from cost_models.chain import chain_of
+from planner.decisions import Pins
+from planner.mesh import facts_of
+from planner.plan import Plan
+
+MOST_PINS = 6  # told by name
+SEARCHED = ("pp", "cp", "tp", "zero", "micro_batch", "recompute")  # for every model; dp follows
+
+
+def pins_said(pins: Pins) -> tuple[str, ...]:
+    """Pins as the user writes them, for the plan's file."""
+    places = (f"place:{pattern}={placement}" for pattern, placement in pins.place)
+    return (*(pins.said(key) for key, _ in pins.items()), *places)
+
+
+def pins_words(plan: Plan) -> str:
+    """What was pinned, in a few words; "" where the search decided all."""
+    pins = plan.solver.pins
+    if len(pins) <= MOST_PINS:
+        return ", ".join(pins)
+    return f"{', '.join(pins[:MOST_PINS])} and {len(pins) - MOST_PINS} more"
+
+
+def all_pinned(plan: Plan) -> bool:
+    """Whether the pins left the search nothing to choose of mesh, steps, memory and layout."""
+    given = {pin.partition("=")[0].partition(":")[0] for pin in plan.solver.pins}
+    if not given.issuperset(SEARCHED):
+        return False
+    d = plan.decisions
+    asked = [("schedule", d.pp > 1), ("place", d.tp > 1),
+             ("formats", plan.workload.allowed_formats),
+             ("ep", facts_of(chain_of(plan.graph)).experts)]  # fmt: skip
+    return all(key in given for key, there in asked if there)
+
+
+def status_words(plan: Plan) -> str:
+    """How the search ended, and under which pins."""
+    if not plan.solver.pins:
+        return plan.solver.status
+    if all_pinned(plan):
+        return "pinned, not searched"
+    return f"{plan.solver.status} under its pins: {pins_words(plan)}"
