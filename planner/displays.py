@@ -126,6 +126,7 @@ def checked_html(found: Checked | CheckedServing) -> str:
 def diff_html(d: Diff) -> str:
     """A difference: the verdict, figures, decisions, what each change does alone."""
     from planner.differ_text import amount, effect_words
+    from planner.serving.effects import HEADS
 
     figures = [
         (n.name, amount(n, n.old), amount(n, n.new),
@@ -138,6 +139,9 @@ def diff_html(d: Diff) -> str:
     tables += [_table(("decided", "before", "after"), changes)] if changes else []
     if len(d.effects) > 1:
         tables += [_table(("alone", "step time", "memory"), map(effect_words, d.effects))]
+    if len(d.serving_effects) > 1:
+        served = [(e.what, *e.cells, e.note) for e in d.serving_effects]
+        tables += [_table(("in this order", *HEADS, ""), served)]
     return f"<div><p><b>{escape(d.verdict)}</b></p>{''.join(tables)}</div>"
 
 

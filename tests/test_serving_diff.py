@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ir.text import format_graph, graph_hash
 from planner.differ import gate
 from planner.differ_text import diff_json, diff_markdown, diff_text
 from planner.plan import constants_hash
+from planner.report import changes
 from planner.serving.asked import ServeAsked
 from planner.serving.attribution import GROUPS
 from planner.serving.check import CheckedServing, examine_serving
@@ -178,3 +180,7 @@ def test_forms():
     assert "| what | first token | then a token | tokens/s | peak memory |" in page
     assert page.count("\n| `kv_tier`") == 2  # decided, and what it does
     gate(found, "ttft=+100000%")
+    for form in (str(changes.section(found).body), found._repr_html_()):
+        for row in found.serving_effects:
+            assert "".join(f"<td>{cell}</td>" for cell in row.cells) in re.sub("<(td|th)[^>]*>",
+                                                                               r"<\1>", form)

@@ -8,6 +8,7 @@ from planner.differ import Change, Diff, Number
 from planner.differ_text import amount, effect_words
 from planner.report.charts import Mark, Section, bar, breakable, figure, row, sentences, table
 from planner.report.markup import Html, el, join
+from planner.serving.effects import HEADS, TITLE
 
 
 def section(d: Diff) -> Section:
@@ -30,7 +31,7 @@ def section(d: Diff) -> Section:
     ]
     return Section(
         key="changes", title="What changed", lede=lede,
-        body=join([_numbers(d.numbers), _effects(d), *lists]),
+        body=join([_numbers(d.numbers), _effects(d), _serving_effects(d), *lists]),
     )  # fmt: skip
 
 
@@ -66,21 +67,43 @@ def _effects(d: Diff) -> Html | None:
     """What each change does to the step alone, and all at once beyond that."""
     if len(d.effects) < 2:
         return None
-    most = max(abs(e.step_time_ps) for e in d.effects) or 1
-    rows = []
-    for e in d.effects:
-        what, seconds, size = effect_words(e)
-        share = 0.5 * e.step_time_ps / most
-        mark = Mark(start=min(0.5, 0.5 + share), end=max(0.5, 0.5 + share),
-                    kind="worse" if share > 0 else "better", tip=f"{what}: {seconds}, {size}")
-        rows.append(row(breakable(what), bar([mark], lines=[(0.5, "the old plan")]), seconds))
+    words = [effect_words(e) for e in d.effects]
+    rows = _bars([(what, said, e.step_time_ps, f"{said}, {size}")
+                  for (what, said, size), e in zip(words, d.effects)], "the old plan")  # fmt: skip
     behind = table("What each change does alone, the old plan otherwise as it is",
-                   ["change", "step", "peak memory"], [effect_words(e) for e in d.effects])
+                   ["change", "step", "peak memory"], words)
     return join([
         el("h3", "What each change does alone"),
         figure("The step with one change at a time; the rows sum to the whole.",
                el("div", rows, class_="rows"), behind),
     ])  # fmt: skip
+
+
+def _serving_effects(d: Diff) -> Html | None:
+    """What each change does to a token's time, on top of those before it; the rest in a table."""
+    if len(d.serving_effects) < 2:
+        return None
+    rows = _bars([(e.what, e.cells[1], e.tpot_ps, ", ".join(e.cells)) for e in d.serving_effects],
+                 "as before")  # fmt: skip
+    behind = table(f"{TITLE}, old to new", ["change", *HEADS, "note"],
+                   [[e.what, *e.cells, e.note] for e in d.serving_effects])  # fmt: skip
+    return join([
+        el("h3", f"{TITLE}: the time between tokens"),
+        figure("Time between tokens, changed by each on top of those before it; the rows sum to the"
+               " whole.", el("div", rows, class_="rows"), behind),
+    ])  # fmt: skip
+
+
+def _bars(effects: Sequence[tuple[str, str, int, str]], line: str) -> list[Html]:
+    """A bar for each (what, its words, picoseconds, tip): right of the line what takes longer."""
+    most = max(abs(ps) for _, _, ps, _ in effects) or 1
+    rows = []
+    for what, seconds, ps, tip in effects:
+        share = 0.5 * ps / most
+        mark = Mark(start=min(0.5, 0.5 + share), end=max(0.5, 0.5 + share),
+                    kind="worse" if share > 0 else "better", tip=f"{what}: {tip}")
+        rows.append(row(breakable(what), bar([mark], lines=[(0.5, line)]), seconds))
+    return rows
 
 
 def _changes(
