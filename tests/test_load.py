@@ -171,9 +171,34 @@ def test_the_default_dtype_a_factory_sets_does_not_leak(tmp_path: Path) -> None:
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     assert "not JSON" in fails(write(tmp_path, "{", "config.json")).what
     assert "not a Hugging Face" in fails(write(tmp_path, "[1]", "config.json")).what
+    deep = '{"model_type": "llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    assert "not JSON" in fails(write(tmp_path, deep, "config.json")).what
+    long = '{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}"
+    assert "not JSON" in fails(write(tmp_path, long, "config.json")).what
     unknown = json.dumps({"model_type": "lama", "architectures": ["NoSuchModel"]})
     error = fails(write(tmp_path, unknown, "config.json"))
     assert "lama" in error.what and "llama" in error.why
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"text_config": {"n_layer": 10_001}}, "n_layer is 10001"),
+        ({"depths": [2, 10**12]}, "depths is"),
+        ({"num_local_experts": 10**4000}, "num_local_experts is too large"),
+        ({"num_labels": 10**7}, "num_labels is"),
+        ({"a": json.loads("[" * 40 + "]" * 40)}, "nested too deeply"),
+        ({"vocab_size": 10**15, "num_hidden_layers": 1}, "8.2e+18 parameters"),
+    ],
+)
+def test_a_configuration_of_no_model_is_refused_as_it_is_read(tmp_path, said, words) -> None:
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **said}
+    assert words in fails(write(tmp_path, json.dumps(raw), "config.json")).what
+    if "num_hidden_layers" in said:
+        path = write(tmp_path, json.dumps({**raw, "num_hidden_layers": 2}), "config.json")
+        with pytest.raises(PlanError, match="num_hidden_layers is 99999"):
+            load(path, {"num_hidden_layers": "99999"})
 
 
 def test_the_key_follows_what_the_graph_depends_on(tmp_path: Path) -> None:

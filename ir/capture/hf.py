@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from ir.capture import hf_patches, meta
+from ir.capture import hf_patches, limits, meta
 from ir.capture.load import Inputs, Source
 from ir.errors import PlanError, UsageError
 
@@ -40,6 +40,7 @@ def source(
         built = _configuration(cls, raw, where)
         with _explained(f"transformers cannot build {cls.__name__} from it", where):
             model = build(cls, built)
+        limits.require_parameters(model, where)
         tracing, notes = adapt(model)
     text = built.get_text_config()
     return Source(
@@ -154,6 +155,7 @@ def _changed(config: Mapping[str, Any], args: Mapping[str, str], where: str) -> 
             raise UsageError(f"--arg {name}={text}: expected {kind.__name__}") from None
         if name == "num_hidden_layers" and isinstance(owner.get("layer_types"), list):
             owner["layer_types"] = owner["layer_types"][: owner[name]]
+    limits.require_sane(raw, where)
     return raw
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ir.capture import limits
 from ir.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -98,16 +99,20 @@ def source_key(model_spec: str, args: Mapping[str, str]) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a JSON file. Raises PlanError with the place of a syntax error."""
+    """The configuration in a JSON file. Raises PlanError with the place of a syntax error, and for
+    what no model's says (`limits`)."""
     try:
+        if path.stat().st_size > limits.MOST_CHARACTERS:
+            raise PlanError(f"{path} is larger than {limits.MOST_CHARACTERS >> 20} MiB")
         config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not JSON", why=str(error)) from None
+    except (ValueError, RecursionError) as error:  # of thousands of digits, or of brackets
+        raise PlanError(f"{path} is not JSON", why=str(error).partition(";")[0]) from None
     if not isinstance(config, dict) or not ({"model_type", "architectures"} & config.keys()):
         raise PlanError(
             f"{path} is not a Hugging Face configuration",
             why="expected an object with `model_type` or `architectures`",
         )
+    limits.require_sane(config, str(path))
     return config
 
 
@@ -190,6 +195,7 @@ def _load_file(path: Path, factory: str, args: Mapping[str, str], key: str) -> S
             f"{factory or 'build'}() returned {type(model).__name__}, not an nn.Module",
             where=str(path),
         )
+    limits.require_parameters(model, str(path))
     meta.move_to_meta(model)
     model.train()
     tracing, notes = _adapted(model)
