@@ -171,7 +171,7 @@ def require_model(plan: Plan | ServingPlan, traced: Graph, model: str) -> None:
     text = format_graph(replace(traced, name=plan.graph.name))
     if graph_hash(text) == plan.graph_hash:
         return
-    if _unplaced(text.splitlines()) == _unplaced(format_graph(plan.graph).splitlines()):
+    if unplaced(text) == unplaced(format_graph(plan.graph)):
         return
     raise GateError(
         f"the plan is for another model than {model}",
@@ -218,7 +218,7 @@ def _first_unit(old: Graph, new: Graph) -> list[str]:
     from ir.text import format_unit
 
     def body(unit: Unit) -> list[str]:
-        return _unplaced(format_unit(replace(unit, name="_")))
+        return unplaced(format_unit(replace(unit, name="_")))
 
     for (_, path, then), (_, place, now) in zip(old.calls(), new.calls()):
         if path != place:
@@ -229,8 +229,9 @@ def _first_unit(old: Graph, new: Graph) -> list[str]:
     return []
 
 
-def _unplaced(lines: list[str]) -> list[str]:
+def unplaced(text: str | list[str]) -> list[str]:
     """Lines of a graph's text without the places in the model's file."""
+    lines = text.splitlines() if isinstance(text, str) else text
     return [line.partition(" @")[0] for line in lines]
 
 

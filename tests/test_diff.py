@@ -47,6 +47,24 @@ def test_the_same_plan():
     assert found.verdict == "the plans are the same"
 
 
+def test_different_work_is_said_first_and_compared_by_its_rate():
+    """Twice the samples in the same step: another step time would say nothing. A rename alone, or
+    another engine, decides nothing differently."""
+    more = replace(toy_plan().workload, global_batch=32)
+    same_time = checked(toy_plan(workload=more), tokens=2 * OLD.estimate.tokens)
+    assert diff(OLD, same_time).verdict == (
+        "different work (global_batch 16 -> 32): the new plan: 100.0% more tokens/s/GPU"
+    )
+    large = checked(toy_plan(), gpus=2 * OLD.estimate.gpus)
+    assert diff(OLD, replace(large, plan=replace(large.plan, hardware="h100x16"))).verdict == (
+        "different clusters (GPUs 8 -> 16): the new plan: 50.0% fewer tokens/s/GPU"
+    )
+    engine = checked(toy_plan(workload=replace(toy_plan().workload, engine="megatron")))
+    assert diff(OLD, engine).verdict == "other inputs, decided the same, costs the same"
+    fewer = checked(toy_plan(toy_graph(6), decisions=replace(DECISIONS, stages=(3, 3))))
+    assert diff(OLD, fewer).verdict.startswith("different work (model): the new plan: ")
+
+
 def test_diff_text(update_golden):
     found = diff(OLD, checked(toy_plan(decisions=OTHER, shardings=())))
     assert found.differs
@@ -101,6 +119,7 @@ def test_renamed_modules_are_told_once():
     found = diff(OLD, checked(new))
     assert not found.placements and not found.stages
     assert [c.what for c in found.inputs] == ["model"]
+    assert found.verdict == "renamed, decided the same, costs the same"
     assert found.renamed[0][0].startswith("layers.{0..7}")
     assert found.renamed[0][1].startswith("blocks.{0..7}")
 

@@ -121,6 +121,8 @@ def diff(
     if old == new == "-":
         raise UsageError("both plans cannot come from stdin")
     found = difference(old, new)
+    if fail_on is not None:
+        differ.limits_of(found, fail_on)  # what is no limit is refused before anything is said
     if as_json or form == "json":
         print_json(differ_text.diff_json(found))
     elif form == "md":

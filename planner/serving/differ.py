@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cost_models.serving_engines import error_of
 from cost_models.serving_reading import served_model
-from planner.differ import Change, Diff, Number, by_name, placed, renamed_of, same_names, verdict_of
+from planner.differ import (
+    Apart,
+    Change,
+    Diff,
+    Number,
+    by_name,
+    other_model,
+    placed,
+    renamed_of,
+    same_names,
+    verdict_of,
+)
 from planner.serving.attribution import serving_effects
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
@@ -33,13 +45,25 @@ def diff_serving(old: CheckedServing, new: CheckedServing) -> Diff:
     blocks = _changes(*_filled(_blocks(a), _blocks(b)))
     placements = by_name(placed(a), placed(b), renamed)
     inputs = _changes(_given(a), _given(b))
-    differs = bool(decisions or blocks or placements or inputs or renamed)
     return Diff(
-        verdict=verdict_of(differs, numbers, fits=new.found.fits), numbers=numbers,
+        verdict=verdict_of(
+            Apart(decided=bool(decisions or blocks or placements), renamed=bool(renamed),
+                  inputs=bool(inputs), work=_work(a, b, renamed)),
+            numbers, fits=new.found.fits,
+        ),
+        numbers=numbers,
         decisions=decisions, stages=(), blocks=blocks, placements=placements, inputs=inputs,
         renamed=same_names(renamed), drift=_drift(old),
         serving_effects=serving_effects(old, new, _error(old, new)),
     )  # fmt: skip
+
+
+def _work(a: ServingPlan, b: ServingPlan, renamed: Mapping[str, str]) -> tuple[str, ...]:
+    """What makes a request, or what serves it, not the other plan's."""
+    pairs = (("prompt", a.asked.prompt, b.asked.prompt), ("output", a.asked.output, b.asked.output),
+             ("GPUs", a.serving.devices, b.serving.devices))  # fmt: skip
+    return (*other_model(a.graph, b.graph, renamed),
+            *(f"{name} {x:,} -> {y:,}" for name, x, y in pairs if x != y))  # fmt: skip
 
 
 def _numbers(old: CheckedServing, new: CheckedServing) -> tuple[Number, ...]:
