@@ -277,6 +277,10 @@ def _stages(raw: dict[str, Any], graph: Graph) -> tuple[int, ...]:
             raise PlanError(f"{path} is on {placed[path] or 'no'} stage"
                             + ("s" if placed[path] else ""),
                             why="every unit is on exactly one stage")  # fmt: skip
+    if 0 in counts and len(counts) > 1:
+        index = counts.index(0)
+        raise PlanError(f"stages[{index}] holds {rows[index]['units']}, and no layer",
+                        why=f"every stage has some of the {len(layers)} layers of {graph.name}")
     for index, (found, expected) in enumerate(zip(units, stage_units(graph, counts))):
         if sorted(found) != sorted(expected):
             raise PlanError(

@@ -4,8 +4,8 @@
 
 Each file is a whole one with a few things wrong: a value of another kind or size, a key gone, twice
 or moved, text cut or overwritten. A graph's hash is put right again, so that its parser is reached.
-A run fails where a command says an internal error, returns a code that it does not have, or takes
-more than MOST_S. `tests/test_fuzz.py` runs some of them.
+A run fails where a command says an internal error or a warning of Python, returns a code that it
+does not have, or takes more than MOST_S. `tests/test_fuzz.py` runs some of them, of fewer plans.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 CODES = {0, 1, 3, 4, 64}
 MOST_S = 30
 ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 3, 10**30, 1.5, float("nan"), float("inf"), "", "x", "../../etc/passwd",
+    None, True, -1, 0, 1, 3, 10**30, 2**31, 2**53, 2**63, 999_999_999, 1.5,
+    float("nan"), float("inf"), "", "x", "../../etc/passwd",
     "<script>alert(1)</script>", "\u202e\x00\x1b[2J", "layers.{0..999999999}", "{" * 200, [], {},
     "m" + ".{a,b,c,d,e,f,g,h}" * 30,
     [[]], {"a": 1}, "S(0)", "S(99999999999999999999)", "cpu:1/2/3", "9" * 5000, "h100x64", "fp8",
@@ -59,23 +61,53 @@ ENGINES = {
                    "num_processes: 8\nfsdp_config:\n  fsdp_version: 2\n"
                    "  fsdp_activation_checkpointing: true\n"),
 }  # fmt: skip
-JSON_KINDS = ("train", "serve", "deepspeed")
+# What stands in for a size, a name or an attribute of a graph, in one line or in all of them.
+SIZES = ("0", "1", "-1", "-64", "3", "2147483648", "9" * 15, "9" * 20, "9" * 400, "b", "s", "b*s",
+         "b/0", "2*b*s/64", "s-9", "s+9", "1.5", "\u0663", "")  # fmt: skip
+NAMES = ("", "1.5", "null", "{}", '""', "x", "root", "u0", "_", "a b", "a.b", "<b>", "u1:1", "f99",
+         "call", "view", "matmul", "attention", "parameter", "input")  # fmt: skip
+ATTRS = ("[", "[" * 50_000, "[]", "{}", "[[0]]", "[0, 0]", "[9]", "[null]", "null", "0", "-1",
+         "1.5", "true", '""', '"x"', '"a b;c"', "NaN", "1e999", "9" * 30, "")  # fmt: skip
+
+PLANS = ("train", "serve", "mixed", "levels-plan", "dense", "pools")
+JSON_KINDS = (*PLANS, "deepspeed")
 VALUES = ('"x"', "-1", "0", "nan", "inf", "1e400", "true", "[]", "{}", '""', "9" * 400,
           '"../../x.toml"', '"1e9GiB"', "2024-01-01")  # fmt: skip
 
 
 def run(words: list[str]) -> tuple[int, str]:
-    """A command's exit code and what it said."""
+    """A command's exit code and what it said; of "notebook", what a notebook shows of a plan."""
     from planner import cli, console
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = console.run(cli.app(), words)
+    with (
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
+        warnings.simplefilter("always")
+        code = _notebook(words[1]) if words[0] == "notebook" else console.run(cli.app(), words)
     return code, out.getvalue()
 
 
-def originals(folder: Path) -> dict[str, str]:
-    """Texts that are right: two plans with the graph inside, one of serving, hardware files."""
+def _notebook(path: str) -> int:
+    import planner
+    from ir.errors import PlanError
+
+    try:
+        planner.load(path)._repr_html_()
+    except PlanError as fault:
+        return fault.exit_code
+    except Exception as fault:
+        print(f"error: internal: {type(fault).__name__}: {fault}")
+        return 1
+    return 0
+
+
+def originals(folder: Path, *, wide: bool = False) -> dict[str, str]:
+    """Texts that are right: two plans with the graph inside, one of serving, hardware files.
+
+    wide: plans of several kinds of GPUs, of levels, of another model, and of two pools as well.
+    """
     tiny = [str(ROOT / "examples/moe.py"), "--arg", "size=tiny"]
     made = {
         "train": ["trace", *tiny, "--hardware", "h100x8", "--seq-len", "64", "--global-batch", "16",
@@ -84,8 +116,18 @@ def originals(folder: Path) -> dict[str, str]:
         "serve": ["trace", *tiny, "--hardware", "h100x2", "--task", "serve", "--batch", "2",
                   "--prompt", "32", "--output", "32", "--fix", "tp=2"],
     }  # fmt: skip
+    dense = ["trace", str(ROOT / "examples/gpt.py"), "--arg", "size=tiny", "--seq-len", "64",
+             "--global-batch", "192", "--effort", "5", "--hardware"]  # fmt: skip
+    more = {
+        "mixed": [*dense, "h100x2+a100x4", "--fix", "pp=1", "--fix", "dp=6"],
+        "levels-plan": [*dense, str(ROOT / "examples/hardware/two-datacentres.toml")],
+        "dense": [*dense, "h100x4", "--fix", "pp=2", "--fix", "schedule=1f1b",
+                  "--fix", "offload=optimizer:cpu"],
+        "pools": ["trace", *tiny, "--hardware", "h100x4", "--task", "serve", "--batch", "2",
+                  "--prompt", "32", "--output", "32", "--objective", "throughput"],
+    }  # fmt: skip
     texts = {}
-    for name, words in made.items():
+    for name, words in (made | (more if wide else {})).items():
         path = folder / f"{name}.json"
         code, said = run([*words, "--embed", "-o", str(path)])
         assert code == 0, said
@@ -124,17 +166,10 @@ def _restructured(text: str, dice: random.Random) -> str:
     if not places:
         return text
     holder, key = dice.choice(places)
-    if dice.random() < 0.3 and isinstance(raw, dict) and isinstance(raw.get("graph"), list):
+    if dice.random() < 0.5 and isinstance(raw, dict) and isinstance(raw.get("graph"), list):
         lines = raw["graph"]
         if lines:
-            line = dice.randrange(len(lines))
-            was = lines[line] if isinstance(lines[line], str) else ""
-            cut = dice.randrange(len(was) + 1)
-            lines[line] = (
-                was[:cut] + dice.choice((*TEXT, was[:cut])) + was[cut + dice.randint(0, 9) :]
-            )
-            if dice.random() < 0.2:
-                del lines[line]
+            _mutate_graph(lines, dice)
             _rehash(raw)
             return json.dumps(raw)
     move = dice.random()
@@ -147,6 +182,35 @@ def _restructured(text: str, dice: random.Random) -> str:
     else:
         holder[f"{key}_"] = holder[key]
     return json.dumps(raw)
+
+
+def _mutate_graph(lines: list[Any], dice: random.Random) -> None:
+    """One line cut, gone or twice, or one size, name or attribute another, there or everywhere."""
+    number = dice.choice((dice.randrange(len(lines)), dice.randrange(min(3, len(lines)))))
+    was = lines[number] if isinstance(lines[number], str) else ""
+    way = dice.random()
+    if way < 0.25:
+        cut = dice.randrange(len(was) + 1)
+        part = dice.choice((*TEXT, was[:cut]))
+        lines[number] = was[:cut] + part + was[cut + dice.randint(0, 9) :]
+    elif way < 0.3:
+        del lines[number]
+    elif way < 0.4:
+        lines.insert(dice.randrange(len(lines)), was)
+    else:
+        pattern, puts = dice.choice(
+            ((r"(?<=[\[ ])[bs\d*/+-]+(?=[,\]])", SIZES), (r"[\w./:]+", NAMES),
+             (r"(?<==)(?:\[[^\]]*\]|[^ ,}]+)", ATTRS), (r" \{.*\}", ("", " {}", " {=}", " {a=1}")))
+        )  # fmt: skip
+        found = re.findall(pattern, was)
+        if not found:
+            return
+        word, put = dice.choice(found), dice.choice(puts)
+        whole = re.compile(rf"(?<![\w.]){re.escape(word)}(?![\w.])")
+        everywhere = dice.random() < 0.5
+        for at in range(len(lines)) if everywhere else (number,):
+            if isinstance(lines[at], str):
+                lines[at] = whole.sub(lambda _: put, lines[at], count=0 if everywhere else 1)
 
 
 def _rehash(raw: dict[str, Any]) -> None:
@@ -169,10 +233,11 @@ def _places(raw: Any) -> Iterator[tuple[Any, Any]]:
 
 def commands(kind: str, path: str, whole: str, dice: random.Random) -> list[str]:
     """A command that reads the file."""
-    if kind in ("train", "serve"):
+    if kind in PLANS:
         out = str(Path(path).parent / "out")
         choices = [
             ["show", path], ["show", path, "--layers"], ["show", path, "--json"], ["check", path],
+            ["notebook", path],
             ["diff", path, whole], ["diff", whole, path, "--format", "md"],
             ["report", path, "-o", f"{out}.html", "--no-why"],
             ["export", path, "--to", dice.choice(("megatron", "torchtitan", "deepspeed", "slurm",
@@ -199,8 +264,9 @@ def fuzz(count: int, seed: int, texts: dict[str, str], folder: Path) -> list[str
     names = sorted(texts)
     for index in range(count):
         dice = random.Random(f"{seed}/{index}")
-        kind = dice.choice((*names, "train", "serve"))
-        plan = "json" if kind in ("train", "serve") else "toml"
+        plans = [name for name in PLANS if name in texts]
+        kind = dice.choice((*names, *plans, *plans))
+        plan = "json" if kind in PLANS else "toml"
         path = folder / f"mutated.{ENGINES[kind][1] if kind in ENGINES else plan}"
         text = mutated(texts[kind], kind, dice)
         path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
@@ -208,7 +274,7 @@ def fuzz(count: int, seed: int, texts: dict[str, str], folder: Path) -> list[str
         signal.alarm(MOST_S)
         code, said = run([*words])
         signal.alarm(0)
-        if code not in CODES or "internal" in said or "Traceback" in said:
+        if code not in CODES or "internal" in said or re.search("Traceback|Warning:", said):
             kept = folder / f"wrong-{seed}-{index}{path.suffix}"
             kept.write_text(text, encoding="utf-8", errors="replace")
             wrong.append(f"{' '.join(words)} of {kept}: code {code}\n{said[-600:]}")
@@ -220,7 +286,7 @@ def main() -> None:
     count, seed = (int(word) for word in (sys.argv[1:] + ["0"])[:2])
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     os.chdir(folder)
-    wrong = fuzz(count, seed, originals(folder), folder)
+    wrong = fuzz(count, seed, originals(folder, wide=True), folder)
     print("\n\n".join(wrong[:20]))
     print(f"{count} files, {len(wrong)} wrong; they are in {folder}")
     sys.exit(bool(wrong))

@@ -97,6 +97,9 @@ FAULTS = {
     "stages out of order": (lambda r: (
         r["stages"][0].update(units="embed_tokens, layers.{1..5}"),
         r["stages"][1].update(units="layers.{0,6,7}, norm, lm_head")), "stages[0] holds"),
+    "stage of no layer": (lambda r: (
+        r["stages"][0].update(units="embed_tokens, layers.{0..7}"),
+        r["stages"][1].update(units="norm, lm_head")), "stages[1] holds norm, lm_head, and no"),
     "wrong rank": (lambda r: r["stages"][1].update(pp_rank=0), "expected stage 1 on pp_rank 1"),
     "back and forth": (lambda r: (r["units"][0].update(units="layers.{1..4}"),
                                   r["units"][1].update(units="layers.{0,5..7}")),
