@@ -53,7 +53,7 @@ def export(
     if isinstance(read, Plan) and TARGETS[to].engine:
         from planner.export.as_run import with_memory
 
-        made = with_memory(made, read, TARGETS[to].engine, folder_of(plan))
+        made = with_memory(made, read, to, TARGETS[to].engine, folder_of(plan))
     if made.lost and not lossy:
         raise UsageError(
             f"--to {to} is {made.fidelity} of this plan: {len(made.lost)} things would be lost",

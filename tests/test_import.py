@@ -1,6 +1,5 @@
 """`plan import`: what is exported comes back, what is not understood is told, nothing is run."""
 
-import json
 import random
 from dataclasses import replace
 from functools import partial
@@ -9,14 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import graph_of
 from toy_plan import DECISIONS, WORKLOAD, toy_graph, toy_plan
 
-from cost_models.units import format_bytes
 from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.decisions import Pins, Recompute, parse_pins
 from planner.export import export
-from planner.export.deepspeed import OURS
+from planner.export.as_run import as_written
 from planner.export.pinned import pinned
 from planner.importing import SOURCES, _asked, _pins, facts, read_file
 from planner.importing.megatron import layout
@@ -28,11 +25,6 @@ ENGINES = {"megatron": "megatron", "deepspeed": "deepspeed", "torchtitan": "torc
            "torchtitan-toml": "torchtitan", "accelerate": "accelerate"}  # fmt: skip
 SUFFIX = {"megatron": ".sh", "deepspeed": ".json", "torchtitan": ".py", "torchtitan-toml": ".toml",
           "accelerate": ".yaml"}  # fmt: skip
-
-
-def every_model_is_llama(monkeypatch):
-    for module in ("objectives", "tracing"):  # the former imports the latter's
-        monkeypatch.setattr(f"planner.{module}.capture", lambda *_: graph_of("llama"))
 
 
 def read(engine, text, name="f", gpus=8, fix=(), asked=None):
@@ -101,6 +93,12 @@ def test_what_is_exact_comes_back(drawn, target):
     if "recompute" not in lost:
         assert pins.recompute.counts(d.stages) == d.recompute
     assert setup.asked.get("global_batch", str(workload.global_batch)) == str(workload.global_batch)
+    written = as_written(made, plan, target)  # what the export costs is what the file says
+    same = {"recompute", "pp", "dp", "tp", "zero", "shard", "micro_batch", "microbatches",
+            "stages", "compile", "offload", "grad_dtype"} - lost  # fmt: skip
+    assert all(getattr(written.decisions, key) == getattr(d, key) for key in same)
+    if "recompute" in setup.pins:  # else in code, and the plan's
+        assert written.decisions.recompute == pins.recompute.counts(pins.stages)
     _, unknown = found.left(pinned(target))
     assert not [row for row in unknown if "costed as all but" not in row]
 
@@ -313,82 +311,6 @@ def test_mutated_files_are_read_or_refused_in_words():
                 read(ENGINES[target], mutated, name)
             except PlanError as refusal:
                 assert refusal.what
-
-
-def test_a_configuration_is_costed_and_compared(plan, tmp_path, monkeypatch):
-    every_model_is_llama(monkeypatch)
-    tmp = tmp_path
-    (tmp / "ds.json").write_text(json.dumps({
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2,
-        "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "surprise": 1,
-    }))  # fmt: skip
-    words = ("--from", "deepspeed", "--model", "llama.py", "--hardware", "h100x8", "--seq-len",
-             "128", "-o", str(tmp / "imported.json"))  # fmt: skip
-    code, out, err = plan("import", str(tmp / "ds.json"), *words)
-    assert code == 0, err
-    assert "ZeRO-2" in out and "not understood: surprise 1" in out and "recompute" in out
-    code, out, _ = plan("show", str(tmp / "imported.json"), "--json")
-    found = json.loads(out)
-    assert found["workload"]["engine"] == "deepspeed"
-    assert found["decisions"]["microbatches"] == 2 and found["decisions"]["shard"] == 8
-    code, out, err = plan("import", str(tmp / "ds.json"), *words, "--global-batch", "7")
-    assert code == 64 and "--global-batch 7, but" in err
-
-
-def test_an_imported_plan_is_exported_as_it_was(plan, tmp_path, monkeypatch):
-    every_model_is_llama(monkeypatch)
-    layers = facts(graph_of("llama"), "bf16", 8).layers
-    text = SCRIPT.replace("--num-layers 8", f"--num-layers {layers}").replace("2048", "128")
-    (tmp_path / "run.sh").write_text(text)
-    words = ("--from", "megatron", "--model", "llama.py", "--hardware", "h100x8")
-    code, _, err = plan("import", "run.sh", *words)
-    assert code == 0, err
-    for name in ("a", "b"):  # what Megatron-LM does over tp is in the plan: nothing is lost
-        code, _, err = plan("export", "imported.json", "--to", "megatron", "-o", name)
-        assert code == 0 and "megatron: exact" in err, err
-        plan("import", f"{name}/megatron_args.sh", *words)
-    first, second = ((tmp_path / n / "megatron_args.sh").read_text() for n in "ab")
-    assert first == second
-
-
-def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
-    plan, tmp_path, monkeypatch
-):
-    """A plan of one engine for another: the export tells what its import is costed at, and whether
-    it fits, before anything is written."""
-    every_model_is_llama(monkeypatch)
-    pins = ("tp=1", "zero=2", "micro_batch=4", "recompute=none", "compile=off")
-    trace = ("trace", "llama.py", "--seq-len", "128", "--global-batch", "32",
-             *(word for pin in pins for word in ("--fix", pin)))  # fmt: skip
-    back = ("import", "deepspeed.json", "--from", "deepspeed", "--model", "llama.py", "--seq-len",
-            "128")  # fmt: skip
-    taken = []
-    for path, words in (("plan.json", trace), ("imported.json", back)):
-        assert plan(*words, "--hardware", "h100x8", "-o", path)[0] == 0
-        estimate = json.loads(plan("show", path, "--json")[1])["estimate"]
-        taken.append(estimate["peak_memory_bytes"])
-        if path == "plan.json":
-            code, _, said = plan("export", "--to", "deepspeed")
-            assert code == 0 and "deepspeed: exact" in said
-    mine, theirs = taken
-    assert f"under DeepSpeed: {format_bytes(theirs)} of" in said
-    assert f"(the plan: {format_bytes(mine)}," in said
-    assert theirs - mine > 4e9  # blocks that its allocator keeps
-
-    Path("small.toml").write_text(
-        f'base = "h100"\ncount = 8\n[device]\nmemory_bytes = "{(mine + theirs) // 2}B"\n'
-    )
-    assert plan(*trace, "--hardware", "small.toml")[0] == 0
-    code, _, err = plan("export", "--to", "deepspeed", "-o", "new")
-    assert code == 64 and "memory (approximate): does not fit under DeepSpeed: " in err
-    assert not Path("new").exists()
-    code, _, err = plan("export", "--to", "deepspeed", "--lossy")
-    assert code == 0 and "plan trace --engine deepspeed plans for it" in err
-    assert "lost: memory" in json.loads(Path("deepspeed.json").read_text())[OURS][2]
-    code, _, err = plan(*back, "--hardware", "small.toml", "-o", "no.json")
-    assert code == 3 and f"needs {theirs / 1e9:.1f} GB" in err and not Path("no.json").exists()
-    assert "--fix" not in err, err
-    assert "plan trace llama.py --hardware small.toml --engine deepspeed: what fits" in err
 
 
 def test_a_refusal_names_the_settings_of_the_file():
