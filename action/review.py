@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST = 65_000  # characters of a comment that GitHub takes, less a little
 
 
@@ -162,7 +163,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def fenced(text: str) -> str:
-    """Text as a code block that it cannot end."""
+    """Text as a code block that it cannot end, with nothing in it that shows letters in another
+    order, or that a terminal obeys."""
+    text = _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     longest = max((len(run) for run in re.findall("~+", text)), default=0)
     fence = "~" * max(4, longest + 1)
     return f"{fence}text\n{text.rstrip()}\n{fence}"

@@ -9,11 +9,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
 import typer
 
 from ir.errors import PlanError
+from planner.plain import Plain, plain
 
 INTERNAL, USAGE, INTERRUPTED = 1, 64, 130
 QUIET_S = 1.0  # progress is shown after this
@@ -22,11 +23,22 @@ LONGEST = 78  # of its line
 
 def say(text: str) -> None:
     """Print words that are not the result."""
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
-    """Run a command; print its faults once, on stderr; return the exit code."""
+    """Run a command; print its faults once, on stderr; return the exit code. What it prints on
+    stdout is `plain`."""
+    before = sys.stdout
+    ours = sys.stdout = cast(TextIO, Plain(before))
+    try:
+        return _run(app, arguments)
+    finally:
+        if sys.stdout is ours:  # else the library met a closed pipe, and put what is quiet there
+            sys.stdout = before
+
+
+def _run(app: typer.Typer, arguments: Sequence[str]) -> int:
     traceback = any(re.fullmatch("-v{2,}", word) for word in arguments)
     try:
         command = typer.main.get_command(app)
@@ -89,7 +101,7 @@ def progress() -> Iterator[Callable[[str], None] | None]:
     loud = threading.Event()
 
     def write() -> None:
-        print("\r" + latest[0][:width].ljust(width), end="", file=sys.stderr, flush=True)
+        print("\r" + plain(latest[0])[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
     def begin() -> None:
         loud.set()
@@ -128,6 +140,6 @@ def _usage(fault: Any) -> int:
 
 def _explain(traceback: bool) -> None:
     if traceback:
-        from traceback import print_exc
+        from traceback import format_exc
 
-        print_exc(file=sys.stderr)
+        say(format_exc().rstrip())

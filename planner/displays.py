@@ -7,13 +7,14 @@ escaped. Plans are costed anew with today's constants, as `plan show` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost_models.units import format_bytes, format_count, format_seconds
 from ir.errors import PlanError
+from planner.plain import plain
 from planner.proved import status_words
+from planner.report.markup import escape
 
 if TYPE_CHECKING:
     from planner.check import Checked
@@ -74,9 +75,9 @@ def text(found: Checked | CheckedServing) -> str:
 def plan_text(plan: Plan | ServingPlan) -> str:
     """What `plan show` prints; one line and the reason where the plan cannot be costed here."""
     try:
-        return text(costed(plan))
+        return plain(text(costed(plan)))
     except PlanError as fault:
-        return "\n".join((line(plan), *fault.lines()))
+        return plain("\n".join((line(plan), *fault.lines())))
 
 
 def plan_html(plan: Plan | ServingPlan) -> str:

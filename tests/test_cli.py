@@ -18,8 +18,10 @@ from toy_plan import DECISIONS, toy_estimate, toy_graph, toy_plan
 from cost_models.hardware import load_hardware
 from planner import cli, console, start
 from planner.options import Baseline, TraceResult
+from planner.plain import Plain
 from planner.plan import load, make_plan
 from planner.plan_text import to_text
+from planner.report.markup import escape
 
 CLUSTER = load_hardware("h100x8")
 
@@ -327,10 +329,33 @@ def test_version_is_that_of_the_package(plan):
     assert f"version: {said}\n" in (root / "CITATION.cff").read_text()
 
 
-def test_broken_pipe_is_quiet():
+@pytest.mark.parametrize("words", [("hardware", "list"), ("check", "--help")])
+def test_broken_pipe_is_quiet(words):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "planner.cli", "hardware", "list"]
+    command = [sys.executable, "-m", "planner.cli", *words]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+ODD = "\x1b[2J\r\x9b\u202eX\u2069\ud800"
+SPELT = "\\x1b[2J\\x0d\\u009b\\u202eX\\u2069\\ud800"
+
+
+def test_names_of_files_steer_no_terminal(plan):
+    """Of a plan on stdout, of a fault on stderr; as JSON, and in a terminal of few letters."""
+    found = fresh_plan()
+    found = replace(found, solver=replace(found.solver, status=ODD))
+    found.save("plan.json")
+    code, out, _ = plan("show")
+    assert code == 0 and SPELT in out and "\x1b" not in out
+    assert json.loads(plan("show", "--json")[1])
+    text = Path("plan.json").read_text()
+    Path("plan.json").write_text(text.replace("h100x8 sha256", "\\u202eh\\u001b sha256"))
+    code, out, err = plan("show")
+    assert code == 1 and "'\\u202eh\\x1b'" in err and "\x1b" not in err
+    kept = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print("a\t\u65e5\x1b", file=Plain(kept), flush=True)
+    assert kept.buffer.getvalue() == b"a\t\\u65e5\\x1b\n"
+    assert escape(ODD) == "\ufffd[2J\ufffd\ufffd\ufffdX\ufffd\ufffd"

@@ -122,6 +122,15 @@ def test_no_right_to_comment_is_a_warning(review, monkeypatch, tmp_path, capsys)
     assert "A new plan" in (tmp_path / "sum").read_text()
 
 
+def test_a_code_block_shows_what_it_has_in_its_order():
+    spec = importlib.util.spec_from_file_location("review", HERE / "action" / "review.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.fenced("a\x1b[2J \u202eb\u2066\x9b\tc\n~~~~~") == (
+        "~~~~~~text\na\\u001b[2J \\u202eb\\u2066\\u009b\tc\n~~~~~\n~~~~~~"
+    )
+
+
 def test_the_hook_checks_plans_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("plan.json").write_text('{\n"schema": "plan/1", "planner": "0.1.0"')

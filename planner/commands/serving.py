@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,7 +164,7 @@ def trace_serving(
         print_json(document(plan, found, others=others, timing=timing))
     else:
         text = summary(plan, found, notes=echo, others=others)
-        print(text, file=sys.stderr if output == "-" else sys.stdout)
+        say(text) if output == "-" else print(text)
     if output != "-":
         say(f"wrote {output}")
     if verbose:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -287,7 +286,7 @@ def _print(result: TraceResult, path: str, *, as_json: bool) -> None:
         )  # fmt: skip
     else:
         text = summary(plan, estimate, notes=result.echo, baselines=result.baselines)
-        print(text, file=sys.stderr if path == "-" else sys.stdout)
+        say(text) if path == "-" else print(text)
     if result.interrupted:
         say("interrupted: the best plan so far is kept, marked FEASIBLE")
     if path != "-":

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from planner.plain import STEERING
+
 VOID = ("meta", "br", "input", "rect", "line", "path", "col", "wbr")
-_ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_ODD = re.compile(f"[{STEERING}\ud800-\udfff\ufffe\uffff]")
 
 
 class Html(str):
