@@ -7,10 +7,17 @@ from cost_models.decisions import Decisions
 from cost_models.offload import host_note
 from cost_models.step import Costs
 
+STATISTICS = ("samples", "median_error", "p90_error", "held_out_median_error")
+
 
 def is_moe(chain: Chain) -> bool:
     """Whether some of the model's matmuls are of experts."""
     return any(n.op == "grouped_matmul" for link in chain.links for n in link.unit.nodes)
+
+
+def statistic(name: str) -> bool:
+    """Whether a constant's name is of a figure about its fit: nothing is computed from it."""
+    return name.rpartition(".")[2] in STATISTICS
 
 
 def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
@@ -19,7 +26,7 @@ def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
     notes = [*costs.graph.notes]
     notes += [
         f"{c.name}: {c.source}" for c in costs.kernels.provenance()
-        if any(w in c.source for w in ("assumed", "transferred"))
+        if any(w in c.source for w in ("assumed", "transferred")) and not statistic(c.name)
     ]  # fmt: skip
     notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
     if d.offload:

@@ -10,6 +10,7 @@ from typing import Any
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
 from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.validation.accuracy import memory_error
 from ir.errors import UsageError
 from planner.charges import Charges
 from planner.decisions import recompute_words
@@ -22,6 +23,7 @@ from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
 from planner.proved import all_pinned, status_words
 from planner.share_words import microbatch_words, tp_words
+from planner.tightness import tight, tight_words
 
 WIDTH = 80
 BAR = 32
@@ -194,10 +196,12 @@ def _memory(e: Estimate) -> list[str]:
     rank = e.fullest
     total = rank.peak_bytes
     share = total / e.capacity_bytes
-    head = f"memory of {rank.name}: {format_bytes(total)} of "
+    head = f"memory of {rank.name}: {format_bytes(total)} +-{memory_error():.0%} of "
     lines = [head + f"{format_bytes(e.capacity_bytes)} ({share:.0%})"]
     if not e.fits:
         lines[0] += "  DOES NOT FIT"
+    elif tight(e):
+        lines.append(f"  {tight_words()}: leave room with --max-memory")
     lines.append(_arithmetic(rank))
     most = _most(rank.memory_bytes)
     lines += [_bar(name, format_bytes(n), n / e.capacity_bytes) for name, n in most]

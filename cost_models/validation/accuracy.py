@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,14 @@ Part: TypeAlias = Mapping[str, Table]  # tables by name: [part."name"]
 
 ACCURACY = Path(__file__).with_name("accuracy.toml")
 _HEAD = "# Errors of rows that the constants were not fitted to. Written by the fits, a part each."
+
+
+@cache
+def memory_error() -> float:
+    """Expected relative error of a step's peak memory: the mean of runs that print theirs, which
+    the constants were not fitted to."""
+    raw: dict[str, Any] = tomllib.loads(ACCURACY.read_text(encoding="utf-8"))
+    return float(raw["memory"]["all"]["mape"])
 
 
 def _text(value: Any) -> str:

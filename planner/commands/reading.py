@@ -179,6 +179,7 @@ def check(
     from planner.options import TraceOptions
     from planner.plan import Plan, load_cluster, load_plan, read
     from planner.plan_text import parse_header
+    from planner.tightness import tight, tight_words
     from planner.workload import Asked
 
     given = load_plan(plan)
@@ -210,5 +211,8 @@ def check(
                      "stale": bool(checked.moved), "moved": list(checked.moved)})  # fmt: skip
     checks.require_fresh(checked, plan)
     if not as_json:
-        print(f"{plan}: valid, fits {checked.plan.hardware}, not stale")
+        fits = f"fits {checked.plan.hardware}"
+        if tight(checked.estimate):
+            fits = f"{tight_words()}: {checked.plan.hardware}"
+        print(f"{plan}: valid, {fits}, not stale")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cost_models.assumptions import statistic
 from cost_models.constants_table import load_constants
 from cost_models.serving_decisions import ServeLoad
 from cost_models.serving_engines import error_of, load_serving_engine
@@ -294,7 +295,8 @@ def rests_on(checked: CheckedServing) -> Section:
     """The engine's constants, the kernels', the hardware's."""
     engine = load_serving_engine(checked.plan.asked.engine)
     table_ = load_constants(checked.cluster.device.constants)
-    assumed = [f"{c.name}: {c.source}" for c in table_.items if "assumed" in c.source]
+    assumed = [f"{c.name}: {c.source}" for c in table_.items
+               if "assumed" in c.source and not statistic(c.name)]
     return assumptions.made(
         checked.cluster, assumed, [(engine.title, [(engine.name, engine.source)])],
         f"Nine in ten of the published points of this engine's kind are within"

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.validation.accuracy import memory_error
 from planner.check import Checked
 from planner.plan import Plan
 from planner.proved import all_pinned, pins_words
 from planner.report.charts import sentences, strong
 from planner.report.markup import Children, Html, el
+from planner.tightness import tight, tight_words
 from planner.why_text import decided
 
 PROOF = {
@@ -42,7 +44,8 @@ def verdict(checked: Checked) -> Html:
         el("p", sentence(checked), class_="verdict"),
         tiles([
             ("A step", format_seconds(e.step_time_s), f"model error {e.error:.0%}"),
-            ("Memory at peak", format_bytes(e.peak_memory_bytes), margin(e)),
+            ("Memory at peak", format_bytes(e.peak_memory_bytes),
+             f"{margin(e)}; model error {memory_error():.0%}"),
             ("Throughput", f"{rate:,.0f}", f"{what}/s a GPU; {rate * e.gpus:,.0f} in all"),
             ("MFU", f"{e.mfu:.1%}", tflops),
             ("Search", *searched(checked)),
@@ -55,11 +58,13 @@ def verdict(checked: Checked) -> Html:
 def sentence(checked: Checked) -> Html:
     """Does it fit, what fills the step, what was proved."""
     e, proved = checked.estimate, proof(checked)
-    fits = "It fits" if e.fits else "It does not fit"
+    fits, look = ("It fits", "good") if e.fits else ("It does not fit", "bad")
+    if tight(e):
+        fits, look = f"It {tight_words()}; leave room with --max-memory", "warn"
     name, most = max(e.breakdown_ps, key=lambda part: part[1])
     share = most / e.step_time_ps
     return sentences(
-        el("span", f"{fits}: {margin(e)}.", class_="good" if e.fits else "bad"),
+        el("span", f"{fits}: {margin(e)}.", class_=look),
         [strong(f"{share:.0%}"), f" of the step is {name.replace('_', ' ')}."],
         f"{proved[:1].upper()}{proved[1:]}.",
     )
