@@ -93,7 +93,8 @@ def test_what_is_exact_comes_back(drawn, target):
     if "recompute" not in lost:
         assert pins.recompute.counts(d.stages) == d.recompute
     assert setup.asked.get("global_batch", str(workload.global_batch)) == str(workload.global_batch)
-    written = as_written(made, plan, target)  # what the export costs is what the file says
+    written, doubts = as_written(made, plan, target)  # what the export costs is what the file says
+    assert list(doubts) == found.doubts
     same = {"recompute", "pp", "dp", "tp", "zero", "shard", "micro_batch", "microbatches",
             "stages", "compile", "offload", "grad_dtype"} - lost  # fmt: skip
     assert all(getattr(written.decisions, key) == getattr(d, key) for key in same)

@@ -35,7 +35,7 @@ def with_memory(made: Exported, plan: Plan, target: str, engine: str, folder: Pa
     try:
         hardware = load_cluster(plan, folder)
         mine = recost(plan, hardware)
-        written = as_written(made, plan, target)
+        written, doubts = as_written(made, plan, target)
         if alike:  # one engine, of which the plan may have another version
             written = replace(written, workload=replace(
                 written.workload, engine=plan.workload.engine))  # fmt: skip
@@ -58,18 +58,19 @@ def with_memory(made: Exported, plan: Plan, target: str, engine: str, folder: Pa
         f" {format_seconds(mine.step_time_s)}){_items(mine, theirs)}"
     )
     if theirs.fits or not mine.fits:
-        return replace(made, notes=(*made.notes, words))
+        return replace(made, notes=(*made.notes, words, *doubts))
     words += "".join(f"; tier {use.said}" for use in theirs.tiers if not use.fits)
     row = Lost(decision="memory", fidelity=APPROXIMATE, note=f"does not fit {words}")
     files = tuple((name, _headed(text, f"lost: {row}")) for name, text in made.files)
     pins = "".join(f" --fix {word}" for word in other if word.partition("=")[0] not in OF_WORK)
     hint = f"plan trace --engine {engine}{pins} plans for it"
-    return replace(made, files=files, lost=(*made.lost, row), notes=(*made.notes, hint))
+    return replace(made, files=files, lost=(*made.lost, row), notes=(*made.notes, *doubts, hint))
 
 
-def as_written(made: Exported, plan: Plan, target: str) -> Plan:
+def as_written(made: Exported, plan: Plan, target: str) -> tuple[Plan, tuple[str, ...]]:
     """The plan as the exported file says it, read back as an import of it is: a decision that the
     target does in part, or has no word for, is the file's. What it leaves to code is the plan's.
+    And what of the file the cost models have in part.
 
     Raises PlanError for what an import of the file refuses.
     """
@@ -89,7 +90,8 @@ def as_written(made: Exported, plan: Plan, target: str) -> Plan:
         key: int(word) if word.isdigit() else word for key, word in setup.asked.items()
     }
     workload = replace(plan.workload, engine=setup.engine, precision=precision, **asked)
-    return replace(plan, decisions=replace(plan.decisions, **said), workload=workload)
+    decisions = replace(plan.decisions, **said)
+    return replace(plan, decisions=decisions, workload=workload), tuple(settings.doubts)
 
 
 def _changed(plan: Plan, written: Plan) -> list[str]:
