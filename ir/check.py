@@ -27,6 +27,19 @@ def check_graph(graph: Graph) -> None:
         )  # fmt: skip
 
 
+def check_sizes(graph: Graph, batch: int, seq: int) -> None:
+    """Raise PlanError for a size in b and s of which this batch and this sequence leave nothing."""
+    for unit in (*graph.units, graph.root):
+        for name, tensor in unit.values.items():
+            for size in tensor.shape:
+                if not size.is_constant and size.at(batch, seq) < 1:
+                    raise PlanError(
+                        f"{name} of unit {unit.name} is {tensor}, and {size} is"
+                        f" {size.at(batch, seq)}", why=f"at b = {batch}, s = {seq}",
+                        hints=("trace the model again, with a longer sequence if it needs one",),
+                    )  # fmt: skip
+
+
 def _faults(graph: Graph) -> Iterator[str]:
     names = [unit.name for unit in graph.units]
     if len(set(names)) != len(names):
@@ -97,6 +110,10 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
     empty = any(d.is_constant and d.numerator == 0 for t in (*ins, *node.outputs) for d in t.shape)
     if empty and rule(node).kind not in ("memory", "free"):
         yield f"{node.name}: {node.op} of a tensor without elements"
+    if node.op == "attention" and not (
+        ins[0].shape[3].is_constant and ins[2].shape[3].is_constant
+    ):
+        yield f"{node.name}: {node.op} of heads of {ins[0].shape[3]} and {ins[2].shape[3]}"
     operands = (*zip(spec.inputs, ins), *zip(spec.outputs, node.outputs))
     if len(spec.inputs) != len(ins) or len(spec.outputs) != len(node.outputs):
         yield f"{node.name}: the rule of {node.op} has another number of operands"

@@ -214,7 +214,10 @@ def _parse_unit(lines: Sequence[str], start: int, end: int) -> Unit:
                 inputs.append((name, _parse_tensor(tensor.removesuffix(" diff"))))
             elif key in ("parameter", "buffer", "frozen"):
                 name, _, tensor = rest.partition(" ")
-                parameters.append(Parameter(name=name, tensor=_parse_tensor(tensor), kind=key))
+                held = _parse_tensor(tensor)
+                if not all(size.is_constant for size in held.shape):
+                    raise ValueError(f"a {key} is as large in every batch, not {tensor[:80]}")
+                parameters.append(Parameter(name=name, tensor=held, kind=key))
             elif key == "return":
                 outputs = tuple(rest.split(", ")) if rest else ()
             elif key in SAVED_KINDS:

@@ -16,6 +16,7 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
 from cost_models.formats import NARROW
 from cost_models.schedule import rank_of
+from ir.check import check_sizes
 from ir.errors import PlanError
 from ir.graph import Graph
 from planner.decisions_json import decisions_from_json, decisions_json
@@ -163,6 +164,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     )
     decisions = replace(decisions, parts=_parts(raw))
     _check_decisions(decisions, workload, raw)
+    check_sizes(graph, decisions.micro_batch, workload.seq_len)
     _check_formats(decisions, workload, graph)
     check_keep(decisions.keep, graph)
     estimate = object_at(raw, "estimate", ("step_time_us", "peak_memory_bytes"))

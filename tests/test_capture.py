@@ -14,7 +14,7 @@ from ir.capture import capture_graph, export, fold, hf
 from ir.capture.index_probe import subscripts_by
 from ir.capture.load import Source, load
 from ir.capture.sizes import recover
-from ir.check import check_graph
+from ir.check import check_graph, check_sizes
 from ir.errors import PlanError
 from ir.graph import Graph
 from ir.text import format_graph, graph_hash, parse_graph
@@ -301,6 +301,7 @@ def test_that_text_is_a_graph() -> None:
         ("64, 64]", f"64, {2**48}]", "elements"),
         ("64, 64]", "64, b*b*b*s*s]", "a power"),
         ("64, 64]", "64, b/0]", "not a size"),
+        ("64, 64]", "64, b]", "a parameter is as large"),
         ("64, 64]", "64, 064]", "not as a graph is written"),
         ("  saved_fused", "  saved_fused ", "not as a graph is written"),
         ('"m"', "1.5", "not a word"),
@@ -314,6 +315,15 @@ def test_a_line_that_no_graph_has_is_refused(was: str, put: str, why: str) -> No
         parse_graph(TEXT.replace(was, put, 1))
     said = "\n".join(found.value.lines())
     assert why in said and "at line" in said
+
+
+@pytest.mark.parametrize("size", ["s-8", "s/16", "b/2"])
+def test_a_sequence_of_which_nothing_is_left_is_refused(size: str) -> None:
+    graph = parse_graph(TEXT.replace("b, s,", f"b, {size},").replace("64, s]", f"64, {size}]"))
+    check_graph(graph)
+    check_sizes(graph, 32, 32)
+    with pytest.raises(PlanError, match=f"and {size} is 0"):
+        check_sizes(graph, 1, 8)
 
 
 def test_sums_over_nothing_and_orders_that_are_none_are_not_legal() -> None:
