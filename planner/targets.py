@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 from ir.files import is_stream
 
 _HEAD_BYTES = 4096  # of a file: a plan and a graph say what they are in their first lines
@@ -17,7 +17,8 @@ def require_target(target: str, *, embed: bool) -> None:
     """Refuse `-o` before anything is searched: a plan may be written over, and what is no plan not.
 
     The inputs are covered, by whatever path they are named: none of them is a plan, but that of
-    `--base`, which may be planned again. embed: no graph is written beside. Raises UsageError.
+    `--base`, which may be planned again. embed: no graph is written beside. Raises
+    UsageError, and PlanError where the system refuses the path.
     """
     if target == "-":
         return
@@ -26,7 +27,7 @@ def require_target(target: str, *, embed: bool) -> None:
         _require_free(path, embed=embed)
     except OSError as fault:  # a name that is too long, a folder that may not be entered
         reason = fault.strerror or type(fault).__name__
-        raise UsageError(f"-o {target} cannot be written", why=reason) from fault
+        raise PlanError(f"-o {target} cannot be written", why=reason) from fault
 
 
 def _require_free(path: Path, *, embed: bool) -> None:

@@ -4,8 +4,9 @@
 
 Each file is a whole one with a few things wrong: a value of another kind or size, a key gone, twice
 or moved, text cut or overwritten. A graph's hash is put right again, so that its parser is reached.
-A run fails where a command says an internal error or a warning of Python, returns a code that it
-does not have, or takes more than MOST_S. `tests/test_fuzz.py` runs some of them, of fewer plans.
+A run fails where a command says an internal error or a warning of Python, prints what a terminal
+would obey, returns a code that it does not have, or takes more than MOST_S.
+`tests/test_fuzz.py` runs some of them, of fewer plans.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+_WRONG = ("Traceback|Warning:"
+          "|[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")  # fmt: skip
 CODES = {0, 1, 3, 4, 64}
 MOST_S = 30
 ODD: tuple[Any, ...] = (
@@ -274,7 +277,7 @@ def fuzz(count: int, seed: int, texts: dict[str, str], folder: Path) -> list[str
         signal.alarm(MOST_S)
         code, said = run([*words])
         signal.alarm(0)
-        if code not in CODES or "internal" in said or re.search("Traceback|Warning:", said):
+        if code not in CODES or "internal" in said or re.search(_WRONG, said):
             kept = folder / f"wrong-{seed}-{index}{path.suffix}"
             kept.write_text(text, encoding="utf-8", errors="replace")
             wrong.append(f"{' '.join(words)} of {kept}: code {code}\n{said[-600:]}")
