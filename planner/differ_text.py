@@ -10,6 +10,7 @@ from cost_models.units import format_bytes, format_count, format_seconds
 from planner.attribution import TOGETHER, Effect
 from planner.differ import Change, Diff, Number
 from planner.serving.effects import HEADS, TITLE, effects_json, effects_text
+from planner.wrapping import wrapped
 
 SCHEMA = "diff/1"
 MOST_CHARACTERS = 60_000  # GitHub takes 65,536 in a comment
@@ -39,7 +40,7 @@ def diff_text(d: Diff) -> str:
     if d.renamed:
         lines += ["", "renamed", *(f"  {a} -> {b}" for a, b in d.renamed)]
     lines += _section("inputs", d.inputs)
-    return "\n".join(lines)
+    return "\n".join(map(wrapped, lines))
 
 
 def diff_json(d: Diff) -> dict[str, Any]:

@@ -213,4 +213,4 @@ def _unquote(text: str) -> str:
 
 def many(count: int, what: str) -> str:
     """A number of things: `1 mesh`, `2 meshes`."""
-    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith("sh") else "s")
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith(("sh", "ch")) else "s")

@@ -195,7 +195,7 @@ def _document(text: str, source: str) -> dict[str, Any]:
     except (RecursionError, ValueError) as fault:
         if not isinstance(fault, json.JSONDecodeError):  # too deep, or a number without end
             raise PlanError("not a plan: it cannot be read", where=source,
-                            why=str(fault).partition(";")[0][:60],
+                            why=str(fault).partition(";")[0],
                             hints=("restore it from git, or plan trace again",)) from fault
         end = "the file ends too early" if fault.pos >= len(text.rstrip()) else fault.msg
         raise PlanError(

@@ -24,6 +24,7 @@ from planner.plan_text import SCHEMA, recompute_records, stage_records, workload
 from planner.proved import all_pinned, status_words
 from planner.share_words import microbatch_words, tp_words
 from planner.tightness import tight, tight_words
+from planner.wrapping import wrapped
 
 WIDTH = 80
 BAR = 32
@@ -264,7 +265,8 @@ def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str
     if baselines:
         rows = [
             f"{b.name} {format_seconds(b.step_time_s)}"
-            f" ({b.step_time_s / e.step_time_s - 1:+.0%}{'' if b.fits else ', does not fit'})"
+            f" ({round(b.step_time_s / e.step_time_s - 1, 2) + 0.0:+.0%}"  # never -0%
+            f"{'' if b.fits else ', does not fit'})"
             for b in baselines
         ]
         lines += [
@@ -289,7 +291,7 @@ def layers_text(plan: Plan) -> str:
               for name, words in plan.decisions.keep]  # fmt: skip
     for placement, names in groups.items():
         lines += [f"{placement:5} {pattern}" for pattern in fold(names)]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, 6) for line in lines)
 
 
 def _folded_stages(plan: Plan) -> list[str]:

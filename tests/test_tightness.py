@@ -7,7 +7,9 @@ from toy_plan import DECISIONS, WORKLOAD, toy_estimate, toy_graph
 from cost_models.assumptions import statistic
 from cost_models.hardware import load_hardware
 from cost_models.validation.accuracy import memory_error
+from planner.names import many
 from planner.tightness import tight
+from planner.wrapping import wrapped
 
 
 def test_it_fits_by_less_than_its_error():
@@ -27,3 +29,14 @@ def test_it_fits_by_less_than_its_error():
 def test_figures_about_a_fit_are_no_assumptions():
     assert statistic("attention.p90_error") and statistic("clock.samples")
     assert not statistic("clock.power_exponent") and not statistic("step_error.dense")
+
+
+def test_lines_are_of_a_terminals_width():
+    """Nothing is lost but the spaces at breaks; a word with no place to break is cut."""
+    parts = ",".join(f"projection_{i}" for i in range(20))
+    long = "R     model.{" + parts + "}.weight " + "x" * 100
+    rows = wrapped(long, 6).split("\n")
+    assert max(map(len, rows)) <= 80 and all(row.startswith(" " * 6) for row in rows[1:])
+    assert "".join(row.strip() for row in rows).replace(" ", "") == long.replace(" ", "")
+    assert wrapped("x" * 80) == "x" * 80
+    assert [many(n, "mesh") for n in (1, 2)] == ["1 mesh", "2 meshes"]

@@ -13,6 +13,7 @@ from cost_models.decisions import Decisions
 from cost_models.schedule import Event
 from cost_models.simulated import TAIL, Simulated
 from cost_models.units import format_seconds
+from planner.names import many
 from planner.report.charts import Section, figure, legend, sentences, spread, table, title_of
 from planner.report.markup import Html, el, join
 
@@ -46,14 +47,16 @@ def section(s: Simulated, d: Decisions, scale_ps: int = 0) -> Section:
     busy = [b / s.step_ps for b in s.line.busy_ps]
     virtual = f", {d.virtual_stages} virtual stages a rank" if d.virtual_stages > 1 else ""
     counts = ", ".join(f"{share.microbatches} on {share.part}" for share in d.shares)
+    batches = many(d.microbatches, "micro-batch") + f" of {d.micro_batch}"
+    fills = "They fill" if d.microbatches > 1 or counts else "It fills"
     lede = sentences(
         f"Of micro-batches of {d.micro_batch} a data rank runs {counts}." if counts
-        else f"{d.microbatches} micro-batches of {d.micro_batch} go through {d.pp} pipeline ranks"
+        else f"{batches} {'go' if d.microbatches > 1 else 'goes'} through {d.pp} pipeline ranks"
         f" in the order of {d.schedule}{virtual}." if d.pp > 1
-        else f"Without a pipeline, {d.microbatches} micro-batches of {d.micro_batch} follow each"
-        " other.",
+        else f"Without a pipeline, {batches} follow each other." if d.microbatches > 1
+        else f"Without a pipeline, {batches} is a step.",
         f"A rank computes {min(busy):.0%} to {max(busy):.0%} of the step." if len(busy) > 1
-        else f"They fill {busy[0]:.0%} of the step.",
+        else f"{fills} {busy[0]:.0%} of the step.",
         f"The pipeline takes {format_seconds(s.line.makespan_ps / 1e12)}, what follows its last"
         f" backward {format_seconds((s.step_ps - s.line.makespan_ps) / 1e12)}.",
     )
