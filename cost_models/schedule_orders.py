@@ -21,6 +21,8 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv", "dualpipev")
 V_SHAPED = ("zbv", "dualpipev")
 SPLIT_BACKWARD = ("zbh1", "zbv", "dualpipev")
 
+MOST_TURNS = 100_000  # micro-batches through a rank's chunks: a schedule is simulated turn by turn
+
 Op: TypeAlias = tuple[str, int, int]  # (F | B | W | BW, micro-batch, chunk of the rank)
 
 
@@ -46,7 +48,8 @@ def rank_of(schedule: str, pp: int, stage: int) -> int:
 def schedule_illegal(
     schedule: str, pp: int, microbatches: int, virtual_stages: int = 1
 ) -> str | None:
-    """Why this schedule cannot run so, or None. The conditions are torch's own."""
+    """Why this schedule cannot run so, or None. The conditions are torch's own, but for the most
+    turns, which are what is simulated."""
     m, v = microbatches, virtual_stages
     if schedule not in SCHEDULES:
         return f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}"
@@ -54,6 +57,8 @@ def schedule_illegal(
         return "pp, microbatches and virtual_stages are 1 at least"
     if schedule not in ("interleaved", *V_SHAPED) and v != 1:
         return f"{schedule} has no virtual stages (virtual_stages={v})"
+    if pp > 1 and m * chunks_of(schedule, v) > MOST_TURNS:
+        return f"{m:,} micro-batches through a pipeline, of at most {MOST_TURNS:,} turns a rank"
     if schedule not in ("gpipe", "1f1b") and pp == 1:
         return f"{schedule} needs pp of 2 at least"
     if schedule == "interleaved" and v < 2:

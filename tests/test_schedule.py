@@ -225,6 +225,7 @@ def test_no_operation_slower_makes_the_step_faster(case, data) -> None:
         ("zbh1", 1, 8, 1, "pp of 2"),
         ("gpipe", 4, 8, 2, "no virtual stages"),
         ("pipedream", 4, 8, 1, "unknown schedule"),
+        ("1f1b", 4, 100_001, 1, "turns a rank"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason(name, p, m, v, why) -> None:
