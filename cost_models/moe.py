@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cost_models.gemm import boosted, missed, smooth_max
+from ir.errors import PlanError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Facts: TypeAlias = Mapping[str, FloatArray]
@@ -31,11 +32,15 @@ def rows_of_experts(
     skew None: balanced; below one row an expert, `ceil` of the share is hit. Else loads are drawn
     from a power law with that exponent between 1 and .8 tokens (few rows: .01 and 2) and scaled,
     as AIConfigurator's benchmark draws them; the mean of the sorted loads of a few draws.
+    Drawn loads raise PlanError where a token would pick an expert twice.
     """
     local, total = experts // ranks, tokens * topk
     if skew is None:
         hit = min(local, max(1, -(-total // ranks)))
         return (max(total / ranks, 1.0) / hit,) * hit
+    if topk > experts:
+        raise PlanError(f"a token picks {topk} experts of {experts}",
+                        hints=("plan trace traces the model again",))  # fmt: skip
     low, high = (1.0, tokens * 0.8) if total > experts else (0.01, 2.0)
     power = 1 - skew
     uniform = np.random.default_rng(0).random((_DRAWS, experts))

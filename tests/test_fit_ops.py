@@ -22,7 +22,7 @@ from cost_models.op_models import constant, constants_of, prepare
 from cost_models.op_rows import device_of, kind_of
 from cost_models.validation.op_table import read_table
 from cost_models.validation.ops import op_class, predict, validate_ops
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 
 COLUMNS = (
     "source_file", "device", "op", "kernel", "dtype", "M", "N", "K", "batch", "q_len", "kv_len",
@@ -144,6 +144,8 @@ def test_experts_that_are_hit_are_read_and_their_last_tiles_padded() -> None:
     assert skewed == tuple(sorted(skewed, reverse=True)) and skewed[0] > 8 * skewed[-1]
     busiest = sum(rows_of_experts(4096, 128, 8, 8, 1.2))
     assert 4096 < busiest < 4096 * 8  # more than its share, less than all
+    with pytest.raises(PlanError, match="picks 9 experts of 8"):
+        rows_of_experts(4, 8, 9, 1, 1.2)
 
 
 def test_skew_takes_longer_when_many_tokens_wait_for_the_fullest_rank(tmp_path) -> None:
