@@ -30,6 +30,7 @@ from planner.refused import FleetWithout, Refused, ShareWithout, Without
 from planner.runnable import NATIVE, may_compile
 from planner.search import Searcher
 from planner.share_space import ShareSearcher
+from planner.stability import objective_within
 from planner.tracing import check_model
 
 
@@ -74,7 +75,7 @@ class FleetSearch:
         """Search some of the parts for a plan that beats the best."""
         known = None
         if self.best is not None:
-            objective = _objective_within(searcher.costs, self.step_ps)
+            objective = objective_within(searcher.costs, self.step_ps)
             if objective < 1:
                 return
             known = replace(self.best, objective_ps=objective)
@@ -170,18 +171,6 @@ class Shelf:
         """How units lie on the GPUs of a part."""
         key = costs.cluster.name, costs.cluster.count, costs.workload, costs.compiled, pins.place
         return self.laid.setdefault(key, {})
-
-
-def _objective_within(costs: Costs, step_ps: int) -> int:
-    """The largest objective whose whole step is not beyond step_ps."""
-    low, high = 0, step_ps
-    while low < high:
-        middle = (low + high + 1) // 2
-        if whole_step_ps(costs, middle) <= step_ps:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def searchers(

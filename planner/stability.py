@@ -289,11 +289,15 @@ def steady(searcher: Searcher, found: Outcome, old: Plan, share: float) -> Stead
 def objective_limit(costs: Costs, best_ps: int, share: float) -> int:
     """The largest objective whose whole step is within `share` of the best one's."""
     whole = whole_step_ps(costs, best_ps)
-    most = whole + round(share * 1e6) * whole // 1_000_000
-    low, high = best_ps, best_ps + (most - whole)
+    return objective_within(costs, whole + round(share * 1e6) * whole // 1_000_000)
+
+
+def objective_within(costs: Costs, step_ps: int) -> int:
+    """The largest objective whose whole step is not beyond step_ps."""
+    low, high = 0, step_ps
     while low < high:
         middle = (low + high + 1) // 2
-        if whole_step_ps(costs, middle) <= most:
+        if whole_step_ps(costs, middle) <= step_ps:
             low = middle
         else:
             high = middle - 1
