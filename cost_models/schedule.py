@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_models.schedule_orders import (
+    MOST_TURNS,
     SCHEDULES,
     SPLIT_BACKWARD,
     V_SHAPED,
@@ -22,7 +23,7 @@ from cost_models.schedule_orders import (
     rank_of,
     schedule_illegal,
 )
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 
 __all__ = [
     "SCHEDULES", "SPLIT_BACKWARD", "V_SHAPED", "Event", "Op", "Stash", "Timeline", "chunks_of",
@@ -173,7 +174,7 @@ def simulate(
     forward_ps, input_grad_ps, weight_grad_ps: per global stage, integer picoseconds. p2p_ps: per
     boundary (one less), from the producer's end to the consumer's start; sends block nobody.
     busy_ps: per boundary, how long each send keeps its link from the next one that way.
-    Raises UsageError where the schedule cannot run so.
+    Raises UsageError where the schedule cannot run so, PlanError for more events than are shown.
     """
     m = microbatches
     stages = pp * chunks_of(schedule, virtual_stages)
@@ -185,6 +186,14 @@ def simulate(
     duration, latency = _costs(
         schedule, pp, forward_ps, input_grad_ps, weight_grad_ps, p2p_ps
     )  # fmt: skip
+    if events and m > MOST_TURNS:  # of a rank alone: of a pipeline `schedule_illegal` says it
+        raise PlanError(f"a step of {m:,} micro-batches is not drawn",
+                        why=f"its operations are shown one by one, of {MOST_TURNS:,} at most",
+                        hints=("plan show has its times and its memory",))  # fmt: skip
+    if pp == 1 and not events:  # of any number: one rank waits for nobody
+        whole = m * (duration[0] + duration[3])
+        return Timeline(makespan_ps=whole, busy_ps=(whole,),
+                        peak_in_flight=_peaks(schedule, pp, m, virtual_stages))  # fmt: skip
     program = _program(schedule, pp, m, virtual_stages)
     if any(busy_ps):
         ends, free = _queued(program, duration, latency, _links(schedule, pp, busy_ps), pp)

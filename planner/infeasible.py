@@ -9,6 +9,7 @@ small effort, counted, not timed: the same question has the same answer.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
 MOST_TIMES = 16  # so many times the GPUs are asked for at most
 MOST_DOMAINS = 4  # that tp is asked to cross
+MOST_NEAR = 50  # batches on either side, of each number of data ranks, that are asked about
 LEAST_SEQ_LEN = 1024  # tokens; no shorter sequence is hinted at
 OFFLOAD = (("optimizer", "cpu"), ("params", "cpu"), ("activations", "cpu"))  # not searched: of all
 
@@ -255,9 +257,7 @@ class Questions:
         workload = self.asked.workload
         batches = [workload.global_batch // 2**n for n in range(1, 5)]
         if self.legal:
-            near = sorted(range(1, 2 * workload.global_batch + 1),
-                          key=lambda b: (abs(b - workload.global_batch), b))  # fmt: skip
-            batches = [*itertools.islice(filter(self._suits, near), 1)]
+            batches = [*itertools.islice(filter(self._suits, self._near()), 1)]
         for batch in batches:
             found = self._with(global_batch=batch) if batch else None
             if found:
@@ -273,6 +273,18 @@ class Questions:
                 )
                 return
             length //= 2
+
+    def _near(self) -> list[int]:
+        """Batches that some number of data ranks divides beside the pins, the nearest first."""
+        pins, batch = self.pins, self.asked.workload.global_batch
+        pinned = math.prod(n or 1 for n in (pins.dp, pins.micro_batch, pins.microbatches))
+        hardware = self.asked.hardware
+        counts = (hardware.count, *(part.count for part in parts_of(hardware)))
+        found = {batch}
+        for unit in {pinned * ranks for count in counts for ranks in divisors(count)}:
+            first = batch // unit - MOST_NEAR
+            found.update(unit * n for n in range(max(1, first), first + 2 * MOST_NEAR + 2))
+        return sorted((b for b in found if b <= 2 * batch), key=lambda b: (abs(b - batch), b))
 
     def _suits(self, batch: int) -> bool:
         """Whether any mesh divides such a batch."""

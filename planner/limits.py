@@ -12,6 +12,7 @@ from cost_models.ledger import Estimate
 from ir.errors import UsageError
 
 OBJECTIVES = ("time", "cost", "energy", "memory", "gpus")
+MOST_COUNT = 999_999_999  # of GPUs, samples and tokens, in a plan and on the command line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +63,10 @@ def parse_sizes(text: str | None, flag: str) -> tuple[int, ...]:
         return ()
     low, dots, high = text.partition("..")
     ends = (low, high) if dots else (low, low)
-    told = all(re.fullmatch("[0-9]{1,9}", end) for end in ends)
+    told = all(re.fullmatch("[0-9]{1,9}", end) for end in ends)  # up to MOST_COUNT
     if not told or int(low) > int(ends[1]) or int(low) < 1:
         raise UsageError(f"{flag} {text[:60]} is no size", why="expected 512, or a range:"
-                         " 256..1024, of whole numbers up to 999,999,999")  # fmt: skip
+                         f" 256..1024, of whole numbers up to {MOST_COUNT:,}")  # fmt: skip
     first, last = map(int, ends)
     doubled = itertools.takewhile(lambda n: n < last, (first << k for k in itertools.count()))
     return (*doubled, last)

@@ -9,9 +9,9 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ir.errors import PlanError
+from planner.limits import MOST_COUNT
 from planner.plan import Solver
 
-MOST_COUNT = 999_999_999  # of GPUs, samples and tokens: what ranges of sizes take as well
 MOST_NUMBER = 2**53 - 1  # an integer that every reader of JSON has exactly (RFC 8259, 6)
 COUNTS = ("workload", "decisions", "stages", "blocks")  # sections whose integers are counts
 

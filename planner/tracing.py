@@ -33,6 +33,7 @@ from planner.pin_checks import check_pins
 from planner.plan import Plan, Solver, make_plan, write_whole
 from planner.proved import pins_said
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
+from planner.scale import check_scale
 from planner.search import Outcome, Searcher, Tried
 from planner.stability import steady
 from planner.workload import precision_of, resolve
@@ -201,7 +202,8 @@ def _own_digest() -> str:
 
 
 def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) -> None:
-    """Pins that this model cannot hold: a pipeline it has no cuts for, tp that splits nothing."""
+    """Pins that this model cannot hold: a pipeline it has no cuts for, tp that splits nothing; and
+    a step too large to plan."""
     chain = _chain(graph)
     if not chain.links:
         raise PlanError(
@@ -209,6 +211,7 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
             why="units are submodules: a layer, the embedding, the head",
             hints=("put the parameters of the top module into submodules that it calls",),
         )
+    check_scale(graph, cluster, workload)
     facts = facts_of(chain)
     stages = (pins.pp or 1) * (pins.virtual_stages or 1)
     if pins.pp and pins.virtual_stages and stages > facts.layers:

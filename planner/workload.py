@@ -13,6 +13,7 @@ from cost_models.formats import NARROW
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
+from planner.limits import MOST_COUNT
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
 ENGINE = "native-compiled"  # cli.md: the default
@@ -61,6 +62,12 @@ def resolve(
     seq_len, seq_notes = _seq_len(graph, asked)
     widest = max(part.count for part in parts_of(hardware))
     batch, batch_notes = _batch(graph, widest, asked, pins, seq_len)
+    for flag, size in (("--seq-len", seq_len), ("--global-batch", batch)):
+        if size > MOST_COUNT:
+            raise UsageError(
+                f"{flag} {size:,} is no size", hints=(f"{flag} {MOST_COUNT} at most",),
+                why=f"a plan has at most {MOST_COUNT:,} samples or tokens",
+            )
     if not asked.expert_imbalance >= 1:
         raise UsageError(
             f"--expert-imbalance {asked.expert_imbalance:g} is no imbalance",
@@ -197,7 +204,8 @@ def _legal_near(samples: int, widest: int, step: int) -> int:
 
 
 def _does_not_divide(batch: int, unit: int, by: str) -> UsageError:
-    near = [n for n in (batch // unit * unit, -(-batch // unit) * unit) if n]
+    near = [n for n in (batch // unit * unit, -(-batch // unit) * unit)
+            if 0 < n <= MOST_COUNT]
     return UsageError(
         f"a global batch of {batch} does not divide by {by}",
         why=f"dp*micro_batch*microbatches = global batch; multiples of {unit} do",

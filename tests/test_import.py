@@ -1,5 +1,6 @@
 """`plan import`: what is exported comes back, what is not understood is told, nothing is run."""
 
+import json
 import random
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import EXAMPLES
 from toy_plan import DECISIONS, WORKLOAD, toy_graph, toy_plan
 
 from ir.errors import InfeasibleError, PlanError, UsageError
@@ -181,6 +183,23 @@ def test_a_number_beyond_all_is_told_the_bound(count):
     with pytest.raises(UsageError) as caught:
         parse_pins([f"tp={count}"])
     assert "1 to 999,999,999" in caught.value.why
+
+
+def test_a_batch_beyond_all_is_answered(plan, tmp_path):
+    """An accumulation of many steps is a sum, and one of more samples than a plan has is said."""
+    file = tmp_path / "ds.json"
+    moe, made = str(EXAMPLES / "moe.py"), str(tmp_path / "made.json")
+    asked = ("--from", "deepspeed", "--model", moe, "--arg", "size=tiny", "--seq-len", "64",
+             "--hardware", "h100x8", "-o", made)  # fmt: skip
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 10_000_000,
+              "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}  # fmt: skip
+    file.write_text(json.dumps(config))
+    code, _, err = plan("import", str(file), *asked)
+    assert code == 0, err
+    assert json.loads((tmp_path / "made.json").read_text())["workload"]["global_batch"] == 8 * 10**7
+    file.write_text(json.dumps(config | {"train_micro_batch_size_per_gpu": 999_999_999}))
+    code, _, err = plan("import", str(file), *asked)
+    assert code == 1 and "at most 999,999,999 samples or tokens" in err
 
 
 def test_python_is_read_and_not_run(tmp_path):

@@ -158,6 +158,20 @@ def test_no_legal_plan_names_the_pins(plan):
     assert "hint: without schedule=interleaved it fits: schedule=" in err
 
 
+@pytest.mark.parametrize("words, said", [
+    (["--fix", "microbatches=999999999", "--fix", "pp=2"], "hint: without pp=2 it fits: pp=1"),
+    (["--seq-len", "999999999", "--global-batch", "8"], "planned are units of 10,000 s a sample"),
+    (["--global-batch", "999999992", "--arg", "size=8b"], "planned are steps of a day at most"),
+    (["--fix", "micro_batch=999999999", "--fix", "dp=8"],
+     "--global-batch 7,999,999,992 is no size"),
+])  # fmt: skip
+def test_sizes_beyond_all_are_answered(plan, words, said):
+    """Nothing that is asked goes on for as long as a number is large."""
+    sized = () if "size=8b" in words else ("--arg", "size=tiny", "--seq-len", "64")
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8", *sized, *words)
+    assert (code, out) in ((3, ""), (64, "")) and said in err
+
+
 def test_one_domain_binds_where_a_wider_tp_would_do():
     searcher = small(80_000, "pp=1", "dp=1", "cp=1", count=16)
     out = searcher.run()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_models import schedule as sched
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 
 
 def relaxed(name, forward, input_grad, weight_grad, p2p, m, p, v):
@@ -197,6 +197,15 @@ def test_one_rank_has_no_bubble() -> None:
     for name in ("gpipe", "1f1b"):
         line = sched.simulate(name, [3], [4], [5], [], 7, 1)
         assert line.makespan_ps == line.busy_ps[0] == 7 * 12
+        drawn = sched.simulate(name, [3], [4], [5], [], 7, 1, events=True)
+        assert (drawn.makespan_ps, drawn.busy_ps) == (line.makespan_ps, line.busy_ps)
+        assert len(drawn.events) == 14 and drawn.peak_in_flight == line.peak_in_flight
+
+
+def test_one_rank_is_not_simulated_and_no_step_without_end_is_drawn() -> None:
+    assert sched.simulate("1f1b", [3], [4], [5], [], 10**12, 1).makespan_ps == 12 * 10**12
+    with pytest.raises(PlanError, match="100,001 micro-batches is not drawn"):
+        sched.simulate("gpipe", [3], [4], [5], [], 100_001, 1, events=True)
 
 
 def test_sends_delay_their_consumer_and_nobody_else() -> None:
