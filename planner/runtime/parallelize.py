@@ -28,6 +28,7 @@ from planner.runtime import (
 from planner.runtime.context import Context, Report
 from planner.runtime.data import precision_policy, shard_over_data
 from planner.runtime.init import refuse_without_values
+from planner.runtime.leaving import settle_at_exit
 from planner.runtime.meshes import make_meshes
 from planner.runtime.parallel import Parallel
 from planner.runtime.pipeline import Stage, split
@@ -62,6 +63,7 @@ def begin(
             "there is no process group",
             hints=("torch.distributed.init_process_group() first", "start with torchrun"),
         )
+    settle_at_exit()
     device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     meshes = make_meshes(plan.decisions, device)
     own = plan.decisions.at_data_rank(meshes.rank("dp")).at_pp_rank(meshes.rank("pp"))
