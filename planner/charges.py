@@ -1,16 +1,19 @@
 """What a plan comes to in a real job: the rate that failures leave, energy, USD on demand and spot.
 
-Both prices are by the GPU hour, so at one number of GPUs the plan of most tokens a second also
-costs least a token and takes least energy. Spot machines are taken away beside failing: each
-preemption costs what a failure does. Sources: cost_models/goodput.py, docs/size.md.
+Both prices are by the GPU hour, so on the same GPUs the plan of most tokens a second also
+costs least a token and takes least energy. What a plan leaves idle is not charged. Spot machines
+are taken away beside failing: each preemption costs what a failure does. Sources:
+cost_models/goodput.py, docs/size.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.decisions import Decisions, Workload
+from cost_models.fleet import Hardware, used_parts
 from cost_models.goodput import Goodput, chosen, goodput
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
@@ -43,55 +46,89 @@ class Charges:
 
 def charges(
     graph: Graph,
-    cluster: Cluster,
+    hardware: Hardware,
     workload: Workload,
     d: Decisions,
     e: Estimate,
     operations: Operations,
-    price: Price | None,
+    prices: Mapping[str, Price],
 ) -> Charges:
-    """What a plan comes to. Raises UsageError for a tier that the hardware does not have."""
+    """What a plan comes to on the GPUs that it uses. prices: by device; a sum is not known where
+    one of them has no such price. Raises UsageError for a tier that the hardware does not have."""
+    parts = used_parts(hardware, d)
 
     def kept(under: Operations) -> Goodput | None:
-        return chosen(goodput(graph, cluster, workload, d, e, under), cluster, under)
+        return chosen(goodput(graph, hardware, workload, d, e, under), parts, under)
 
     usual, rate = kept(operations), e.tokens / e.step_time_s
     expected = rate * (usual.useful if usual else 1.0)
-    watts = cluster.count * cluster.device.power_w * operations.pue
+    watts = watts_of(parts, operations)
     found = Charges(
         goodput=usual, tokens_per_s=rate, expected_tokens_per_s=expected,
         joules_per_token=watts / expected if expected else math.inf,
     )  # fmt: skip
-    if price is None:
+    hourly = usd_per_hour(parts, prices)
+    if hourly is not None:
+        found = replace(found, usd_per_million_tokens=usd_per_million(hourly, expected))
+    hourly = usd_per_hour(parts, prices, spot=True)
+    if hourly is None:
         return found
-    if price.usd_per_gpu_hour is not None:
-        usd = usd_per_million(price.usd_per_gpu_hour, cluster.count, expected)
-        found = replace(found, usd_per_million_tokens=usd)
-    if price.spot_usd_per_gpu_hour is None:
-        return found
-    spot = kept(on_spot(operations, price))
+    spot = kept(on_spot(operations, parts, prices))
     expected = rate * (spot.useful if spot else 1.0)
-    usd = usd_per_million(price.spot_usd_per_gpu_hour, cluster.count, expected)
     return replace(
         found, spot_goodput=spot, spot_expected_tokens_per_s=expected,
-        spot_usd_per_million_tokens=usd,
+        spot_usd_per_million_tokens=usd_per_million(hourly, expected),
     )  # fmt: skip
 
 
-def on_spot(operations: Operations, price: Price) -> Operations:
-    """The operations where machines are also taken away, as often as the price file says."""
-    taken = operations.preemptions_per_gpu_hour + (price.spot_preemptions_per_gpu_hour or 0.0)
+def watts_of(parts: Sequence[Cluster], operations: Operations) -> float:
+    """What the GPUs of these parts draw, and the building for them."""
+    return sum(part.count * part.device.power_w for part in parts) * operations.pue
+
+
+def usd_per_hour(
+    parts: Sequence[Cluster], prices: Mapping[str, Price], *, spot: bool = False
+) -> float | None:
+    """What all GPUs of these parts cost an hour; None where the file does not say it. spot: each
+    device at its spot price, one that has none on demand; None where none has one."""
+    found = [prices.get(part.name) for part in parts]
+    if spot and all(p is None or p.spot_usd_per_gpu_hour is None for p in found):
+        return None
+    hourly = [
+        None if p is None
+        else p.spot_usd_per_gpu_hour if spot and p.spot_usd_per_gpu_hour is not None
+        else p.usd_per_gpu_hour
+        for p in found
+    ]  # fmt: skip
+    known = [usd * part.count for usd, part in zip(hourly, parts) if usd is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def on_spot(
+    operations: Operations, parts: Sequence[Cluster], prices: Mapping[str, Price]
+) -> Operations:
+    """The operations where machines are also taken away, as often as the price file says: the mean
+    of all GPUs, as any one's stops the job."""
+    taken = operations.preemptions_per_gpu_hour + preemptions(parts, prices)
     return replace(operations, preemptions_per_gpu_hour=taken)
 
 
-def usd_per_million(usd_per_gpu_hour: float | None, gpus: int, tokens_per_s: float) -> float:
+def preemptions(parts: Sequence[Cluster], prices: Mapping[str, Price]) -> float:
+    """How often a spot GPU is taken away in an hour, the mean of all; one on demand never is."""
+    each = [(part.count, prices[part.name].spot_preemptions_per_gpu_hour) for part in parts]
+    return sum(n * (often or 0.0) for n, often in each) / sum(n for n, _ in each)
+
+
+def usd_per_million(usd_per_hour: float | None, tokens_per_s: float) -> float:
     """USD for a million tokens at that rate; infinite where there is no price, or no rate."""
-    if usd_per_gpu_hour is None or not tokens_per_s:
+    if usd_per_hour is None or not tokens_per_s:
         return math.inf
-    return usd_per_gpu_hour * gpus / 3600 / tokens_per_s * 1e6
+    return usd_per_hour / 3600 / tokens_per_s * 1e6
 
 
-def charges_said(found: Charges, price: Price, unit: str) -> tuple[str, ...]:
+def charges_said(
+    found: Charges, parts: Sequence[Cluster], prices: Mapping[str, Price], unit: str
+) -> tuple[str, ...]:
     """A line a price: what a million tokens (or samples) cost by it."""
     lines = []
     if found.usd_per_million_tokens is not None:
@@ -100,6 +137,6 @@ def charges_said(found: Charges, price: Price, unit: str) -> tuple[str, ...]:
         useful = f", {found.spot_goodput.useful:.1%} useful" if found.spot_goodput else ""
         lines.append(
             f"spot: {found.spot_usd_per_million_tokens:.4g} USD a million {unit}, taken away"
-            f" {price.spot_preemptions_per_gpu_hour:.3g} times a GPU hour{useful}"
+            f" {preemptions(parts, prices):.3g} times a GPU hour{useful}"
         )
     return tuple(lines)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from cost_models.decisions import Decisions
 from cost_models.fleet import Fleet, Hardware, used_parts
-from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
-from ir.errors import GateError, InfeasibleError, PlanError, UsageError
+from ir.errors import GateError, InfeasibleError, PlanError
 from ir.graph import Graph, Unit
 from planner.legality import inconsistent, tp_fault
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
@@ -42,16 +41,6 @@ class Checked:
         from planner.displays import checked_html
 
         return checked_html(self)
-
-    @property
-    def cluster(self) -> Cluster:
-        """Hardware of one kind. Raises UsageError where it has parts."""
-        if isinstance(self.hardware, Fleet):
-            raise UsageError(
-                f"the plan is for {self.plan.hardware}, and this is for hardware of one kind",
-                hints=("plan show, why, report, check and diff take any plan",),
-            )
-        return self.hardware
 
     @property
     def moved(self) -> tuple[str, ...]:

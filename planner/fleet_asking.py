@@ -82,7 +82,8 @@ class FleetAsking:
         ))  # fmt: skip
         found = FleetSearch(fleet=fleet, workload=self.workload)
         if known is not None:
-            found.best, found.costs = known.outcome.best, known.costs
+            assert known.outcome.best is not None
+            found.know(known.outcome.best, known.costs)
         options = TraceOptions(model="", pins=pins, effort=effort)
         every = searchers(
             self.graph, fleet, self.workload, options, refused=refused, shelf=self._shelf

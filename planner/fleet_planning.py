@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
+from cost_models.decisions import Workload
 from cost_models.estimate import estimate
 from cost_models.fleet import Fleet, used_parts
 from cost_models.ledger import Estimate
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
+from planner.charged import charged
 from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
@@ -23,18 +26,35 @@ from planner.proved import pins_said
 from planner.sizing import RETRY_EFFORT
 from planner.tracing import Clock
 from planner.workload import resolve
+from planner.worth import Worth
 
 
 def plan_fleet(
     graph: Graph, options: TraceOptions, fleet: Fleet, clock: Clock,
     progress: Progress | None = None,
 ) -> TraceResult:  # fmt: skip
-    """Plan a graph for time, or for the fewest GPUs that hold it; raises as `planner.tracing.run`
-    does."""
+    """Plan a graph for any objective but memory; raises as `planner.tracing.run` does."""
     result, found = attempt_fleet(graph, options, fleet, clock, progress)
     if result is None:
-        raise _beyond(graph, options, fleet) or _infeasible(graph, options, found)
+        raise (
+            _too_dear(options, found) or _beyond(graph, options, fleet)
+            or _infeasible(graph, options, found)
+        )
     return result
+
+
+def _too_dear(options: TraceOptions, found: FleetSearch) -> InfeasibleError | None:
+    """Where --max-cost is in the way: by how much, and the parts that cost least."""
+    over = [(row.usd, row.searcher.clusters) for row in found.rows if row.usd is not None]
+    if not over:
+        return None
+    limit, (usd, parts) = options.limits.usd, min(over, key=lambda row: row[0])
+    return InfeasibleError(
+        f"no plan of {found.fleet.spec} costs {limit:g} USD a million tokens or less",
+        why=f"the least costs {usd:.4g}, on {'+'.join(part.spec for part in parts)}"
+        + (f": {usd / limit - 1:.1%} over --max-cost" if limit else ""),
+        hints=(f"--max-cost {usd:.4g}: the least that was found",),
+    )
 
 
 def _beyond(graph: Graph, options: TraceOptions, fleet: Fleet) -> InfeasibleError | None:
@@ -62,7 +82,8 @@ def attempt_fleet(
     """The plan within the limits of memory and GPUs, or None where none fits; and the search."""
     _refuse(options, fleet)
     workload, echo = resolve(graph, fleet, options.asked, options.pins)
-    found = FleetSearch(fleet=fleet, workload=workload)
+    worth = worth_of(graph, options, fleet, workload)
+    found = FleetSearch(fleet=fleet, workload=workload, worth=worth)
     every = _sizes(fleet, options.limits.gpus)
     for sizes in [[n] for n in every] if options.objective == "gpus" else [every]:
         for searcher in searchers(graph, fleet, workload, options, sizes=sizes):
@@ -85,23 +106,31 @@ def attempt_fleet(
     if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
         echo = (*echo, f"{word}: {plan.decisions.gpus} of {fleet.count} GPUs hold it")
     result = TraceResult(
-        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet, max(sizes))),
+        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet, max(sizes), worth)),
         interrupted=found.stopped, baselines=found.baselines, timing=clock.timing(),
     )  # fmt: skip
-    return result, found
+    if options.objective == "energy":
+        line = f"--objective energy: {found.value:.4g} J a token at the devices' power"
+        result = replace(result, echo=(*result.echo, line))
+    return charged(result, options, fleet), found
+
+
+def worth_of(graph: Graph, options: TraceOptions, fleet: Fleet, workload: Workload) -> Worth:
+    """What the plans of a fleet are compared by."""
+    return Worth(
+        graph=graph, hardware=fleet, workload=workload, objective=options.objective,
+        prices=options.prices, operations=options.operations, most_usd=options.limits.usd,
+    )  # fmt: skip
 
 
 def _refuse(options: TraceOptions, fleet: Fleet) -> None:
     """Raise UsageError for what is of hardware of one kind alone."""
-    hints = tuple(f"--hardware {p.spec}" for p in fleet.parts)
-    if options.objective in ("cost", "energy"):
+    if options.objective == "cost" and not options.prices:
         raise UsageError(
-            f"--objective {options.objective} is for hardware of one kind", hints=hints,
-            why="a plan that leaves a part idle is slower and may take less: that is not searched",
-        )  # fmt: skip
-    if options.limits.usd_per_million_tokens:
-        raise UsageError("--max-cost is for hardware of one kind", hints=hints,
-                         why=f"{fleet.spec} has several")  # fmt: skip
+            "--objective cost needs prices on hardware of several kinds",
+            why="a plan that leaves a part idle is slower and may cost less",
+            hints=("--prices FILE", "docs/size.md has the format"),
+        )
     if options.stability is not None:
         raise UsageError("--stability is for hardware of one kind", why=f"{fleet.spec} has several")
 
@@ -138,19 +167,23 @@ def _planned(
         gap_ppm=round((step - bound) / step * 1e6), bound_us=bound // 1_000_000,
         meshes=sum(out.meshes for out in outs), meshes_solved=sum(out.expanded for out in outs),
         pins=pins_said(pins),
+        objective="time" if found.worth is None or found.worth.by_time else found.worth.objective,
     )  # fmt: skip
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
 
 
-def _used(plan: Plan, fleet: Fleet, most: int) -> tuple[str, ...]:
+def _used(plan: Plan, fleet: Fleet, most: int, worth: Worth) -> tuple[str, ...]:
     """Which GPUs the plan uses, and which are idle. most: GPUs that it could use."""
     used = [part.name for part in used_parts(fleet, plan.decisions)]
     idle = [part.spec for part in fleet.parts if part.name not in used]
     joint = " beside " if plan.decisions.shares else " then "
     words = joint.join(fleet.part(name).spec for name in used)
+    without = {"cost": "cheaper plan", "energy": "plan of less energy"}.get(
+        worth.objective, "shorter step" + " of that cost" * (worth.most_usd < math.inf)
+    )
     return (
         f"--hardware {fleet.spec}: the plan uses {words}",
-        *(f"{spec} is idle: no shorter step was found with it" for spec in idle
+        *(f"{spec} is idle: no {without} was found with it" for spec in idle
           if most == fleet.count),
     )
 

@@ -1,5 +1,6 @@
 """What is searched on several kinds of GPUs: each part alone, then replicas on several, then
 pipelines over them in every order; the fastest is the best, so none is slower than the best alone.
+With another objective the plan of least cost or energy is, as `Worth` has it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cost_models.shares import SharedCosts, kinds_of, side_by_side
 from cost_models.step import Assignments, Costs
 from ir.errors import UsageError
 from ir.graph import Graph
-from planner.asking import Answer
+from planner.asking import Answer, estimated
 from planner.decisions import Pins
 from planner.fleet_space import FleetSearcher
 from planner.limits import capped
@@ -32,16 +33,19 @@ from planner.search import Searcher
 from planner.share_space import ShareSearcher
 from planner.stability import objective_within
 from planner.tracing import check_model
+from planner.worth import ENDLESS_PS, Worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
     """Some of the parts, searched. kept: whether what was found there is not left for a plan that
-    is as fast with more axes."""
+    is as good with more axes; usd: what a million tokens cost by it, where that is over the limit.
+    """
 
     searcher: Searcher
     outcome: Outcome
     kept: bool
+    usd: float | None = None
 
     @property
     def words(self) -> str:
@@ -52,13 +56,16 @@ class Searched:
 
 @dataclass(kw_only=True)
 class FleetSearch:
-    """All that is searched of a fleet, and the best so far, which may be known beforehand."""
+    """All that is searched of a fleet, and the best so far, which may be known beforehand. worth:
+    what plans are compared by; None: their steps."""
 
     fleet: Fleet
     workload: Workload
+    worth: Worth | None = None
     rows: list[Searched] = field(default_factory=list)
     best: Tried | None = None
     costs: Costs | None = None  # of the best
+    value: float = 0  # of the best
     baselines: tuple[Baseline, ...] = ()  # the best part alone
 
     @property
@@ -71,22 +78,56 @@ class FleetSearch:
         """Whether Ctrl-C ended the last search."""
         return bool(self.rows) and self.rows[-1].outcome.interrupted
 
+    def know(self, best: Tried, costs: Costs) -> None:
+        """A plan of the space, known beforehand, that others are to beat."""
+        self.best, self.costs = best, costs
+        self.value, _ = self._worth_of(best, costs)
+
     def search(self, searcher: Searcher) -> None:
         """Search some of the parts for a plan that beats the best."""
         known = None
         if self.best is not None:
-            objective = objective_within(searcher.costs, self.step_ps)
+            longest = self._longest_ps(searcher)
+            objective = objective_within(searcher.costs, longest)
             if objective < 1:
                 return
-            known = replace(self.best, objective_ps=objective)
+            known = replace(self.best, objective_ps=objective) if longest < ENDLESS_PS else None
         out = searcher.run(known)
-        kept = True
-        if out.best is not None and out.best is not known:
-            step = whole_step_ps(searcher.costs, out.best.objective_ps)
-            kept = self.best is None or step < self.step_ps
-            if kept:
-                self.best, self.costs = out.best, searcher.costs
-        self.rows.append(Searched(searcher=searcher, outcome=out, kept=kept))
+        found = None if out.best is known else out.best
+        kept, usd = found is None or self._take(found, searcher.costs), None
+        if found is not None and self._usd_over(found, searcher.costs):
+            # the quickest of these GPUs costs least, whatever axes it has
+            quickest = replace(searcher, gain_ppm=0).run().best
+            assert quickest is not None
+            kept = self._take(replace(quickest, gain_ppm=found.gain_ppm), searcher.costs)
+            usd = self._usd_over(quickest, searcher.costs)
+        self.rows.append(Searched(searcher=searcher, outcome=out, kept=kept, usd=usd))
+
+    def _longest_ps(self, searcher: Searcher) -> int:
+        """The longest step with which a plan there may be as good as the best."""
+        if self.worth is None:
+            return self.step_ps
+        return self.worth.longest_ps(searcher.clusters, self.value)
+
+    def _take(self, found: Tried, costs: Costs) -> bool:
+        """Whether a plan is better than the best and within the limit; it is the best then."""
+        value, usd = self._worth_of(found, costs)
+        over = self.worth is not None and usd > self.worth.most_usd
+        if over or (self.best is not None and value >= self.value):
+            return False
+        self.best, self.costs, self.value = found, costs, value
+        return True
+
+    def _usd_over(self, found: Tried, costs: Costs) -> float | None:
+        """What a million tokens cost by a plan, where that is over the limit."""
+        usd = self._worth_of(found, costs)[1]
+        return usd if self.worth is not None and usd > self.worth.most_usd else None
+
+    def _worth_of(self, found: Tried, costs: Costs) -> tuple[float, float]:
+        if self.worth is None or self.worth.simple:
+            return whole_step_ps(costs, found.objective_ps), 0.0
+        d = named(found.decisions, costs)
+        return self.worth.of(d, estimated(costs, d, found.assignments))
 
     def note_alone(self) -> None:
         """What the parts tried so far come to, each alone."""
@@ -94,14 +135,27 @@ class FleetSearch:
             name = f"{self.costs.cluster.spec} alone"
             self.baselines = (Baseline(name=name, step_time_s=self.step_ps / 1e12, fits=True),)
 
-    def bound_ps(self) -> int:
-        """No plan of the space has a shorter step, by what its axes must earn."""
+    def bound(self) -> float:
+        """No plan of the space comes to less, by what its axes must earn."""
         assert self.best is not None
-        lows = [
-            whole_step_ps(row.searcher.costs, self.best.below(row.outcome.bound))
-            for row in self.rows if not (row.kept and row.outcome.proved)
-        ]  # fmt: skip
-        return min([self.step_ps, *lows])
+        lows = [self.value]
+        for row in self.rows:
+            if row.outcome.proved and (row.kept or row.usd is not None):
+                continue
+            parts, costs = row.searcher.clusters, row.searcher.costs
+            step = whole_step_ps(costs, self.best.below(row.outcome.bound))
+            if self.worth is None:
+                lows.append(step)
+            elif self.worth.least_usd(parts, step) <= self.worth.most_usd:
+                lows.append(self.worth.least(parts, step))
+        return min(lows)
+
+    def bound_ps(self) -> int:
+        """The bound as a step on the GPUs of the best."""
+        bound = self.bound()
+        if bound == self.value:
+            return self.step_ps
+        return int(self.step_ps * bound / self.value) if self.worth else int(bound)
 
     @property
     def decisions(self) -> Decisions:

@@ -1,7 +1,7 @@
 """`plan trace`, whole: what a plan is chosen for, beside its time, and what it may not exceed.
 
-At a given number of GPUs the fastest plan costs least and takes least energy a token: time, cost
-and energy have one search. The others are made of that search under other limits.
+At a given number of GPUs of one kind the fastest plan costs least and takes least energy a token:
+time, cost and energy have one search. The others are made of that search under other limits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from cost_models.hardware import Cluster, catalogue
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
-from planner.charges import charges, charges_said
-from planner.fleet_planning import attempt_fleet, plan_fleet
+from planner.charged import charged
+from planner.fleet_planning import attempt_fleet, plan_fleet, worth_of
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
@@ -76,7 +76,7 @@ def plan_within(
         except (UsageError, InfeasibleError) as raised:
             fault = fault or raised
             continue
-        if best is None or _tokens_per_s(found) > _tokens_per_s(best):
+        if best is None or _merit(found, options, hardware) > _merit(best, options, hardware):
             best = found
         if found.interrupted:
             break
@@ -84,12 +84,20 @@ def plan_within(
         assert fault is not None
         raise fault
     w = best.plan.workload
-    line = f"--global-batch {w.global_batch} --seq-len {w.seq_len}: most tokens/s of the ranges"
+    most = "most tokens/s"
+    if isinstance(hardware, Fleet) and options.objective in ("cost", "energy"):
+        most = f"least {options.objective} a token"
+    line = f"--global-batch {w.global_batch} --seq-len {w.seq_len}: {most} of the ranges"
     return replace(best, echo=(*best.echo, line), timing=clock.timing())
 
 
-def _tokens_per_s(found: TraceResult) -> float:
-    return found.estimate.tokens / found.estimate.step_time_s
+def _merit(found: TraceResult, options: TraceOptions, hardware: Hardware) -> float:
+    """Tokens a second; of several kinds of GPUs, where plans may leave some idle, tokens for what
+    the objective says."""
+    e, plan = found.estimate, found.plan
+    if not isinstance(hardware, Fleet) or options.objective not in ("cost", "energy"):
+        return e.tokens / e.step_time_s
+    return -worth_of(plan.graph, options, hardware, plan.workload).of(plan.decisions, e)[0]
 
 
 def plan_for(
@@ -121,7 +129,7 @@ def _of_one_kind(
     """
     limits, most = options.limits, min(options.limits.gpus or cluster.count, cluster.count)
     if options.objective != "gpus" and most == cluster.count:
-        found = _charged(_planned(graph, options, cluster, clock, progress), options, cluster)
+        found = charged(_planned(graph, options, cluster, clock, progress), options, cluster)
         if _usd(found) <= limits.usd:
             return found
         raise _unmet(graph, options, cluster, most, [(found, cluster)])
@@ -178,7 +186,7 @@ def _try(
         found, _, _ = attempt(graph, short, cluster, clock, progress)
         if found is None:
             return None
-        return _charged(_planned(graph, options, cluster, clock, progress), options, cluster)
+        return charged(_planned(graph, options, cluster, clock, progress), options, cluster)
     except (UsageError, InfeasibleError):
         return None
 
@@ -200,19 +208,6 @@ def _same_batch(graph: Graph, options: TraceOptions, cluster: Cluster) -> TraceO
     """The options with the whole cluster's batch, for parts of it."""
     workload, _ = resolve(graph, cluster, options.asked, options.pins)
     return replace(options, asked=replace(options.asked, global_batch=workload.global_batch))
-
-
-def _charged(found: TraceResult, options: TraceOptions, cluster: Cluster) -> TraceResult:
-    """With what it costs, where the options have prices."""
-    if options.price is None:
-        return found
-    plan, e = found.plan, found.estimate
-    cost = charges(
-        plan.graph, cluster, plan.workload, plan.decisions, e, options.operations, options.price
-    )
-    unit = "tokens" if plan.graph.seq_in_input else "samples"
-    said = charges_said(cost, options.price, unit)
-    return replace(found, charges=cost, echo=(*found.echo, *said))
 
 
 def _usd(found: TraceResult) -> float:

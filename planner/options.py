@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cost_models.ledger import Estimate
@@ -28,8 +28,9 @@ class TraceOptions:
     may be that changes less of it, as a share of the step; None: the best is taken.
     cache: use the traced graph if nothing it depends on changed. fold: trace one unit a class.
     objective: a word of `planner.objectives`. slack: with "memory", the share that a step may be
-    longer than the fastest. price: of the hardware's device, with the operations that its rate is
-    expected under. batches, seq_lens: what the workload may have, where that is open.
+    longer than the fastest. prices: of the hardware's devices by name, none or all;
+    operations: what the rate is expected under. batches, seq_lens: what the workload may have,
+    where that is open.
     """
 
     model: str
@@ -47,7 +48,7 @@ class TraceOptions:
     objective: str = "time"
     limits: Limits = field(default_factory=Limits)
     slack: float = 0.05
-    price: Price | None = None
+    prices: Mapping[str, Price] = field(default_factory=dict)
     operations: Operations = field(default_factory=Operations)
     batches: tuple[int, ...] = ()
     seq_lens: tuple[int, ...] = ()

@@ -29,7 +29,9 @@ MOST_CHARACTERS = 64_000_000  # of a plan or a graph: folded, they have thousand
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solver:
     """How the search ended. status: OPTIMAL or FEASIBLE, or ESTIMATE where none was.
-    pins: what the user decided, `tp=8`; the search is of what they leave."""
+    pins: what the user decided, `tp=8`; the search is of what they leave. objective: what the
+    bound is of: time, or of several kinds of GPUs cost or energy, told as a step on the same GPUs.
+    """
 
     status: str = "ESTIMATE"
     gap_ppm: int = 0
@@ -37,6 +39,7 @@ class Solver:
     meshes: int = 1
     meshes_solved: int = 1
     pins: tuple[str, ...] = ()
+    objective: str = "time"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from planner.limits import MOST_COUNT
 from planner.plan import Solver
 
 MOST_NUMBER = 2**53 - 1  # an integer that every reader of JSON has exactly (RFC 8259, 6)
+SOLVED_FOR = ("time", "cost", "energy")
 COUNTS = ("workload", "decisions", "stages", "blocks")  # sections whose integers are counts
 
 
@@ -54,9 +55,10 @@ def record_at(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = (
 
 
 def solver_json(solver: Solver) -> dict[str, Any]:
-    """How the search ended; pins where there are any."""
-    found = asdict(solver)
-    return found if found["pins"] else {k: v for k, v in found.items() if k != "pins"}
+    """How the search ended; pins where there are any, the objective where it is not time."""
+    usual = [key for key, value in (("pins", ()), ("objective", "time"))
+             if getattr(solver, key) == value]  # fmt: skip
+    return {key: value for key, value in asdict(solver).items() if key not in usual}
 
 
 def solver_at(raw: dict[str, Any]) -> Solver:
@@ -65,8 +67,14 @@ def solver_at(raw: dict[str, Any]) -> Solver:
     pins = table.pop("pins", [])
     if not is_list(pins, str) or not all(pin.isprintable() for pin in pins):
         raise PlanError("solver.pins is not a list of words")
-    found: Solver = record_at(raw | {"solver": table}, "solver", Solver, but=("pins",))
-    return replace(found, pins=tuple(pins))
+    objective = table.pop("objective", "time")
+    if objective not in SOLVED_FOR:
+        raise PlanError(f"solver.objective is {json.dumps(objective)}",
+                        why=f"known: {', '.join(SOLVED_FOR)}")  # fmt: skip
+    found: Solver = record_at(
+        raw | {"solver": table}, "solver", Solver, but=("pins", "objective")
+    )
+    return replace(found, pins=tuple(pins), objective=objective)
 
 
 def records_at(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from cost_models.tiers import TIER_KEYS
 from planner.decisions import VOCABULARY
 from planner.decisions_json import decisions_json
 from planner.plan import Solver
+from planner.plan_json import SOLVED_FOR
 from planner.plan_text import MODES, SCHEMA
 from planner.serving.asked import ServeAsked
 
@@ -128,8 +129,9 @@ def _sections(workload: Json, decisions: Json, own: Json, estimate: Json) -> Jso
     inputs = {"graph": HASH, "hardware": WORD, "constants": HASH}
     rule = {"match": WORD, "tp": WORD}
     edge = {"at": WORD, "forward": WORD, "backward": WORD}
-    solver = _fields(Solver, but=("pins",))
-    ended = _object(solver | {"pins": _list(WORD)}, needed=tuple(solver))
+    solver = _fields(Solver, but=("pins", "objective"))
+    more = {"pins": _list(WORD), "objective": _one_of(SOLVED_FOR)}
+    ended = _object(solver | more, needed=tuple(solver))
     sections = {
         "schema": {"const": SCHEMA}, "planner": WORD,
         "inputs": _object(inputs, needed=tuple(inputs)), "workload": workload,

@@ -62,6 +62,7 @@ def document(
             "meshes": plan.solver.meshes,
             "meshes_solved": plan.solver.meshes_solved,
             **({"pins": list(plan.solver.pins)} if plan.solver.pins else {}),
+            **({"objective": plan.solver.objective} if plan.solver.objective != "time" else {}),
         },
     }
     if charges is not None:
@@ -248,13 +249,15 @@ def _most(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 
 def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str]:
     s = plan.solver
+    better = {"cost": "costs less", "energy": "takes less energy"}.get(s.objective, "is better")
+    of_cost = f" of {s.objective}" if s.objective != "time" else ""
     proof = {
         "OPTIMAL": (  # an axis more must earn 2% of the step: see docs/search.md
-            f"no plan of {many(s.meshes, 'mesh')} is better by 2% an axis",
+            f"no plan of {many(s.meshes, 'mesh')} {better} by 2% an axis",
             f"{s.meshes_solved} solved",
         ),
         "FEASIBLE": (
-            f"at most {s.gap_ppm / 1e4:.2f}% can be gained",
+            f"at most {s.gap_ppm / 1e4:.2f}%{of_cost} can be gained",
             f"{many(s.meshes, 'mesh')}, {many(s.meshes_solved, 'program')} solved",
         ),
         "ESTIMATE": ("every decision is given", "an estimate, not a search"),

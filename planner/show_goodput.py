@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.fleet import used_parts
 from cost_models.goodput import Goodput, goodput, inputs
+from cost_models.hardware import Cluster
 from cost_models.operations import SOURCES, Operations
 from cost_models.prices import Price
 from cost_models.units import format_bytes, format_bytes_per_s, format_seconds
@@ -18,17 +21,20 @@ WIDTH = 80
 DAY_S, HOUR_S = 86_400, 3600
 
 
-def goodput_text(checked: Checked, operations: Operations, price: Price | None = None) -> str:
+def goodput_text(
+    checked: Checked, operations: Operations, prices: Mapping[str, Price] | None = None
+) -> str:
     """Checkpoints on each tier, what failures leave, what a node reads, and what it costs."""
-    plan, cluster, e = checked.plan, checked.cluster, checked.estimate
-    rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
-    reads = inputs(plan.graph, cluster, plan.workload, plan.decisions, e.step_time_s, operations)
+    plan, hardware, e = checked.plan, checked.hardware, checked.estimate
+    parts = used_parts(hardware, plan.decisions)
+    rows = goodput(plan.graph, hardware, plan.workload, plan.decisions, e, operations)
+    reads = inputs(plan.graph, hardware, plan.workload, plan.decisions, e.step_time_s, operations)
     unit = "tokens" if plan.graph.seq_in_input else "samples"
-    rate = e.tokens / e.step_time_s
+    rate, gpus = e.tokens / e.step_time_s, sum(part.count for part in parts)
     lines = [
         f"{plan.graph.name} on {plan.hardware}: {rate:,.0f} {unit}/s where nothing fails",
         f"  failures    {operations.failures_per_gpu_hour:.3g} a GPU hour, preemptions"
-        f" {operations.preemptions_per_gpu_hour:.3g}: {_each(operations, cluster.count)}",
+        f" {operations.preemptions_per_gpu_hour:.3g}: {_each(operations, gpus)}",
     ]
     if rows:
         lines += [
@@ -39,27 +45,26 @@ def goodput_text(checked: Checked, operations: Operations, price: Price | None =
             f"{unit + '/s':>14}",
         ]
     lines += [_tier(row, e.step_time_s, rate) for row in rows]
-    lines += [
-        f"{tier.name:10}too small for a checkpoint" for tier in cluster.tiers
-        if tier.name not in {row.tier for row in rows}
-    ]  # fmt: skip
+    named = dict.fromkeys(tier.name for part in parts for tier in part.tiers)
+    counted = {row.tier for row in rows}
+    lines += [f"{name:10}{_unfit(name, parts)}" for name in named if name not in counted]
     share = f", {reads.share:.1%} of what {reads.tier} gives" if reads.share is not None else ""
     lines += [
         "",
         f"  input       a node reads {format_bytes_per_s(reads.node_bytes_per_s)}{share}",
-        *_costs(checked, operations, price, unit),
+        *_costs(checked, operations, prices, unit),
         *_defaults(operations),
     ]
     return "\n".join(lines)
 
 
 def goodput_json(
-    checked: Checked, operations: Operations, price: Price | None = None
+    checked: Checked, operations: Operations, prices: Mapping[str, Price] | None = None
 ) -> dict[str, Any]:
     """The same in base units; an interval where nothing fails is null."""
-    plan, cluster, e = checked.plan, checked.cluster, checked.estimate
-    rows = goodput(plan.graph, cluster, plan.workload, plan.decisions, e, operations)
-    reads = inputs(plan.graph, cluster, plan.workload, plan.decisions, e.step_time_s, operations)
+    plan, hardware, e = checked.plan, checked.hardware, checked.estimate
+    rows = goodput(plan.graph, hardware, plan.workload, plan.decisions, e, operations)
+    reads = inputs(plan.graph, hardware, plan.workload, plan.decisions, e.step_time_s, operations)
     rate = e.tokens / e.step_time_s
     return {
         "schema": "goodput/1",
@@ -73,33 +78,44 @@ def goodput_json(
         ],
         "input": asdict(reads),
         "assumed": asdict(operations),
-        **({"cost": _cost_json(checked, operations, price)} if price else {}),
+        **({"cost": _cost_json(checked, operations, prices)} if prices else {}),
     }
 
 
-def _charges(checked: Checked, operations: Operations, price: Price) -> Charges:
+def _charges(
+    checked: Checked, operations: Operations, prices: Mapping[str, Price]
+) -> Charges:
     plan = checked.plan
     return charges(
-        plan.graph, checked.cluster, plan.workload, plan.decisions, checked.estimate,
-        operations, price,
+        plan.graph, checked.hardware, plan.workload, plan.decisions, checked.estimate,
+        operations, prices,
     )  # fmt: skip
 
 
 def _costs(
-    checked: Checked, operations: Operations, price: Price | None, unit: str
+    checked: Checked, operations: Operations, prices: Mapping[str, Price] | None, unit: str
 ) -> list[str]:
     """A line a price, on the tier that the job is counted on."""
-    if price is None:
+    if not prices:
         return []
-    said = charges_said(_charges(checked, operations, price), price, unit)
+    parts = used_parts(checked.hardware, checked.plan.decisions)
+    said = charges_said(_charges(checked, operations, prices), parts, prices, unit)
     return [f"  {'' if i else 'cost':12}{line}" for i, line in enumerate(said)]
 
 
-def _cost_json(checked: Checked, operations: Operations, price: Price) -> dict[str, Any]:
-    found = _charges(checked, operations, price)
+def _cost_json(
+    checked: Checked, operations: Operations, prices: Mapping[str, Price]
+) -> dict[str, Any]:
+    found = _charges(checked, operations, prices)
     keys = ("expected_tokens_per_s", "usd_per_million_tokens", "spot_expected_tokens_per_s",
             "spot_usd_per_million_tokens")  # fmt: skip
     return {key: getattr(found, key) for key in keys}
+
+
+def _unfit(name: str, parts: Sequence[Cluster]) -> str:
+    """Why no checkpoint is counted on a tier."""
+    without = [part.name for part in parts if name not in {tier.name for tier in part.tiers}]
+    return f"{' and '.join(without)} has none" if without else "too small for a checkpoint"
 
 
 def _tier(row: Goodput, step_s: float, rate: float) -> str:

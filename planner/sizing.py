@@ -24,7 +24,7 @@ from cost_models.step import Costs
 from ir.errors import InfeasibleError
 from ir.graph import Graph
 from planner.bounds import mesh_bounds_ps
-from planner.charges import charges, usd_per_million
+from planner.charges import charges, usd_per_hour, usd_per_million, watts_of
 from planner.decisions import Pins
 from planner.limits import Limits, capped, uncapped
 from planner.mesh import Mesh, meshes
@@ -218,8 +218,7 @@ class Sizer:
     def _priced(self, cluster: Cluster, d: Decisions, e: Estimate, gap: float) -> Sized:
         """What a plan comes to: useful time, energy, USD."""
         found = charges(
-            self.graph, cluster, self.workload, d, e, self.operations,
-            self.prices.get(cluster.name),
+            self.graph, cluster, self.workload, d, e, self.operations, self.prices
         )  # fmt: skip
         return Sized(
             cluster=cluster, decisions=d, estimate=e, gap=gap, goodput=found.goodput,
@@ -236,12 +235,11 @@ class Sizer:
     def _beaten(self, cluster: Cluster, most: float) -> bool:
         """Whether a row is better by every axis than any plan of at most so many tokens a second
         on this cluster."""
-        price = self.prices.get(cluster.name, Price(device=cluster.name))
-        watts = cluster.count * cluster.device.power_w * self.operations.pue
+        watts = watts_of((cluster,), self.operations)
         least = {
             "time": self._counted(-most), "energy": watts / most, "gpus": float(cluster.count),
-            "cost": usd_per_million(price.usd_per_gpu_hour, cluster.count, most),
-            "spot": usd_per_million(price.spot_usd_per_gpu_hour, cluster.count, most),
+            "cost": usd_per_million(usd_per_hour((cluster,), self.prices), most),
+            "spot": usd_per_million(usd_per_hour((cluster,), self.prices, spot=True), most),
             "memory": -float(cluster.device.memory_bytes),
         }  # fmt: skip
         point = [least[axis] for axis in self.axes]

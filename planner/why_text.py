@@ -182,6 +182,8 @@ def _no_slower(found: Alternative, base: Checked) -> str:
         axes = "axis" if more == 1 else "axes"
         return f"quicker by less than {more} more {axes} must earn ({AXIS_GAIN_PPM / PPM:.0%} each)"
     pace = f"quicker by {gain:.1%}" if gain >= LEAST_SHARE else "as quick"
+    if base.plan.solver.objective != "time":
+        return f"{pace}; the plan was chosen for {base.plan.solver.objective}, this is not"
     pinned = f"pinned to {pins_words(base.plan)}" if base.plan.solver.pins else "pinned"
     return f"{pace}; the plan was {pinned}, or made with other constants or effort"
 

@@ -174,12 +174,12 @@ def test_a_tier_that_is_too_small_or_not_there():
     tiny = Tier(name="cpu", bytes=10, read_bytes_per_s=1e9, write_bytes_per_s=1e9)
     small = replace(cluster, tiers=(tiny,))
     assert goodput(graph, small, Workload(), d, made(1, [1]), Operations()) == ()
-    assert chosen((), small, Operations()) is None
+    assert chosen((), (small,), Operations()) is None
     rows = goodput(graph, cluster, Workload(), d, made(1, [1]), Operations())
-    assert chosen(rows, cluster, Operations()) == rows[-1]
-    assert chosen(rows, cluster, Operations(tier="cpu")) == rows[0]
+    assert chosen(rows, (cluster,), Operations()) == rows[-1]
+    assert chosen(rows, (cluster,), Operations(tier="cpu")) == rows[0]
     with pytest.raises(UsageError, match="no tier 'tape'"):
-        chosen(rows, cluster, Operations(tier="tape"))
+        chosen(rows, (cluster,), Operations(tier="tape"))
 
 
 @pytest.mark.parametrize(("tp", "ranks"), [(1, 8), (2, 4), (8, 1)])

@@ -177,7 +177,7 @@ PRICE = Price(
 
 
 def within(**more):
-    return traced(options(price=PRICE, limits=Limits(**more)))
+    return traced(options(prices={"h100": PRICE}, limits=Limits(**more)))
 
 
 def test_what_a_plan_costs_is_its_price_by_the_rate_that_failures_leave():
@@ -203,7 +203,7 @@ def test_what_a_plan_costs_is_its_price_by_the_rate_that_failures_leave():
 
 def test_fewer_gpus_where_more_cost_too_much():
     """The most GPUs of those allowed whose plan keeps the limit of cost; the batch is the same."""
-    alone = {n: traced(options(hardware=f"h100x{n}", price=PRICE)) for n in (1, 2, 4)}
+    alone = {n: traced(options(hardware=f"h100x{n}", prices={"h100": PRICE})) for n in (1, 2, 4)}
     usd = {n: found.charges.least_usd for n, found in alone.items()}
     most = within(gpus=4)
     assert most.plan.hardware == "h100x4" and "--max-gpus 4: 4 of 8" in most.echo[-1]
@@ -213,7 +213,7 @@ def test_fewer_gpus_where_more_cost_too_much():
     kept = [n for n, cost in usd.items() if cost <= limit]
     found = within(gpus=4, usd_per_million_tokens=limit)
     assert found.plan.decisions.gpus == max(kept) and found.plan.workload.global_batch == 32
-    fewest = traced(options(objective="gpus", price=PRICE,
+    fewest = traced(options(objective="gpus", prices={"h100": PRICE},
                             limits=Limits(usd_per_million_tokens=limit)))  # fmt: skip
     assert fewest.plan.decisions.gpus == min(kept)
 
@@ -224,7 +224,7 @@ def test_a_limit_that_cannot_be_met_says_by_how_much_and_the_nearest_that_can():
         within(usd_per_million_tokens=free / 1000)
     fault = raised.value
     assert "99900.0% over --max-cost" in fault.why and "the least that was found" in fault.hints[0]
-    one = traced(options(hardware="h100x1", price=PRICE)).charges.least_usd
+    one = traced(options(hardware="h100x1", prices={"h100": PRICE})).charges.least_usd
     with pytest.raises(InfeasibleError) as raised:
         within(usd_per_million_tokens=(one + free) / 2)
     assert "--max-gpus" in raised.value.hints[0] and "USD on h100x" in raised.value.hints[0]

@@ -21,7 +21,7 @@ from planner.commands.shared import (
     examine,
     folder_of,
     parse_args,
-    price_of,
+    prices_of,
     print_json,
 )
 from planner.console import say
@@ -55,6 +55,7 @@ def show(
 
     Say what a plan decides, what it will cost, and how sure that is.
     """
+    from cost_models.fleet import used_parts
     from cost_models.operations import parse_operations
     from planner import show as view
     from planner.check import examine as examine_plan
@@ -73,11 +74,11 @@ def show(
     checked = examine_plan(read, folder_of(plan))
     found, estimate = checked.plan, checked.estimate
     if goodput:
-        price = price_of(prices, checked.cluster)
+        priced = prices_of(prices, used_parts(checked.hardware, found.decisions))
         if as_json:
-            print_json(goodput_json(checked, operations, price))
+            print_json(goodput_json(checked, operations, priced))
         else:
-            print(goodput_text(checked, operations, price))
+            print(goodput_text(checked, operations, priced))
     elif as_json:
         print_json(view.document(found, estimate))
     elif layers:

@@ -13,7 +13,7 @@ from ir.errors import UsageError
 from planner import completing
 
 if TYPE_CHECKING:
-    from cost_models.fleet import Hardware
+    from cost_models.hardware import Cluster
     from cost_models.prices import Price
     from planner.check import Checked
 
@@ -101,21 +101,19 @@ def check_objective(objective: str, prices: str, max_cost: float | None) -> None
         )
 
 
-def price_of(path: str, hardware: Hardware) -> Price | None:
-    """What the cluster's device costs; None without a file. Raises UsageError where the file has
-    no price of it."""
-    from cost_models.fleet import parts_of
+def prices_of(path: str, parts: Sequence[Cluster]) -> dict[str, Price]:
+    """What the devices of these parts cost; nothing without a file. Raises UsageError where the
+    file has no price of one."""
     from cost_models.prices import load_prices
 
     if not path:
-        return None
-    if len(parts_of(hardware)) > 1:
-        raise UsageError("--prices is for hardware of one kind", why=f"{hardware.spec} has several")
-    name = hardware.name
-    found = load_prices(path, [name]).get(name)
-    if found is None:
-        raise UsageError(f"{path} has no price of {name}", hints=(f"[{name}]",))
-    return found
+        return {}
+    names = [part.name for part in parts]
+    found = load_prices(path, names)
+    for name in names:
+        if name not in found:
+            raise UsageError(f"{path} has no price of {name}", hints=(f"[{name}]",))
+    return {name: found[name] for name in names}
 
 
 def examine(source: str) -> Checked:

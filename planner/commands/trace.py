@@ -41,7 +41,7 @@ from planner.commands.shared import (
     Written,
     check_objective,
     parse_args,
-    price_of,
+    prices_of,
     print_json,
 )
 from planner.console import INTERRUPTED, progress, say
@@ -177,7 +177,7 @@ def trace(
 
     Trace a model, cost and search its layouts on the hardware, and write the plan.
     """
-    from cost_models.fleet import load_any
+    from cost_models.fleet import load_any, parts_of
     from cost_models.operations import parse_operations
     from cost_models.units import parse_bytes
     from planner.decisions import parse_pins
@@ -253,7 +253,7 @@ def trace(
             usd_per_million_tokens=max_cost,
             gpus=max_gpus,
         ),
-        price=price_of(prices, found),
+        prices=prices_of(prices, parts_of(found)),
         operations=parse_operations(assume),
         slack=parse_share(slack, "--slack"),
         batches=batches if len(batches) > 1 else (),

@@ -79,7 +79,8 @@ def _asked(checked: Checked, effort: int | None, progress: Progress | None) -> l
         f"No price flips it: every plan here uses the same {checked.plan.decisions.gpus:,} GPUs, so"
         " that cost goes with time."
         if not isinstance(checked.hardware, Fleet) else
-        "Prices are not weighed: plans that leave a part idle cost less an hour."
+        "Prices are not weighed here: plans that leave a part idle cost less an hour, and"
+        " plan trace --objective cost plans for that."
     )
     d = checked.plan.decisions
     found.append(flips.section(sensitivity(checked, why, rows, effort), d, price))
