@@ -32,9 +32,7 @@ def line(plan: Plan | ServingPlan) -> str:
     from planner.plan import Plan
 
     count = format_count(plan.graph.parameter_count)
-    searched = plan.solver.status
     if isinstance(plan, Plan):
-        searched = status_words(plan)
         d = plan.decisions
         axes = ", ".join(f"{k} {getattr(d, k)}" for k in ("pp", "dp", "cp", "tp", "ep"))
         figures = f"{format_seconds(plan.step_time_us / 1e6)} a step"
@@ -44,7 +42,7 @@ def line(plan: Plan | ServingPlan) -> str:
         figures = f"a token every {format_seconds(plan.tpot_us / 1e6)}"
     return (
         f"<plan of {plan.graph.name} ({count} parameters) on {plan.hardware}: {axes}; "
-        f"{figures}, {format_bytes(plan.peak_memory_bytes)} a GPU; {searched}>"
+        f"{figures}, {format_bytes(plan.peak_memory_bytes)} a GPU; {status_words(plan)}>"
     )
 
 
@@ -93,10 +91,8 @@ def checked_html(found: Checked | CheckedServing) -> str:
     from planner.check import Checked
 
     plan = found.plan
-    searched = plan.solver.status
     head = f"<b>{escape(plan.graph.name)}</b> on <b>{escape(plan.hardware)}</b>"
     if isinstance(found, Checked):
-        searched = status_words(found.plan)
         e = found.estimate
         error = f" &plusmn;{e.error:.0%}"
         figures = f"{format_seconds(e.step_time_s)}{error} a step, MFU {e.mfu:.1%}"
@@ -117,7 +113,7 @@ def checked_html(found: Checked | CheckedServing) -> str:
     verdict = "" if fits else " <b>does not fit</b>"
     return (
         f"<div><p>{head}, {format_count(plan.graph.parameter_count)} parameters: "
-        f"{figures}{verdict}; {escape(searched)}</p>"
+        f"{figures}{verdict}; {escape(status_words(plan))}</p>"
         f"<details><summary>decisions</summary><pre>{decided}</pre></details>"
         f"{_bars(title, memory, capacity, _bytes, 'of the capacity')}"
         f"{_bars(what, spent, sum(v for _, v in spent), format_seconds, 'of it')}</div>"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cost_models.chain import chain_of
 from planner.decisions import Pins
 from planner.mesh import facts_of
 from planner.plan import Plan
+
+if TYPE_CHECKING:
+    from planner.serving.plan import ServingPlan
 
 MOST_PINS = 6  # told by name
 SEARCHED = ("pp", "cp", "tp", "zero", "micro_batch", "recompute")  # for every model; dp follows
@@ -17,7 +22,7 @@ def pins_said(pins: Pins) -> tuple[str, ...]:
     return (*(pins.said(key) for key, _ in pins.items()), *places)
 
 
-def pins_words(plan: Plan) -> str:
+def pins_words(plan: Plan | ServingPlan) -> str:
     """What was pinned, in a few words; "" where the search decided all."""
     pins = plan.solver.pins
     if len(pins) <= MOST_PINS:
@@ -25,8 +30,11 @@ def pins_words(plan: Plan) -> str:
     return f"{', '.join(pins[:MOST_PINS])} and {len(pins) - MOST_PINS} more"
 
 
-def all_pinned(plan: Plan) -> bool:
-    """Whether the pins left the search nothing to choose of mesh, steps, memory and layout."""
+def all_pinned(plan: Plan | ServingPlan) -> bool:
+    """Whether the pins left the search nothing to choose of mesh, steps, memory and layout; of
+    serving, one plan alone, of which no block was placed."""
+    if not isinstance(plan, Plan):
+        return bool(plan.solver.pins) and plan.solver.meshes == 1 and not plan.serving.tiers
     given = {pin.partition("=")[0].partition(":")[0] for pin in plan.solver.pins}
     if not given.issuperset(SEARCHED):
         return False
@@ -37,7 +45,7 @@ def all_pinned(plan: Plan) -> bool:
     return all(key in given for key, there in asked if there)
 
 
-def status_words(plan: Plan) -> str:
+def status_words(plan: Plan | ServingPlan) -> str:
     """How the search ended, and under which pins."""
     if not plan.solver.pins:
         return plan.solver.status

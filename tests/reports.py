@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from cost_models.hardware import load_hardware
 from planner.check import Checked, examine
 from planner.plan import Solver, make_plan
 from planner.report.markup import VOID
-from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.asked import ServeAsked, parse_serve_pins
 from planner.serving.check import CheckedServing, examine_serving
 from planner.serving.tracing import plan_serving
 
@@ -33,11 +34,13 @@ def small(hardware: str = "h100x8", decisions: Decisions = PIPELINE, **changes: 
     return examine(plan, Path())
 
 
-def served(hardware: str = "h100x2", **asked: object) -> CheckedServing:
+def served(
+    hardware: str = "h100x2", pins: Sequence[str] = (), **asked: object
+) -> CheckedServing:
     """The same two layers, served."""
     plan, _, _ = plan_serving(
         graph_of("llama"), hardware, load_hardware(hardware),
-        ServeAsked(prompt=128, output=32, batch=8, **asked), ServePins(),
+        ServeAsked(prompt=128, output=32, batch=8, **asked), parse_serve_pins(pins),
     )  # fmt: skip
     return examine_serving(plan, Path())
 

@@ -1,8 +1,10 @@
 """What a verdict says of a plan whose decisions were pinned: only what its search proved."""
 
+import re
 from dataclasses import replace
 
 import pytest
+from reports import served
 from toy_plan import toy_graph, toy_plan
 
 from ir.errors import PlanError, UsageError
@@ -10,6 +12,11 @@ from planner.decisions import parse_pins
 from planner.plan_text import parse_text, to_text
 from planner.proved import all_pinned, pins_said, status_words
 from planner.refused import parse_refused, require_held
+from planner.report.markup import escape
+from planner.report.serving_page import page
+from planner.serving.asked import parse_serve_pins, serve_pins_said
+from planner.serving.show import document, summary
+from planner.serving.text import to_text as serving_text
 
 EVERY = ("pp=2", "tp=2", "cp=1", "zero=3", "micro_batch=1", "recompute=none", "schedule=1f1b",
          "place:layers.*=S(0)")  # fmt: skip
@@ -33,6 +40,38 @@ def test_pins_are_in_the_file_where_there_are_any():
     assert '"pins"' not in to_text(toy_plan())
     with pytest.raises(PlanError, match="not a list of words"):
         parse_text(to_text(plan).replace('"pp=2"', '"pp=2\\u001b"'), graph)
+
+
+def test_of_serving_too_everywhere():
+    """A few pins, one plan alone, and none: in the file and in all that shows it."""
+    some = served(pins=["tp=2", "offload=mlp:cpu", "pools=none"])
+    one = served(pins=["tp=2", "pp=1"])
+    said = "tp=2, offload=mlp:cpu, pools=none"
+    assert all_pinned(one.plan) and not all_pinned(some.plan)
+    assert status_words(some.plan) == f"OPTIMAL under its pins: {said}"
+    assert status_words(one.plan) == "pinned, not searched"
+    assert status_words(served().plan) == "OPTIMAL" and '"pins"' not in serving_text(served().plan)
+    text = serving_text(some.plan)
+    read = parse_text(text, some.plan.graph)
+    assert read.solver.pins == some.plan.solver.pins == tuple(said.split(", "))
+    graph = some.plan.graph  # a file of before has no pins, and reads
+    assert not parse_text(re.sub(r', "pins": \[.*?\]', "", text), graph).solver.pins
+    assert document(some.plan, some.found)["solver"]["pins"] == [*some.plan.solver.pins]
+    for found in (some, one):
+        words = status_words(found.plan)
+        html = escape(words)
+        assert words in " ".join(summary(found.plan, found.found).split())
+        assert words in repr(found.plan) and html in found.plan._repr_html_()
+    assert f"under its pins: {said}; of " in page([some]) and ">pinned<" in page([one])
+    assert all(len(line) <= 80 for line in summary(some.plan, some.found).splitlines())
+
+
+def test_pins_of_serving_are_said_as_they_are_given():
+    for text in (["offload=none"], ["pools=2+6"], ["pools=any"], ["kv_tier=cpu", "pools=none"],
+                 ["tp=2", "prefill_chunk=512", "weights=int8", "offload=mlp:cpu,attention:nvme"]):
+        found = serve_pins_said(parse_serve_pins(text))
+        assert sorted(found) == sorted(text)
+        assert parse_serve_pins(found) == parse_serve_pins(text)
 
 
 @pytest.mark.parametrize("text", ["tp=7", "zero=1", "recompute=full", "schedule=gpipe"])

@@ -11,6 +11,8 @@ from cost_models.serving_engines import error_of, load_serving_engine
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import block_bytes, sharers
 from cost_models.units import format_bytes, format_count, format_seconds
+from planner.names import many
+from planner.proved import all_pinned, pins_words
 from planner.report import assumptions
 from planner.report.charts import (
     Mark,
@@ -71,10 +73,22 @@ def verdict(checked: CheckedServing) -> Html:
             ("Throughput", f"{p.tokens_per_s:,.0f}", f"tokens/s; {waiting}"),
             ("Memory of a GPU", format_bytes(dict(p.tiers)["gpu"]),
              f"of {format_bytes(p.memory.capacity_bytes)}"),
+            ("Search", *searched(checked)),
         ]),
         el("p", el("span", "Decided", class_="label"), decided(plan), class_="decided"),
         stale(checked.moved),
     )  # fmt: skip
+
+
+def searched(checked: CheckedServing) -> tuple[str, str]:
+    """How the search ended in a word, and of what."""
+    plan, s = checked.plan, checked.plan.solver
+    if all_pinned(plan):
+        return "pinned", "not searched: every decision was given"
+    if checked.moved:
+        return s.status.lower(), "of other inputs than today's"
+    pins = f"under its pins: {pins_words(plan)}; " if s.pins else ""
+    return s.status.lower(), f"{pins}of {many(s.meshes, 'plan')} predicted"
 
 
 def _missed(checked: CheckedServing) -> str:

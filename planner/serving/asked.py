@@ -169,6 +169,21 @@ def parse_serve_pins(texts: Sequence[str]) -> ServePins:
     return ServePins(**found)  # type: ignore[arg-type]
 
 
+def serve_pins_said(pins: ServePins) -> tuple[str, ...]:
+    """Pins as the user writes them, for the plan's file."""
+    found = []
+    for f in fields(pins):
+        value = getattr(pins, f.name)
+        if value is None:
+            continue
+        if f.name == "offload":
+            value = ",".join(f"{block}:{tier}" for block, tier in value) or "none"
+        elif f.name == "pools":
+            value = "none" if not value else "any" if value == FORCED else "+".join(map(str, value))
+        found.append(f"{f.name}={value}")
+    return tuple(found)
+
+
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     found = []
     for item in value.split(","):

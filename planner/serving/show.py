@@ -10,6 +10,7 @@ from cost_models.serving_pools import Pooled
 from cost_models.units import format_bytes, format_count, format_seconds
 from planner.names import many
 from planner.options import Timing
+from planner.proved import status_words
 from planner.serving.plan import ServingPlan, kept_words
 from planner.serving.predict import RELIEF, Prediction
 from planner.serving.text import block_records, decisions_json, workload_json
@@ -32,7 +33,8 @@ def document(
         "estimate": estimate_json(found),
         "lossy": list(plan.lossy),
         "solver": {"status": plan.solver.status, "gap": plan.solver.gap_ppm / 1e6,
-                   "meshes": plan.solver.meshes},
+                   "meshes": plan.solver.meshes,
+                   **({"pins": list(plan.solver.pins)} if plan.solver.pins else {})},
     }  # fmt: skip
     if others:
         made["others"] = [
@@ -121,7 +123,7 @@ def summary(
         lines.append(_bar(name, format_bytes(round(size)), share))
     lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
     predicted = many(plan.solver.meshes, "plan") + " predicted"
-    lines.append(_row("search", f"{plan.solver.status}, {predicted}"))
+    lines += _packed("search", [*status_words(plan).split(", "), predicted])
     for at, p in enumerate(others[:3]):
         degrees = " ".join(f"{k} {v}" for k, v in _degrees(p.serving).items())
         if p.serving.prefill:

@@ -13,7 +13,7 @@ from cost_models.serving_tiers import rows_on_host
 from ir.graph import Graph
 from planner.options import Timing
 from planner.plan import Solver
-from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.asked import ServeAsked, ServePins, serve_pins_said
 from planner.serving.plan import ServingPlan, make_serving_plan, shardings_of
 from planner.serving.predict import Prediction, predict
 from planner.serving.runnable import experts_of
@@ -47,7 +47,8 @@ def plan_serving(
         rows = rows_on_host(cluster, s, width)
     plan = make_serving_plan(
         graph, spec, cluster, asked, found.best, shardings_of(graph, cluster, s), rows,
-        Solver(status="OPTIMAL", meshes=found.tried, meshes_solved=found.tried),
+        Solver(status="OPTIMAL", meshes=found.tried, meshes_solved=found.tried,
+               pins=serve_pins_said(pins)),
     )  # fmt: skip
     return plan, found.best, found.others
 
