@@ -23,6 +23,7 @@ from cost_models.serving_queue import STEADY, Arrivals, gathered, mixed_s, prior
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
 
+# assumed, both: no run of the data prints what a serving engine holds
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL and graphs of a process, as serving engines report it
 WORKSPACE_BYTES = 2.0e9
 
@@ -41,10 +42,14 @@ class Memory:
     kv_below_bytes_per_sequence: float = 0.0
 
     @property
+    def reserved_bytes(self) -> float:
+        """What is not counted from the model: assumed, and measured by no run."""
+        return self.workspace_bytes + self.context_bytes
+
+    @property
     def room_bytes(self) -> float:
         """What the cache may take."""
-        fixed = self.weights_bytes + self.workspace_bytes + self.context_bytes
-        return self.capacity_bytes - fixed
+        return self.capacity_bytes - self.weights_bytes - self.reserved_bytes
 
 
 def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatArray]:

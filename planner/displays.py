@@ -106,7 +106,8 @@ def checked_html(found: Checked | CheckedServing) -> str:
             f"first token {format_seconds(p.ttft_s)}, then one every {format_seconds(p.tpot_s)}; "
             f"{p.tokens_per_s:,.0f} tokens/s"
         )
-        memory, title = list(p.tiers), "memory of the fullest GPU, and below it"
+        memory = list(p.tiers)
+        title = "memory of the fullest GPU, and below it; its error is not measured"
         spent, what = list(p.parts), "decode step"
         capacity, fits = float(p.memory.capacity_bytes), p.fits
     decided = "".join(f"<div>{escape(row)}</div>" for row in text(found).splitlines()[1:6])

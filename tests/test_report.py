@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from planner.report.markup import Html, el, escape, join
 from planner.report.trace_events import trace_text
 from planner.report.training import page as page_of
 from planner.report.training import simulate
+from planner.serving.show import estimate_json, memory_basis, summary
 from planner.serving.tracing import recosted
 
 HOSTILE = '</script><script>alert(1)</script>"\' onload=x <img src=x onerror=y>&amp;\x00\ud800'
@@ -240,6 +242,21 @@ def test_a_plan_of_serving(plan, checked):
     assert plan("report", "plan.json", "plan.json", "-o", "-", "--no-why")[0] == 0
     checked.plan.save("train.json")
     assert plan("report", "train.json", "plan.json")[0] == 64
+
+
+def test_what_of_a_server_s_memory_is_not_measured_is_said_beside_it():
+    """In text, page, JSON and notebook: how much was assumed, and that there is no error."""
+    found = served()
+    m = found.found.memory
+    assert m.reserved_bytes == m.capacity_bytes - m.weights_bytes - m.room_bytes == 3.5e9
+    words = "3.5 GB are workspace and context, a reserve: no run of the data prints a server's"
+    assert words in " ".join(summary(found.plan, found.found).split())
+    assert words in unescape(serving_page.page([found]))
+    assert "error is not measured" in found.plan._repr_html_()
+    told = estimate_json(found.found)
+    assert told["memory_error"] is None and told["reserved_bytes"] == 3_500_000_000
+    on_cpu = replace(found.found, memory=replace(m, context_bytes=0.0))
+    assert "2.0 GB for the values of a pass are an estimate" in memory_basis(on_cpu)
 
 
 def test_inputs_of_serving_are_predicted_anew():

@@ -32,6 +32,7 @@ from planner.report.verdict import stale, tiles
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
 from planner.serving.predict import RELIEF, Prediction
+from planner.serving.show import memory_basis
 from planner.serving.text import block_records
 
 SLACK = 1.02
@@ -72,7 +73,7 @@ def verdict(checked: CheckedServing) -> Html:
             ("A whole request", request, f"{plan.asked.output:,} tokens out"),
             ("Throughput", f"{p.tokens_per_s:,.0f}", f"tokens/s; {waiting}"),
             ("Memory of a GPU", format_bytes(dict(p.tiers)["gpu"]),
-             f"of {format_bytes(p.memory.capacity_bytes)}"),
+             f"of {format_bytes(p.memory.capacity_bytes)}; error not measured"),
             ("Search", *searched(checked)),
         ]),
         el("p", el("span", "Decided", class_="label"), decided(plan), class_="decided"),
@@ -153,10 +154,12 @@ def memory(checked: CheckedServing, scale_bytes: float = 0) -> Section:
             format_bytes(size))
         for name, size, held in below
     ]  # fmt: skip
+    basis = memory_basis(p)
     kv, each = p.memory.kv_bytes_per_token, p.memory.kv_bytes_per_sequence
     lede = sentences(
         f"The fullest GPU holds {format_bytes(used)} of the {format_bytes(capacity)} that the"
         " engine takes.",
+        f"{basis[:1].upper()}{basis[1:]}.",
         f"The cache of one token is {format_bytes(kv)} a GPU in {plan.serving.kv}"
         + (f", on {plan.serving.kv_tier}" if plan.serving.kv_tier != "gpu" else "")
         + f"; of one request at its longest {format_bytes(each)}.",

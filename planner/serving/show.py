@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
@@ -56,6 +57,7 @@ def estimate_json(p: Prediction) -> dict[str, Any]:
         "running": p.running, "decode_step_s": p.decode_s,
         "breakdown_s": dict(p.parts), "prefill_breakdown_s": dict(p.prefill_parts),
         "peak_memory_bytes": round(dict(p.tiers)["gpu"]),
+        "memory_error": None, "reserved_bytes": round(m.reserved_bytes),
         "capacity_bytes": round(m.capacity_bytes),
         "kv_bytes_per_token": round(m.kv_bytes_per_token),
         "max_concurrency": int(max(0.0, m.room_bytes) // m.kv_bytes_per_sequence
@@ -121,6 +123,7 @@ def summary(
     for name, size in found.tiers:
         share = size / capacity if name == "gpu" else None
         lines.append(_bar(name, format_bytes(round(size)), share))
+    lines += [_row("", line) for line in wrap(memory_basis(found), WIDTH - 12)]
     lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
     predicted = many(plan.solver.meshes, "plan") + " predicted"
     lines += _packed("search", [*status_words(plan).split(", "), predicted])
@@ -132,6 +135,17 @@ def summary(
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(line[:WIDTH] for line in lines)
+
+
+def memory_basis(found: Prediction) -> str:
+    """What of a GPU's memory is counted, what is not, and that its error is not known."""
+    m = found.memory
+    size = format_bytes(round(m.reserved_bytes))
+    held = f"{size} are workspace and context, a reserve"
+    if not m.context_bytes:
+        held = f"{size} for the values of a pass are an estimate"
+    return (f"weights and cache are counted by the byte, {held}: no run of the data prints a"
+            " server's memory, so its error is not known")  # fmt: skip
 
 
 def _pools(found: Pooled) -> list[str]:
