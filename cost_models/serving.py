@@ -7,7 +7,7 @@ a prompt's own steps behind what is queued before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,15 +58,18 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     step: of the whole replica; attention replicas and pipeline stages have equal shares.
     """
     s, engine = costs.serving, costs.engine
-    mine = step.of_fullest(s.attention_dp, s.pp)
+    whole, splits = step.of_fullest(s.attention_dp, s.pp), engine.handling.splits
+    mine = whole.part(splits)
     total = {part: np.zeros(np.shape(step.sequences)) for part in PARTS}
     for layer in model.layers:
         for part, seconds in layer_s(costs, layer, model.hidden, mine).items():
             total[part] = total[part] + layer.count * seconds
     rows = mine.sequences + mine.prompts  # the last token of each
     for matrix in model.head:
+        if engine.handling.whole_head:
+            matrix = replace(matrix, split="whole")
         total["gemm"] = total["gemm"] + costs.matrix_s(matrix, rows)
-        if s.tp > 1:
+        if s.tp > 1 and not engine.handling.whole_head:
             size = rows * matrix.n * 2
             gathered = collective_s(costs.cluster, "all_gather", size, s.tp)
             total["tp_comm"] = total["tp_comm"] + gathered
@@ -76,6 +79,7 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     if s.pp > 1:
         sent = collective_s(costs.cluster, "p2p", tokens * model.hidden * 2, 2)
         total["pp_comm"] = (s.pp - 1) * sent
+    total = {part: splits * seconds for part, seconds in total.items()}
     host = host_of(costs.device)
     eager = engine.kernel_host_s > 0  # what an engine's own host does is its table's to say
     own_s = host.token_s if eager else None
@@ -83,8 +87,9 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     # Each replica of attention has a scheduler of its own.
     total["host"] = step_host_s + engine.sequence_host_s * step.sequences / s.attention_dp
     if s.tiers or s.kv_tier != "gpu":
-        _add_below(total, below(costs, model, mine), costs.serving)
-    launched = engine.kernel_host_s * _launches(model)  # ahead of the kernels, as far as it can
+        _add_below(total, below(costs, model, whole), costs)
+    # Ahead of the kernels, as far as it can.
+    launched = splits * engine.kernel_host_s * _launches(model)
     if eager and host.op_s is not None:
         launched = host.op_s * model.eager_ops
     if host.piece_s is not None:
@@ -94,15 +99,19 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
     return total
 
 
-def _add_below(total: dict[str, FloatArray], found: Below, s: Serving) -> None:
-    """What streams is exposed where it takes longer than all that runs beside it."""
-    routed = any(h.block == "routed_experts" and h.place == "compute" for h in s.tiers)
+def _add_below(total: dict[str, FloatArray], found: Below, costs: Costs) -> None:
+    """What streams is exposed where it takes longer than all that runs beside it: weights beside
+    the first part of a batch that is computed in parts, of the cache a part beside each."""
+    tiers, splits = costs.serving.tiers, costs.engine.handling.splits
+    routed = any(h.block == "routed_experts" and h.place == "compute" for h in tiers)
     part = "moe" if routed else "gemm"
     spared = np.minimum(found.saved_s, total[part])
     total[part] = total[part] - spared
     total["cpu"] = found.on_host_s
-    beside = sum(total.values())
-    total["stream"] = found.fetched_s + np.maximum(found.stream_s - beside, 0.0)
+    beside, cached = sum(total.values()) / splits, found.cached_s / splits
+    first = np.maximum(found.stream_s + cached - beside, 0.0)
+    others = (splits - 1) * np.maximum(cached - beside, 0.0)
+    total["stream"] = found.fetched_s + first + others
 
 
 def _launches(model: ServedModel) -> float:
@@ -211,7 +220,9 @@ def prompt_steps(
     prompt: FloatArray, prompts: FloatArray,
 ) -> FloatArray:  # fmt: skip
     """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode;
-    of replicas of attention each reads prompts of its own."""
+    of replicas of attention each reads prompts of its own. An engine that takes its requests as one
+    batch reads all of them back to back, at the clock of a steady load."""
+    costs = replace(costs, prompts_alone=True) if costs.engine.static else costs
     chunk, fullest = _step_tokens(costs), np.maximum(prompts / costs.serving.attention_dp, 1.0)
     most = int(np.max(np.ceil(fullest * prompt / chunk)))
     found = np.zeros(np.shape(running))

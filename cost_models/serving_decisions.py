@@ -9,15 +9,16 @@ from cost_models.serving_shapes import BLOCKS, PARTS_OF
 from ir.errors import UsageError
 
 # Bytes a weight, scales included: int4 in groups of 128 with two-byte scales, fp4 in groups of 16
-# with one-byte scales (NVFP4; MXFP4's groups of 32 come to .53). fp8_block has a scale for each
-# 128 x 128 weights and 128 activations, as DeepSeek's checkpoints have; fp8 one a matrix. int4_32:
-# groups of 32 with a scale and a zero point of two bytes each.
+# with one-byte scales (NVFP4), mxfp4 in groups of 32. fp8_block has a scale for each 128 x 128
+# weights and 128 activations, as DeepSeek's checkpoints have; fp8 one a matrix. int4_64, int4_32:
+# groups of 64 or 32 with a scale and a zero point of two bytes each.
 WEIGHT_BYTES = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0,
-    "int4": 0.53, "int4_32": 0.625, "fp4": 0.5625,
+    "int4": 0.53, "int4_64": 0.5625, "int4_32": 0.625, "fp4": 0.5625, "mxfp4": 0.53125,
 }  # fmt: skip
 PLACES = ("stream", "compute")
-KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0}
+KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4_64": 0.5625}
+KV_PLANNED = ("bf16", "fp16", "fp8", "int8")  # what engines that plans are made for can keep
 
 
 def policy_of(word: str) -> tuple[int, int]:

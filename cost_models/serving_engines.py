@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cost_models.checked_toml import read_toml
 from cost_models.constants_table import FIT_WORDS
+from cost_models.serving_handling import Handling, told
 from ir.errors import UsageError
 
 _TABLE = Path(__file__).with_name("serving_engines.toml")
@@ -43,7 +44,8 @@ class ServingEngine:
     expands_latents: of models that cache latents (MLA) a step makes all heads' keys and values
     again, of all that is cached; else it decodes in the latent space.
     all_reduce: kernel family; library is NCCL's. skew: exponent of the power law of experts' loads
-    under the prompts of benchmarks (0: uniform at random).
+    under the prompts of benchmarks (0: uniform at random). handling: what it does with weights and
+    caches beside its kernels, a table of its own where it is not the default.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ServingEngine:
     all_reduce: str
     skew: float
     source: str
+    handling: Handling = field(default_factory=Handling)
 
 
 _WORDS = ("median_error", "p90_error", "samples", *FIT_WORDS)
@@ -74,14 +77,15 @@ _WORDS = ("median_error", "p90_error", "samples", *FIT_WORDS)
 @functools.cache
 def _engines() -> dict[str, ServingEngine]:
     raw: dict[str, Any] = read_toml(_TABLE, "table of serving engines")
-    keys = {f.name for f in fields(ServingEngine)} - {"name"}
+    keys = {f.name for f in fields(ServingEngine)} - {"name", "handling"}
     found = {}
     for name, row in raw.items():
-        given = {key: value for key, value in row.items() if key not in _WORDS}
+        given = {key: value for key, value in row.items() if key not in (*_WORDS, "handling")}
         if given.keys() != keys:
             odd = ", ".join(sorted(given.keys() ^ keys))
             raise UsageError(f"serving engine {name} has not the keys it should: {odd}")
-        found[name] = ServingEngine(name=name, **given)
+        handling = told(Handling(), row.get("handling", {}))
+        found[name] = ServingEngine(name=name, handling=handling, **given)
     return found
 
 

@@ -61,6 +61,10 @@ class Step:
         return replace(self, sequences=self.sequences / (replicas * stages), prompts=most,
                        elsewhere=self.prompts - most)  # fmt: skip
 
+    def part(self, splits: int) -> Step:
+        """One of so many parts of it."""
+        return replace(self, sequences=self.sequences / splits, prompts=self.prompts / splits)
+
     def of_all(self, replicas: int) -> FloatArray:
         """Tokens of all replicas of attention, which their experts share."""
         read = (self.prompts + self.elsewhere) * self.new
@@ -84,7 +88,8 @@ _NATIVE = {
 }  # fmt: skip
 # Elsewhere weights are unpacked to 16 bits; 8-bit ones alike, 4-bit ones alike.
 _UNPACKED = {"fp8": "int8_weight", "fp8_block": "int8_weight", "int8": "int8_weight",
-             "int4": "int4_weight", "int4_32": "int4_weight", "fp4": "int4_weight"}  # fmt: skip
+             "int4": "int4_weight", "int4_64": "int4_weight", "int4_32": "int4_weight",
+             "fp4": "int4_weight", "mxfp4": "int4_weight"}  # fmt: skip
 
 
 def _gemm_family(device: Device, name: str) -> tuple[str, float, str]:
@@ -100,7 +105,8 @@ _NATIVE_MOE = {
     "fp4": (("cutlass_nvfp4", "min_latency_nvfp4"), "nvfp4"),
 }  # fmt: skip
 _UNPACKED_MOE = {
-    "fp4": "triton_oai_w4a16_mxfp4", "int4": "marlin_int4_wo", "int4_32": "marlin_int4_wo",
+    "fp4": "triton_oai_w4a16_mxfp4", "mxfp4": "triton_oai_w4a16_mxfp4",
+    "int4": "marlin_int4_wo", "int4_64": "marlin_int4_wo", "int4_32": "marlin_int4_wo",
     "bf16": "triton_vllm_bfloat16", "fp16": "triton_vllm_bfloat16",
 }  # fmt: skip
 
@@ -154,8 +160,7 @@ class Costs:
         """Of the rated clock: what a steady load of large matrices keeps, where prompts follow one
         another; all of it where they come between decode steps, which draw less than the board
         may."""
-        steady = self.prompts_alone or self.engine.static
-        return load_kernels(self.device).clock if steady else 1.0
+        return load_kernels(self.device).clock if self.prompts_alone else 1.0
 
     def _facts(self, peak: str) -> dict[str, FloatArray]:
         device = self.device
@@ -175,17 +180,24 @@ class Costs:
             rows = np.maximum(tokens * matrix.rows, 1.0)
             columns, inner = matrix.columns(self.serving.tp), matrix.inner(self.serving.tp)
             return cpu.product_s(self.device, self.serving, name, rows, columns, inner)
+        tp = self.serving.tp
+        written_s = self.written_s(name, matrix.held(tp))
+        name = "bf16" if self.engine.handling.unpacks(name) else name
         family, width, peak = _gemm_family(self.device, name)
         facts = self._facts(peak)
         sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
         facts |= {key: np.asarray(value) for key, value in sizes.items()}
-        tp = self.serving.tp
         m = np.maximum(tokens * matrix.rows, 1.0)
         n, k = np.asarray(matrix.columns(tp)), np.asarray(matrix.inner(tp))
         known = self._known(f"gemm.{family}", family)
         known = known | {"overhead_s": np.asarray(0.0)} if beside else known
-        return gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
-                            narrow=family != "bf16")  # fmt: skip
+        return written_s + gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0,
+                                        steady=True, narrow=family != "bf16")  # fmt: skip
+
+    def written_s(self, name: str, elements: FloatArray | float) -> FloatArray | float:
+        """Of so many weights that are written out in 16 bits, 0 where a kernel has the format."""
+        each = self.engine.handling.unpacks(name)
+        return load_kernels(self.device).memory_bound_s(each * elements, 0) if each else 0.0
 
     def rows_of(self, matrix: Matrix, attention: tuple[Attend, ...], step: Step) -> FloatArray:
         """Tokens of a step that a matrix multiplies. What expands latents does so for prompts and
@@ -217,15 +229,17 @@ class Costs:
             decoded = cpu.decode_s(*ours, step.sequences, context)
             read = cpu.prefill_s(*ours, step.prompts, step.new, step.past)
             return decoded + read + (self._policy_s(attend, step) if attend.block else 0.0)
-        facts = self._facts("bf16")
-        facts["kv_bytes"] = np.asarray(KV_BYTES[self.serving.kv])
+        facts, handling, kv = self._facts("bf16"), self.engine.handling, self.serving.kv
+        width = 2.0 if handling.unpacks_cache(kv) else KV_BYTES[kv]
+        facts["kv_bytes"] = np.asarray(width)
         heads = np.asarray(max(attend.heads / tp, 1.0))
-        kv_heads = np.asarray(max(attend.kv_heads / tp, 1.0))
+        own = attend.heads if handling.repeats_heads else attend.kv_heads
+        kv_heads = np.asarray(max(own / tp, 1.0))
         qk, v = np.asarray(float(attend.dim_qk)), np.asarray(float(attend.dim_v))
         window, none = np.asarray(float(attend.window)), np.asarray(0.0)
         one = np.asarray(1.0)
         family = _ATTENTION.get(device.family, "fa2")
-        family += "_fp8" if KV_BYTES[self.serving.kv] == 1 else ""
+        family += "_fp8" if width == 1 else ""
         if attend.latent:
             latent = np.asarray(float(attend.latent))
             known = self._known("mla_decode", "absorbed")
@@ -252,7 +266,12 @@ class Costs:
 
         behind = np.where(step.past > 0, prompts(step.past) - known["overhead_s"], 0.0)
         fresh = prompts(step.new + step.past) - behind
-        found = np.where(step.sequences > 0, decode, 0.0)
+        each = handling.cache_moved_bytes(attend, kv, tp)
+        if each:  # copied, permuted or written out before attention reads it
+            moved = step.sequences * seen(attend, context) * each
+            decode = decode + load_kernels(device).memory_bound_s(moved, 0)
+        here = not (handling.attends and self.serving.kv_tier != "gpu")
+        found = np.where((step.sequences > 0) & here, decode, 0.0)
         found = found + (self._policy_s(attend, step) if attend.block else 0.0)
         return np.asarray(found + np.where(step.new > 0, fresh, 0.0))
 
@@ -284,6 +303,10 @@ class Costs:
         name = s.format_of("routed_experts")
         if self.device.family == CPU:
             return cpu.experts_s(self.device, s, name, experts, tokens)
+        missed = (1 - experts.topk / experts.experts) ** np.asarray(tokens)
+        hit = experts.elements / s.expert_tp * (1 - missed) / s.ep
+        written_s = self.written_s(name, hit)
+        name = "bf16" if self.engine.handling.unpacks(name) else name
         families, peak = _moe_families(self.device, name)
         flat = np.maximum(np.round(np.ravel(tokens)), 1.0)
         unique, back = np.unique(flat, return_inverse=True)
@@ -301,7 +324,7 @@ class Costs:
             )  # fmt: skip
 
         found = functools.reduce(np.minimum, map(seconds, families))
-        return np.asarray(found[back].reshape(np.shape(tokens)))
+        return np.asarray(written_s + found[back].reshape(np.shape(tokens)))
 
     def _rows(self, tokens: int, experts: Experts) -> tuple[float, ...]:
         """Rows of each expert of the busiest rank that is given any."""
@@ -364,12 +387,13 @@ def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[st
     for matrix in layer.matrices:  # shared experts run on a stream beside the routed ones
         beside = matrix.block == "shared_experts"
         rows = costs.rows_of(matrix, layer.attention, step)
-        spent = costs.matrix_s(matrix, rows, beside)
-        parts["gemm"] = parts["gemm"] + np.where(rows > 0, spent, 0.0)
+        for one in costs.engine.handling.kernels_of(matrix):
+            spent = costs.matrix_s(one, rows, beside)
+            parts["gemm"] = parts["gemm"] + np.where(rows > 0, spent, 0.0)
     for attend in layer.attention:
         parts["attention"] = parts["attention"] + costs.attention_s(attend, step)
-    for one in layer.recurrences:
-        parts["attention"] = parts["attention"] + costs.recurrence_s(one, step)
+    for state in layer.recurrences:
+        parts["attention"] = parts["attention"] + costs.recurrence_s(state, step)
     for experts in layer.experts:
         parts["moe"] = parts["moe"] + costs.experts_s(experts, shared)
     parts["elementwise"] = costs.light_s(layer.light, tokens)

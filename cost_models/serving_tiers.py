@@ -27,11 +27,13 @@ RING_SLOTS = 2  # blocks of a layer on the GPU: one in use, one on its way
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Below:
-    """Seconds a step that what lies below the GPU takes. stream: of the link, in the background.
-    fetched: of experts on demand. on_host: of the CPU. saved: of kernels that the GPU does not
-    run for it."""
+    """Seconds a step that what lies below the GPU takes. stream: of the link, in the background,
+    for weights; cached: for the cache. fetched: of what the GPU waits for: experts on demand, what
+    the host first copies to pinned pages. on_host: of the CPU. saved: of kernels that the GPU does
+    not run for it."""
 
     stream_s: FloatArray
+    cached_s: FloatArray
     fetched_s: FloatArray
     on_host_s: FloatArray
     saved_s: FloatArray
@@ -65,9 +67,9 @@ def rate_bytes_per_s(cluster: Cluster, serving: Serving, tier: str) -> float:
 
 def below(costs: Costs, model: ServedModel, step: Step) -> Below:
     """What one pass through all stages waits for, and what it is spared; `step` of one rank."""
-    s, cluster = costs.serving, costs.cluster
+    s, cluster, handling = costs.serving, costs.cluster, costs.engine.handling
     zero = np.zeros(np.shape(step.sequences))
-    stream = fetched = on_host = saved = zero
+    stream = cached = fetched = on_host = saved = zero
     tokens = step.tokens
     for held in s.tiers:
         rate = rate_bytes_per_s(cluster, s, held.tier)
@@ -82,6 +84,8 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
             fetched = fetched + np.minimum(tokens / model.vocab, 1.0) * size / s.pp / rate
         elif held.place == "stream":
             stream = stream + (tokens > 0) * size / rate
+            if "weights" in handling.pageable and held.tier == "cpu":
+                fetched = fetched + (tokens > 0) * size / handling.pageable_bytes_per_s
         else:
             found = [(count * share, m) for count, m in _matrices(model, held.block)]
             kernels = sum((count * costs.matrix_s(m, tokens) for count, m in found), zero)
@@ -93,10 +97,17 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
     if s.kv_tier != "gpu":
         rate = rate_bytes_per_s(cluster, s, s.kv_tier)
         ahead, asked, times = _cached_bytes(model, s, step.context + zero)
-        stream = stream + step.sequences * ahead / rate
+        if handling.attends:  # what lies on a disk comes to the CPU, what it has stays
+            on_host = on_host + step.sequences * ahead / handling.attends_bytes_per_s
+            rate = cluster.tier(s.kv_tier).read_bytes_per_s / sharers(cluster, s)
+            ahead = ahead * (s.kv_tier != "cpu")
+        elif "cache" in handling.pageable and s.kv_tier == "cpu":
+            fetched = fetched + step.sequences * ahead / handling.pageable_bytes_per_s
+        cached = cached + step.sequences * ahead / rate
         waits_s = times * host_of(costs.device).fetch_s
         fetched = fetched + step.sequences * asked / rate + (step.sequences > 0) * waits_s
-    return Below(stream_s=stream, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
+    return Below(stream_s=stream, cached_s=cached, fetched_s=fetched, on_host_s=on_host,
+                 saved_s=saved)  # fmt: skip
 
 
 def _cached_bytes(
@@ -131,7 +142,7 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
     fetched = on_host = saved = zero
     rate = rate_bytes_per_s(costs.cluster, s, held.tier)
     width = WEIGHT_BYTES[s.format_of("routed_experts")]
-    fetch_s = host_of(costs.device).fetch_s
+    fetch_s, handling = host_of(costs.device).fetch_s, costs.engine.handling
     for layer in model.layers:
         for one in layer.experts:
             picked = load_of(one, costs.engine.skew)
@@ -140,18 +151,19 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
             each = one.elements / one.experts / s.expert_tp
             chosen = 1 - (1 - cold) ** np.asarray(tokens)[..., None]
             hit = chosen.sum(-1) / s.ep
+            fetches = np.minimum(hit, 1.0) if handling.fetches_layers else hit
+            brought = hit * each * width / rate + fetches * fetch_s
             if held.place == "stream":
-                fetched = fetched + layer.count * hit * (each * width / rate + fetch_s)
+                fetched = fetched + layer.count * brought
                 continue
             flop = 2 * tokens * cold.sum() / s.ep * each
             kernels = cold.sum() / one.topk * costs.experts_s(one, tokens)
             here = _host_s(costs, hit * each * width, flop, tokens * cold.sum() / s.ep / hit)
-            brought = hit * (each * width / rate + fetch_s)
-            quicker = brought + kernels < here
+            quicker = (brought + kernels < here) & (np.asarray(tokens) > handling.host_tokens)
             fetched = fetched + layer.count * np.where(quicker, brought, 0.0)
             on_host = on_host + layer.count * np.where(quicker, 0.0, here)
             saved = saved + layer.count * np.where(quicker, 0.0, kernels)
-    return Below(stream_s=zero, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
+    return Below(stream_s=zero, cached_s=zero, fetched_s=fetched, on_host_s=on_host, saved_s=saved)
 
 
 def load_of(experts: Experts, skew: float) -> FloatArray:

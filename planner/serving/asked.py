@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, policy_of
+from cost_models.serving_decisions import KV_PLANNED, WEIGHT_BYTES, policy_of
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_shapes import BLOCKS
 from ir.errors import UsageError
@@ -16,7 +16,7 @@ BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8,
         "fp4": 4}  # fmt: skip
 ENGINE = "native"
 KV_TIERS = ("gpu", "cpu")
-_WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": tuple(KV_BYTES), "kv_tier": KV_TIERS}
+_WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": KV_PLANNED, "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 
@@ -88,9 +88,9 @@ class ServeAsked:
                 raise UsageError(f"unknown format {word!r} of weights",
                                  why=f"known: {', '.join(WEIGHT_BYTES)}")  # fmt: skip
         for word in self.allow_kv:
-            if word not in KV_BYTES:
+            if word not in KV_PLANNED:
                 raise UsageError(f"unknown format {word!r} of the cache",
-                                 why=f"known: {', '.join(KV_BYTES)}")  # fmt: skip
+                                 why=f"known: {', '.join(KV_PLANNED)}")  # fmt: skip
         for block, _ in self.keep:
             if block not in BLOCKS:
                 raise UsageError(f"--keep {block}: there is no such block",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.hardware import Cluster
-from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Pool, ServeLoad, Serving
+from cost_models.serving_decisions import KV_PLANNED, WEIGHT_BYTES, Pool, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine, load_serving_engine
 from cost_models.serving_ops import Costs
 from cost_models.serving_shapes import ServedModel
@@ -265,7 +265,7 @@ def formats(
         now[block] = smallest[block]
         rows.append(dict(now))
     caches = (pins.kv,) if pins.kv else dict.fromkeys((
-        asked.precision if asked.precision in KV_BYTES else "bf16", *asked.allow_kv
+        asked.precision if asked.precision in KV_PLANNED else "bf16", *asked.allow_kv
     ))  # fmt: skip
     for row in rows:
         named = tuple((b, f) for b, f in row.items() if f != s.default)

@@ -1,7 +1,7 @@
 """Published points of serving on small machines, predicted: `plan validate --points`.
 
-One table, `cost_models/validation/serving_points.toml`, each point with its source; nothing is
-fitted for a point.
+One table, `cost_models/validation/serving_points.toml`, each point with its source; a point that a
+constant was fitted to says which.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cost_models.hardware import describe, load_hardware
 from cost_models.serving import Memory, memory_of, prompt_steps, step_parts
 from cost_models.serving_decisions import Held, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
+from cost_models.serving_handling import told
 from cost_models.serving_ops import Costs, step_of
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import ServedModel
@@ -35,7 +36,8 @@ _WIDE = (("embeddings", "bf16"), ("head", "bf16"), ("router", "bf16"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """A published figure beside its prediction, tokens a second. parts: of a decode step, in
-    seconds, or of all that reads the prompts. memory: of the fullest GPU."""
+    seconds, or of all that reads the prompts. memory: of the fullest GPU. fitted: a constant that
+    was fitted to it, "" where none was."""
 
     id: str
     source: str
@@ -44,6 +46,7 @@ class Point:
     measured: float
     parts: tuple[tuple[str, float], ...]
     memory: Memory
+    fitted: str
 
     @property
     def error(self) -> float:
@@ -78,6 +81,7 @@ def predicted(raw: dict[str, Any], model: ServedModel, source: str) -> Point:
     name = raw["hardware"]
     cluster = load_hardware(f"{name}x{min(raw['tp'], describe(name).node_size)}")
     engine = load_serving_engine(raw["engine"])
+    engine = replace(engine, handling=told(engine.handling, raw.get("run", {})))
     costs = Costs(cluster=cluster, engine=engine, serving=serving)
     prompt, output, batch = (np.asarray([float(raw[k])]) for k in ("prompt", "output", "batch"))
     none = 0 * batch
@@ -91,7 +95,7 @@ def predicted(raw: dict[str, Any], model: ServedModel, source: str) -> Point:
     }
     return Point(
         id=raw["id"], source=source, measure=raw["measure"], predicted=rates[raw["measure"]],
-        measured=float(raw["value"]),
+        measured=float(raw["value"]), fitted=raw.get("fitted", ""),
         parts=tuple((part, float(seconds[0])) for part, seconds in parts.items()),
         memory=memory_of(model, cluster, engine, serving,
                          ServeLoad(prompt=raw["prompt"], output=raw["output"])),
@@ -111,8 +115,12 @@ def validate_points(path: Path = POINTS) -> tuple[Point, ...]:
 
 def text(points: tuple[Point, ...]) -> str:
     """The points in 80 columns, by source."""
-    near = sum(abs(one.error) <= 0.25 for one in points)
-    parts = [[f"{len(points)} published points of serving: {near} within 25%"]]
+    near = [one for one in points if abs(one.error) <= 0.25]
+    free = [one for one in points if not one.fitted]
+    parts = [[
+        f"{len(points)} published points of serving: {len(near)} within 25%",
+        f"{len(free)} that no constant was fitted to: {sum(not one.fitted for one in near)}",
+    ]]  # fmt: skip
     for source in dict.fromkeys(one.source for one in points):
         lines = textwrap.wrap(source, WIDTH)
         lines.append(f"  {'':34} {'predicted':>10} {'measured':>10} {'error':>7}")
@@ -133,7 +141,8 @@ def document(points: tuple[Point, ...]) -> dict[str, Any]:
             {
                 "id": one.id, "source": one.source, "measure": one.measure,
                 "predicted": one.predicted, "measured": one.measured,
-                "error": round(one.error, DIGITS), "breakdown_s": dict(one.parts),
+                "error": round(one.error, DIGITS), "fitted": one.fitted,
+                "breakdown_s": dict(one.parts),
                 "weights_bytes": one.memory.weights_bytes,
                 "room_bytes": one.memory.room_bytes,
             }
