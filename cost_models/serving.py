@@ -26,6 +26,7 @@ from cost_models.serving_tiers import Below, below, below_bytes, sharers, stream
 # assumed, both: no run of the data prints what a serving engine holds
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL and graphs of a process, as serving engines report it
 WORKSPACE_BYTES = 2.0e9
+STEPS_AT_ONCE = 1024  # of a prompt that is read in chunks: costed as one array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,15 +226,21 @@ def prompt_steps(
     costs = replace(costs, prompts_alone=True) if costs.engine.static else costs
     chunk, fullest = _step_tokens(costs), np.maximum(prompts / costs.serving.attention_dp, 1.0)
     most = int(np.max(np.ceil(fullest * prompt / chunk)))
-    found = np.zeros(np.shape(running))
-    left = prompt * 1.0
-    for _ in range(most):
-        room = np.maximum(chunk / fullest, 1.0)
-        new = np.minimum(left, room)
-        past = prompt - left
-        step = step_of(running, context, np.where(new > 0, prompts, 0.0), new, past)
-        found = found + np.where(new > 0, step_s(costs, model, step), 0.0)
-        left = np.maximum(left - new, 0.0)
+    room, left, found = np.maximum(chunk / fullest, 1.0), prompt * 1.0, np.zeros(np.shape(running))
+    for first in range(0, most, STEPS_AT_ONCE):
+        rows = []  # (tokens, tokens before) of each step
+        for _ in range(min(STEPS_AT_ONCE, most - first)):
+            new = np.minimum(left, room)
+            rows.append((new, prompt - left))
+            left = np.maximum(left - new, 0.0)
+        new, past = (np.stack(column) for column in zip(*rows, strict=True))
+        shape = np.shape(new)
+        step = step_of(
+            np.broadcast_to(running, shape), np.broadcast_to(context, shape),
+            np.where(new > 0, prompts, 0.0), new, past,
+        )  # fmt: skip
+        for seconds in np.where(new > 0, step_s(costs, model, step), 0.0):
+            found = found + seconds
     return found
 
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from serving_cases import found, model
+from tiny_models import EXAMPLES, graph_of
 
+from cost_models import serving as costs
 from cost_models.hardware import load_hardware
 from cost_models.serving import memory_of, step_s
 from cost_models.serving_decisions import Held, ServeLoad, Serving
@@ -14,10 +16,11 @@ from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_ops import Costs, step_of
 from cost_models.serving_shapes import Experts
 from cost_models.serving_tiers import below, below_bytes, block_bytes, layers_of, load_of
-from ir.errors import InfeasibleError, UsageError
+from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.serving import tiers
-from planner.serving.asked import ServePins, parse_serve_pins
+from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
 from planner.serving.predict import predict
+from planner.serving.tracing import plan_serving
 
 LOAD = ServeLoad(prompt=512, output=128)
 
@@ -232,6 +235,42 @@ def test_pins_are_kept_and_wrong_ones_refused():
             parse_serve_pins(pins)
     with pytest.raises(UsageError, match="cannot be divided"):
         found(model(), "h100x8", ("tp=3",))
+
+
+def test_loads_beyond_all_are_refused_with_the_limit(plan, tmp_path, monkeypatch):
+    """On the command line, and in a file; a prompt of many steps within it takes no loop each."""
+    made = tmp_path / "made.json"
+    asked = ("trace", str(EXAMPLES / "llama.py"), "--arg", "size=tiny", "--task", "serve",
+             "--hardware", "h100x1", "--engine", "vllm", "-o", str(made))  # fmt: skip
+    for more, said in (
+        (("--prompt", "999999999"), "--prompt 1e+09 is no number of tokens"),
+        (("--output", "999999999"), "--output 1e+09 is no number of tokens"),
+        (("--batch", "999999999"), "--batch 1e+09 is too many"),
+        (("--prompt", "20001", "--fix", "prefill_chunk=1"), "20,001 steps of 1 tokens read it"),
+    ):
+        code, out, err = plan(*asked, *more)
+        assert (code, out) == (64, "") and said in err
+    assert plan(*asked, "--prompt", "1000", "--batch", "1", "--fix", "prefill_chunk=1")[0] == 0
+    text = made.read_text()
+    calls = []
+    monkeypatch.setattr(costs, "step_s", lambda *a, own=costs.step_s: (calls.append(a), own(*a))[1])
+    assert plan("show", str(made))[0] == 0 and 0 < len(calls) < 20
+    for key, number, said in (("prompt", 10**9, "workload.prompt is 1000000000"),
+                              ("prompt", 20_001, "20,001 steps of 1 tokens read it")):  # fmt: skip
+        made.write_text(text.replace(f'"{key}": 1000', f'"{key}": {number}'))
+        code, out, err = plan("show", str(made))
+        assert (code, out) == (1, "") and said in err
+
+
+def test_a_server_of_a_sequence_of_which_nothing_is_left_is_refused():
+    graph = graph_of("llama")
+    unit = graph.units[0]
+    name, tensor = unit.inputs[0]
+    short = replace(tensor, shape=(replace(tensor.shape[0], offset=-64), *tensor.shape[1:]))
+    odd = replace(graph, units=(replace(unit, inputs=((name, short),)), *graph.units[1:]))
+    with pytest.raises(PlanError, match="b-64 is -63"):
+        plan_serving(odd, "h100x1", load_hardware("h100x1"),
+                     ServeAsked(prompt=16, output=16, batch=1), ServePins())  # fmt: skip
 
 
 def test_the_same_plan_twice():

@@ -19,6 +19,7 @@ KV_TIERS = ("gpu", "cpu")
 _WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": KV_PLANNED, "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
+MOST_STEPS = 20_000  # that read one prompt: each is costed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,18 @@ class ServeAsked:
         few = [word for word, bits in BITS.items() if bits <= self.max_bits]
         named = [word for word in self.allow if word in few]
         return tuple(named or [w for w in few if BITS[w] == BITS[few[0]] and w != "fp8_block"])
+
+
+def check_steps(asked: ServeAsked, prefill_chunk: int) -> None:
+    """Raise UsageError for a prompt that is read in more steps than are costed. prefill_chunk:
+    tokens a step; 0 leaves them to the engine."""
+    chunk = prefill_chunk or load_serving_engine(asked.engine).chunk_tokens
+    steps = -(-asked.prompt // chunk)
+    if steps > MOST_STEPS:
+        raise UsageError(
+            f"--prompt {asked.prompt}: {steps:,} steps of {chunk:,} tokens read it",
+            why=f"expected {MOST_STEPS:,} at most", hints=("a larger --fix prefill_chunk",),
+        )  # fmt: skip
 
 
 def parse_allowed(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

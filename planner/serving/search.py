@@ -21,7 +21,7 @@ from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import block_bytes
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
-from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.asked import ServeAsked, ServePins, check_steps
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import RELIEF, Prediction, predict
 from planner.serving.runnable import ExpertsOf, unservable
@@ -63,6 +63,7 @@ def predictions(
     best. experts: what is known of the model's, where its graph is there. Raises UsageError where
     the pins, or what the engine runs, leave no way to divide the GPUs."""
     engine = load_serving_engine(asked.engine)
+    check_steps(asked, pins.prefill_chunk or 0)
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     experts = replace(
         experts or ExpertsOf(routed=any(layer.experts for layer in model.layers)),

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from cost_models.serving_decisions import Held, Pool, Serving
+from ir.check import check_sizes
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph
 from planner.placements import edge_rules, parameter_rules, parse_placements
@@ -19,7 +20,7 @@ from planner.plan_json import (
     solver_json,
     typed,
 )
-from planner.serving.asked import MOST, ServeAsked
+from planner.serving.asked import MOST, ServeAsked, check_steps
 from planner.serving.plan import ServingPlan
 
 SCHEMA = "plan/1"
@@ -104,6 +105,11 @@ def parse(raw: dict[str, Any], graph: Graph) -> ServingPlan:
     serving = _serving(decisions, raw["blocks"])
     if asked.batch and serving.batch != asked.batch:
         raise PlanError(f"decisions.batch is {serving.batch}, workload.batch {asked.batch}")
+    try:
+        check_steps(asked, serving.prefill_chunk)
+    except UsageError as fault:
+        raise PlanError(f"decisions: {fault.what}", why=fault.why) from fault
+    check_sizes(graph, 1, asked.prompt + asked.output)
     estimate = object_at(raw, "estimate", _ESTIMATE)
     shardings: tuple[Any, ...] = ()
     if serving.tp > 1:

@@ -10,6 +10,7 @@ from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import rows_on_host
+from ir.check import check_sizes
 from ir.graph import Graph
 from planner.options import Timing
 from planner.plan import Solver
@@ -38,6 +39,7 @@ def plan_serving(
     progress: Progress | None = None,
 ) -> tuple[ServingPlan, Prediction, tuple[Prediction, ...]]:  # fmt: skip
     """Plan a graph that is captured. Raises InfeasibleError, UsageError as the search does."""
+    check_sizes(graph, 1, asked.prompt + asked.output)
     model = served_model(graph)
     found = search(model, cluster, asked, pins, progress, experts_of(graph))
     s = found.best.serving
