@@ -7,23 +7,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+class _Note:
+    """A handler that notes the first Ctrl-C; the second stops the program."""
+
+    asked = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the search to stop; a second one stops the program."""
-    asked: list[bool] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-
+    """Ctrl-C asks the search to stop; a second one stops the program. Searches inside of one that
+    has something to keep are asked with it, and so is what comes between them."""
+    before = signal.getsignal(signal.SIGINT)
+    note = before if isinstance(before, _Note) else _Note()
     try:
-        before = signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGINT, note)
     except ValueError:  # not the main thread: nothing to catch there
         yield lambda: False
         return
     try:
-        yield lambda: bool(asked)
+        yield lambda: note.asked
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -25,6 +25,7 @@ from ir.graph import Graph
 from planner.decisions import Pins
 from planner.formats import check_formats
 from planner.infeasible import infeasible
+from planner.interrupts import interruptible
 from planner.keep_checks import pinned_keep
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
@@ -75,11 +76,12 @@ def attempt(
     costs, searcher = _searcher(graph, usable, workload, options.pins, progress)
     searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
     clock.mark("cost_s")
-    baselines, stopped = _baselines(costs, searcher)
-    known = _best_of(baselines, options.pins)
-    if stopped and known is None:
-        raise KeyboardInterrupt
-    outcome = Outcome(best=known, interrupted=True) if stopped else searcher.run(known)
+    with interruptible():  # from the first recipe on there is a plan to keep
+        baselines, stopped = _baselines(costs, searcher)
+        known = _best_of(baselines, options.pins)
+        if stopped and known is None:
+            raise KeyboardInterrupt
+        outcome = Outcome(best=known, interrupted=True) if stopped else searcher.run(known)
     clock.mark("solve_s")
     if outcome.interrupted and outcome.best is None:
         raise KeyboardInterrupt

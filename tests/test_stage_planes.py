@@ -133,6 +133,19 @@ def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
         assert asked()
 
 
+def test_an_interrupt_between_searches_of_one_answer_is_heard_by_the_next():
+    with interruptible() as asked:
+        with interruptible():
+            pass
+        signal.raise_signal(signal.SIGINT)  # no search runs, and nothing is lost
+        with interruptible() as inner:
+            assert asked() and inner()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    with interruptible() as asked:
+        assert not asked()
+
+
 def test_an_interrupt_that_a_solver_answered_is_passed_on(monkeypatch):
     """Where another thread takes the signal, a program that ends before its optimum is all there
     is to see of it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import EXAMPLES
 
+from planner import tracing
 from planner.plan import load
 
 LLAMA = str(EXAMPLES / "llama.py")
@@ -375,6 +376,21 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path, tmp_path_factory, heeds_in
     assert found.solver.status == "FEASIBLE"
     assert found.solver.bound_us <= found.step_time_us
     assert "405" in out or "h100x16384" in out
+
+
+def test_an_interrupt_between_recipes_and_search_keeps_the_best_recipe(
+    plan, monkeypatch, tmp_path
+):
+    best_of = tracing._best_of
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return best_of(*given)
+
+    monkeypatch.setattr(tracing, "_best_of", interrupted)
+    code, _, err = plan("trace", LLAMA, "--hardware", "h100x16", *TINY)
+    assert (code, "interrupted: the best plan so far is kept" in err) == (130, True), err
+    assert load(str(tmp_path / "plan.json")).solver.status == "FEASIBLE"
 
 
 def test_a_base_plan_is_planned_again_for_other_hardware(plan, copy):
