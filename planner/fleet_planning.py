@@ -18,6 +18,7 @@ from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
 from planner.infeasible import explained, needs
+from planner.interrupts import interruptible
 from planner.limits import capped
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.outcome import Outcome
@@ -85,18 +86,19 @@ def attempt_fleet(
     worth = worth_of(graph, options, fleet, workload)
     found = FleetSearch(fleet=fleet, workload=workload, worth=worth)
     every = _sizes(fleet, options.limits.gpus)
-    for sizes in [[n] for n in every] if options.objective == "gpus" else [every]:
-        for searcher in searchers(graph, fleet, workload, options, sizes=sizes):
-            searcher.progress = progress
-            clock.mark("cost_s")
-            found.search(searcher)
-            if len(searcher.clusters) == 1:
-                found.note_alone()
-            clock.mark("solve_s")
-            if found.stopped:
+    with interruptible():  # a plan of one searcher is kept while the next is made
+        for sizes in [[n] for n in every] if options.objective == "gpus" else [every]:
+            for searcher in searchers(graph, fleet, workload, options, sizes=sizes):
+                searcher.progress = progress
+                clock.mark("cost_s")
+                found.search(searcher)
+                if len(searcher.clusters) == 1:
+                    found.note_alone()
+                clock.mark("solve_s")
+                if found.stopped:
+                    break
+            if found.best is not None or found.stopped:
                 break
-        if found.best is not None or found.stopped:
-            break
     if found.best is None:
         if found.stopped:
             raise KeyboardInterrupt
