@@ -17,6 +17,7 @@ from planner.charged import charged
 from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
+from planner.fleet_stability import steady_fleet
 from planner.infeasible import explained, needs
 from planner.interrupts import interruptible
 from planner.limits import capped
@@ -81,7 +82,12 @@ def attempt_fleet(
     progress: Progress | None = None,
 ) -> tuple[TraceResult | None, FleetSearch]:  # fmt: skip
     """The plan within the limits of memory and GPUs, or None where none fits; and the search."""
-    _refuse(options, fleet)
+    if options.objective == "cost" and not options.prices:
+        raise UsageError(
+            "--objective cost needs prices on hardware of several kinds",
+            why="a plan that leaves a part idle is slower and may cost less",
+            hints=("--prices FILE", "docs/size.md has the format"),
+        )
     workload, echo = resolve(graph, fleet, options.asked, options.pins)
     worth = worth_of(graph, options, fleet, workload)
     found = FleetSearch(fleet=fleet, workload=workload, worth=worth)
@@ -103,6 +109,9 @@ def attempt_fleet(
         if found.stopped:
             raise KeyboardInterrupt
         return None, found
+    if options.old is not None and options.stability is not None and not found.stopped:
+        words = steady_fleet(found, options.old, options.stability)
+        echo = (*echo, f"{options.base}: {words}")
     plan, made = _planned(graph, options.hardware, found, options.pins)
     word = {"gpus": "--objective gpus"}.get(options.objective, f"--max-gpus {options.limits.gpus}")
     if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
@@ -123,18 +132,6 @@ def worth_of(graph: Graph, options: TraceOptions, fleet: Fleet, workload: Worklo
         graph=graph, hardware=fleet, workload=workload, objective=options.objective,
         prices=options.prices, operations=options.operations, most_usd=options.limits.usd,
     )  # fmt: skip
-
-
-def _refuse(options: TraceOptions, fleet: Fleet) -> None:
-    """Raise UsageError for what is of hardware of one kind alone."""
-    if options.objective == "cost" and not options.prices:
-        raise UsageError(
-            "--objective cost needs prices on hardware of several kinds",
-            why="a plan that leaves a part idle is slower and may cost less",
-            hints=("--prices FILE", "docs/size.md has the format"),
-        )
-    if options.stability is not None:
-        raise UsageError("--stability is for hardware of one kind", why=f"{fleet.spec} has several")
 
 
 def _sizes(fleet: Fleet, most: int | None) -> list[int]:

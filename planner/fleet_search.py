@@ -67,6 +67,7 @@ class FleetSearch:
     costs: Costs | None = None  # of the best
     value: float = 0  # of the best
     baselines: tuple[Baseline, ...] = ()  # the best part alone
+    floor: float | None = None  # of the search, where another plan than its best is taken
 
     @property
     def step_ps(self) -> int:
@@ -81,13 +82,18 @@ class FleetSearch:
     def know(self, best: Tried, costs: Costs) -> None:
         """A plan of the space, known beforehand, that others are to beat."""
         self.best, self.costs = best, costs
-        self.value, _ = self._worth_of(best, costs)
+        self.value, _ = self.worth_of(best, costs)
+
+    def put(self, chosen: Tried, costs: Costs, floor: float) -> None:
+        """Take another plan than the best, which the search's bound does not rule out."""
+        self.know(chosen, costs)
+        self.floor = floor
 
     def search(self, searcher: Searcher) -> None:
         """Search some of the parts for a plan that beats the best."""
         known = None
         if self.best is not None:
-            longest = self._longest_ps(searcher)
+            longest = self.longest_ps(searcher, self.value)
             objective = objective_within(searcher.costs, longest)
             if objective < 1:
                 return
@@ -103,15 +109,15 @@ class FleetSearch:
             usd = self._usd_over(quickest, searcher.costs)
         self.rows.append(Searched(searcher=searcher, outcome=out, kept=kept, usd=usd))
 
-    def _longest_ps(self, searcher: Searcher) -> int:
-        """The longest step with which a plan there may be as good as the best."""
+    def longest_ps(self, searcher: Searcher, value: float) -> int:
+        """The longest step with which a plan there may come to no more than that."""
         if self.worth is None:
-            return self.step_ps
-        return self.worth.longest_ps(searcher.clusters, self.value)
+            return int(value)
+        return self.worth.longest_ps(searcher.clusters, value)
 
     def _take(self, found: Tried, costs: Costs) -> bool:
         """Whether a plan is better than the best and within the limit; it is the best then."""
-        value, usd = self._worth_of(found, costs)
+        value, usd = self.worth_of(found, costs)
         over = self.worth is not None and usd > self.worth.most_usd
         if over or (self.best is not None and value >= self.value):
             return False
@@ -120,10 +126,11 @@ class FleetSearch:
 
     def _usd_over(self, found: Tried, costs: Costs) -> float | None:
         """What a million tokens cost by a plan, where that is over the limit."""
-        usd = self._worth_of(found, costs)[1]
+        usd = self.worth_of(found, costs)[1]
         return usd if self.worth is not None and usd > self.worth.most_usd else None
 
-    def _worth_of(self, found: Tried, costs: Costs) -> tuple[float, float]:
+    def worth_of(self, found: Tried, costs: Costs) -> tuple[float, float]:
+        """(what a plan comes to, its USD a million tokens where they matter)."""
         if self.worth is None or self.worth.simple:
             return whole_step_ps(costs, found.objective_ps), 0.0
         d = named(found.decisions, costs)
@@ -138,6 +145,8 @@ class FleetSearch:
     def bound(self) -> float:
         """No plan of the space comes to less, by what its axes must earn."""
         assert self.best is not None
+        if self.floor is not None:
+            return min(self.floor, self.value)
         lows = [self.value]
         for row in self.rows:
             if row.outcome.proved and (row.kept or row.usd is not None):

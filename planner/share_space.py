@@ -220,12 +220,12 @@ class ShareSearcher(Searcher):
             found = division.best([pace.tail_ps for pace in paces], below)
             if found is not None:
                 out.best = Tried(
-                    decisions=_shared(d, paces, found[1]), assignments=laid,
+                    decisions=shared_decisions(d, paces, found[1]), assignments=laid,
                     objective_ps=found[0], gain_ppm=self.gain_ppm,
                 )  # fmt: skip
 
 
-def _shared(d: Decisions, paces: Sequence[Pace], division: tuple[int, ...]) -> Decisions:
+def shared_decisions(d: Decisions, paces: Sequence[Pace], division: tuple[int, ...]) -> Decisions:
     """The decisions with each part's micro-batches and what it computes again."""
     each = [pace.each(m) for pace, m in zip(paces, division)]
     pairs = [found[1] for found in each if found is not None]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cost_models.fleet import Fleet, used_parts
 from cost_models.operations import SOURCES, Operations
 from cost_models.units import format_bytes, format_bytes_per_s, format_count, format_seconds
 from planner.decisions import summarise_recompute
@@ -25,7 +26,7 @@ BEST = {
 }  # fmt: skip
 LEFT = {
     "slow": "too slow", "memory": "do not fit", "cost": "too expensive",
-    "dominated": "cannot beat a row in anything",
+    "dominated": "cannot beat a row in anything", "gpus": "have more GPUs than may be",
 }  # fmt: skip
 Column = tuple[str, int, Callable[[Sized], str]]
 Without = Sequence[tuple[str, tuple[str, ...]]]  # (why, names) of devices that cannot take part
@@ -48,7 +49,7 @@ def ordered(found: Sizing, objective: str) -> list[tuple[Sized, bool]]:
     axes = (objective, *found.axes)
 
     def key(row: Sized) -> tuple[object, ...]:
-        return (*(row.value(axis) for axis in axes), row.cluster.spec)
+        return (*(row.value(axis) for axis in axes), row.hardware.spec)
 
     return sorted(zip(found.rows, found.on_front), key=lambda pair: key(pair[0]))
 
@@ -70,9 +71,9 @@ def _head(found: Sizing, asked: Question) -> list[str]:
 def _columns(found: Sizing, asked: Question) -> list[Column]:
     """What there is to tell of a row; prices where the user gave some."""
     unit = asked.unit
-    name = 1 + max(len(row.cluster.spec) for row in found.rows)
+    name = 1 + max(len(row.hardware.spec) for row in found.rows)
     columns: list[Column] = [
-        ("hardware", -max(name, 9), lambda r: r.cluster.spec),
+        ("hardware", -max(name, 9), lambda r: r.hardware.spec),
         ("step", 8, lambda r: format_seconds(r.estimate.step_time_s)),
         (f"{unit}/s", 2 + len(unit) + 1, lambda r: format_count(r.expected_tokens_per_s)),
         ("useful", 7, lambda r: f"{r.expected_tokens_per_s / r.tokens_per_s:.1%}"),
@@ -99,6 +100,8 @@ def _days_text(days: float) -> str:
 
 def _mesh(row: Sized) -> str:
     d = row.decisions
+    if isinstance(row.hardware, Fleet) and d.gpus < row.hardware.count:
+        return f"{used_parts(row.hardware, d)[0].name} alone"
     sizes = {"pp": d.pp, "dp": d.dp, "cp": d.cp, "tp": d.tp, "ep": d.ep, "etp": d.etp}
     return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
 
@@ -124,7 +127,7 @@ def _best(found: Sizing) -> list[str]:
     words = []
     for axis in (a for a in BEST if a in (*found.axes, "memory")):
         first = next(row for row, on in ordered(found, axis) if on)
-        words.append(f"{BEST[axis]} {first.cluster.spec}")
+        words.append(f"{BEST[axis]} {first.hardware.spec}")
     return named("best", "; ".join(words))
 
 
@@ -216,8 +219,8 @@ def _candidate(row: Sized, on_front: bool, asked: Question) -> dict[str, Any]:
         key: _finite(value) for key, value in asdict(row.goodput).items()
     }  # fmt: skip
     return {
-        "hardware": row.cluster.spec,
-        "gpus": row.cluster.count,
+        "hardware": row.hardware.spec,
+        "gpus": row.gpus,
         "on_front": on_front,
         "step_time_s": e.step_time_s,
         "error": e.error,

@@ -1,18 +1,19 @@
 """`plan size`: which hardware, and how much of it, reaches a target; one search a candidate.
 
-A candidate is a device and a count; counts double. All candidates share the traced graph, the
-workload and an effort that is a small part of `plan trace`'s. What a device cannot reach at its
-peak is not searched, nor what a row that was found beats even at that peak.
+A candidate is a device and a count; counts double. A sum of several kinds is one, as it is. All
+candidates share the traced graph, the workload and an effort that is a small part of `plan
+trace`'s. What a device cannot reach at its peak is not searched, nor what a row beats even there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.estimate import estimate_step, whole_step_ps
+from cost_models.fleet import Fleet, Hardware
 from cost_models.goodput import Goodput, Inputs, inputs
 from cost_models.hardware import Cluster, catalogue
 from cost_models.ledger import Estimate
@@ -26,6 +27,7 @@ from ir.graph import Graph
 from planner.bounds import mesh_bounds_ps
 from planner.charges import charges, usd_per_hour, usd_per_million, watts_of
 from planner.decisions import Pins
+from planner.fleet_sizing import fastest_on
 from planner.limits import Limits, capped, uncapped
 from planner.mesh import Mesh, meshes
 from planner.options import Progress
@@ -57,14 +59,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sized:
-    """One candidate with the fastest plan that was found for it.
+    """One candidate with the fastest plan that was found for it; of a sum, on any of its parts.
 
     Rates are tokens a second: of the step alone, and expected, with what checkpoints and failures
     take. joules_per_token: of the expected ones, at the device's power. A price that the user's
     file does not have is None.
     """
 
-    cluster: Cluster
+    hardware: Hardware
     decisions: Decisions
     estimate: Estimate
     gap: float
@@ -78,6 +80,11 @@ class Sized:
     spot_usd_per_million_tokens: float | None = None
 
     @property
+    def gpus(self) -> int:
+        """Those that the plan uses."""
+        return self.decisions.gpus
+
+    @property
     def headroom_bytes(self) -> int:
         return self.estimate.capacity_bytes - self.estimate.peak_memory_bytes
 
@@ -88,7 +95,7 @@ class Sized:
             "cost": self.usd_per_million_tokens,
             "spot": self.spot_usd_per_million_tokens,
             "energy": self.joules_per_token,
-            "gpus": self.cluster.count,
+            "gpus": self.gpus,
             "memory": -self.headroom_bytes,
         }[axis]
         return math.inf if number is None else float(number)
@@ -96,7 +103,7 @@ class Sized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A candidate that is no row. reason: memory, slow, cost or dominated."""
+    """A candidate that is no row. reason: memory, slow, cost, dominated, or gpus of a sum."""
 
     hardware: str
     reason: str
@@ -144,13 +151,18 @@ class Sizer:
     missed: list[Sized] = field(default_factory=list)
     bounded: list[tuple[float, str]] = field(default_factory=list)
 
-    def run(self, devices: tuple[Cluster, ...]) -> Sizing:
-        """Compare devices (their counts are ours to choose), the most work a joule first.
+    def run(self, devices: Sequence[Hardware]) -> Sizing:
+        """Compare devices (their counts are ours to choose), the most work a joule first, then sums
+        as they are.
 
         Raises InfeasibleError, naming what came nearest, where none reaches the target.
         """
-        for device in sorted(devices, key=lambda c: (-self._peak(c) / c.device.power_w, c.name)):
+        alone = [device for device in devices if isinstance(device, Cluster)]
+        for device in sorted(alone, key=lambda c: (-self._peak(c) / c.device.power_w, c.name)):
             self._follow(device)
+        for fleet in devices:
+            if isinstance(fleet, Fleet):
+                self._join(fleet)
         if not self.rows:
             raise self._nothing(devices)
         marks = front([self._point(row) for row in self.rows])
@@ -187,6 +199,24 @@ class Sizer:
             if row is not None and row.expected_tokens_per_s >= PAST * least > 0:
                 return
 
+    def _join(self, fleet: Fleet) -> None:
+        """A sum of several kinds: one candidate, whatever of it the quickest plan uses."""
+        if fleet.count > (self.limits.gpus or MOST_GPUS):
+            self._leave(fleet, "gpus")
+            return
+        if self.progress:
+            self.progress(f"{fleet.spec}: {len(self.rows)} found")
+        self.searched += 1
+        found = None
+        for effort in (self.effort, max(self.effort, RETRY_EFFORT)):
+            found = found or fastest_on(
+                self.graph, fleet, self.workload, self.limits.memory_bytes, effort
+            )
+        if found is None:
+            self._leave(fleet, "memory")
+        else:
+            self._judge(self._priced(fleet, *found))
+
     def _counts(self, device: Cluster) -> list[int]:
         """The counts that are tried; a hardware file's own is the most of it that there is."""
         most = self.limits.gpus or MOST_GPUS
@@ -203,27 +233,30 @@ class Sizer:
         if found is None:
             self._leave(cluster, "memory")
             return None
-        row = self._priced(cluster, *found)
+        return self._judge(self._priced(cluster, *found))
+
+    def _judge(self, row: Sized) -> Sized:
+        """Whether it reaches the target within the limits, and is a row."""
         usd = min(row.value("cost"), row.value("spot"))
         if not self.target.reached(row):
             self.missed.append(row)
-            self._leave(cluster, "slow")
+            self._leave(row.hardware, "slow")
         elif usd > self.limits.usd:
             self.missed.append(row)
-            self._leave(cluster, "cost")
+            self._leave(row.hardware, "cost")
         else:
             self.rows.append(row)
         return row
 
-    def _priced(self, cluster: Cluster, d: Decisions, e: Estimate, gap: float) -> Sized:
+    def _priced(self, hardware: Hardware, d: Decisions, e: Estimate, gap: float) -> Sized:
         """What a plan comes to: useful time, energy, USD."""
         found = charges(
-            self.graph, cluster, self.workload, d, e, self.operations, self.prices
+            self.graph, hardware, self.workload, d, e, self.operations, self.prices
         )  # fmt: skip
         return Sized(
-            cluster=cluster, decisions=d, estimate=e, gap=gap, goodput=found.goodput,
+            hardware=hardware, decisions=d, estimate=e, gap=gap, goodput=found.goodput,
             inputs=inputs(
-                self.graph, cluster, self.workload, d, e.step_time_s, self.operations
+                self.graph, hardware, self.workload, d, e.step_time_s, self.operations
             ),
             tokens_per_s=found.tokens_per_s, expected_tokens_per_s=found.expected_tokens_per_s,
             joules_per_token=found.joules_per_token,
@@ -263,10 +296,10 @@ class Sizer:
         device = cluster.device
         return max(device.peak(p) for p in (self.workload.precision, *formats) if device.has(p))
 
-    def _leave(self, cluster: Cluster, reason: str) -> None:
-        self.left.append(Left(hardware=cluster.spec, reason=reason))
+    def _leave(self, hardware: Hardware, reason: str) -> None:
+        self.left.append(Left(hardware=hardware.spec, reason=reason))
 
-    def _nothing(self, devices: tuple[Cluster, ...]) -> InfeasibleError:
+    def _nothing(self, devices: Sequence[Hardware]) -> InfeasibleError:
         most = self.limits.gpus or MOST_GPUS
         near = max(self.missed, key=lambda row: row.expected_tokens_per_s, default=None)
         why = "no plan was found that fits any count"
@@ -275,7 +308,7 @@ class Sizer:
             why = f"nearest: {spec}, which cannot reach {rate:,.0f} tokens/s"
         if near is not None:
             why = (
-                f"nearest: {near.cluster.spec}, {near.expected_tokens_per_s:,.0f} tokens/s"
+                f"nearest: {near.hardware.spec}, {near.expected_tokens_per_s:,.0f} tokens/s"
                 f" expected, {near.estimate.step_time_s:.3g} s a step"
             )
         return InfeasibleError(

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cost_models.decisions import Workload
-from cost_models.hardware import Cluster, canonical, catalogue, describe, load_hardware
+from cost_models.fleet import Hardware, load_any
+from cost_models.hardware import canonical, catalogue, describe, summands
 from cost_models.operations import Operations
 from cost_models.prices import Price
 from cost_models.units import format_bytes, format_count, format_seconds, parse_count
@@ -99,28 +100,24 @@ def parse_target(texts: Sequence[str], tokens: float) -> Target:
     return Target(tokens_per_s=max(rates), step_time_s=numbers.get("step_time_s", math.inf))
 
 
-def parse_devices(text: str) -> tuple[Cluster, ...]:
-    """The devices of `--hardware h100,b200,mine.toml`; the whole catalogue where it is empty.
+def parse_devices(text: str) -> tuple[Hardware, ...]:
+    """The devices of `--hardware h100,b200,mine.toml`; the whole catalogue where it is empty. A sum
+    of several kinds, `h100x32+a100x64` or a file of parts, is one as it is.
 
-    Raises UsageError for a name with a count: how many is what is sought.
+    Raises UsageError for another name with a count: how many is what is sought.
     """
     if not text:
         return tuple(describe(name) for name in catalogue())
-    found = []
+    found: list[Hardware] = []
     for word in (part.strip() for part in text.split(",")):
-        if word.endswith(".toml"):
-            found.append(load_hardware(word))
+        if word.endswith(".toml") or len(summands(word)) > 1:
+            found.append(load_any(word))
             continue
-        if "+" in word:
-            raise UsageError(f"--hardware {word}: plan size compares devices of one kind",
-                             why="a part of several kinds has a count, which is what is sought",
-                             hints=(f"--hardware {word.replace('+', ',')}",
-                                    f"plan trace MODEL --hardware {word}"))  # fmt: skip
         name, _, count = word.lower().rpartition("x")
         if name in catalogue() and count.isdigit():
             raise UsageError(f"--hardware {word}: plan size chooses the count",
                              hints=(f"--hardware {name} --max-gpus {count}",))  # fmt: skip
         found.append(describe(canonical(word)))
-    if len({cluster.name for cluster in found}) < len(found):
+    if len({one.name for one in found}) < len(found):
         raise UsageError(f"--hardware {text} names a device twice")
     return tuple(found)

@@ -4,11 +4,12 @@ old one.
 What a restart must move decides how far two plans are apart. Changes are counted by class, and a
 class outweighs all behind it:
 
-1. axes: pp, dp, cp, tp, ep, etp, dp_outer, and how parameters lie on tp: every tensor is cut anew;
+1. axes: pp, dp, cp, tp, ep, etp, dp_outer, the parts of the hardware, and how parameters lie on tp:
+   every tensor is cut anew;
 2. state: ZeRO stage, shard group, offload, the gradients' format: optimizer state changes ranks
    or tiers;
-3. program: schedule, virtual stages, micro-batch, sequence parallelism, how cp shares, gathering
-   again, compilation: the step is another, no state moves;
+3. program: schedule, virtual stages, micro-batch, each part's share of them, sequence parallelism,
+   how cp shares, gathering again, compilation: the step is another, no state moves;
 4. layers that another pp rank runs;
 5. layers that are computed again otherwise.
 
@@ -20,6 +21,7 @@ enough, else the quickest with as many of the old stages' recomputations as can 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
 from cost_models.decisions import Decisions
@@ -29,7 +31,7 @@ from cost_models.stage_problem import Pair, StageProblem, evaluate
 from cost_models.step import Assignments, Costs, Step
 from planner.decisions import ANY, Pins
 from planner.legality import illegal, inconsistent
-from planner.mesh import Mesh, meshes
+from planner.mesh import Mesh
 from planner.offloads import keeps_offload
 from planner.plan import Plan
 from planner.search import Outcome, Searcher, Tried, decided
@@ -38,7 +40,7 @@ from planner.stages import lower_bound_ps, solve
 STATE = ("zero", "offload", "grad_dtype", "formats")  # and the shard group
 PROGRAM = ("schedule", "virtual_stages", "micro_batch", "sequence_parallel", "reshard", "compile")
 AFTER = (  # follow, or are told apart
-    "microbatches", "stages", "recompute", "keep", "shard", "cp_kind",
+    "microbatches", "stages", "recompute", "keep", "shard", "cp_kind", "shares",
 )  # fmt: skip
 Distance = tuple[int, int, int, int, int]
 
@@ -55,12 +57,22 @@ def changed(old: Decisions, new: Decisions) -> tuple[tuple[str, ...], ...]:
         found[1].append("shard")
     if old.cp_kind != new.cp_kind and min(old.cp, new.cp) > 1:
         found[2].append("cp_kind")
+    if _divided(old) != _divided(new):
+        found[2].append("shares")
     return tuple(map(tuple, found))
 
 
 def _said(d: Decisions, key: str) -> object:
-    """A decision; of offload the tiers, as which layers lie there is class 5."""
+    """A decision; of offload the tiers, as which layers lie there is class 5; of parts their names,
+    as what lies on each follows from the axes."""
+    if key == "parts":
+        return tuple(share.part for share in d.shares) or tuple(name for name, _ in d.parts)
     return d.tiers if key == "offload" else getattr(d, key)
+
+
+def _divided(d: Decisions) -> tuple[tuple[str, int], ...]:
+    """The micro-batches of each part that has replicas of its own."""
+    return tuple((share.part, share.microbatches) for share in d.shares)
 
 
 def distance(old: Decisions, new: Decisions) -> Distance:
@@ -83,11 +95,13 @@ def _ranks(d: Decisions) -> tuple[int, ...]:
 
 
 def _levels(d: Decisions) -> tuple[int, ...]:
-    """Of each layer how it is recomputed: 0 not, 1 in part, 2 in full; 3: it lies below."""
+    """Of each layer how it is recomputed: 0 not, 1 in part, 2 in full; 3: it lies below. Of
+    replicas on parts, on each."""
     half = 1 if d.moved is None else 3
     return tuple(
         2 if i < full else half if i < full + part else 0
-        for n, (full, part) in zip(d.stages, d.pairs) for i in range(n)
+        for pairs in ([share.recompute or d.pairs for share in d.shares] or [d.pairs])
+        for n, (full, part) in zip(d.stages, pairs) for i in range(n)
     )  # fmt: skip
 
 
@@ -125,7 +139,8 @@ class Steadying:
     searcher: Searcher
     old: Plan
     limit_ps: int
-    best: tuple[Distance, int, Tried] | None = None
+    best: tuple[Distance, int, Tried, Costs] | None = None
+    allows: Callable[[Tried, Costs], bool] = lambda tried, costs: True
     spent: int = 0
     laid_as_old: dict[tuple[int, bool], bool] = field(default_factory=dict)
 
@@ -138,17 +153,23 @@ class Steadying:
 
     def offer(self, tried: Tried, moved: bool = False) -> None:
         """Keep a plan that is nearer, or as near and quicker. moved: parameters on tp."""
-        far = distance(self.old.decisions, tried.decisions)
+        costs = self.searcher.costs
+        far = distance(self.old.decisions, self.named(tried.decisions))
         far = (far[0] + moved, *far[1:])
-        key = (far, tried.objective_ps)
-        if self.best is None or key < self.best[:2]:
-            self.best = (*key, tried)
+        key = (far, whole_step_ps(costs, tried.objective_ps))
+        if (self.best is None or key < self.best[:2]) and self.allows(tried, costs):
+            self.best = (*key, tried, costs)
+
+    def named(self, d: Decisions) -> Decisions:
+        """The decisions as a plan of this hardware says them."""
+        return d
 
     def offer_old(self) -> None:
         """The old plan as it is, where it is still legal, fits and is quick enough."""
         costs, d = self.searcher.costs, self.old.decisions
-        gpus, layers = costs.cluster.count, len(costs.chain.layers)
-        tiers = {tier.name for tier in costs.cluster.tiers}
+        parts, layers = self.searcher.clusters, len(costs.chain.layers)
+        gpus = sum(part.count for part in parts)
+        tiers = set.intersection(*({tier.name for tier in part.tiers} for part in parts))
         legal = (
             self.same_model and keeps(self.searcher.pins, d) and self.searcher.runs(d)
             and d.formats in self.searcher.format_ways()
@@ -159,19 +180,23 @@ class Steadying:
         if not legal:
             return
         laid = read_assignments(costs, d, self.old.sharding_by_unit)
-        step = costs.step(d, laid)
-        problem = stage_problem(costs, step)
-        objective, _, fits = evaluate(problem, d.stages, d.pairs)
-        fits = fits and all(use.fits for use in self.searcher.tier_uses(step, d, problem))
+        objective, fits = self._evaluated(d, laid)
         if fits and objective <= self.limit_ps:
             self.offer(Tried(decisions=d, assignments=laid, objective_ps=objective))
+
+    def _evaluated(self, d: Decisions, laid: Assignments) -> tuple[int, bool]:
+        """The objective of decisions with their stages, and whether they fit."""
+        step = self.searcher.costs.step(d, laid)
+        problem = stage_problem(self.searcher.costs, step)
+        objective, _, fits = evaluate(problem, d.stages, d.pairs)
+        return objective, fits and all(
+            use.fits for use in self.searcher.tier_uses(step, d, problem)
+        )
 
     def offer_all(self) -> None:
         """Every way to hold and to run the meshes that may be quick enough, the nearest first."""
         searcher, old = self.searcher, self.old.decisions
-        costs = searcher.costs
-        found = meshes(costs.chain, costs.cluster, costs.workload, searcher.pins)
-        candidates = [m for m in found if searcher.runs(m)]
+        candidates = [m for m in searcher.meshes() if searcher.runs(m)]
         rows: list[tuple[tuple[int, int, int], int, int, Mesh, Decisions]] = []
         for space in (replace(searcher, formats=way) for way in searcher.format_ways()):
             lower = space.bounds(candidates).lower_ps.tolist() if candidates else []
@@ -179,18 +204,22 @@ class Steadying:
                 if least > self.limit_ps:
                     continue
                 for held in space.variants(mesh):
-                    for way in filter(None, (held, space.by_count(held))):
+                    for way in self._ways(space, held):
                         for d in space.schedules(way):
                             rows.append((self._coarse(old, d), least, len(rows), mesh, d))
-        for far, _, _, _, d in sorted(rows, key=lambda row: row[:3]):
+        for far, _, _, mesh, d in sorted(rows, key=lambda row: row[:3]):
             if self.best is not None and far > self.best[0][:3]:
                 break
             if self.spent >= searcher.effort:
                 break
-            self._offer_stages(d)
+            self._offer_stages(mesh, d)
+
+    def _ways(self, space: Searcher, held: Decisions) -> Iterator[Decisions]:
+        """A way to hold the state, and the same with layers' activations below by count."""
+        return filter(None, (held, space.by_count(held)))
 
     def _coarse(self, old: Decisions, d: Decisions) -> tuple[int, int, int]:
-        axes, state, program = map(len, changed(old, d))
+        axes, state, program = map(len, changed(old, self.named(d)))
         return axes + self._moved(d), state, program
 
     def _moved(self, d: Decisions) -> bool:
@@ -205,7 +234,7 @@ class Steadying:
             self.laid_as_old[key] = placed(costs, laid) == placed(costs, then)
         return not self.laid_as_old[key]
 
-    def _offer_stages(self, d: Decisions) -> None:
+    def _offer_stages(self, mesh: Mesh, d: Decisions) -> None:
         """The best stages of these decisions, with the first set that layers may keep in part for
         which they are quick enough."""
         searcher = self.searcher
@@ -277,12 +306,12 @@ def steady(searcher: Searcher, found: Outcome, old: Plan, share: float) -> Stead
     first = at.best[0]
     at.offer_old()
     at.offer_all()
-    far, objective, chosen = at.best
+    far, step_ps, chosen, _ = at.best
     whole = whole_step_ps(searcher.costs, best.objective_ps)
     return Steady(
         outcome=replace(found, best=chosen, bound=min(found.bound, chosen.score)), distance=far,
         best_distance=first, keys=sum(changed(old.decisions, chosen.decisions), ()),
-        slower=whole_step_ps(searcher.costs, objective) / whole - 1,
+        slower=step_ps / whole - 1,
     )  # fmt: skip
 
 
@@ -321,6 +350,9 @@ def keeps(pins: Pins, d: Decisions) -> bool:
     for key, value in pins.items():
         if key == "recompute":
             if value.counts(d.stages) != _pairs(d):
+                return False
+        elif key == "shares":
+            if sorted(value) != sorted(_divided(d)):
                 return False
         elif key == "offload":
             if not keeps_offload(value, d):

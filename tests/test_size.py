@@ -77,7 +77,7 @@ def test_what_is_left_out_would_not_be_on_the_front(axes, prices, target):
 
     def on_front(found):
         return {
-            (row.cluster.spec, row.estimate.step_time_ps)
+            (row.hardware.spec, row.estimate.step_time_ps)
             for row, on in zip(found.rows, found.on_front) if on
         }  # fmt: skip
 
@@ -100,10 +100,10 @@ def test_every_candidate_is_what_a_search_of_its_own_finds():
     assert found.rows
     for row in found.rows:
         costs = Costs(
-            graph=graph_of("llama"), cluster=row.cluster, workload=WORKLOAD,
+            graph=graph_of("llama"), cluster=row.hardware, workload=WORKLOAD,
             points=tuple(dict.fromkeys(
                 (m.micro_batch, m.cp)
-                for m in meshes(sizer_chain(), row.cluster, WORKLOAD, no_pins())
+                for m in meshes(sizer_chain(), row.hardware, WORKLOAD, no_pins())
             )),
         )  # fmt: skip
         fresh = Searcher(costs=costs, effort=60).run().best
@@ -146,7 +146,7 @@ def test_rates_energy_and_prices_are_of_expected_tokens():
         axes=("time", "cost", "spot", "energy", "gpus"), limits=Limits(gpus=8), every=True,
     ).run(some("h100", "a100"))  # fmt: skip
     for row in found.rows:
-        c, e = row.cluster, row.estimate
+        c, e = row.hardware, row.estimate
         kept = goodput(graph_of("llama"), c, WORKLOAD, row.decisions, e, operations)[-1]
         rate = 64 * 128 / e.step_time_s * kept.useful
         assert kept.useful < 0.9999
@@ -181,10 +181,10 @@ def test_limits_hold_and_nothing_is_an_error_that_says_what_came_near():
         some("h100")
     )
     for row in found.rows:
-        assert row.cluster.count <= 8
+        assert row.hardware.count <= 8
         assert row.estimate.peak_memory_bytes <= memory
-        assert row.estimate.capacity_bytes == row.cluster.device.memory_bytes
-        assert row.headroom_bytes >= row.cluster.device.memory_bytes - memory
+        assert row.estimate.capacity_bytes == row.hardware.device.memory_bytes
+        assert row.headroom_bytes >= row.hardware.device.memory_bytes - memory
     with pytest.raises(InfeasibleError) as fault:
         sizer(Target(tokens_per_s=1e12), limits=Limits(gpus=8)).run(some("h100", "a100"))
     assert "nearest: h100x8, which cannot reach" in fault.value.why
@@ -202,7 +202,7 @@ def test_counts_end_where_the_target_is_well_exceeded():
     found = sizer(Target(tokens_per_s=1e5), limits=Limits(gpus=most), every=True).run(some("h100"))
     rates = [row.expected_tokens_per_s for row in found.rows]
     assert all(rate < PAST * 1e5 for rate in rates[:-1]) and rates[-1] >= PAST * 1e5
-    assert found.rows[-1].cluster.count < most
+    assert found.rows[-1].gpus < most
 
 
 # --- what is asked -------------------------------------------------------------------------------

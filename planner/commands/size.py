@@ -134,6 +134,7 @@ def size(
 
     Which hardware, and how much of it: devices and counts compared, and the Pareto front.
     """
+    from cost_models.fleet import parts_of
     from cost_models.hardware import catalogue
     from cost_models.operations import parse_operations
     from cost_models.prices import load_prices
@@ -171,12 +172,16 @@ def size(
     total = parse_count(tokens) if tokens else 0.0
     goal, operations = parse_target(target, total), parse_operations(assume)
     devices = parse_devices(hardware)
-    priced = load_prices(prices, [c.name for c in devices]) if prices else {}
+    names = [part.name for c in devices for part in parts_of(c)]
+    priced = load_prices(prices, names) if prices else {}
     check_objective(objective, prices, max_cost)
     if objective == "cost" and not prices:
         raise UsageError("--objective cost and --max-cost need prices",
                          hints=("--prices FILE", "docs/size.md has the format"))  # fmt: skip
-    able = tuple(c for c in devices if all(map(c.device.has, precision.split(","))))
+    able = tuple(
+        c for c in devices
+        if all(p.device.has(word) for p in parts_of(c) for word in precision.split(","))
+    )  # fmt: skip
     if not able:
         raise UsageError(f"none of the devices computes in {precision}")
     with progress() as report:
@@ -185,7 +190,7 @@ def size(
             optimizer=optimizer,
         )  # fmt: skip
         options = TraceOptions(model=model, args=parse_args(arg), asked=asked, cache=cache)
-        first = replace(able[0], count=1)
+        first = replace(parts_of(able[0])[0], count=1)
         graph = capture(options, first, progress=report)
         workload, echo = resolve(graph, first, asked, Pins())
         question = Question(
@@ -213,8 +218,8 @@ def size(
         print_json(size_json(found, question))
         return 0
     print(size_text(found, question, every=every))
-    best = next(row for row, on in ordered(found, question.objective) if on).cluster
-    if best.name in catalogue():
+    best = next(row for row, on in ordered(found, question.objective) if on).hardware
+    if all(part.name in catalogue() for part in parts_of(best)):
         more = "".join(f" --arg {text}" for text in arg)
         say(f"to plan it: plan trace {model}{more} --hardware {best.spec}"
             f" --global-batch {workload.global_batch}")  # fmt: skip

@@ -20,6 +20,7 @@ def size_serving(
 ) -> int:  # fmt: skip
     """Compare devices and counts. options: TraceOptions of the capture. training: options that only
     training has, as given."""
+    from cost_models.fleet import Fleet
     from cost_models.hardware import catalogue
     from cost_models.prices import load_prices
     from cost_models.serving_reading import served_model
@@ -41,7 +42,12 @@ def size_serving(
                          hints=("--prices FILE", "docs/size.md has the format"))  # fmt: skip
     precision = options.asked.precision
     asked, pins = asked_of(flags, options.asked.engine, precision), parse_serve_pins(fix)
-    devices = parse_devices(hardware)
+    devices = []
+    for device in parse_devices(hardware):
+        if isinstance(device, Fleet):
+            raise UsageError(f"--hardware {device.spec}: sizes to serve are of devices of one kind",
+                             hints=("--hardware " + ",".join(p.name for p in device.parts),))
+        devices.append(device)
     priced = load_prices(prices, [c.name for c in devices]) if prices else {}
     able = tuple(c for c in devices if c.device.has(precision))
     if not able:
