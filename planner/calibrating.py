@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ir.errors import GateError, PlanError, UsageError
+from ir.files import is_stream
 from planner.console import progress, say
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
         )  # fmt: skip
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"-o {target}: there is no folder {target.parent}, or it is one itself")
+    if is_stream(target):
+        raise UsageError(f"-o {target} is no file", hints=("-o another.toml",))
     if target.exists() and not overwrite:
         raise UsageError(
             f"{target} exists, and is left as it is",
@@ -144,7 +147,7 @@ def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
         )
     if not folder.is_dir():
         raise UsageError(f"--disk {folder} is no folder")
-    for flag, place in (("-o", target.parent), ("--disk", folder)):
+    for flag, place in (("-o", Path(os.path.realpath(target)).parent), ("--disk", folder)):
         if not os.access(place, os.W_OK | os.X_OK):
             raise UsageError(
                 f"{flag}: nothing can be written in {place}", why="no permission",
@@ -153,11 +156,13 @@ def _require_writable(target: Path, overwrite: bool, folder: Path) -> None:
 
 
 def _write(target: Path, text: str, overwrite: bool) -> None:
-    """Whole or not at all: read back under another name first, then renamed."""
+    """Whole or not at all: read back under another name first, then renamed. A link stays one, and
+    what it leads to is replaced."""
     from cost_models.compute import load_kernels
     from cost_models.hardware import load_hardware
     from planner.plan import write_whole
 
+    target = Path(os.path.realpath(target))
     beside = target.with_name(f".{target.stem}.{os.getpid()}.toml")
     try:
         write_whole(beside, text)

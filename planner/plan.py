@@ -81,15 +81,20 @@ class Plan:
 
         return plan_html(self)
 
-    def save(self, target: str, *, embed: bool = False) -> None:
+    def save(self, target: str, *, embed: bool = False, overwrite: bool = False) -> None:
         """Write `target` and the graph beside it, each whole or not at all; `-` is stdout.
 
         embed: put the graph's text inside instead, as into what has nothing beside it: a pipe.
+        overwrite: write over what is there and is no plan of ours too. Raises UsageError for such a
+        file without it.
         """
         from ir.text import format_graph
         from planner.plan_text import to_text
+        from planner.targets import require_target
 
         embed = embed or target == "-" or is_stream(target)
+        if not overwrite:
+            require_target(target, embed=embed, flag="")
         text = to_text(self, embed=embed)
         if target == "-":
             sys.stdout.write(text)

@@ -1,4 +1,4 @@
-"""Where a command may write a plan: what a user wrote is never lost to a mistaken `-o`."""
+"""Where a plan may be written: what a user wrote is never lost to a mistaken `-o` or `save`."""
 
 from __future__ import annotations
 
@@ -13,50 +13,55 @@ _PLAN = re.compile(rb'\A\s*\{.*?"schema"\s*:\s*"plan/', re.DOTALL)
 _GRAPH = re.compile(rb"^graph/", re.MULTILINE)  # of any line: a merge may have left marks above
 
 
-def require_target(target: str, *, embed: bool) -> None:
-    """Refuse `-o` before anything is searched: a plan may be written over, and what is no plan not.
+def require_target(target: str, *, embed: bool, flag: str = "-o ") -> None:
+    """Refuse a target before anything is searched: a plan may be written over, what is no plan not.
 
     The inputs are covered, by whatever path they are named: none of them is a plan, but that of
-    `--base`, which may be planned again. embed: no graph is written beside. Raises
-    UsageError, and PlanError where the system refuses the path.
+    `--base`, which may be planned again. embed: no graph is written beside. flag: how the target
+    was given, "" in Python. Raises UsageError, and PlanError where the system refuses the path.
     """
     if target == "-":
         return
     path = Path(target)
     try:
-        _require_free(path, embed=embed)
+        _require_free(path, flag, embed=embed)
     except OSError as fault:  # a name that is too long, a folder that may not be entered
         reason = fault.strerror or type(fault).__name__
-        raise PlanError(f"-o {target} cannot be written", why=reason) from fault
+        raise PlanError(f"{flag}{target} cannot be written", why=reason) from fault
 
 
-def _require_free(path: Path, *, embed: bool) -> None:
+def _require_free(path: Path, flag: str, *, embed: bool) -> None:
     if path.is_dir():
-        raise UsageError(f"-o {path} is a folder", hints=(f"-o {path}/plan.json",))
+        raise UsageError(f"{flag}{path} is a folder", hints=(f"{flag}{path}/plan.json",))
     if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}")
+        raise UsageError(f"{flag}{path}: there is no folder {path.parent}")
     if is_stream(path):
         return
-    _require_ours(path, _PLAN, "plan")
+    _require_ours(path, flag, _PLAN, "plan")
     if embed:
         return
     beside = path.with_suffix(".graph")
     if beside == path:
-        raise UsageError(f"-o {path} is where the plan's graph goes",
-                         hints=("-o plan.json", "--embed"))  # fmt: skip
+        raise UsageError(f"{flag}{path} is where the plan's graph goes",
+                         hints=(f"{flag}plan.json", _embed(flag)))  # fmt: skip
     if beside.is_dir() or is_stream(beside):
-        raise UsageError(f"-o {path}: its graph goes to {beside}, which is no file",
-                         hints=("-o another name", "--embed"))  # fmt: skip
-    _require_ours(beside, _GRAPH, "graph of a plan")
+        raise UsageError(f"{flag}{path}: its graph goes to {beside}, which is no file",
+                         hints=(f"{flag}another name", _embed(flag)))  # fmt: skip
+    _require_ours(beside, flag, _GRAPH, "graph of a plan")
 
 
-def _require_ours(path: Path, mark: re.Pattern[bytes], what: str) -> None:
+def _embed(flag: str) -> str:
+    return "--embed" if flag else "embed=True"
+
+
+def _require_ours(path: Path, flag: str, mark: re.Pattern[bytes], what: str) -> None:
     """Raise UsageError where a file is in the way that does not say that it is one of ours."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
         start = file.read(_HEAD_BYTES)
     if start and not mark.search(start):
+        free = "remove it first if it may go" if flag else "overwrite=True if it may go"
         raise UsageError(f"{path} is there, and is no {what}",
                          why="a model or another file of yours would be lost",
-                         hints=("-o another name", "remove it first if it may go"))  # fmt: skip
+                         hints=(f"{flag}another name", free))  # fmt: skip

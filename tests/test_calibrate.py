@@ -538,3 +538,18 @@ def test_an_output_that_is_no_hardware_file(tmp_path, monkeypatch, capsys, outpu
     (tmp_path / "host.toml").write_text("mine")
     assert console.run(cli.app(), ["calibrate", "-o", output]) == 64
     assert "internal" not in capsys.readouterr().err
+
+
+def test_overwriting_goes_through_a_link_and_replaces_no_pipe(tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "there.toml").write_text("old")
+    for name in ("there.toml", "absent.toml"):
+        (tmp_path / name).symlink_to(f"real/{name}")
+        calibrating._require_writable(tmp_path / name, True, tmp_path)
+        calibrating._write(tmp_path / name, FORMS[0].format(n=1), True)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "real" / name).read_text() == FORMS[0].format(n=1)
+    assert len([*tmp_path.iterdir()]) == 3 and len([*(tmp_path / "real").iterdir()]) == 2
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UsageError, match="is no file"):
+        calibrating._require_writable(tmp_path / "pipe.toml", True, tmp_path)

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from reports import served
 from tiny_models import EXAMPLES
 from toy_plan import toy_graph, toy_plan
 
@@ -62,6 +63,26 @@ def test_a_plan_is_written_over_an_earlier_one(plan, tmp_path, earlier):
     (tmp_path / "plan.graph").write_text(ours + graph + theirs if earlier == "merged" else graph)
     code, _, err = plan("trace", "absent.py", "--hardware", "h100x8")
     assert (code, "no such model file" in err) == (1, True), err
+
+
+def test_python_writes_over_its_own_alone(inputs, tmp_path):
+    """As the command line does; `overwrite=True` is for what may go."""
+    for made in (toy_plan(), served().plan):
+        for name in ("model.py", "config.json", "notes.json", "link.json"):
+            with pytest.raises(UsageError, match="is there, and is no") as found:
+                made.save(str(tmp_path / name))
+            assert found.value.hints[-1] == "overwrite=True if it may go"
+            assert "-o " not in "".join(found.value.hints)
+        for name, text in inputs.items():
+            assert (tmp_path / name).read_text() == text
+        for _ in range(2):
+            made.save(str(tmp_path / "plan.json"))
+        made.save(str(tmp_path / "notes.json"), embed=True)  # nothing is written beside
+        (tmp_path / "notes.json").unlink()
+    toy_plan().save(str(tmp_path / "notes.json"), overwrite=True)
+    assert (tmp_path / "notes.graph").read_text() == format_graph(toy_graph())
+    with pytest.raises(UsageError, match="there is no folder"):
+        toy_plan().save(str(tmp_path / "nowhere" / "plan.json"))
 
 
 def test_a_link_stays_one_and_leads_to_the_new_text(tmp_path):

@@ -69,12 +69,15 @@ class ServingPlan:
 
         return plan_html(self)
 
-    def save(self, target: str, *, embed: bool = False) -> None:
-        """Write `target` and the graph beside it, each whole or not at all; `-` is stdout."""
+    def save(self, target: str, *, embed: bool = False, overwrite: bool = False) -> None:
+        """Write `target` and the graph beside it, as `Plan.save` does."""
         from ir.text import format_graph
         from planner.serving.text import to_text
+        from planner.targets import require_target
 
         embed = embed or target == "-" or is_stream(target)
+        if not overwrite:
+            require_target(target, embed=embed, flag="")
         text = to_text(self, embed=embed)
         if target == "-":
             sys.stdout.write(text)
