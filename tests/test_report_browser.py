@@ -142,3 +142,15 @@ def test_a_script_of_the_plan_would_not_run(browser, pages):
     assert browser.run("window.ran === undefined")
     assert any("Content Security Policy" in e for e in browser.errors)
     browser.errors.clear()
+
+
+def test_a_table_that_goes_on_beyond_the_edge_has_a_shade_there(browser, pages):
+    """Over the ground that the table lies on, so that the cover at its end is not seen."""
+    for theme in ("light", "dark"):
+        browser.open(pages / "two.html", 390, 900, theme)
+        told = browser.run(
+            "[...document.querySelectorAll('.scroll')].map(e => [getComputedStyle(e).background,"
+            " getComputedStyle(e.closest('figure') || document.body).backgroundColor])"
+        )
+        assert told and all(shade.count("local") == 2 and ground in shade for shade, ground in told)
+    assert browser.errors == []
