@@ -49,6 +49,18 @@ def format_count(value: float) -> str:
     return _scaled(value, _COUNT, "", 2).rstrip()
 
 
+def format_rate(value: float) -> str:
+    """Print things a second, those that are few with three significant digits: 9,701, 0.311."""
+    if not value or round(abs(value)) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1e-4 else f"{value:#.3g}".rstrip(".")
+
+
+def format_short_rate(value: float) -> str:
+    """The same, in thousands, millions: 9.70 k, 0.311."""
+    return format_count(value) if round(abs(value)) >= 100 else format_rate(value)
+
+
 def format_seconds(value: float) -> str:
     """Print a duration with three significant digits: 18.4 s, 3.20 ms, 412 us."""
     if value == 0:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_seconds, format_short_rate
 from planner.attribution import TOGETHER, Effect
 from planner.differ import Change, Diff, Number
 from planner.serving.effects import HEADS, TITLE, effects_json, effects_text
@@ -198,4 +198,4 @@ def amount(n: Number, value: float) -> str:
         return format_seconds(value)
     if n.unit == "B":
         return format_bytes(value)
-    return f"{value:.1%}" if n.unit == "%" else format_count(value)
+    return f"{value:.1%}" if n.unit == "%" else format_short_rate(value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from ir.errors import PlanError
 from planner.plain import plain
 from planner.proved import status_words
@@ -104,7 +104,7 @@ def checked_html(found: Checked | CheckedServing) -> str:
         p = found.found
         figures = (
             f"first token {format_seconds(p.ttft_s)}, then one every {format_seconds(p.tpot_s)}; "
-            f"{p.tokens_per_s:,.0f} tokens/s"
+            f"{format_rate(p.tokens_per_s)} tokens/s"
         )
         memory = list(p.tiers)
         title = "memory of the fullest GPU, and below it; its error is not measured"

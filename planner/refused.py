@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,23 +54,22 @@ class Without(Searcher):
             settled(value, costs.graph, costs.workload)
             for key, value in self.refused if key == "formats"
         ]  # fmt: skip
-        return tuple(way for way in super().format_ways() if way not in away)
+        return tuple(way for way in super().format_ways()
+                     if not any(_includes(way, some) for some in away))  # fmt: skip
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
         """Also without the refused ways to hold state."""
-        keys = ("zero", "shard", "reshard", "offload", "dp_outer")
-        away = [(key, _tiers(value) if key == "offload" else value)
-                for key, value in self.refused if key in keys]  # fmt: skip
+        keys = ("zero", "shard", "reshard", "dp_outer")
+        away = [(key, value) for key, value in self.refused if key in keys]
         for d in super().variants(mesh):
-            if not any(_held(d, key) == value for key, value in away):
+            if not any(getattr(d, key) == value for key, value in away) and not self._lies_below(d):
                 yield d
 
     def by_count(self, d: Decisions) -> Decisions | None:
-        """Also not where activations are refused a place below, or a kind of recomputation is:
-        the program by count has another kind in its place."""
-        away = {what for key, value in self.refused if key == "offload" for what, _ in value}
-        asked = "activations" in away or bool(self._levels)
-        return None if asked else super().by_count(d)
+        """Also not where activations are refused a place below beside what else lies there, or a
+        kind of recomputation is: the program by count has another kind in its place."""
+        made = None if self._levels else super().by_count(d)
+        return None if made is None or self._lies_below(made) else made
 
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """Also without the refused schedules, which are a formality without a pipeline; one that
@@ -94,6 +93,11 @@ class Without(Searcher):
     def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
         """Also without what may not be kept."""
         return tuple(k for k in super().keeps(tp, split) if k not in self._not_kept)
+
+    def _lies_below(self, d: Decisions) -> bool:
+        """Whether refused things lie below the device, alone or with others."""
+        return any(_includes(_tiers(d.offload), _tiers(value))
+                   for key, value in self.refused if key == "offload")  # fmt: skip
 
     @property
     def _not_kept(self) -> tuple[Keep, ...]:
@@ -132,9 +136,9 @@ class ShareWithout(Without, ShareSearcher):
         return replace(made, allowed=lambda some: made.allowed(some) and max(some) not in away)
 
 
-def _held(d: Decisions, key: str) -> object:
-    """A decision as `Refused` has it: offload without counts of layers."""
-    return _tiers(d.offload) if key == "offload" else getattr(d, key)
+def _includes(has: Collection[tuple[str, str]], some: Collection[tuple[str, str]]) -> bool:
+    """Whether all pairs are there; none of them is what has none."""
+    return set(some) <= set(has) if some else not has
 
 
 def _tiers(offload: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -182,15 +186,30 @@ def require_held(refused: Refused, d: Decisions, graph: Graph, workload: Workloa
         if key == "keep":
             return pinned_keep(value, graph) == d.keep
         if key == "formats":
-            return settled(value, graph, workload) == settled(d.formats, graph, workload)
+            return _includes(settled(d.formats, graph, workload), settled(value, graph, workload))
         if key == "shares":
             return bool(value == tuple((s.part, s.microbatches) for s in d.shares))
-        return bool(_held(d, key) == (_tiers(value) if key == "offload" else value))
+        if key == "offload":
+            return _includes(_tiers(d.offload), _tiers(value))
+        return bool(getattr(d, key) == value)
 
     if refused and not any(has(key, value) for key, value in refused):
         said = refused_words(refused)
+        own = tuple(f"--not {_own(key, d)}" for key in dict.fromkeys(k for k, _ in refused))
         raise UsageError(f"the plan has no {said}", why="without it the plan would be as it is",
-                         hints=("plan why: what it has, and the best plan without",))  # fmt: skip
+                         hints=(*own, "plan why: what it has, and the best plan without"))
+
+
+def _own(key: str, d: Decisions) -> str:
+    """What a plan has of a decision, as `--not` takes it."""
+    value = getattr(d, key)
+    if key == "recompute":
+        rows = [*value, *(row for share in d.shares for row in share.recompute)]
+        full, selective = (tuple(n) for n in zip(*(rows or [(0, 0)])))
+        return refused_words(((key, _kinds(Recompute(full=full, selective=selective))),))
+    if key == "shares":
+        value = tuple((share.part, share.microbatches) for share in value)
+    return replace(Pins(), **{key: value}).said(key)
 
 
 def _kinds(value: Recompute) -> tuple[str, ...]:

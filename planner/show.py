@@ -9,7 +9,7 @@ from typing import Any
 
 from cost_models.ledger import Estimate, RankLedger
 from cost_models.schedule import rank_of
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from cost_models.validation.accuracy import memory_error
 from ir.errors import UsageError
 from planner.charges import Charges
@@ -31,6 +31,7 @@ BAR = 32
 MOST_STAGES = 4  # rows on the first screen; --layers shows every stage
 LEAST_FOLDED = 3  # stages in a row that are told in one
 MOST_BARS = 6
+MOST_LINES = 39  # of a screen
 SHORT_RECOMPUTE = 24  # letters; where stages differ more than that, totals are told
 MOST_ASSUMPTIONS = 2
 
@@ -107,8 +108,12 @@ def summary(
         _stages(plan), _memory(estimate), _time(estimate, plan.graph.seq_in_input),
         _verdict(plan, estimate, baselines),
     )  # fmt: skip
-    lines = [*notes, *_head(plan), *(line for part in parts for line in ("", *part))]
-    return "\n".join(map(_cut, lines))
+    lines = [*_head(plan), *(line for part in parts for line in ("", *part))]
+    folded = "\n".join(wrapped(line, 12) for line in lines).split("\n")
+    said = "\n".join(wrapped(note) for note in notes).split("\n") if notes else []
+    if len(folded) + len(said) > MOST_LINES:  # notes are cut, decisions never
+        said = [*map(_cut, notes)]
+    return "\n".join([*said, *folded])
 
 
 def _head(plan: Plan) -> list[str]:
@@ -122,7 +127,6 @@ def _head(plan: Plan) -> list[str]:
         recompute = f"{full} layers in full, {selective} in part"
     if d.keep:
         recompute += f", in part keeping {_kept(plan)}"
-    offload = ", ".join(offload_words(d))
     allowed = "".join(f" ({word} allowed)" for word in w.allowed_formats)
     skew = f", expert imbalance {w.expert_imbalance:g}" if w.expert_imbalance != 1 else ""
     virtual = f" x {d.virtual_stages} virtual stages" if d.virtual_stages > 1 else ""
@@ -133,7 +137,7 @@ def _head(plan: Plan) -> list[str]:
         *(["sequence parallel"] if d.sequence_parallel else []),
         *([f"cp by {d.cp_kind}"] if d.cp > 1 else []),
         "compiled" if d.compile else "eager",
-        *([offload] if offload else []),
+        *offload_words(d),
         *(f"{group} in {word}" for group, word in d.formats),
     ]
     return [
@@ -228,7 +232,8 @@ def _time(e: Estimate, has_tokens: bool) -> list[str]:
     head = f"step {format_seconds(e.step_time_s)} +-{e.error:.0%}"
     rate = e.tokens / e.step_time_s / e.gpus
     what = "tokens" if has_tokens else "samples"
-    head += f"   {rate:,.0f} {what}/s/GPU   {e.model_flop_per_s_per_gpu / 1e12:.0f} TFLOP/s/GPU"
+    head += f"   {format_rate(rate)} {what}/s/GPU"
+    head += f"   {e.model_flop_per_s_per_gpu / 1e12:.0f} TFLOP/s/GPU"
     return [
         f"{head}   MFU {e.mfu:.1%}",
         *(
@@ -278,7 +283,7 @@ def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str
     if e.assumptions:
         shown = e.assumptions[:MOST_ASSUMPTIONS]
         lines.append(_row("assumed", f"{len(e.assumptions)} things; first of them:"))
-        lines += [_row("", text) for text in shown]
+        lines += [_cut(_row("", text)) for text in shown]  # plan report has them whole
     return lines
 
 

@@ -13,7 +13,7 @@ from cost_models.goodput import Goodput, goodput, inputs
 from cost_models.hardware import Cluster
 from cost_models.operations import SOURCES, Operations
 from cost_models.prices import Price
-from cost_models.units import format_bytes, format_bytes_per_s, format_seconds
+from cost_models.units import format_bytes, format_bytes_per_s, format_rate, format_seconds
 from planner.charges import Charges, charges, charges_said
 from planner.check import Checked
 
@@ -32,7 +32,7 @@ def goodput_text(
     unit = "tokens" if plan.graph.seq_in_input else "samples"
     rate, gpus = e.tokens / e.step_time_s, sum(part.count for part in parts)
     lines = [
-        f"{plan.graph.name} on {plan.hardware}: {rate:,.0f} {unit}/s where nothing fails",
+        f"{plan.graph.name} on {plan.hardware}: {format_rate(rate)} {unit}/s where nothing fails",
         f"  failures    {operations.failures_per_gpu_hour:.3g} a GPU hour, preemptions"
         f" {operations.preemptions_per_gpu_hour:.3g}: {_each(operations, gpus)}",
     ]
@@ -124,7 +124,7 @@ def _tier(row: Goodput, step_s: float, rate: float) -> str:
     return (
         f"{row.tier:10}{format_seconds(row.write_s):>9}{format_seconds(row.restart_s):>9}"
         f"{_long(row.interval_s) if every else 'never':>9}{steps:>8}{row.useful:>9.2%}"
-        f"{rate * row.useful:>14,.0f}"
+        f"{format_rate(rate * row.useful):>14}"
     )
 
 

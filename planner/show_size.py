@@ -11,7 +11,13 @@ from typing import Any
 
 from cost_models.fleet import Fleet, used_parts
 from cost_models.operations import SOURCES, Operations
-from cost_models.units import format_bytes, format_bytes_per_s, format_count, format_seconds
+from cost_models.units import (
+    format_bytes,
+    format_bytes_per_s,
+    format_count,
+    format_seconds,
+    format_short_rate,
+)
 from planner.decisions import summarise_recompute
 from planner.decisions_json import decisions_json
 from planner.plan_text import workload_json
@@ -75,7 +81,7 @@ def _columns(found: Sizing, asked: Question) -> list[Column]:
     columns: list[Column] = [
         ("hardware", -max(name, 9), lambda r: r.hardware.spec),
         ("step", 8, lambda r: format_seconds(r.estimate.step_time_s)),
-        (f"{unit}/s", 2 + len(unit) + 1, lambda r: format_count(r.expected_tokens_per_s)),
+        (f"{unit}/s", 2 + len(unit) + 1, lambda r: format_short_rate(r.expected_tokens_per_s)),
         ("useful", 7, lambda r: f"{r.expected_tokens_per_s / r.tokens_per_s:.1%}"),
     ]
     if asked.tokens:

@@ -22,6 +22,7 @@ from cost_models.pareto import dominates, front
 from cost_models.prices import Price
 from cost_models.state import COMPUTE_BYTES
 from cost_models.step import Costs
+from cost_models.units import format_rate
 from ir.errors import InfeasibleError
 from ir.graph import Graph
 from planner.bounds import mesh_bounds_ps
@@ -305,10 +306,10 @@ class Sizer:
         why = "no plan was found that fits any count"
         if self.bounded:
             rate, spec = max(self.bounded)
-            why = f"nearest: {spec}, which cannot reach {rate:,.0f} tokens/s"
+            why = f"nearest: {spec}, which cannot reach {format_rate(rate)} tokens/s"
         if near is not None:
             why = (
-                f"nearest: {near.hardware.spec}, {near.expected_tokens_per_s:,.0f} tokens/s"
+                f"nearest: {near.hardware.spec}, {format_rate(near.expected_tokens_per_s)} tokens/s"
                 f" expected, {near.estimate.step_time_s:.3g} s a step"
             )
         return InfeasibleError(

@@ -11,7 +11,13 @@ from cost_models.fleet import Hardware, load_any
 from cost_models.hardware import canonical, catalogue, describe, summands
 from cost_models.operations import Operations
 from cost_models.prices import Price
-from cost_models.units import format_bytes, format_count, format_seconds, parse_count
+from cost_models.units import (
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_short_rate,
+    parse_count,
+)
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.limits import Limits
@@ -54,7 +60,7 @@ class Question:
     def targets_said(self) -> tuple[str, ...]:
         said = []
         if self.target.tokens_per_s:
-            rate = f"{format_count(self.target.tokens_per_s)} {self.unit}/s expected"
+            rate = f"{format_short_rate(self.target.tokens_per_s)} {self.unit}/s expected"
             if self.tokens:
                 days = self.tokens / self.target.tokens_per_s / DAY_S
                 rate += f" ({format_count(self.tokens)} in {days:.3g} days)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from planner.proved import pins_words
 from planner.refused import refused_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, score_of
 from planner.why import Alternative, Binding
+from planner.wrapping import wrapped
 
 SCHEMA = "why/1"
 WIDTH = 80
@@ -60,13 +62,21 @@ def table_text(base: Checked, rows: Sequence[Alternative]) -> str:
     for row in rows:
         word = refused_words(row.refused)
         if row.estimate is None:
-            lines.append(f"{word:22}{'none':>9}{'':9}  {_short(row, base)}")
+            lines += _table_row(word, "none", "", _short(row, base))
         else:
             step, change = row.estimate.step_time_s, _change(base.estimate, row.estimate)
-            lines.append(
-                f"{word:22}{format_seconds(step):>9}{change:>+9.1%}  {_short(row, base)}"
-            )
-    return "\n".join(line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines)
+            lines += _table_row(word, format_seconds(step), f"{change:+.1%}", _short(row, base))
+    return "\n".join(lines)
+
+
+def _table_row(word: str, step: str, change: str, why: str) -> list[str]:
+    """A row, a long word on lines above its figures, a long reason on lines below."""
+    first, *more = textwrap.wrap(why, WIDTH - 42, break_on_hyphens=False)
+    head = wrapped(word, 2).split("\n")
+    if len(head[-1]) > 21:
+        head.append("")
+    line = f"{head[-1]:22}{step:>9}{change:>9}  {first}"
+    return [*head[:-1], line, *(" " * 42 + rest for rest in more)]
 
 
 def document(base: Checked, rows: Sequence[Alternative]) -> dict[str, Any]:

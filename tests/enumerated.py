@@ -392,10 +392,17 @@ def programmed(p: Tiny, d: Decisions, laid, steps: dict[tuple, Step]):
 
 def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None]:
     """The least objective of every mesh among what has the pinned values, and none of the refused
-    (key, value); None: nothing fits."""
+    (key, value), nor all that is refused to lie below the device, alone or beside more; None:
+    nothing fits."""
+
+    def has(d, key, value):
+        if key != "offload" or not value:
+            return d.get(key) == value
+        tiers = {what: tier.partition(":")[0] for what, tier in d.get(key, ())}
+        return all(tiers.get(what) == tier for what, tier in value)
 
     def left(rows):
-        return (d for d in rows if not any(d.get(key) == value for key, value in refused))
+        return (d for d in rows if not any(has(d, key, value) for key, value in refused))
 
     alone = [pins.get("schedule", "1f1b")]  # of one stage: what is pinned is what it runs
     schedules = (("schedule", lambda p, d: _schedule(p, d) if d.pp > 1 else alone),

@@ -82,3 +82,38 @@ def test_what_a_plan_has_not_is_not_refused(text):
         require_held(parse_refused([text]), *given)
     for held in ("tp=2", "zero=3", "recompute=selective", "recompute=none", "schedule=1f1b"):
         require_held(parse_refused([text, held]), *given)
+
+
+def test_rows_of_serving_are_whole():
+    """What follows the words of a long division is not cut off."""
+    found = served("h100x2")
+    many = replace(found.found.serving, tp=64, pp=16, ep=128, etp=64, attention_dp=128, replicas=64)
+    text = summary(found.plan, found.found, notes=("stale " * 30,),
+                   others=[replace(found.found, serving=many, ttft_s=1.23, tpot_s=0.321)])
+    assert "first token 1.23 s, then 321 ms" in " ".join(text.split())
+    assert " ".join(text.split()).count("stale") == 30
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_few_tokens_a_second_are_told():
+    found = served("h100x2")
+    few = replace(found.found, tokens_per_s=0.3107)
+    assert "; 0.311 tokens/s" in summary(found.plan, few)
+
+
+def test_a_part_of_what_lies_below_is_refused():
+    """One of several things that lie on a tier, with its count of layers or without; and what the
+    plan has in its place is told."""
+    plan = toy_plan()
+    below = (("optimizer", "cpu:6"), ("params", "cpu"), ("activations", "cpu:71"))
+    given = (replace(plan.decisions, offload=below), plan.graph, plan.workload)
+    for word in ("activations:cpu:71", "activations:cpu", "optimizer:cpu", "params:cpu",
+                 "optimizer:cpu:6,params:cpu,activations:cpu:71"):  # fmt: skip
+        require_held(parse_refused([f"offload={word}"]), *given)
+    for word in ("none", "optimizer:nvme"):
+        with pytest.raises(UsageError) as fault:
+            require_held(parse_refused([f"offload={word}"]), *given)
+        own = "--not offload=optimizer:cpu:6,params:cpu,activations:cpu:71"
+        assert own in fault.value.hints
+        found = parse_refused([own.removeprefix("--not ")])
+        require_held(found, *given)

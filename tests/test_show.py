@@ -9,6 +9,7 @@ from toy_plan import DECISIONS, SHARDED, WORKLOAD, toy_estimate, toy_graph, toy_
 
 from cost_models.hardware import load_hardware
 from ir.errors import UsageError
+from planner.offloads import offload_words
 from planner.options import Baseline, Timing
 from planner.plan_text import workload_json
 from planner.show import document, layers_text, stage_text, summary
@@ -100,6 +101,21 @@ def test_the_largest_plan_is_one_screen():
     lines = summary(plan, full, notes=("a note " * 20,) * 4, baselines=BASELINES * 2).splitlines()
     assert len(lines) < 40
     assert max(map(len, lines)) <= 80
+
+
+def test_no_decision_is_cut_off():
+    """Of the layout and of stages with long names, what does not fit a line is on the next."""
+    plan = toy_plan()
+    d = replace(plan.decisions, offload=(
+        ("optimizer", "cpu:2"), ("params", "cpu"), ("activations", "cpu:1")
+    ))  # fmt: skip
+    plan = replace(plan, decisions=d)
+    text = summary(plan, estimated(toy_plan()))
+    words = " ".join(text.split())
+    for row in offload_words(d):
+        assert row in words
+    assert "..." not in text.partition("assumed")[0]
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_document_has_the_contract_keys():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_models import units
+from cost_models.units import format_rate, format_short_rate
 from ir.errors import UsageError
 
 
@@ -36,6 +37,13 @@ def test_bytes_are_printed_with_si_prefixes(value: float, text: str) -> None:
 )
 def test_seconds_keep_three_digits(value: float, text: str) -> None:
     assert units.format_seconds(value) == text
+
+
+def test_few_a_second_keep_their_digits() -> None:
+    rates = {9701.4: "9,701", 99.97: "100", 27.61: "27.6", 1: "1.00", 0.3107: "0.311", 0: "0",
+             2.5e-6: "2.5e-06"}  # fmt: skip
+    assert {value: format_rate(value) for value in rates} == rates
+    assert [format_short_rate(v) for v in (0.3107, 9701.4)] == ["0.311", "9.70 k"]
 
 
 def test_counts_and_rates_are_printed() -> None:

@@ -17,7 +17,7 @@ from planner.decisions import Pins
 from planner.plan import Solver, make_plan
 from planner.refused import parse_refused, refused_words
 from planner.score import score_of
-from planner.why import LEAST_GAIN, MOST_MEMORY, Why
+from planner.why import LEAST_GAIN, MOST_MEMORY, Alternative, Binding, Why
 from planner.why_layer import layers
 from planner.why_text import alternative_text, document, table_text
 
@@ -201,4 +201,21 @@ def test_documents_are_whole(tmp_path):
     made = document(base, rows)
     assert made["schema"] == "why/1" and len(made["alternatives"]) == len(rows)
     assert {"pp", "tp", "cp", "zero", "micro_batch"} <= {row.refused[0][0] for row in rows}
-    assert len(table_text(base, rows).splitlines()) == 4 + len(rows)
+    text = table_text(base, rows)
+    assert all(len(line) <= 80 for line in text.splitlines()) and "..." not in text
+
+
+def test_a_row_of_the_table_is_whole(tmp_path):
+    """A long word stands above its figures, which keep their columns; a reason is folded."""
+    *_, base = best_of("four", tmp_path)
+    offload = (("optimizer", "cpu:6"), ("params", "cpu"), ("activations", "cpu:71"))
+    reason = "tp=16 is not legal; heads: 8 are not split over 16 ranks, and " + "no more " * 12
+    row = Alternative(
+        refused=(("offload", offload),), binding=Binding(kind="rule", reason=reason.strip())
+    )
+    lines = table_text(base, (row,)).splitlines()
+    head, figures = lines[3], lines[5]
+    assert lines[4].strip() == "offload=optimizer:cpu:6,params:cpu,activations:cpu:71"
+    assert figures.index("none") + len("none") == head.index("step") + len("step")
+    assert all(len(line) <= 80 for line in lines)
+    assert " ".join(" ".join(lines[5:]).split()) == f"none rule: {reason.strip()}"

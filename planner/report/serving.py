@@ -10,7 +10,7 @@ from cost_models.serving_decisions import ServeLoad
 from cost_models.serving_engines import error_of, load_serving_engine
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import block_bytes, sharers
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from planner.names import many
 from planner.proved import all_pinned, pins_words
 from planner.report import assumptions
@@ -71,7 +71,7 @@ def verdict(checked: CheckedServing) -> Html:
             ("Then one every", format_seconds(p.tpot_s),
              f"TPOT; model error {error_of(plan.asked.engine):.0%}"),
             ("A whole request", request, f"{plan.asked.output:,} tokens out"),
-            ("Throughput", f"{p.tokens_per_s:,.0f}", f"tokens/s; {waiting}"),
+            ("Throughput", format_rate(p.tokens_per_s), f"tokens/s; {waiting}"),
             ("Memory of a GPU", format_bytes(dict(p.tiers)["gpu"]),
              f"of {format_bytes(p.memory.capacity_bytes)}; error not measured"),
             ("Search", *searched(checked)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import Serving
 from cost_models.serving_reading import served_model
-from cost_models.units import format_seconds
+from cost_models.units import format_rate, format_seconds
 from ir.errors import PlanError
 from planner.report.charts import Mark, Section, bar, figure, row, sentences, table, title_of
 from planner.report.markup import Html, el
@@ -64,7 +64,7 @@ def whynot(checked: CheckedServing, others: Sequence[Prediction] | str) -> Secti
         "Ways to divide the GPUs, each with its best formats and tiers",
         ["division", "first token", "then one every", "a request", "tokens/s", "binds"],
         [[_words(o) + (" (this plan)" if o is p else ""), format_seconds(o.ttft_s),
-          format_seconds(o.tpot_s), format_seconds(o.latency_s(load)), f"{o.tokens_per_s:,.0f}",
+          format_seconds(o.tpot_s), format_seconds(o.latency_s(load)), format_rate(o.tokens_per_s),
           o.bottleneck] for o in (p, *others)],
     )  # fmt: skip
     lede = sentences(
@@ -89,7 +89,7 @@ def _other(checked: CheckedServing, o: Prediction, most: float, name: str) -> Ht
         Mark(start=o.ttft_s / most, end=whole / most, kind="decode",
              tip=f"{name}: then one every {format_seconds(o.tpot_s)}"),
     ]  # fmt: skip
-    words = f"{o.tokens_per_s:,.0f} tokens/s; {o.bottleneck} binds: {RELIEF[o.bottleneck]}"
+    words = f"{format_rate(o.tokens_per_s)} tokens/s; {o.bottleneck} binds: {RELIEF[o.bottleneck]}"
     return el("div", row(name, bar(marks), format_seconds(whole)),
               el("p", words, class_="because"), class_="reasoned")  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cost_models.ledger import Estimate
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from cost_models.validation.accuracy import memory_error
 from planner.check import Checked
 from planner.plan import Plan
@@ -46,7 +46,8 @@ def verdict(checked: Checked) -> Html:
             ("A step", format_seconds(e.step_time_s), f"model error {e.error:.0%}"),
             ("Memory at peak", format_bytes(e.peak_memory_bytes),
              f"{margin(e)}; model error {memory_error():.0%}"),
-            ("Throughput", f"{rate:,.0f}", f"{what}/s a GPU; {rate * e.gpus:,.0f} in all"),
+            ("Throughput", format_rate(rate),
+             f"{what}/s a GPU; {format_rate(rate * e.gpus)} in all"),
             ("MFU", f"{e.mfu:.1%}", tflops),
             ("Search", *searched(checked)),
         ]),

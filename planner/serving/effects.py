@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_seconds, format_short_rate
 
 TITLE = "What each change does, made one after another in this order"
 HEADS = ("first token", "then a token", "tokens/s", "peak memory")
@@ -53,7 +53,7 @@ class ServingEffect:
         return (
             _signed(self.ttft_ps, format_seconds(abs(self.ttft_ps) / 1e12)),
             _signed(self.tpot_ps, format_seconds(abs(self.tpot_ps) / 1e12)),
-            _signed(self.microtokens_per_s, format_count(abs(self.microtokens_per_s) / 1e6)),
+            _signed(self.microtokens_per_s, format_short_rate(abs(self.microtokens_per_s) / 1e6)),
             _signed(self.peak_memory_bytes, format_bytes(abs(self.peak_memory_bytes))),
         )
 

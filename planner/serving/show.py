@@ -8,13 +8,14 @@ from typing import Any
 
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
 from cost_models.serving_pools import Pooled
-from cost_models.units import format_bytes, format_count, format_seconds
+from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from planner.names import many
 from planner.options import Timing
 from planner.proved import status_words
 from planner.serving.plan import ServingPlan, kept_words
 from planner.serving.predict import RELIEF, Prediction
 from planner.serving.text import block_records, decisions_json, workload_json
+from planner.wrapping import wrapped
 
 WIDTH, BAR = 80, 32
 _LEAST = 0.005  # of a step: smaller parts are told together
@@ -112,7 +113,7 @@ def summary(
         lines += _packed("lossy", list(plan.lossy))
     lines += ["", f"first token {format_seconds(found.ttft_s)}, then one every"
               f" {format_seconds(found.tpot_s)}: a request {format_seconds(found.latency_s(load))};"
-              f" {found.tokens_per_s:,.0f} tokens/s"]  # fmt: skip
+              f" {format_rate(found.tokens_per_s)} tokens/s"]  # fmt: skip
     if found.pools:
         lines += _pools(found.pools)
     if found.running < s.batch:
@@ -134,7 +135,7 @@ def summary(
             degrees = f"prefill {read} | decode {degrees}"
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
-    return "\n".join(line[:WIDTH] for line in lines)
+    return "\n".join(wrapped(line, 12) for line in lines)
 
 
 def memory_basis(found: Prediction) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cost_models.serving_shapes import ServedModel
-from cost_models.units import format_count, format_seconds
+from cost_models.units import format_count, format_rate, format_seconds
 from planner.serving.asked import ServeAsked
 from planner.serving.show import division, estimate_json
 from planner.serving.sizing import ServeSized, ServeSizing
@@ -86,7 +86,7 @@ def _columns(found: ServeSizing, shown: Sequence[ServeSized]) -> list[Column]:
         ("J/token", 9, lambda r: f"{r.joules_per_token:.3g}"),
         ("first", 9, lambda r: format_seconds(r.found.ttft_s)),
         ("each", 9, lambda r: format_seconds(r.found.tpot_s)),
-        ("tokens/s", 9, lambda r: f"{r.found.tokens_per_s:,.0f}"),
+        ("tokens/s", 9, lambda r: format_rate(r.found.tokens_per_s)),
     ]
     taken = sum(abs(width) for _, width, _ in columns)
     return [*columns, ("", -(WIDTH - taken), lambda r: ("  " + _plan(r))[:WIDTH - taken])]
