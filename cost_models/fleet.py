@@ -1,19 +1,20 @@
 """Hardware of more than one kind: clusters side by side, and what joins them.
 
-A sum, `h100x32+a100x64`, or a file that lists `parts` and may say the link `between` them.
+A sum, `h100x32+a100x64`, or a file that lists `parts` and may say the link `between` them. A kind
+that is named again, `h100x64+h100x32`, is another part, h100#2: the same GPUs in two groups.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cost_models.checked_toml import read_toml, table
 from cost_models.decisions import Decisions
-from cost_models.hardware import LINK_KEYS, Cluster, Link, load_hardware, summands
+from cost_models.hardware import AGAIN, LINK_KEYS, Cluster, Link, load_hardware, summands
 from ir.errors import UsageError
 
 _FILE_KEYS = {"name": str, "parts": list, "between": dict, "sources": dict}
@@ -112,12 +113,15 @@ def _from_file(path: Path, raw: dict[str, Any]) -> Fleet:
 def _fleet(name: str, parts: tuple[Cluster, ...], between: Link | None, where: str) -> Fleet:
     if len(parts) < 2:
         raise UsageError(f"{name} has one part", where=where, hints=("name it alone",))
-    names = [part.name for part in parts]
+    named: list[Cluster] = []
     for part in parts:
-        if names.count(part.name) > 1:
+        alike = [one for one in named if one.name.partition(AGAIN)[0] == part.name]
+        if alike and replace(alike[0], count=part.count) != part:
             raise UsageError(
                 f"{name} names {part.name} twice", where=where,
-                why="parts are of different kinds, told apart by their names",
-                hints=("one part with all of them", "a .toml file gives a part another name"),
+                why="those are of different kinds, and parts are told apart by their names",
+                hints=("a .toml file gives a part another name",),
             )  # fmt: skip
-    return Fleet(name=name, parts=parts, between=between)
+        again = f"{part.name}{AGAIN}{len(alike) + 1}" if alike else part.name
+        named.append(replace(part, name=again))
+    return Fleet(name=name, parts=tuple(named), between=between)

@@ -24,6 +24,7 @@ from ir.errors import UsageError
 _CATALOGUE = Path(__file__).with_name("hardware")
 _COUNTED = re.compile(r"([a-z0-9][a-z0-9.-]*?)x([0-9]+)")
 MOST_DIGITS = 9  # of a count of GPUs
+AGAIN = "#"  # h100#2 is the second part of that kind in a sum
 DTYPES = ("fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "nvfp4", "int4")
 
 
@@ -117,8 +118,8 @@ class Cluster:
 
     @property
     def spec(self) -> str:
-        """What `--hardware` takes: h100x64."""
-        return f"{self.name}x{self.count}"
+        """What `--hardware` takes: h100x64, whichever h100 of a sum it is."""
+        return f"{self.name.partition(AGAIN)[0]}x{self.count}"
 
     @property
     def nodes(self) -> int:

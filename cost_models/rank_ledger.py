@@ -41,9 +41,9 @@ def tier_uses(
     activations of the micro-batches in flight. sides: of each pp rank; a part has tiers of its
     own."""
     found: list[TierUse] = []
-    for part in dict.fromkeys(cluster.spec for cluster, _ in sides if d.offload):
-        mine = [step if cluster.spec == part else None for cluster, step in sides]
-        cluster = next(cluster for cluster, _ in sides if cluster.spec == part)
+    for part in dict.fromkeys(cluster.name for cluster, _ in sides if d.offload):
+        mine = [step if cluster.name == part else None for cluster, step in sides]
+        cluster = next(cluster for cluster, _ in sides if cluster.name == part)
         found += _tiers_of(cluster, mine, d, problem)
     return tuple(found)
 

@@ -65,8 +65,10 @@ def attempt(
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
     for key in ("shares", "tp_by_part"):
         if getattr(options.pins, key):
-            raise UsageError(f"--fix {options.pins.said(key)} is for hardware of several kinds",
-                             why=f"{cluster.spec} has one")  # fmt: skip
+            raise UsageError(f"--fix {options.pins.said(key)} is for hardware of several kinds,"
+                             " or of one in groups", why=f"{cluster.spec} is one group",
+                             hints=("--hardware h100x16+h100x8 is h100x24 in two groups",)
+                             )  # fmt: skip
     layers = facts_of(_chain(graph)).layers
     check_pins(options.pins, workload, gpus=cluster.count, layers=layers)
     check_model(graph, cluster, workload, options.pins)

@@ -88,10 +88,24 @@ def test_a_path_with_a_plus_is_a_file_and_a_sum_may_have_files(tmp_path, monkeyp
     assert hardware_name("H100x8+Own.toml") == "h100x8+Own.toml"
 
 
+def test_a_kind_named_again_is_another_part_of_the_same_gpus(tmp_path, monkeypatch) -> None:
+    fleet = load_any("h100x64+a100x8+H100x32")
+    assert [part.name for part in fleet.parts] == ["h100", "a100", "h100#2"]
+    assert fleet.parts[2] == replace(load_hardware("h100x32"), name="h100#2")
+    assert fleet.spec == "h100x64+a100x8+h100x32" and load_any(fleet.spec).parts == fleet.parts
+    three = load_any("h100x8+h100x8+h100x8")
+    assert [part.name for part in three.parts] == ["h100", "h100#2", "h100#3"]
+    assert three.digest != load_any("h100x8+h100x16").digest
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h100.toml").write_text('base = "a100"\ncount = 8\n')
+    with pytest.raises(UsageError, match="twice") as caught:
+        load_any("h100x8+h100.toml")
+    assert "different kinds" in "\n".join(caught.value.lines())
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("h100x8+h100x16", ["twice", "one part"]),
         ("h100x8+", ["unknown device"]),
         ("h100x8+h10x8", ["h10", "h100"]),
         ("h100x12+a100x8", ["whole nodes"]),
@@ -214,8 +228,9 @@ def test_kinds_that_are_alike_cost_what_one_kind_does():
 # --- the search --------------------------------------------------------------------------------
 
 
-def tiny_fleet(seed, folder):
-    """A random pair of small clusters, a batch, and the layers of a model for them."""
+def tiny_fleet(seed, folder, alike=False):
+    """A random pair of small clusters, a batch, and the layers of a model for them. alike: both
+    are of one kind."""
     rng = random.Random(seed)
     counts = rng.choice(((1, 1), (2, 2), (2, 1), (1, 2)))
     parts = []
@@ -223,6 +238,8 @@ def tiny_fleet(seed, folder):
         memory = rng.choice((16_000, 30_000, 60_000)) * 10**6
         part = replace(load_hardware(base), name=name, count=count)
         parts.append(with_memory(part, memory))
+    if alike:
+        parts[1] = replace(parts[0], name="slow", count=counts[1])
     fleet = Fleet(name="two", parts=tuple(parts))
     engine = rng.choice(("native", "native-compiled"))
     asked = Asked(engine=engine, seq_len=2048, global_batch=rng.choice((2, 4)))
@@ -273,9 +290,9 @@ def least_over_parts(p, fleet, refused=()):
     return found
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_search_of_pipelines_over_parts_equals_enumeration(seed, tmp_path):
-    graph, fleet, asked = tiny_fleet(seed, tmp_path)
+@pytest.mark.parametrize(("seed", "alike"), [(0, 0), (1, 0), (2, 0), (3, 0), (5, 1), (7, 1)])
+def test_search_of_pipelines_over_parts_equals_enumeration(seed, alike):
+    graph, fleet, asked = tiny_fleet(seed, "", alike)
     workload, _ = resolve(graph, fleet, asked, Pins())
     options = TraceOptions(model="", asked=asked, effort=10**9)
     searchers = list(searchers_of(graph, fleet, workload, options))
@@ -354,6 +371,35 @@ def border_seconds(found):
     engine = load_engine(found.workload.engine)
     one_s = border_form(fleet.parts, None, engine.network_share).at(np.float64(row.size_bytes))
     return row.total_s / (row.count * float(one_s))
+
+
+def test_groups_of_one_kind_cost_what_the_kind_does(plan, tmp_path):
+    """The same pipeline on 16 GPUs, and on 8 and 8 of them."""
+    words = ("pp=2", "tp=2", "dp=4", "zero=1", "micro_batch=1", "stages=3,3", "schedule=1f1b",
+             "recompute=none")  # fmt: skip
+    pins = [x for word in words for x in ("--fix", word)]
+    steps = []
+    for spec, more in (("h100x16", ()), ("h100x8+h100x8", PIPED)):
+        found = plan("trace", LLAMA, "--hardware", spec, *TINY, *pins, *more)
+        assert found[0] == 0, found
+        steps.append(json.loads((tmp_path / "plan.json").read_text())["estimate"])
+    assert steps[0]["step_time_us"] == steps[1]["step_time_us"]
+
+
+def test_a_batch_that_does_not_divide_is_shared_out_by_groups(plan, tmp_path):
+    """64 samples are 3 or 2 of each of 24 GPUs: quicker than in pipelines of 3 stages, and said."""
+    size = (*TINY[:4], "--global-batch", "64", "--seq-len", "4096")
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x24", *size)
+    assert code == 0 and "--hardware h100x16+h100x8 gives" in out + err
+    one = json.loads((tmp_path / "plan.json").read_text())
+    assert plan("trace", LLAMA, "--hardware", "h100x16+h100x8", *size)[0] == 0
+    two, d = json.loads((tmp_path / "plan.json").read_text()), load("plan.json").decisions
+    assert {share.part: share.microbatches for share in d.shares} == {"h100": 3, "h100#2": 2}
+    assert two["estimate"]["step_time_us"] < 0.98 * one["estimate"]["step_time_us"]
+    assert plan("check")[0] == 0 and "8 h100#2: 16 samples" in plan("show")[1]
+    for spec, engine in (("h100x16", ()), ("h100x24", ("--engine", "torchtitan"))):
+        code, out, err = plan("trace", LLAMA, "--hardware", spec, *size, *engine)
+        assert code == 0 and "of each group" not in out + err
 
 
 def test_stages_that_do_not_lie_on_the_parts_are_refused(plan, two, tmp_path):

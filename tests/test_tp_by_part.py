@@ -113,8 +113,8 @@ def test_a_pipeline_over_parts_gives_the_gradients_of_the_whole_model(world):
 
 
 def test_a_step_is_that_of_the_whole_model_and_sends_what_the_ledger_says(world):
-    """Two stages of two tp ranks and one of one, the sequence split and not, either order; the
-    bytes of every message of the rank that sends most."""
+    """Two stages of two tp ranks and one of one, the sequence split and not, either order, on two
+    kinds and in two groups of one; the bytes of every message of the rank that sends most."""
     fix = ("tp_by_part=h100:2,a100:1", "micro_batch=2", "recompute=none")
     plans = [planned("h100x4+a100x1", *fix, f"sequence_parallel={word}", f"schedule={schedule}")
              for word, schedule in (("on", "1f1b"), ("off", "zbh1"))]  # fmt: skip
@@ -123,6 +123,9 @@ def test_a_step_is_that_of_the_whole_model_and_sends_what_the_ledger_says(world)
     first = plans[0].decisions
     turned = replace(d, parts=first.parts[::-1], tp_by_part=first.tp_by_part[::-1])
     plans[1] = replace(plans[1], decisions=turned)
+    alike = ("tp_by_part=h100:2,h100#2:1", *fix[1:], "sequence_parallel=on", "schedule=gpipe")
+    plans.append(planned("h100x4+h100x1", *alike))
+    assert dict(plans[2].decisions.tp_by_part) == {"h100": 2, "h100#2": 1}
     found = world.run(5, pipelines.cases.compare_and_count, [("llama", plan) for plan in plans])
     for i, plan in enumerate(plans):
         for ranks in found:
@@ -172,6 +175,18 @@ def test_the_ledger_is_what_ranks_hold_and_send():
 
 TINY = ("--arg", "size=8b", "--arg", "n_layers=3", "--global-batch", "8", "--seq-len", "2048")
 PARTS = ("--hardware", "h100x8+a100x8", "--fix", "tp_by_part=h100:2,a100:4")
+
+
+def test_groups_of_one_kind_have_a_tp_each(plan, tmp_path):
+    groups = ("--hardware", "h100x16+h100x8", "--fix", "tp_by_part=h100:4,h100#2:2")
+    assert plan("trace", LLAMA, *groups, *TINY)[0] == 0
+    d = load(str(tmp_path / "plan.json")).decisions
+    assert dict(d.tp_by_part) == {"h100": 4, "h100#2": 2} and d.gpus == 24
+    shown = plan("show")[1]
+    assert "8 h100#2: stage" in shown and "16 h100: stage" in shown and ", tp 4" in shown
+    assert plan("check")[0] == 0 and plan("show", "--stage", "0")[0] == 0
+    code, _, err = plan("export", "--to", "megatron")
+    assert code == 1 and "tp_by_part" in err
 
 
 def test_it_is_planned_written_read_shown_and_refused(plan, tmp_path):
