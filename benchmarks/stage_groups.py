@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,11 +27,20 @@ from planner.fleet_search import FleetSearch, searchers  # noqa: E402
 from planner.fleet_space import FleetSearcher  # noqa: E402
 from planner.limits import parse_share  # noqa: E402
 from planner.options import TraceOptions  # noqa: E402
-from planner.show import mesh_words  # noqa: E402
 from planner.tracing import Clock, attempt, capture  # noqa: E402
 from planner.workload import Asked, resolve  # noqa: E402
 
+if TYPE_CHECKING:
+    from cost_models.decisions import Decisions
+
 MOST_DIVISIONS = 16
+
+
+def words(d: Decisions) -> str:
+    """The mesh of a plan, and its stages."""
+    tps = "/".join(str(tp) for _, tp in d.tp_by_part) or d.tp
+    parts = f", stages {'+'.join(str(n) for _, n in d.parts)}" if d.tp_by_part else ""
+    return f"pp {d.pp} dp {d.dp} cp {d.cp} tp {tps}, {d.schedule}{parts}"
 
 
 def divisions(spec: str) -> list[str]:
@@ -66,11 +76,13 @@ def main(arguments: list[str]) -> int:
     if result is not None and best is not None:
         step_ps = whole_step_ps(costs, best.objective_ps)
         print(f"{asked.hardware}: {step_ps / 1e12:.4g} s, gap {out.gap:.1%},"
-              f" {mesh_words(best.decisions)}", flush=True)  # fmt: skip
+              f" {words(best.decisions)}", flush=True)  # fmt: skip
     for spec in divisions(asked.hardware):
         fleet = load_any(spec)
         assert isinstance(fleet, Fleet)
-        found = FleetSearch(fleet=fleet, workload=workload, best=best, costs=costs)
+        found = FleetSearch(fleet=fleet, workload=workload)
+        if best is not None:
+            found.know(best, costs)
         first = tuple(part.name for part in fleet.parts)
         for one in searchers(graph, fleet, workload, options):
             if (isinstance(one, FleetSearcher) and one.apart
@@ -79,8 +91,8 @@ def main(arguments: list[str]) -> int:
         if found.best is best or found.best is None or found.costs is None:
             print(f"{spec}: none better", flush=True)
             continue
-        less = "" if best is None else f" ({found.step_ps / whole_step_ps(costs, best.objective_ps) - 1:+.2%})"
-        print(f"{spec}: {found.step_ps / 1e12:.4g} s{less}, {mesh_words(found.decisions)}",
+        less = found.step_ps / whole_step_ps(costs, best.objective_ps) - 1 if best else 0
+        print(f"{spec}: {found.step_ps / 1e12:.4g} s ({less:+.2%}), {words(found.decisions)}",
               flush=True)  # fmt: skip
         best, costs = found.best, found.costs
     return 0

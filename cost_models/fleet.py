@@ -115,7 +115,7 @@ def _fleet(name: str, parts: tuple[Cluster, ...], between: Link | None, where: s
         raise UsageError(f"{name} has one part", where=where, hints=("name it alone",))
     named: list[Cluster] = []
     for part in parts:
-        alike = [one for one in named if one.name.partition(AGAIN)[0] == part.name]
+        alike = [one for one in named if one.kind == part.name]
         if alike and replace(alike[0], count=part.count) != part:
             raise UsageError(
                 f"{name} names {part.name} twice", where=where,

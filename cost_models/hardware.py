@@ -117,9 +117,14 @@ class Cluster:
     uplink_gpus: int = 1
 
     @property
+    def kind(self) -> str:
+        """The name, whichever part of that kind in a sum it is."""
+        return self.name.partition(AGAIN)[0]
+
+    @property
     def spec(self) -> str:
-        """What `--hardware` takes: h100x64, whichever h100 of a sum it is."""
-        return f"{self.name.partition(AGAIN)[0]}x{self.count}"
+        """What `--hardware` takes: h100x64."""
+        return f"{self.kind}x{self.count}"
 
     @property
     def nodes(self) -> int:

@@ -91,7 +91,7 @@ def usd_per_hour(
 ) -> float | None:
     """What all GPUs of these parts cost an hour; None where the file does not say it. spot: each
     device at its spot price, one that has none on demand; None where none has one."""
-    found = [prices.get(part.name) for part in parts]
+    found = [prices.get(part.kind) for part in parts]
     if spot and all(p is None or p.spot_usd_per_gpu_hour is None for p in found):
         return None
     hourly = [
@@ -115,7 +115,7 @@ def on_spot(
 
 def preemptions(parts: Sequence[Cluster], prices: Mapping[str, Price]) -> float:
     """How often a spot GPU is taken away in an hour, the mean of all; one on demand never is."""
-    each = [(part.count, prices[part.name].spot_preemptions_per_gpu_hour) for part in parts]
+    each = [(part.count, prices[part.kind].spot_preemptions_per_gpu_hour) for part in parts]
     return sum(n * (often or 0.0) for n, often in each) / sum(n for n, _ in each)
 
 

@@ -21,6 +21,7 @@ from cost_models.mixed import MixedCosts, border_form, mixed
 from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
 from ir.errors import InfeasibleError, PlanError, UsageError
+from planner.commands.shared import prices_of
 from planner.decisions import Pins
 from planner.fleet_planning import attempt_fleet, plan_fleet
 from planner.fleet_search import FleetSearch
@@ -397,6 +398,10 @@ def test_a_batch_that_does_not_divide_is_shared_out_by_groups(plan, tmp_path):
     assert {share.part: share.microbatches for share in d.shares} == {"h100": 3, "h100#2": 2}
     assert two["estimate"]["step_time_us"] < 0.98 * one["estimate"]["step_time_us"]
     assert plan("check")[0] == 0 and "8 h100#2: 16 samples" in plan("show")[1]
+    assert plan("export", "--to", "torchrun")[0] == 0  # nodes are alike
+    (tmp_path / "usd.toml").write_text("[h100]\nusd_per_gpu_hour = 3.0\n")
+    assert list(prices_of("usd.toml", load_any("h100x16+h100x8").parts)) == ["h100"]
+    assert plan("show", "--goodput", "--prices", "usd.toml")[0] == 0
     for spec, engine in (("h100x16", ()), ("h100x24", ("--engine", "torchtitan"))):
         code, out, err = plan("trace", LLAMA, "--hardware", spec, *size, *engine)
         assert code == 0 and "of each group" not in out + err

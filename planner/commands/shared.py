@@ -108,7 +108,7 @@ def prices_of(path: str, parts: Sequence[Cluster]) -> dict[str, Price]:
 
     if not path:
         return {}
-    names = [part.name for part in parts]
+    names = [*dict.fromkeys(part.kind for part in parts)]
     found = load_prices(path, names)
     for name in names:
         if name not in found:

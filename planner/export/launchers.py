@@ -27,8 +27,8 @@ def nodes_of(plan: object, target: str, source: str) -> tuple[Plan, int, int]:
     parts = parts_of(load_cluster(p, Path(source).parent))
     gpus = p.decisions.gpus
     node = min(parts[0].node_size, gpus)
-    alike = len({part.device for part in parts}) == 1  # or groups of one kind, of whole nodes
-    if gpus % node or len(parts) > 1 and not (alike and all(one.count % node == 0 for one in parts)):
+    alike = len({part.kind for part in parts}) == 1  # groups of one kind, of whole nodes
+    if gpus % node or not alike or any(part.count % node for part in parts if len(parts) > 1):
         raise PlanError(
             f"--to {target} starts as many processes on every node",
             why=f"{p.hardware} has nodes that are not alike",
