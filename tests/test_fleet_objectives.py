@@ -21,13 +21,15 @@ from cost_models.prices import Price
 from ir.errors import InfeasibleError
 from planner.asking import estimated
 from planner.charges import charges
+from planner.check import Checked
 from planner.decisions import Pins
 from planner.fleet_planning import attempt_fleet, plan_fleet
 from planner.fleet_search import searchers
 from planner.limits import Limits
 from planner.objectives import plan_within
 from planner.options import TraceOptions
-from planner.plan import load
+from planner.plan import load, recost
+from planner.report.verdict import proof
 from planner.tracing import Clock
 from planner.workload import resolve
 
@@ -261,6 +263,20 @@ def test_a_range_of_batches_is_planned_for_what_the_objective_says():
     found = plan_within(graph, replace(options, batches=(2, 4)), fleet, Clock())
     assert found.charges.least_usd == min(each.values())
     assert "least cost a token of the ranges" in found.echo[-1]
+
+
+@pytest.mark.parametrize(("objective", "word"), [("cost", "cheaper"), ("time", "better"),
+                                                 ("energy", "of less energy")])  # fmt: skip
+def test_a_report_says_what_its_proof_is_of(objective, word):
+    graph, fleet, asked = tiny_fleet(10, None)
+    prices = {"quick": price("quick", 4.0), "slow": price("slow", 1.0)}
+    options = asked_for(asked, objective=objective, prices=prices)
+    plan = plan_fleet(graph, replace(options, effort=100), fleet, Clock()).plan
+    for status, gap in (("OPTIMAL", 0), ("FEASIBLE", 20_000)):
+        solver = replace(plan.solver, status=status, gap_ppm=gap)
+        said = proof(Checked(plan=replace(plan, solver=solver), hardware=fleet,
+                             estimate=recost(plan, fleet), inputs=(), stale=False))  # fmt: skip
+        assert f" {word} by " in said and ("2.0%" in said) == (gap > 0)
 
 
 # --- commands ------------------------------------------------------------------------------------

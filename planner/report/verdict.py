@@ -100,14 +100,15 @@ def proof(checked: Checked) -> str:
         return "pinned, not searched"
     if checked.moved and s.status != "ESTIMATE":
         return "what its search proved was of other inputs than today's"
+    better = {"cost": "cheaper", "energy": "of less energy"}.get(s.objective, "better")
     if s.pins:
-        of = "that has them is better by what an axis must earn" if s.status == "OPTIMAL" else (
-            f"better by {s.gap_ppm / 1e6:.1%} at most is not ruled out among those that have them")
+        of = f"that has them is {better} by what an axis must earn" if s.status == "OPTIMAL" else (
+            f"{better} by {s.gap_ppm / 1e6:.1%} at most is not ruled out among those with them")
         no = "no plan" if s.status == "OPTIMAL" else "a plan"
         return f"{s.status.lower()} under its pins: {pins_words(plan)} ({no} {of})"
     if s.status == "FEASIBLE":
-        return f"a plan better by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
-    return PROOF.get(s.status, s.status)
+        return f"a plan {better} by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
+    return PROOF.get(s.status, s.status).replace("better", better)
 
 
 def tiles(rows: Sequence[tuple[str, str, str]]) -> Html:
