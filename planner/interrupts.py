@@ -39,7 +39,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def held() -> Iterator[None]:
     """Ctrl-C waits until the end: around solvers that answer it themselves, and forget it.
 
-    CLP has its own handler while it solves: it gives up that program, and nobody else hears of it.
+    Some (CLP) have a handler while they solve: they give up that program, and nobody else hears.
     This thread does not take the signal; another of the process may, as libraries start some, and
     then the solver's answer says that it was stopped.
     """

@@ -19,8 +19,8 @@ from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 1_200  # linear programs at most, some 1.5 ms each
-STAGES = 40  # of such a program; one of more counts as often as it has so many
+PROGRAMS = 2_400  # linear programs at most, some ms each
+STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # of one stage program when it is asked
 CHEAP = 2  # times that this was no use; from then on twice as many each time
 NEAR = 100  # a bound is that near to the best, one part in so many, before that is asked about
@@ -96,8 +96,10 @@ class Proof:
         target = limit if high > limit and near_by else (one.bound_ps + 3 * min(high, limit)) // 4
         if high - one.bound_ps <= limit // WITHIN or self.programs <= 0:
             return one
-        refuted, cuts = self._refuted(one.problem, target, FIRST << max(0, asked - CHEAP))
-        if refuted:
+        most = FIRST << max(0, asked - CHEAP)
+        refuted, cuts = self._refuted(one.problem, target, most)
+        if refuted:  # what more programs would raise it to is asked anew
+            self.asked[one.order] = asked, limit + 1
             return None if target == limit else one.raised(target, self.gain_ppm)
         self.asked[one.order] = asked + 1, target
         better = near(one.problem, cuts, incumbent_ps=limit)
@@ -106,10 +108,10 @@ class Proof:
         return replace(one)
 
     def _refuted(
-        self, p: StageProblem, target: int, most: int
+        self, p: StageProblem, target: int, each: int
     ) -> tuple[bool, list[tuple[int, ...]]]:
-        """As `refute`, with so many programs at most: of what is refuted without a limit to memory
-        other programs are too, so that is asked first."""
+        """As `refute`, with so many programs at most. Of what is refuted without a limit to memory
+        other programs are too, so that is asked first, with few."""
         if self.known.covers(p, target):
             return True, []
         paths, free = self.shapes.of(p), unlimited(p)
@@ -118,6 +120,7 @@ class Proof:
         cuts: list[tuple[int, ...]] = []
         counts = -(-p.count // STAGES)
         for one in (*asked, p):
+            most = each if one is p else FIRST
             given = max(0, min(most, -(-self.programs // counts)))
             effort = Effort(programs=given)
             refuted, cuts = refute(one, target, paths, effort)

@@ -1,10 +1,11 @@
 """A bound of stage programs by cutting planes: linear programs over layers by stage and class.
 
 Every path through the schedule is a linear bound of the makespan (`cost_models/schedule_paths`).
-The relaxation: how many layers of each class a stage has and recomputes, in fractions; each rank's
-memory at its peaks; the paths that were violated so far. It is asked whether any choice has a step
-below some time: first in fractions; then the most layers that each rank can take in that time are
-rounded down, until all together cannot take the model's layers; then by halves of a rank's number.
+The relaxation: how many layers of each class a stage has and recomputes, in fractions, in the order
+of the chain as far as lines tell it (`stage_order`); each rank's memory at its peaks; the paths
+that were violated so far. It is asked whether any choice has a step below some time: first in fractions; then the most layers that each rank can take in that time are
+rounded down, until all together cannot take the model's layers; then by halves of a number that is
+not whole: of a rank's layers, of a stage's, of a class on a stage or of what is recomputed of it.
 Paths are of the schedule's shape alone, so programs of one shape share them.
 """
 
@@ -24,6 +25,7 @@ from cost_models.stage_problem import StageProblem, slow_of
 from planner.interrupts import held
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
+from planner.stage_order import hulls
 from planner.stage_ranks import bound_ps, tables
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
@@ -66,6 +68,7 @@ class Point:
     tail_ps: float
     ranks: list[float]
     stages: list[float]
+    columns: list[float]
 
 
 def applies(p: StageProblem) -> bool:
@@ -104,7 +107,10 @@ class _Planes:
         self.p, self.known, self.effort = p, known, effort
         self.unit = float(below_ps)
         self.inf = pywraplp.Solver.infinity()
-        self.solver: Any = pywraplp.Solver.CreateSolver("CLP")
+        self.solver: Any = pywraplp.Solver.CreateSolver("GLOP")
+        self.warm = pywraplp.MPSolverParameters()  # a program begins where the last one ended
+        self.warm.SetIntegerParam(self.warm.PRESOLVE, self.warm.PRESOLVE_OFF)
+        self.warm.SetIntegerParam(self.warm.LP_ALGORITHM, self.warm.DUAL)
         self.cuts: list[tuple[int, ...]] = []
         self.joined: set[int] = set()
         rows = _rows(p)
@@ -118,7 +124,9 @@ class _Planes:
         self.number = [self.solver.NumVar(p.chunks, most, "") for _ in range(p.pp)]
         self.span, self.tail = (self.solver.NumVar(0, 1 + TOLERANCE, "") for _ in range(2))
         self.columns: list[tuple[int, int, int, Any]] = []  # stage, class, level, variable
+        self.stages: list[Any] = []  # rows of the layers of each
         self._add_columns()
+        self._add_order()
         self._add_memory()
         self._add_tails()
         self._add_ranks()
@@ -176,7 +184,8 @@ class _Planes:
         for row, x in zip(of_rank, self.number):
             row.SetCoefficient(x, -1)
         for stage in range(p.count):
-            some = s.Constraint(1, self.inf)
+            some = s.Constraint(1, p.layers)
+            self.stages.append(some)
             for k, n in enumerate(counts):
                 if not self._may_be(stage, k):
                     continue
@@ -191,6 +200,30 @@ class _Planes:
                     y = s.NumVar(0, n, "")
                     self.columns.append((stage, k, level, y))
                     within.SetCoefficient(y, 1)
+
+    def _add_order(self) -> None:
+        """Layers are in a row: of the first so many, so many are of a class, between the hulls of
+        what the chain has at any whole number."""
+        p, s = self.p, self.solver
+        own = {(stage, k): x for stage, k, level, x in self.columns if level == 0}
+        sides = [(k, *side) for k in range(len(self.kinds) - 1)
+                 for side in hulls(self.kind_of, k)]  # fmt: skip
+        before: list[Any] = []
+        for stage in range(p.count - 1):
+            upto = []
+            for k in range(len(self.kinds)):
+                row, total = s.Constraint(0, 0), s.NumVar(0, p.layers, "")
+                row.SetCoefficient(total, -1)
+                if before:
+                    row.SetCoefficient(before[k], 1)
+                if (stage, k) in own:
+                    row.SetCoefficient(own[stage, k], 1)
+                upto.append(total)
+            before = upto
+            for k, rate, least, most in sides:
+                row = s.Constraint(least, most)
+                for kind, total in enumerate(upto):
+                    row.SetCoefficient(total, (kind == k) - rate)
 
     def _add_memory(self) -> None:
         """Of every rank at every moment that can be its peak, in shares of the capacity."""
@@ -267,14 +300,16 @@ class _Planes:
         objective.SetCoefficient(variable, 1)
         objective.SetOptimizationDirection(most)
         with held():
-            status = self.solver.Solve()
+            status = self.solver.Solve(self.warm)
         if status == self.solver.FEASIBLE:  # stopped, where nothing else stops it than its handler
             signal.raise_signal(signal.SIGINT)
         if status == self.solver.INFEASIBLE:
             return None
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved
             self.effort.programs = 0
-            return Point(times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[])
+            return Point(
+                times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[], columns=[]
+            )
         values = np.array([c[3].solution_value() for c in self.columns])
         layers = np.zeros(self.p.count)
         own = self.at[2] == 0
@@ -283,6 +318,7 @@ class _Planes:
             times=self.fixed.reshape(-1) + self.adds @ values,
             tail_ps=self.tail.solution_value() * self.unit,
             ranks=[x.solution_value() for x in self.number], stages=layers.tolist(),
+            columns=values.tolist(),
         )  # fmt: skip
 
     def _holds(self, point: Point) -> bool:
@@ -347,20 +383,45 @@ class _Planes:
             self.cuts.append(_rounded(point.stages, self.p.layers))
 
     def _halves(self, point: Point) -> bool:
-        part = [abs(n - round(n)) for n in point.ranks]
-        rank = max(range(self.p.pp), key=lambda r: (part[r], -r))
-        if part[rank] <= WHOLE:
+        """Both halves of a number that is not whole: of layers of a rank; where those are whole of
+        a stage; then of a class on a stage, or of those that are recomputed."""
+        found = self._broken(point)
+        if found is None:
+            self._guess(point)
             return False
-        x, at = self.number[rank], math.floor(point.ranks[rank])
+        x, value, of_ranks = found
+        at = math.floor(value)
         kept = [(y.lb(), y.ub()) for y in self.number]
-        for low, high in ((x.lb(), at), (at + 1, x.ub())):
+        own = x.lb(), x.ub()
+        for low, high in ((own[0], at), (at + 1, own[1])):
             x.SetBounds(low, high)
-            refuted = low > high or self.empty()
+            refuted = low > high or (self.empty() if of_ranks else self._nothing())
             for y, bounds in zip(self.number, kept):
                 y.SetBounds(*bounds)
+            x.SetBounds(*own)
             if not refuted:
                 return False
         return True
+
+    def _broken(self, point: Point) -> tuple[Any, float, bool] | None:
+        """What is the least whole, and whether it is of a rank; None where all are whole."""
+        groups = (
+            (self.number, point.ranks), (self.stages, point.stages),
+            ([c[3] for c in self.columns], point.columns),
+        )  # fmt: skip
+        for rows, values in groups:
+            part = [abs(n - round(n)) for n in values]
+            most = max(range(len(part)), key=lambda i: (part[i], -i))
+            if part[most] > WHOLE:
+                return rows[most], values[most], rows is self.number
+        return None
+
+    def _nothing(self) -> bool:
+        """As `empty`, where the most layers that each rank can take are whole."""
+        point = self._least(self.span, False)
+        if point is None:
+            return True
+        return self.effort.programs > 0 and self._halves(point)
 
 
 def _rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:

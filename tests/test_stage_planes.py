@@ -1,5 +1,6 @@
 """Paths through schedules, the bounds made of them, and what a search does with both."""
 
+import itertools
 import random
 import signal
 import threading
@@ -13,6 +14,7 @@ from test_stages import brute, large, tiny
 from cost_models.decisions import Decisions
 from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal, simulate
 from cost_models.schedule_paths import critical_path, rank_paths
+from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
 from planner.proving import Proof, Unsettled
 from planner.stage_planes import Effort, Known, applies, refute
@@ -150,7 +152,25 @@ def test_an_interrupt_that_a_solver_answered_is_passed_on(monkeypatch):
     """Where another thread takes the signal, a program that ends before its optimum is all there
     is to see of it."""
     p, effort = large(schedule="interleaved", virtual_stages=2, microbatches=32), Effort(programs=4)
-    monkeypatch.setattr(pywraplp.Solver, "Solve", lambda solver: solver.FEASIBLE)
+    monkeypatch.setattr(pywraplp.Solver, "Solve", lambda solver, _: solver.FEASIBLE)
     with interruptible() as asked:
         assert not refute(p, 2 * lower_bound_ps(p), Known.of(p), effort)[0]
         assert asked() and effort.programs == 0
+
+
+def test_layers_by_turns_and_whole_stages_are_refuted_to_the_optimum():
+    """Light and heavy layers by turns: no stage has light ones alone, nor a part of a layer. A time
+    just below the best of all cuts is refuted; one that exists is not."""
+    for heavy, m, pp in ((50, 4, 2), (90, 8, 2), (70, 4, 4)):
+        p = large(schedule="interleaved", virtual_stages=2, pp=pp, microbatches=m,
+                  capacity_bytes=10**15, levels=("none",), last=Extra())  # fmt: skip
+        p = cut_short(p, 11)
+        p = replace(p, **{name: tuple(10**7 * (heavy if i % 2 else 20) for i in range(11))
+                          for name in ("forward_ps", "input_grad_ps", "weight_grad_ps")})
+        count = 2 * pp
+        cuts = [tuple(b - a for a, b in itertools.pairwise((0, *at, 11)))
+                for at in itertools.combinations(range(1, 11), count - 1)]  # fmt: skip
+        best = min(evaluate(p, cut, ((0, 0),) * count)[0] for cut in cuts)
+        known = Known.of(p)
+        assert refute(p, best * 999 // 1000, known, Effort(programs=2_000))[0], (heavy, m, pp)
+        assert not refute(p, best + 1, known, Effort(programs=2_000))[0], (heavy, m, pp)
