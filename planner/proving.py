@@ -19,7 +19,7 @@ from planner.stage_planes import Effort, Shapes, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 2_400  # linear programs at most, some ms each
+PROGRAMS = 3_200  # linear programs at most, some ms each
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # of one stage program when it is asked
 CHEAP = 2  # times that this was no use; from then on twice as many each time

@@ -3,9 +3,10 @@
 Every path through the schedule is a linear bound of the makespan (`cost_models/schedule_paths`).
 The relaxation: how many layers of each class a stage has and recomputes, in fractions, in the order
 of the chain as far as lines tell it (`stage_order`); each rank's memory at its peaks; the paths
-that were violated so far. It is asked whether any choice has a step below some time: first in fractions; then the most layers that each rank can take in that time are
-rounded down, until all together cannot take the model's layers; then by halves of a number that is
-not whole: of a rank's layers, of a stage's, of a class on a stage or of what is recomputed of it.
+that were violated so far. It is asked whether any choice has a step below some time: first in
+fractions; then the most layers that each rank can take in that time are rounded down, until all
+together cannot take the model's layers; then by halves of a number that is not whole: of a rank's
+layers, of a stage's, of a class on a stage or of what is recomputed of it.
 Paths are of the schedule's shape alone, so programs of one shape share them.
 """
 
