@@ -19,7 +19,7 @@ from cost_models.serving_engines import ServingEngine
 from cost_models.serving_host import host_of
 from cost_models.serving_kv import kv_bytes, kv_here_bytes
 from cost_models.serving_ops import PARTS, Costs, FloatArray, Step, layer_s, step_of
-from cost_models.serving_queue import STEADY, Arrivals, gathered, mixed_s, prior_s
+from cost_models.serving_queue import STEADY, Arrivals, gathered, mixed_s, prior_s, shared
 from cost_models.serving_shapes import LayerShape, ServedModel
 from cost_models.serving_tiers import Below, below, below_bytes, sharers, streamed_units
 
@@ -224,6 +224,7 @@ def prompt_steps(
     of replicas of attention each reads prompts of its own. An engine that takes its requests as one
     batch reads all of them back to back, at the clock of a steady load."""
     costs = replace(costs, prompts_alone=True) if costs.engine.static else costs
+    host_s = costs.routed_host_s(model)
     chunk, fullest = _step_tokens(costs), np.maximum(prompts / costs.serving.attention_dp, 1.0)
     most = int(np.max(np.ceil(fullest * prompt / chunk)))
     room, left, found = np.maximum(chunk / fullest, 1.0), prompt * 1.0, np.zeros(np.shape(running))
@@ -239,7 +240,7 @@ def prompt_steps(
             np.broadcast_to(running, shape), np.broadcast_to(context, shape),
             np.where(new > 0, prompts, 0.0), new, past,
         )  # fmt: skip
-        for seconds in np.where(new > 0, step_s(costs, model, step), 0.0):
+        for seconds in np.where(new > 0, step_s(costs, model, step) + host_s, 0.0):
             found = found + seconds
     return found
 
@@ -275,18 +276,26 @@ def serve(
         own_s = prompt_steps(costs, model, beside, context, prompt, at_once)
         passed_s = steps * decode_s if engine.mixes else none
         delay_s = (own_s - passed_s) / at_once / s.pp
+    group = np.where(fit >= 1, fit, chunk / prompt) * s.attention_dp
+    # Prompts that are read together wait for the host together.
+    a_step, host_s = others / output * arrivals.bunched, costs.routed_host_s(model)
+    share = shared(arrivals, a_step, group, 1.0 if engine.mixes else arrivals.looked_every)
+    delay_s = np.maximum(delay_s - steps * host_s * (1 - share) / at_once / s.pp, 0.0)
     # Stages read different prompts at once: those behind wait for one stage's share of each.
     # A request of the first wave waits for those behind it alone, half of the others.
     first = 1 / np.asarray(arrivals.waves, dtype=np.float64)
     behind = others * (1 - first / 2)
-    tpot_s = decode_s + behind / output * np.maximum(delay_s, 0.0)
-    group = np.where(fit >= 1, fit, chunk / prompt) * s.attention_dp
+    tpot_s = decode_s + behind / output * delay_s
     if engine.mixes:
-        steady_s = mixed_s(arrivals, others, output, decode_s, own_s, steps, group, at_once)
+        steady_s = mixed_s(
+            arrivals, others, output, decode_s, own_s, steps, group, at_once, host_s
+        )
     else:
-        steady_s = prior_s(arrivals, others, output, decode_s, own_s, group, at_once)
+        steady_s = prior_s(
+            arrivals, others, output, decode_s, own_s, steps, group, at_once, host_s
+        )
     met = np.minimum(engine.wait_prompts, others / 2) / s.attention_dp  # of one's own replica
-    steady_s = steady_s + met * own_s
+    steady_s = steady_s + met * (own_s - steps * host_s)
     # The first wave arrives at once: in groups of as many prompts as a step takes.
     together = np.minimum(np.maximum(fit, 1.0) * s.attention_dp, running)
     batch_s = prompt_steps(costs, model, none, context, prompt, together)
@@ -296,7 +305,6 @@ def serve(
     burst_s = burst_s + (running + 1) / 2 * engine.arrival_host_s
     request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
     request_s = engine.request_host_s if request_s is None else request_s
-    request_s += engine.routed_op_host_s * model.routed_ops
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
         tpot_s, ttft_s = decode_s, request_s + batch_s

@@ -29,9 +29,9 @@ class ServingEngine:
     request_host_s: host time of a request before its first step (tokenizing, transport).
     arrival_host_s: of requests that arrive at once, what the host takes for each before the next
     (tokenizing, admission), one after another.
-    routed_op_host_s: host time of an op of a routed layer in a prompt's step, which are launched
-    one by one (no CUDA graph has their shapes) while steps before it run still: the first token
-    waits for it, the steps of others do not.
+    routed_op_host_s: host time of an op of a routed layer in a step that reads prompts, which are
+    launched one by one (no CUDA graph has their shapes) while the device waits; none where one
+    kernel does all that experts do (`Costs.routed_host_s`).
     kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
     chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
     waits. static: requests come as one batch, read and decoded to the end together.

@@ -29,7 +29,15 @@ from cost_models.serving_cpu import CPU
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Serving
 from cost_models.serving_engines import ServingEngine
 from cost_models.serving_kv import beside_bytes, seen
-from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, Recurrence
+from cost_models.serving_shapes import (
+    Attend,
+    Experts,
+    LayerShape,
+    Light,
+    Matrix,
+    Recurrence,
+    ServedModel,
+)  # fmt: skip
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -325,6 +333,13 @@ class Costs:
 
         found = functools.reduce(np.minimum, map(seconds, families))
         return np.asarray(written_s + found[back].reshape(np.shape(tokens)))
+
+    def routed_host_s(self, model: ServedModel) -> float:
+        """Host time of a step that reads prompts, in the routed layers: a chain of kernels that are
+        launched one by one. But 4-bit experts on tensor cores that have them are one call, from the
+        router's logits to the sum (FlashInfer's trtllm_fp4_block_scale_moe)."""
+        _, peak = _moe_families(self.device, self.serving.format_of("routed_experts"))
+        return 0.0 if peak == "nvfp4" else self.engine.routed_op_host_s * model.routed_ops
 
     def _rows(self, tokens: int, experts: Experts) -> tuple[float, ...]:
         """Rows of each expert of the busiest rank that is given any."""

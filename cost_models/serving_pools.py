@@ -36,12 +36,11 @@ _HALVINGS = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
     """A replica that reads prompts: seconds of one alone, prompts a second where many wait, and
-    bytes of its fullest GPU with the caches of HELD of them. host_s: of routed layers' launches."""
+    bytes of its fullest GPU with the caches of HELD of them."""
 
     alone_s: float
     prompts_per_s: float
     held_bytes: float
-    host_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +110,6 @@ def reads(
     return Reads(
         alone_s=float(found[0]), prompts_per_s=float((s.pp * counts / found).max()),
         held_bytes=fixed + HELD * memory.kv_bytes_per_sequence,
-        host_s=engine.routed_op_host_s * model.routed_ops,
     )  # fmt: skip
 
 
@@ -188,7 +186,7 @@ def pooled(
     # As in `serving.serve`: others' prompts that come at about the same time are read before.
     others = max(batch / p.replicas - 1, 0.0)
     before_s = min(engine.wait_prompts, others / 2) * read.alone_s / p.attention_dp
-    alone_s = engine.request_host_s + read.host_s + read.alone_s + moved.exposed_s
+    alone_s = engine.request_host_s + read.alone_s + moved.exposed_s
     fixed_s = alone_s + before_s
 
     def step_s(decoding: float) -> float:

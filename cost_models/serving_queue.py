@@ -76,32 +76,46 @@ def turns(before: FloatArray, at_once: FloatArray | float) -> FloatArray:
     return np.asarray(np.maximum(before - (at_once - 1), 0.0) / at_once)
 
 
+def shared(
+    arrivals: Arrivals, a_step: FloatArray, group: FloatArray, looked: FloatArray | float = 1.0
+) -> FloatArray:
+    """Share that a prompt has of what a step takes however many it reads. Those that come between
+    two looks (Poisson), or that are waited for, are read together as far as they fit a step."""
+    came = np.maximum(a_step * looked, 1e-12)
+    together = np.maximum(came / -np.expm1(-came), 1 + gathered(arrivals, a_step)[1])
+    return np.asarray(1 / np.clip(together, 1.0, np.maximum(group, 1.0)))
+
+
 def mixed_s(
     arrivals: Arrivals, others: FloatArray, output: FloatArray, decode_s: FloatArray,
     own_s: FloatArray, steps: FloatArray, group: FloatArray, at_once: FloatArray | float = 1.0,
+    host_s: float = 0.0,
 ) -> FloatArray:  # fmt: skip
     """Seconds from arrival to first token where prompts are read in steps that decode too.
 
-    others: requests beside it. own_s: of a prompt's `steps` steps, decoding included. Half of the
+    others: requests beside it. own_s: of a prompt's `steps` steps, decoding included; host_s: what
+    of each is the same for however many prompts. Half of the
     step that runs, longer by the prompts it reads (an arrival falls anywhere in time, so the
     likelier in a longer step); then a step with those that came during it. at_once: prompts that
     those steps read beside one another, one each of as many replicas of attention.
     """
     a_step = others / output * arrivals.bunched
-    prompt_s = np.maximum(own_s - steps * decode_s, 0.0)
-    mean_s = decode_s + prompt_s * a_step / at_once / steps
+    prompt_s = np.maximum(own_s - steps * (decode_s + host_s), 0.0)
+    each_s = prompt_s + steps * host_s * shared(arrivals, a_step, group)
+    mean_s = decode_s + each_s * a_step / at_once / steps
     # of the step that an arrival falls in; the prompts of a step are Poisson
-    met_s = mean_s + prompt_s**2 * a_step / at_once / mean_s
+    met_s = mean_s + each_s**2 * a_step / at_once / mean_s
     held, more = gathered(arrivals, a_step)
     before = read_before(a_step * met_s / mean_s + more, group)
     late = np.maximum((before + 1) / group - steps, 0.0)
-    waited_s = prompt_s * turns(before, at_once) + late * decode_s
+    waited_s = prompt_s * turns(before, at_once) + late * (decode_s + host_s)
     return held * decode_s + met_s / 2 + own_s + waited_s
 
 
 def prior_s(
     arrivals: Arrivals, others: FloatArray, output: FloatArray, decode_s: FloatArray,
-    own_s: FloatArray, group: FloatArray, at_once: FloatArray | float = 1.0,
+    own_s: FloatArray, steps: FloatArray, group: FloatArray, at_once: FloatArray | float = 1.0,
+    host_s: float = 0.0,
 ) -> FloatArray:  # fmt: skip
     """The same where prompts are read before anything is decoded. own_s: of a prompt alone.
 
@@ -109,9 +123,13 @@ def prior_s(
     """
     a_step = others / output * arrivals.bunched
     between_s = arrivals.looked_every * decode_s
-    prompts_s = a_step / at_once * own_s
+    prompt_s = own_s - steps * host_s
+    share = shared(arrivals, a_step, group, arrivals.looked_every)
+    prompts_s = a_step / at_once * (prompt_s + steps * host_s * share)
     reads = prompts_s / (decode_s + prompts_s)  # share of the time
     held, more = gathered(arrivals, a_step)
     before = read_before(a_step * arrivals.looked_every + more, group)
     running_s = (1 - reads) * between_s / 2 + reads * own_s / 2
-    return held * decode_s + running_s + own_s * (1 + turns(before, at_once))
+    late = np.maximum((before + 1) / group - steps, 0.0)
+    waited_s = prompt_s * turns(before, at_once) + late * host_s
+    return held * decode_s + running_s + own_s + waited_s

@@ -295,6 +295,30 @@ def test_prompts_are_read_in_chunks_of_the_engine() -> None:
     assert together < 4 * prompt_steps(_costs(), model, 0 * one, one, 1024 * one, one)
 
 
+def test_the_host_launches_experts_that_are_a_chain_of_kernels() -> None:
+    """Each step that reads prompts waits for it, so all requests do; not where one kernel does all
+    that experts do (4 bits where tensor cores have them), nor without experts."""
+    one = np.ones(1)
+
+    def seconds(name: str, fmt: str, hardware: str, op_s: float) -> tuple[float, float, float]:
+        costs = _costs(hardware=hardware, prefill_chunk=1024, weights=(("routed_experts", fmt),))
+        costs = replace(costs, engine=replace(costs.engine, routed_op_host_s=op_s))
+        model = model_of(name)
+        steps = float(prompt_steps(costs, model, 0 * one, one, 4096 * one, one)[0])
+        out = serve(costs, model, 1000 * one, 200 * one, 2 * one, 64 * one)
+        return steps, float(out.tpot_s[0]), float(out.ttft_s[0])
+
+    cases = (("gpt_oss", "fp4", "h100x1", True), ("gpt_oss", "fp4", "b200x1", False),
+             ("gpt_oss", "fp8", "b200x1", True), ("llama", "bf16", "b200x1", False))  # fmt: skip
+    for name, fmt, hardware, waits in cases:
+        none, some = (seconds(name, fmt, hardware, op_s) for op_s in (0.0, 1e-5))
+        host_s = 1e-5 * model_of(name).routed_ops * waits
+        assert some[0] - none[0] == pytest.approx(4 * host_s)  # four chunks
+        # one prompt of another in 200 steps, of which few share a step
+        assert 0.9 * host_s / 200 <= some[1] - none[1] <= host_s / 200 * (1 + 1e-9)
+        assert host_s <= some[2] - none[2] <= 3 * host_s
+
+
 @pytest.mark.parametrize("fmt", sorted(WEIGHT_BYTES))
 @pytest.mark.parametrize("hardware", ["a100x1", "h100x1", "b200x1", "t4x1"])
 def test_every_format_is_costed_everywhere(fmt: str, hardware: str) -> None:

@@ -13,13 +13,14 @@ from cost_models.serving_queue import (
     mixed_s,
     prior_s,
     read_before,
+    shared,
 )
 
 SPREAD, WAVES = 0.2 / 0.9, 10
 STEP_S = 0.01
 
 
-def played_s(requests, output, prompt_s, group, mixes, looked=1):
+def played_s(requests, output, prompt_s, group, mixes, looked=1, host_s=0.0):
     """Mean seconds to a first token of all waves but the first: answers of .8 to 1 of the longest,
     each followed by the next request, at no particular time."""
     draw = random.Random(7)
@@ -35,7 +36,7 @@ def played_s(requests, output, prompt_s, group, mixes, looked=1):
             seen += sorted(came for came in coming if came <= now)
             coming, since = [came for came in coming if came > now], 0
         batch, seen = seen[:group], seen[group:]
-        now += prompt_s * len(batch)
+        now += prompt_s * len(batch) + host_s * bool(batch)
         if mixes or not batch:
             now, since = now + STEP_S, since + 1
             running = [left - 1 for left in running]
@@ -48,13 +49,16 @@ def played_s(requests, output, prompt_s, group, mixes, looked=1):
     return sum(waits) / len(waits)
 
 
-def wait_s(requests, output, prompt_s, group, mixes, looked=1):
+def wait_s(requests, output, prompt_s, group, mixes, looked=1, host_s=0.0):
     arrivals = Arrivals(waves=WAVES, bunched=bunching(SPREAD, WAVES), looked_every=looked)
     others, one = np.array([requests - 1.0]), np.ones(1)
     if mixes:
-        own_s = (STEP_S + prompt_s) * one
-        return mixed_s(arrivals, others, output * one, STEP_S * one, own_s, one, group * one)[0]
-    return prior_s(arrivals, others, output * one, STEP_S * one, prompt_s * one, group * one)[0]
+        own_s = (STEP_S + prompt_s + host_s) * one
+        return mixed_s(arrivals, others, output * one, STEP_S * one, own_s, one, group * one,
+                       host_s=host_s)[0]  # fmt: skip
+    own_s = (prompt_s + host_s) * one
+    return prior_s(arrivals, others, output * one, STEP_S * one, own_s, one, group * one,
+                   host_s=host_s)[0]  # fmt: skip
 
 
 @pytest.mark.parametrize(("requests", "output", "prompt_s", "group", "looked"), [
@@ -67,6 +71,30 @@ def test_the_wait_is_what_a_loop_sees(requests, output, prompt_s, group, looked,
         pytest.skip("an engine that mixes looks at each step")
     got = wait_s(requests, output, prompt_s, group, mixes, looked)
     assert got == pytest.approx(played_s(requests, output, prompt_s, group, mixes, looked), rel=0.2)
+
+
+@pytest.mark.parametrize(("requests", "output", "prompt_s", "group", "looked", "host_s"), [
+    (4, 400, 0.01, 8, 1, 0.04), (32, 400, 0.01, 8, 1, 0.04), (64, 400, 0.01, 8, 1, 0.02),
+    (32, 400, 0.01, 8, 30, 0.1), (8, 400, 0.05, 2, 10, 0.1),
+])  # fmt: skip
+@pytest.mark.parametrize("mixes", [True, False], ids=["mixes", "reads first"])
+def test_prompts_that_are_read_together_wait_for_the_host_once(
+    requests, output, prompt_s, group, looked, host_s, mixes
+):
+    if mixes and looked > 1:
+        pytest.skip("an engine that mixes looks at each step")
+    loop = (requests, output, prompt_s, group, mixes, looked, host_s)
+    assert wait_s(*loop) == pytest.approx(played_s(*loop), rel=0.2)
+
+
+def test_the_share_of_what_a_step_takes_is_that_of_poisson_arrivals():
+    draw = np.random.default_rng(2).poisson(0.8, 200_000)
+    (share,) = shared(Arrivals(), np.array([0.8]), np.array([64.0]))
+    assert share == pytest.approx((draw > 0).sum() / draw.sum(), rel=0.01)
+    assert shared(Arrivals(), np.array([50.0]), np.array([4.0]))[0] == 1 / 4  # no more fit a step
+    assert shared(Arrivals(), np.array([0.0]), np.array([4.0]))[0] == pytest.approx(1.0)
+    waits = Arrivals(gathered_prompts=3.0, gathered_steps=1e9)
+    assert shared(waits, np.array([0.01]), np.array([4.0]))[0] == pytest.approx(1 / 3, rel=0.01)
 
 
 def test_one_request_waits_for_its_own_steps_alone():

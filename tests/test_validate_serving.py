@@ -175,6 +175,19 @@ def test_a_token_quicker_than_its_kernels_is_drafted(folder):
     assert {one.row.id for one in got.set_aside} == {"r0", "r2"}
 
 
+def test_a_series_at_its_kernels_drafts_where_another_of_its_release_does(folder):
+    """No run pays so little beside its kernels; alone it proves nothing."""
+    drafter = {"model_path": "us/Drafter"}
+    (one,) = report(folder, drafter).fit
+    near = drafter | {"silicon_tpot_ms": str(one.floor_s * 1.1e3)}
+    far = drafter | {"silicon_tpot_ms": str(one.floor_s * 2e3), "tp_size": "1"}
+    shown = drafter | {"silicon_tpot_ms": "0.001", "silicon_ttft_ms": "0.01", "tp_size": "4"}
+    assert not report(folder, near).set_aside
+    assert {o.row.id for o in report(folder, near, far, shown).set_aside} == {"r0", "r2"}
+    other = shown | {"backend_version": "9.9"}  # of another release
+    assert {o.row.id for o in report(folder, near, far, other).set_aside} == {"r2"}
+
+
 def test_a_cap_on_requests_is_seen_by_littles_law(folder):
     got = report(folder, {"silicon_ttft_ms": "9000", "concurrency": "64", "batch_size": "64"})
     ((_, reason),) = got.unfit

@@ -44,7 +44,7 @@ STALLED = (
     " can cost: kernels compiled or loaded while it was measured"
 )
 _STALL = 2.0, 0.2  # of what a first token can wait for: times, and seconds of a server's own
-_SAME = 1.2  # a run this much slower than its twin drafts nothing
+_SAME = 1.2  # a run this much slower than its twin, or than its kernels, drafts nothing
 Engines = Mapping[str, ServingEngine]
 Progress = Callable[[str], None]
 
@@ -157,7 +157,9 @@ def _served(
     kernels = replace(costs, engine=bare, prompts_alone=True)
     floor = serve(kernels, model, prompt, output, batch, room, arrivals)
     left = arrivals.looked_every + arrivals.gathered_steps + 1
-    worst_s = out.running * out.prefill_s + left * out.decode_s
+    steps = np.ceil(prompt / (costs.serving.prefill_chunk or costs.engine.chunk_tokens))
+    prompt_s = out.prefill_s - steps * costs.routed_host_s(model)  # which prompts wait for together
+    worst_s = out.running * prompt_s + left * out.decode_s
     return [
         ServedPrediction(
             row=row, ttft_s=float(out.ttft_s[i]), tpot_s=float(out.tpot_s[i]),
@@ -188,14 +190,18 @@ def _arrivals(costs: Costs, rows: Sequence[ServedRow], prompt: np.ndarray) -> Ar
 
 def drafted(found: Sequence[ServedPrediction]) -> set[str]:
     """Ids of runs that decide more than one token a step: of a model that can, where a run of the
-    series takes less a token than the kernels alone; but not runs with a faster twin."""
+    series takes less a token than the kernels alone, or all of them hardly more and another series
+    of that release and checkpoint does; but not runs with a faster twin."""
     series: dict[tuple[object, ...], list[ServedPrediction]] = defaultdict(list)
     for one in found:
         if one.row.drafts:
             series[one.row.series].append(one)
+    least = {key: min(o.row.tpot_s / o.floor_s for o in runs) for key, runs in series.items()}
+    releases = {_release(runs[0].row) for key, runs in series.items() if least[key] < 1}
     ids: set[str] = set()
-    for runs in series.values():
-        if all(one.row.tpot_s >= one.floor_s for one in runs):
+    for key, runs in series.items():
+        near = all(one.row.tpot_s < _SAME * one.floor_s for one in runs)
+        if least[key] >= 1 and not (near and _release(runs[0].row) in releases):
             continue
         quickest: dict[tuple[float, float, int], float] = {}
         for one in runs:
@@ -203,6 +209,10 @@ def drafted(found: Sequence[ServedPrediction]) -> set[str]:
             quickest[load] = min(quickest.get(load, math.inf), one.row.tpot_s)
         ids |= {o.row.id for o in runs if o.row.tpot_s < _SAME * quickest[_load(o.row)]}
     return ids
+
+
+def _release(row: ServedRow) -> tuple[object, ...]:
+    return row.engine, row.version, row.config, row.cluster.device.name, row.precision
 
 
 def capped(one: ServedPrediction) -> bool:
