@@ -30,9 +30,10 @@ def offloads(pins: Pins, *clusters: Cluster) -> tuple[Offload, ...]:
 
 def counts_layers(pins: Pins, cluster: Cluster, engine: str) -> bool:
     """Whether activations are searched to lie on the host by count of layers: where the pins leave
-    that open, as our own runtime does it."""
+    that open, as our own runtime does it. A pin that no layer is computed again leaves it open."""
     host = any(t.name == "cpu" for t in cluster.tiers)
-    return pins.offload is None and pins.recompute is None and host and engine in NATIVE
+    again = pins.recompute is not None and any((*pins.recompute.full, *pins.recompute.selective))
+    return pins.offload is None and not again and host and engine in NATIVE
 
 
 def counts_state(pins: Pins, cluster: Cluster, engine: str) -> bool:

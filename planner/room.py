@@ -51,6 +51,8 @@ def least_bytes(step: Step, *, recomputes: bool) -> int:
     wide, total = step.wide, 0
     working, gathered = [], []
     for kind, row in enumerate(step.rows):
+        if not counts[kind]:  # of units whose optimizer would lie below and does not, or is there
+            continue
         levels = range(3) if recomputes and kind in layers else (0,)
         total += counts[kind] * (_held(row) + min(wide(row.kept[n]) for n in levels))
         working.append(min(wide(row.working[n]) for n in levels))

@@ -411,6 +411,7 @@ class Searcher(Space):
         """Whether a state may fit; where none was found that does, the closest are kept."""
         again, capacity = self.pins.recompute, self.capacity_bytes
         recomputes = again is None or any((*again.full, *again.selective))
+        recomputes |= d.moved is not None  # half is on the host
         steps = (step, *step.beside)
         self._over[_state_key(d)] = min(map(state_bytes, steps)) > capacity
         least = min(least_bytes(one, recomputes=recomputes) for one in steps)

@@ -262,6 +262,8 @@ class Space:
                 (full[k % len(full)], counts[k % len(counts)])
                 for k in range(d.pp * d.virtual_stages)
             )
+        elif d.moved is not None and pins.recompute is not None:
+            fixed, levels = None, ("none", "selective")  # none again: half is on the host
         elif d.schedule in SPLIT_BACKWARD or ("activations" in d.tiers and d.moved is None):
             levels = ("none",)
         elif d.tp > 1 and self._never_whole:

@@ -357,3 +357,51 @@ def test_gradients_lose_bits_by_leave_alone():
     assert [kind for kind, _ in kinds.values()] == ["fp32", "bf16", "bf16"]
     default, free, pinned = (ps for _, ps in kinds.values())
     assert free == pinned < default
+
+
+def pinned_whole(d):
+    """Every decision of a plan, as a user pins it."""
+    full = "/".join(str(n) for n, _ in d.recompute)
+    return [
+        *(f"{key}={getattr(d, key)}" for key in ("pp", "dp", "cp", "tp", "zero", "micro_batch")),
+        f"schedule={d.schedule}", f"recompute={'full:' + full if any(full.split('0')) else 'none'}",
+        "offload=" + ",".join(":".join(row) for row in d.offload),
+        "stages=" + ",".join(map(str, d.stages)), f"reshard={'on' if d.reshard else 'off'}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "pins"),
+    [(30_000, []), (31_000, ["recompute=none"]), (34_000, ["recompute=none"]),
+     (36_000, ["recompute=none"])],
+)  # fmt: skip
+def test_a_plan_pinned_whole_is_the_plan(megabytes, pins):
+    """With activations of some layers on the host, which a pin that nothing is computed again
+    leaves open; and enumeration of all such plans finds no better one."""
+    cluster = replace(H100, count=1)
+    out = searcher(cluster, pins, megabytes=megabytes).run()
+    d = out.best.decisions
+    assert out.proved and any(d.moved) and any(map(any, d.recompute)) == (not pins)
+    whole = pinned_whole(d)
+    for left in (whole, [p for p in whole if not (pins and p.startswith("recompute"))]):
+        again = searcher(cluster, left, megabytes=megabytes).run()
+        assert again.proved and again.best.decisions == d
+        assert again.best.objective_ps == out.best.objective_ps
+    if pins:  # of the plans that keep all: none, by any number on the host and of optimizers there
+        searching = searcher(cluster, ["pp=1", *pins], megabytes=megabytes)
+        laid, steps = searching.assign(1, False), []
+        for zero, size, (below, moved) in itertools.product(
+            range(4), (1, 2), itertools.product(range(LAYERS + 1), repeat=2)
+        ):
+            one = replace(
+                d, zero=zero, micro_batch=size, microbatches=2 // size, reshard=False,
+                offload=tuple((what, f"cpu:{n}") for what, n in
+                              (("optimizer", below), ("activations", moved)) if n),
+            )  # fmt: skip
+            costs = searching.costs
+            if illegal(one, costs.workload):
+                continue
+            problem = stage_problem(costs, costs.step(one, laid))
+            step, _, fits = evaluate(problem, one.stages, one.pairs)
+            steps += [step] if fits else []
+        assert min(steps) == out.best.objective_ps
