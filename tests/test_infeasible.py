@@ -83,7 +83,7 @@ def test_leaving_out_what_cannot_fit_changes_nothing(tmp_path, monkeypatch):
 
 
 CORES = [
-    (8_000, ["recompute=none", "offload=none"]), (12_000, ["tp=1", "recompute=none", "pp=1"]),
+    (8_000, ["recompute=none", "offload=none"]), (16_000, ["tp=1", "pp=1", "micro_batch=2"]),
     (12_000, ["tp=1", "zero=0", "micro_batch=4"]), (8_000, ["dp=4", "offload=none", "zero=1"]),
     (5_000, ["dp=4", "recompute=none"]), (1_000, ["tp=2", "recompute=none"]),
 ]  # fmt: skip
