@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 from cost_models.chain import chain_of
 from planner.decisions import Pins
 from planner.mesh import facts_of
-from planner.plan import Plan
+from planner.plan import Plan, Solver
+from planner.score import AXIS_GAIN_PPM, PPM
 
 if TYPE_CHECKING:
     from planner.serving.plan import ServingPlan
 
+AN_AXIS = f"{AXIS_GAIN_PPM / PPM:.0%} an axis"  # what bounds of plans with more axes are less
 MOST_PINS = 6  # told by name
 SEARCHED = ("pp", "cp", "tp", "zero", "micro_batch", "recompute")  # for every model; dp follows
+
+
+def gain_words(s: Solver) -> str:
+    """What a search that ended before it had proved its plan left open. Its gap is of the order of
+    plans, in which an axis must earn something: a plan with one more may be quicker by that too."""
+    of = f" of {s.objective}" if s.objective != "time" else ""
+    return f"at most {s.gap_ppm / 1e4:.2f}%{of} can be gained, beyond {AN_AXIS}"
 
 
 def pins_said(pins: Pins) -> tuple[str, ...]:

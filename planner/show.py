@@ -21,7 +21,7 @@ from planner.options import Baseline, Timing
 from planner.placements import placements, tp_idle
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
-from planner.proved import all_pinned, status_words
+from planner.proved import AN_AXIS, all_pinned, gain_words, status_words
 from planner.share_words import microbatch_words, tp_words
 from planner.tightness import tight, tight_words
 from planner.wrapping import wrapped
@@ -255,14 +255,13 @@ def _most(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str]:
     s = plan.solver
     better = {"cost": "costs less", "energy": "takes less energy"}.get(s.objective, "is better")
-    of_cost = f" of {s.objective}" if s.objective != "time" else ""
     proof = {
         "OPTIMAL": (  # an axis more must earn 2% of the step: see docs/search.md
-            f"no plan of {many(s.meshes, 'mesh')} {better} by 2% an axis",
+            f"no plan of {many(s.meshes, 'mesh')} {better} by {AN_AXIS}",
             f"{s.meshes_solved} solved",
         ),
         "FEASIBLE": (
-            f"at most {s.gap_ppm / 1e4:.2f}%{of_cost} can be gained",
+            *gain_words(s).split(", "),
             f"{many(s.meshes, 'mesh')}, {many(s.meshes_solved, 'program')} solved",
         ),
         "ESTIMATE": ("every decision is given", "an estimate, not a search"),

@@ -14,7 +14,7 @@ from planner.decisions import recompute_words
 from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.offloads import offload_words
-from planner.proved import pins_words
+from planner.proved import AN_AXIS, gain_words, pins_words
 from planner.refused import refused_words
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, score_of
 from planner.why import Alternative, Binding
@@ -50,9 +50,9 @@ def alternative_text(base: Checked, found: Alternative) -> str:
         f" {format_seconds(now)}"
         for name, then, now in parts[:TERMS]
     ]
-    proof = "no better one is in the space" if found.solver.status == "OPTIMAL" else (
-        f"one better by {found.solver.gap_ppm / 1e6:.1%} at most is not ruled out"
-    )
+    proof = gain_words(found.solver)
+    if found.solver.status == "OPTIMAL":
+        proof = f"no other of the space is better by {AN_AXIS}"
     return "\n".join([*lines, *_row("proof", f"{found.solver.status}: {proof}")])
 
 

@@ -4,19 +4,23 @@ import re
 from dataclasses import replace
 
 import pytest
-from reports import served
+from reports import served, small
 from toy_plan import toy_graph, toy_plan
 
 from ir.errors import PlanError, UsageError
 from planner.decisions import parse_pins
 from planner.plan_text import parse_text, to_text
-from planner.proved import all_pinned, pins_said, status_words
+from planner.proved import all_pinned, gain_words, pins_said, status_words
 from planner.refused import parse_refused, require_held
 from planner.report.markup import escape
 from planner.report.serving_page import page
+from planner.report.verdict import searched, verdict
 from planner.serving.asked import parse_serve_pins, serve_pins_said
 from planner.serving.show import document, summary
 from planner.serving.text import to_text as serving_text
+from planner.show import summary as shown
+from planner.why import Alternative, Binding
+from planner.why_text import alternative_text
 
 EVERY = ("pp=2", "tp=2", "cp=1", "zero=3", "micro_batch=1", "recompute=none", "schedule=1f1b",
          "place:layers.*=S(0)")  # fmt: skip
@@ -32,6 +36,33 @@ def test_a_verdict_is_of_what_the_pins_left():
     assert status_words(pinned("tp=2")) == "OPTIMAL under its pins: tp=2"
     assert status_words(pinned(*EVERY)) == "pinned, not searched"
     assert not any(all_pinned(pinned(*EVERY[:i], *EVERY[i + 1 :])) for i in range(len(EVERY)))
+
+
+def test_a_gap_says_what_it_is_beyond():
+    """The text, the report's sentence and its tile, and the why of a plan say that an axis more may
+    gain 2% beside the gap, which is of an order in which it must earn that."""
+    said = "at most 0.27% can be gained, beyond 2% an axis"
+    found = replace(toy_plan().solver, status="FEASIBLE", gap_ppm=2_700)
+    assert gain_words(found) == said
+    assert gain_words(replace(found, objective="cost")) == said.replace("27%", "27% of cost")
+
+    def ended(solver):
+        one = small()
+        return replace(one, plan=replace(one.plan, solver=solver))
+
+    early = ended(found)
+    assert said in " ".join(shown(early.plan, early.estimate).split())
+    assert searched(early) == ("feasible", said)
+    assert str(verdict(early)).lower().count(said) == 2
+    some = ended(replace(found, pins=("tp=2",)))
+    assert f"({said}, by plans that have them)" in searched(some)[1]
+    for status, words in (("FEASIBLE", said), ("OPTIMAL", "no other of the space is better by 2%")):
+        row = Alternative(
+            refused=(("pp", 2),), binding=Binding(kind="time", component="compute"),
+            decisions=early.plan.decisions, estimate=early.estimate,
+            solver=replace(found, status=status),
+        )  # fmt: skip
+        assert words in " ".join(alternative_text(early, row).split())
 
 
 def test_pins_are_in_the_file_where_there_are_any():

@@ -9,14 +9,14 @@ from cost_models.units import format_bytes, format_count, format_rate, format_se
 from cost_models.validation.accuracy import memory_error
 from planner.check import Checked
 from planner.plan import Plan
-from planner.proved import all_pinned, pins_words
+from planner.proved import AN_AXIS, all_pinned, gain_words, pins_words
 from planner.report.charts import sentences, strong
 from planner.report.markup import Children, Html, el
 from planner.tightness import tight, tight_words
 from planner.why_text import decided
 
 PROOF = {
-    "OPTIMAL": "no plan of the space is better by what an axis must earn",
+    "OPTIMAL": f"no plan of the space is better by {AN_AXIS}",
     "ESTIMATE": "every decision was given: an estimate, not a search",
 }
 
@@ -102,12 +102,11 @@ def proof(checked: Checked) -> str:
         return "what its search proved was of other inputs than today's"
     better = {"cost": "cheaper", "energy": "of less energy"}.get(s.objective, "better")
     if s.pins:
-        of = f"that has them is {better} by what an axis must earn" if s.status == "OPTIMAL" else (
-            f"{better} by {s.gap_ppm / 1e6:.1%} at most is not ruled out among those with them")
-        no = "no plan" if s.status == "OPTIMAL" else "a plan"
-        return f"{s.status.lower()} under its pins: {pins_words(plan)} ({no} {of})"
+        of = f"no plan that has them is {better} by {AN_AXIS}"
+        of = of if s.status == "OPTIMAL" else f"{gain_words(s)}, by plans that have them"
+        return f"{s.status.lower()} under its pins: {pins_words(plan)} ({of})"
     if s.status == "FEASIBLE":
-        return f"a plan {better} by {s.gap_ppm / 1e6:.1%} at most is not ruled out"
+        return gain_words(s)
     return PROOF.get(s.status, s.status).replace("better", better)
 
 
