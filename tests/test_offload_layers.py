@@ -327,9 +327,14 @@ def test_some_layers_of_each_stage_are_found(tmp_path):
     assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
     whole = problem.searcher.under(Pins(offload=OPTIMIZER, **pins)).run().best
     assert out.best.objective_ps < 0.86 * whole.objective_ps
-    # refused, it is refused of any number of layers
+    # refused, it is refused of any number of layers, alone or with others: nothing else fits
+    held = {**pins, "offload": (("optimizer", "cpu"), ("activations", "cpu"))}
+    with_more = problem.searcher.under(Pins(**held)).run().best
+    assert with_more is not None
     searching = Without(costs=searching.costs, pins=Pins(**pins), refused=(("offload", d.offload),))
-    assert searching.run().best.decisions.tiers not in ({}, d.tiers)
+    assert searching.run().best is None
+    rest = replace(searching, refused=(("offload", with_more.decisions.offload),)).run().best
+    assert rest is not None and rest.objective_ps == out.best.objective_ps
 
 
 def test_which_layers_the_optimizer_is_of_is_known():
