@@ -8,7 +8,7 @@ from reports import small, tree
 from cost_models.decisions import Decisions
 from cost_models.estimate import estimate
 from planner.report import flips, whynot
-from planner.report.sensitivity import FACTORS, sensitivity
+from planner.report.sensitivity import FACTORS, Effect, Flip, sensitivity
 from planner.report.training import page as page_of
 from planner.score import score_of
 from planner.why import ROW_EFFORT, Why
@@ -69,6 +69,30 @@ def test_a_decision_flips_where_a_rival_comes_first(asked, found):
         assert FACTORS[0] <= flip.times <= FACTORS[-1] and flip.decisions != chosen
         if flip.decisions in behind:
             assert first(flip.times) != chosen
+
+
+def test_what_is_first_at_a_value_is_of_the_rivals_that_flip(found):
+    """A value beyond a flip has another plan first, and the table says which; one before it has
+    the same. Of memory it is said that a rival is not all there is."""
+    for effect in found.effects:
+        assert len(effect.firsts) == len(effect.changes)
+        for (factor, _), first in zip(effect.changes, effect.firsts):
+            beyond = [f for f in effect.flips if (f.times - 1) * (factor - 1) > 0
+                      and abs(f.times - 1) <= abs(factor - 1)]  # fmt: skip
+            assert (first is not None) == bool(beyond)
+    other = replace(DATA, dp=4, cp=2, shard=8)
+    flip = Flip(times=0.96, decisions=other, change=-0.001)
+    there = replace(flip, times=0.5, change=-0.2)
+    effect = Effect(
+        name="host link bandwidth", changes=((0.5, 0.3), (2.0, -0.1)), flips=(flip,),
+        firsts=(there, None),
+    )  # fmt: skip
+    room = replace(found.rooms[0], instead=other, instead_change=0.069)
+    made = replace(found, effects=(effect,), rooms=(room,))
+    page = tree(flips.section(made, DATA, "").body)
+    words = page.words()
+    assert "(-20.0% there)" in words and words.count("the same") == 1
+    assert "of the rivals then" in words and "less memory may find one nearer" in words
 
 
 def test_memory_at_which_it_no_longer_fits(asked, found):

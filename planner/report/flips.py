@@ -105,9 +105,17 @@ def _flip_words(flip: Flip, d: Decisions) -> str:
     return f"flips at x{flip.times:.2g}: {differing(d, flip.decisions)} ({flip.change:+.1%} there)"
 
 
+def _first_words(first: Flip | None, d: Decisions) -> str:
+    """Which plan comes first at a value."""
+    if first is None:
+        return "the same"
+    return f"{differing(d, first.decisions)} ({first.change:+.1%} there)"
+
+
 def _effect_lines(e: Effect, d: Decisions) -> list[list[Children]]:
     lines: list[list[Children]] = [
-        [e.name, f"x{factor:g}", f"{change:+.2%}", "the same"] for factor, change in e.changes
+        [e.name, f"x{factor:g}", f"{change:+.2%}", _first_words(first, d)]
+        for (factor, change), first in zip(e.changes, e.firsts, strict=True)
     ]
     lines += [[e.name, f"x{f.times:.2g}", "", _flip_words(f, d)] for f in e.flips]
     return lines
@@ -156,7 +164,8 @@ def _too_small(room: Room, d: Decisions) -> str:
     below = f"below {format_bytes(room.needs_bytes)} it does not fit"
     if room.instead is None:
         return f"{below}; no rival holds less"
-    return f"{below}; then {differing(d, room.instead)} ({room.instead_change:+.1%})"
+    then = f"{differing(d, room.instead)} ({room.instead_change:+.1%})"
+    return f"{below}; of the rivals then {then}, and a search with less memory may find one nearer"
 
 
 def _more(room: Room, d: Decisions) -> str:

@@ -54,11 +54,12 @@ class Flip:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """One input: what the chosen plan's step becomes, relative, at each of `SHOWN` (or of
-    `IMBALANCE`), and where it flips."""
+    `IMBALANCE`), which rival comes first there, if one does, and where it flips."""
 
     name: str
     changes: tuple[tuple[float, float], ...]
     flips: tuple[Flip, ...]
+    firsts: tuple[Flip | None, ...] = ()  # as `changes` has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +294,7 @@ def _effect(
     base = table.cost(table.hardware, table.workload, both[:1])[0].step_ps
     changes = tuple((f, known[f][0].step_ps / base - 1) for f in asked
                     if f in SHOWN or scaled is _imbalance)  # fmt: skip
+    firsts = tuple(_flip(f, both, known[f]) if _first(known[f]) else None for f, _ in changes)
     flips = []
     below, above = [f for f in asked if f < own][::-1], [f for f in asked if f > own]
     for side in (below, above):
@@ -303,7 +305,7 @@ def _effect(
                 flips.append(_narrowed(table, scaled, both, last, factor))
                 break
             last = factor
-    return Effect(name=name, changes=changes, flips=tuple(flips))
+    return Effect(name=name, changes=changes, flips=tuple(flips), firsts=firsts)
 
 
 def _first(made: Sequence[_Made]) -> int:
@@ -323,8 +325,13 @@ def _narrowed(
             flipped, made = middle, there
         else:
             still = middle
+    return _flip(flipped, both, made)
+
+
+def _flip(times: float, both: Sequence[Candidate], made: Sequence[_Made]) -> Flip:
+    """What comes first at a value."""
     first = _first(made)
-    return Flip(times=flipped, decisions=both[first].decisions,
+    return Flip(times=times, decisions=both[first].decisions,
                 change=made[first].step_ps / made[0].step_ps - 1)  # fmt: skip
 
 
