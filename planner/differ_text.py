@@ -9,7 +9,7 @@ from typing import Any
 from cost_models.units import format_bytes, format_seconds, format_short_rate
 from planner.attribution import TOGETHER, Effect
 from planner.differ import Change, Diff, Number
-from planner.serving.effects import HEADS, TITLE, effects_json, effects_text
+from planner.serving.effects import HEADS, TITLE, ServingEffect, effects_json, effects_text
 from planner.wrapping import wrapped
 
 SCHEMA = "diff/1"
@@ -29,10 +29,10 @@ def diff_text(d: Diff) -> str:
             f"  {n.name:14}{amount(n, n.old):>12} -> {amount(n, n.new):<12}{change:>8}{noise}"
         )
     lines += _section("decisions", d.decisions)
-    if len(d.effects) > 1:
+    if told_apart(d.effects, d):
         lines += ["", "what each change does alone, the old plan otherwise as it is"]
         lines += [f"{_seconds(row):>12}{_bytes(row):>12}  {_what(row)}" for row in d.effects]
-    if len(d.serving_effects) > 1:
+    if told_apart(d.serving_effects, d):
         lines += ["", *effects_text(d.serving_effects)]
     lines += _section("stages", d.stages)
     lines += _section("blocks: format and place", d.blocks)
@@ -41,6 +41,12 @@ def diff_text(d: Diff) -> str:
         lines += ["", "renamed", *(f"  {a} -> {b}" for a, b in d.renamed)]
     lines += _section("inputs", d.inputs)
     return "\n".join(map(wrapped, lines))
+
+
+def told_apart(rows: Sequence[Effect] | Sequence[ServingEffect], d: Diff) -> bool:
+    """Whether rows say more than the figures: of several changes, or of a lone input, which no list
+    of decisions names."""
+    return len(rows) > 1 or (bool(rows) and not (d.decisions or d.blocks))
 
 
 def diff_json(d: Diff) -> dict[str, Any]:
@@ -91,8 +97,8 @@ def diff_markdown(d: Diff, plan: str = "plan.json") -> str:
     tables = [
         ("Decisions", ("what", "before", "after", "meaning"), _rows(d.decisions, meaning=True)),
         ("What each change does alone, the old plan otherwise as it is",
-         ("what", "step time", "peak memory"), effects if len(effects) > 1 else []),
-        (TITLE, ("what", *HEADS), served if len(served) > 1 else []),
+         ("what", "step time", "peak memory"), effects if told_apart(d.effects, d) else []),
+        (TITLE, ("what", *HEADS), served if told_apart(d.serving_effects, d) else []),
         ("Stages", ("what", "before", "after"), _rows(d.stages)),
         ("Blocks: format and place", ("what", "before", "after"), _rows(d.blocks)),
         ("Placements on tp", ("what", "before", "after"), _rows(d.placements)),

@@ -123,7 +123,7 @@ def checked_html(found: Checked | CheckedServing) -> str:
 
 def diff_html(d: Diff) -> str:
     """A difference: the verdict, figures, decisions, what each change does alone."""
-    from planner.differ_text import amount, effect_words
+    from planner.differ_text import amount, effect_words, told_apart
     from planner.serving.effects import HEADS
 
     figures = [
@@ -135,9 +135,9 @@ def diff_html(d: Diff) -> str:
     changes = [(c.what, c.old, c.new) for rows in (d.decisions, d.blocks, d.inputs) for c in rows]
     tables = [_table(("", "before", "after", "change"), figures)]
     tables += [_table(("decided", "before", "after"), changes)] if changes else []
-    if len(d.effects) > 1:
+    if told_apart(d.effects, d):
         tables += [_table(("alone", "step time", "memory"), map(effect_words, d.effects))]
-    if len(d.serving_effects) > 1:
+    if told_apart(d.serving_effects, d):
         served = [(e.what, *e.cells, e.note) for e in d.serving_effects]
         tables += [_table(("in this order", *HEADS, ""), served)]
     return f"<div><p><b>{escape(d.verdict)}</b></p>{''.join(tables)}</div>"

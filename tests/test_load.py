@@ -257,3 +257,34 @@ def test_classes_and_exits(tmp_path: Path) -> None:
         None,
     )
     assert "SystemExit" in fails(write(tmp_path, "import sys\nsys.exit(3)\n")).why
+
+
+def test_a_file_of_a_package_is_imported_by_its_name(tmp_path, monkeypatch):
+    """Relative imports work, from any folder; what they read is in the key; a changed file is read
+    anew; a dotted name is answered by its file."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "some_pkg" / "sub"
+    folder.mkdir(parents=True)
+    (tmp_path / "some_pkg" / "__init__.py").write_text("")
+    (folder / "__init__.py").write_text("from .blocks import build\n")
+    (folder / "conf.py").write_text("D = 8\n")
+    (tmp_path / "some_pkg" / "top.py").write_text("WORDS = 100\n")
+    (folder / "blocks.py").write_text(
+        "from torch import nn\nfrom .conf import D\nfrom ..top import WORDS\n"
+        "def build():\n    return nn.Sequential(nn.Embedding(WORDS, D), nn.Linear(D, WORDS))\n"
+    )
+    keys = set()
+    for spec in ("some_pkg/sub/blocks.py", "some_pkg/sub/__init__.py:build"):
+        made = load(spec, {})
+        keys.add(made.key)
+        assert [tuple(p.shape) for p in made.model.parameters()] == [(100, 8), (100, 8), (100,)]
+    assert made.name == "sub"
+    for file, text, shape in (("conf.py", "D = 16\n", (100, 16)), ("../top.py", "WORDS = 50\n",
+                                                                 (50, 16))):  # fmt: skip
+        (folder / file).write_text(text)
+        made = load("some_pkg/sub/blocks.py", {})
+        assert made.key not in keys and next(made.model.parameters()).shape == shape
+        keys.add(made.key)
+    with pytest.raises(PlanError) as fault:
+        load("some_pkg.sub:build", {})
+    assert "plan trace some_pkg/sub/__init__.py:build" in fault.value.hints

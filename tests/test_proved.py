@@ -7,6 +7,7 @@ import pytest
 from reports import served, small
 from toy_plan import toy_graph, toy_plan
 
+from cost_models.serving_decisions import Held
 from ir.errors import PlanError, UsageError
 from planner.decisions import parse_pins
 from planner.plan_text import parse_text, to_text
@@ -124,6 +125,17 @@ def test_rows_of_serving_are_whole():
     assert "first token 1.23 s, then 321 ms" in " ".join(text.split())
     assert " ".join(text.split()).count("stale") == 30
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_what_the_cpu_multiplies_is_told_with_its_rows():
+    """Up to how many rows it does, and whether the steps of this load have more."""
+    found = served("h100x2")
+    held = (Held(block="mlp", tier="cpu", place="compute", resident=1),)
+    plan = replace(found.plan, serving=replace(found.plan.serving, tiers=held), rows_on_host=4)
+    for part, way in (("cpu", "multiplied on cpu"), ("stream", "streamed from cpu")):
+        p = replace(found.found, serving=plan.serving, parts=((part, found.found.decode_s),))
+        text = " ".join(summary(plan, p).split())
+        assert f"{way}, 1 layers on the GPU (multiplied there up to 4 rows a step" in text
 
 
 def test_few_tokens_a_second_are_told():

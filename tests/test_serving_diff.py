@@ -21,6 +21,7 @@ from planner.serving.asked import ServeAsked
 from planner.serving.attribution import GROUPS
 from planner.serving.check import CheckedServing, examine_serving
 from planner.serving.differ import diff_serving
+from planner.serving.effects import TITLE
 from planner.serving.plan import ServingPlan
 from planner.serving.tracing import recosted
 
@@ -80,6 +81,22 @@ def test_a_lone_change_does_all(key):
         (row,) = rows_of(a, b)
         assert row.keys == (key,) and sums([row]) == less(b, a)
     assert not rows_of(new, new)
+
+
+def test_the_batch_that_is_asked_for_is_named():
+    """Other requests at once are other work; where the search chose them they are a decision."""
+    few, many = (checked(batch=batch) for batch in (16, 64))
+    for one, words in ((0, False), (1, True)):
+        pair = [replace(c, plan=replace(c.plan, asked=replace(
+            c.plan.asked, batch=one * c.plan.serving.batch))) for c in (few, many)]  # fmt: skip
+        found = diff_serving(*pair)
+        assert ("requests at once 16 -> 64" in found.verdict) == words
+
+
+def test_a_lone_input_has_a_row():
+    found = diff_serving(checked(), checked(engine="sglang"))
+    assert [row.keys for row in found.serving_effects] == [("engine",)]
+    assert TITLE[1:] in diff_text(found) and TITLE in diff_markdown(found)
 
 
 def test_rows_in_one_order_sum_to_the_whole():

@@ -15,9 +15,16 @@ KEPT = ("  division", "  blocks", "  lossy", "  cache", "first token", "  gpu ",
 
 
 def abridged(text):
-    """The lines of an output that the page has."""
-    return "".join(f"{line}\n" for line in text.splitlines()
-                   if line.startswith(KEPT) and " served on " not in line)  # fmt: skip
+    """The lines of an output that the page has, with those that go on from them."""
+    kept, going = [], False
+    for line in text.splitlines():
+        if line.startswith(" " * 12):
+            going = going and not kept[-1].startswith(("  gpu", "  cpu", "  nvme"))
+        else:
+            going = line.startswith(KEPT)
+        if going and " served on " not in line:
+            kept.append(f"{line}\n")
+    return "".join(kept)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.serving import tiers
 from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
 from planner.serving.predict import predict
+from planner.serving.relief import relief
 from planner.serving.tracing import plan_serving
 
 LOAD = ServeLoad(prompt=512, output=128)
@@ -183,18 +184,38 @@ def test_where_the_cache_lies_is_pinned():
 
 
 def test_what_binds_is_named():
-    """One sequence reads all weights for one token; a thousand multiply as much as they read."""
+    """One sequence reads all weights for one token; a thousand multiply as much as they read, where
+    the host does not take longer than the kernels for each of them."""
     served, engine = model(layers=32, hidden=4096, inter=14336), load_serving_engine("vllm")
     named = {}
-    for hardware, batch in (("h100x1", 1), ("h100x1", 1024), ("t4x1", 1)):
-        load = ServeLoad(prompt=16, output=16)
-        named[hardware, batch] = predict(served, load_hardware(hardware), engine,
-                                         Serving(batch=batch), load).bottleneck  # fmt: skip
-    assert named["h100x1", 1] == "memory bandwidth" and named["h100x1", 1024] == "compute"
+    for name, batch in (("vllm", 1), ("native", 1024), ("vllm", 1024)):
+        p = predict(served, load_hardware("h100x1"), load_serving_engine(name),
+                    Serving(batch=batch), ServeLoad(prompt=16, output=16))  # fmt: skip
+        named[name, batch] = p.bottleneck, max(p.parts, key=lambda part: part[1])[0]
+    assert named == {("vllm", 1): ("memory bandwidth", "gemm"), ("native", 1024): (
+        "compute", "gemm"), ("vllm", 1024): ("host launches", "host")}  # fmt: skip
     lower = Serving(tiers=(Held(block="mlp", tier="cpu", place="stream"),))
     assert predict(served, load_hardware("h100x1"), engine, lower, LOAD).bottleneck == "host link"
     lower = Serving(tiers=(Held(block="mlp", tier="nvme", place="stream"),))
     assert predict(served, load_hardware("h100x1"), engine, lower, LOAD).bottleneck == "disk"
+
+
+def test_what_binds_is_the_largest_part_and_its_relief_is_open():
+    """The host of a step is named where it alone takes most; bits that were allowed, a tp that
+    lost, are no relief."""
+    served = model(layers=32, hidden=4096, inter=14336)
+    many = {"batch": 64, "objective": "throughput", "allow": ("fp8",), "allow_kv": ("fp8",)}
+    best = found(served, "h100x8", (), **many).best
+    assert max(best.parts, key=lambda part: part[1])[0] == "host"
+    assert best.bottleneck == "host launches" and best.serving.tp < 8
+    said = relief(best, ServeAsked(**many))
+    assert "--engine vllm" in said and "tp" not in said and "bits" not in said
+    bits = {"batch": 1, "allow": ("int8", "int4"), "engine": "vllm"}
+    for allow, word in ((("int8", "int4"), ""), (("int8",), "--allow int4"), ((), "int8,int4")):
+        one = found(served, "rtx-4090x1", (), **{**bits, "allow": allow}).best
+        assert one.bottleneck == "memory bandwidth"
+        said = relief(one, ServeAsked(**{**bits, "allow": allow}))
+        assert word in said and bool(word) == ("bits" in said)
 
 
 def test_nothing_lossy_unless_allowed():

@@ -22,6 +22,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ir.capture import limits
+from ir.capture.packages import (
+    import_of_package,
+    imports_relatively,
+    meant,
+    packages_of,
+    roots_of,
+)
 from ir.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -132,8 +139,9 @@ def _split(model_spec: str) -> tuple[Path, str]:
     if not path.is_file():
         raise PlanError(
             f"no such model file: {path}",
-            hints=("MODEL is model.py, model.py:factory, or a config.json or its folder",),
-        )
+            hints=(*meant(model_spec),
+                   "MODEL is model.py, model.py:factory, or a config.json or its folder"),
+        )  # fmt: skip
     if path.suffix not in (".py", ".json"):
         raise PlanError(f"{path} is neither a Python file nor a config.json")
     return path, factory
@@ -148,14 +156,15 @@ def _version(name: str) -> str:
 
 def _local_imports(path: Path) -> list[Path]:
     """The file and the files beside it that it imports, directly or not, in a stable order."""
-    folder, found, todo = path.resolve().parent, {}, [path.resolve()]
+    folder, found, packages = path.resolve().parent, {}, packages_of(path)
+    todo = [path.resolve(), *(package / "__init__.py" for package in packages)]
     while todo:
         file = todo.pop()
         if file in found:
             continue
         found[file] = True
         for name in _imported_names(file):
-            for base in (folder, file.parent):
+            for base in dict.fromkeys((folder, file.parent, *packages, *roots_of(path))):
                 stem = base.joinpath(*name.split("."))
                 todo += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
     return sorted(found)
@@ -204,7 +213,7 @@ def _load_file(path: Path, factory: str, args: Mapping[str, str], key: str) -> S
     shapes = [[tuple(t.shape)[1:] for t in meta.tensors(value)] for value in (first, second)]
     return Source(
         model=model,
-        name=path.stem,
+        name=path.resolve().parent.name if path.stem == "__init__" else path.stem,
         key=key,
         kind="file",
         task=_task(meta.tensors(first)),
@@ -234,8 +243,8 @@ def _users_code(path: Path, what: str) -> Iterator[None]:
     """Run the user's code: its prints go to stderr, its exception names its line, not ours."""
     from ir.capture import meta
 
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
+    folders = [*map(str, roots_of(path)), str(path.resolve().parent)]
+    sys.path[:0] = folders
     try:
         with contextlib.redirect_stdout(sys.stderr), meta.default_dtype_kept():
             yield
@@ -245,8 +254,9 @@ def _users_code(path: Path, what: str) -> Iterator[None]:
         cause = "".join(traceback.format_exception_only(error)).strip()
         raise PlanError(what, where=_line_of(error, path), why=cause) from error
     finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
+        for folder in folders:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(folder)
 
 
 def _line_of(error: BaseException, path: Path) -> str:
@@ -264,7 +274,10 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def _execute(path: Path) -> ModuleType:
-    """Import the file under a name of its own, so that `path` may be called anything."""
+    """Import the file under a name of its own, so that `path` may be called anything; one with
+    relative imports under its package's name."""
+    if packages_of(path) and imports_relatively(path):
+        return import_of_package(path)
     name = "meshwright_model_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     module = ModuleType(name)
     module.__file__ = str(path.resolve())

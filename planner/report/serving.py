@@ -31,7 +31,8 @@ from planner.report.markup import Html, el, join
 from planner.report.verdict import stale, tiles
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
-from planner.serving.predict import RELIEF, Prediction
+from planner.serving.predict import Prediction
+from planner.serving.relief import NOTHING, relief
 from planner.serving.show import memory_basis
 from planner.serving.text import block_records
 
@@ -52,6 +53,7 @@ def subtitle(plan: ServingPlan) -> str:
 def verdict(checked: CheckedServing) -> Html:
     """What requests see, whether it fits, what binds."""
     plan, p = checked.plan, checked.found
+    helps = relief(p, plan.asked)
     fits = "It fits" if p.fits else f"It does not fit: {p.missing}"
     missed = _missed(checked)
     request = format_seconds(p.latency_s(load_of(plan)))
@@ -63,7 +65,7 @@ def verdict(checked: CheckedServing) -> Html:
         el("p", sentences(
             el("span", f"{fits}{missed}.", class_="good" if p.fits and not missed else "bad"),
             [strong(p.bottleneck[:1].upper() + p.bottleneck[1:]),
-             f" binds: {RELIEF[p.bottleneck]} would help."],
+             f" binds: {helps}{' would help' * (helps != NOTHING)}."],
             f"What is lossy: {', '.join(plan.lossy)}." if plan.lossy else "Nothing in it is lossy.",
         ), class_="verdict"),
         tiles([

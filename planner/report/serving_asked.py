@@ -16,7 +16,8 @@ from planner.report.serving import load_of
 from planner.serving.asked import ServePins
 from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
-from planner.serving.predict import RELIEF, Prediction
+from planner.serving.predict import Prediction
+from planner.serving.relief import relief
 from planner.serving.search import best_first, search
 from planner.serving.show import division
 from planner.serving.tracing import recosted
@@ -89,7 +90,8 @@ def _other(checked: CheckedServing, o: Prediction, most: float, name: str) -> Ht
         Mark(start=o.ttft_s / most, end=whole / most, kind="decode",
              tip=f"{name}: then one every {format_seconds(o.tpot_s)}"),
     ]  # fmt: skip
-    words = f"{format_rate(o.tokens_per_s)} tokens/s; {o.bottleneck} binds: {RELIEF[o.bottleneck]}"
+    words = f"{format_rate(o.tokens_per_s)} tokens/s; {o.bottleneck} binds"
+    words += f": {relief(o, checked.plan.asked)}"
     return el("div", row(name, bar(marks), format_seconds(whole)),
               el("p", words, class_="because"), class_="reasoned")  # fmt: skip
 

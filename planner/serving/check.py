@@ -9,8 +9,10 @@ from cost_models.hardware import Cluster
 from cost_models.serving_engines import engines_with_pools, load_serving_engine
 from ir.errors import InfeasibleError, PlanError
 from planner.plan import constants_hash, load_cluster
+from planner.serving.asked import ServeAsked
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.predict import RELIEF, Prediction
+from planner.serving.predict import Prediction
+from planner.serving.relief import NOTHING, relief
 from planner.serving.tracing import recosted
 
 
@@ -78,7 +80,12 @@ def require_fit(checked: CheckedServing) -> None:
                               ("--max-tpot", p.tpot_s, asked.max_tpot_s)):  # fmt: skip
         if most is not None and value > most:
             raise InfeasibleError(f"the plan misses {flag} {most:g}s: {value:.4f} s",
-                                  why=f"{p.bottleneck} binds", hints=(RELIEF[p.bottleneck],))
+                                  why=f"{p.bottleneck} binds", hints=_hints(p, asked))
+
+
+def _hints(p: Prediction, asked: ServeAsked) -> tuple[str, ...]:
+    found = relief(p, asked)
+    return () if found == NOTHING else (found,)
 
 
 def updated(checked: CheckedServing) -> ServingPlan:

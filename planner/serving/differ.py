@@ -61,6 +61,8 @@ def diff_serving(old: CheckedServing, new: CheckedServing) -> Diff:
 def _work(a: ServingPlan, b: ServingPlan, renamed: Mapping[str, str]) -> tuple[str, ...]:
     """What makes a request, or what serves it, not the other plan's."""
     pairs = (("prompt", a.asked.prompt, b.asked.prompt), ("output", a.asked.output, b.asked.output),
+             *((("requests at once", a.serving.batch, b.serving.batch),)
+               if a.asked.batch or b.asked.batch else ()),  # else it is the search's
              ("GPUs", a.serving.devices, b.serving.devices))  # fmt: skip
     return (*other_model(a.graph, b.graph, renamed),
             *(f"{name} {x:,} -> {y:,}" for name, x, y in pairs if x != y))  # fmt: skip

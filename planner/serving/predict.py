@@ -18,17 +18,6 @@ from cost_models.serving_pools import Decodes, Pooled, Reads, decodes, moves, po
 from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import below_bytes, sharers
 
-RELIEF = {
-    "compute": "more GPUs, or a narrower format that the tensor cores multiply",
-    "memory bandwidth": "fewer bits a weight, or tp over more GPUs",
-    "interconnect": "a smaller tp, or GPUs that share NVLink",
-    "host link": "more of the weights on the GPU: fewer bits, or a GPU more",
-    "disk": "more host memory, or fewer bits a weight",
-    "host CPU": "more of the weights on the GPU, or faster host memory",
-    "host launches": "an engine with CUDA graphs, or a larger batch",
-    "capacity": "fewer bits in the cache or the weights, or more GPUs",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
@@ -180,20 +169,20 @@ def _missing(
 def _bottleneck(
     costs: Costs, model: ServedModel, seconds: Mapping[str, FloatArray], tokens: float
 ) -> str:
-    """What most of a step's time goes to; so many tokens pass a stage at once."""
+    """What the largest part of a step's time goes to; so many tokens pass a stage at once.
+    """
     s = costs.serving
     parts = {name: float(np.ravel(v)[0]) for name, v in seconds.items()}
     read_s, multiply_s = _bounds_s(costs, model, tokens)
-    kernels = parts["gemm"] + parts["moe"] + parts["attention"] + parts["elementwise"]
-    below = parts.get("stream", 0.0)
+    kernels = "compute" if multiply_s > read_s else "memory bandwidth"
     tiers = {h.tier for h in s.tiers} | ({s.kv_tier} - {"gpu"})
     causes = {
-        "compute" if multiply_s > read_s else "memory bandwidth": kernels,
-        "interconnect": parts["tp_comm"] + parts["ep_comm"] + parts["pp_comm"],
-        "disk" if tiers - {"cpu"} else "host link": below,
-        "host CPU": parts.get("cpu", 0.0), "host launches": parts["host"],
+        "stream": "disk" if tiers - {"cpu"} else "host link", "cpu": "host CPU",
+        "host": "host launches", "tp_comm": "interconnect", "ep_comm": "interconnect",
+        "pp_comm": "interconnect", "gemm": kernels, "moe": kernels, "attention": kernels,
+        "elementwise": "memory bandwidth",
     }  # fmt: skip
-    return max(causes, key=lambda name: causes[name])
+    return causes[max(causes, key=lambda name: parts.get(name, 0.0))]
 
 
 def _bounds_s(costs: Costs, model: ServedModel, tokens: float) -> tuple[float, float]:

@@ -23,7 +23,8 @@ from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
 from planner.serving.asked import ServeAsked, ServePins, check_steps
 from planner.serving.pools import candidates, considered
-from planner.serving.predict import RELIEF, Prediction, predict
+from planner.serving.predict import Prediction, predict
+from planner.serving.relief import NOTHING, relief
 from planner.serving.runnable import ExpertsOf, unservable
 from planner.serving.tiers import best_tiers
 
@@ -369,7 +370,8 @@ def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
             flags.append(f"{flag} {_above(value * 1e3)}ms")
     return InfeasibleError(
         "no plan meets the limits", why="\n".join((*said, f"{near.bottleneck} binds that plan")),
-        hints=(" ".join(flags) + " can be met", RELIEF[near.bottleneck]),
+        hints=(" ".join(flags) + " can be met",
+               *(word for word in (relief(near, asked),) if word != NOTHING)),
     )
 
 

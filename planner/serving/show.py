@@ -12,8 +12,10 @@ from cost_models.units import format_bytes, format_count, format_rate, format_se
 from planner.names import many
 from planner.options import Timing
 from planner.proved import status_words
+from planner.serving.asked import ServeAsked
 from planner.serving.plan import ServingPlan, kept_words
-from planner.serving.predict import RELIEF, Prediction
+from planner.serving.predict import Prediction
+from planner.serving.relief import relief
 from planner.serving.text import block_records, decisions_json, workload_json
 from planner.wrapping import wrapped
 
@@ -32,7 +34,7 @@ def document(
         "hardware": plan.hardware,
         "workload": workload_json(plan.asked),
         "decisions": decisions_json(plan) | {"blocks": block_records(plan.serving)},
-        "estimate": estimate_json(found),
+        "estimate": estimate_json(found, plan.asked),
         "lossy": list(plan.lossy),
         "solver": {"status": plan.solver.status, "gap": plan.solver.gap_ppm / 1e6,
                    "meshes": plan.solver.meshes,
@@ -50,7 +52,7 @@ def document(
     return made
 
 
-def estimate_json(p: Prediction) -> dict[str, Any]:
+def estimate_json(p: Prediction, asked: ServeAsked) -> dict[str, Any]:
     """What requests see, seconds, bytes and rates."""
     m = p.memory
     return {
@@ -64,7 +66,7 @@ def estimate_json(p: Prediction) -> dict[str, Any]:
         "max_concurrency": int(max(0.0, m.room_bytes) // m.kv_bytes_per_sequence
                                * p.serving.attention_dp * p.serving.replicas)
         if m.kv_bytes_per_sequence else None,
-        "bottleneck": p.bottleneck, "relief": RELIEF[p.bottleneck],
+        "bottleneck": p.bottleneck, "relief": relief(p, asked),
         "tiers": {name: round(size) for name, size in p.tiers},
         **({} if p.pools is None else {"pools": pools_json(p.pools)}),
     }  # fmt: skip
@@ -101,7 +103,7 @@ def summary(
     lines.append("")
     first, *rest = block_records(s)
     rows = [*rest, first | {"block": "others"}] if rest else [first]
-    lines += [_row("blocks", _block(row)) for row in rows]
+    lines += [_row("blocks", _block(row, plan.rows_on_host, found)) for row in rows]
     cache = f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"
     cache += f", on {s.kv_tier}" if s.kv_tier != "gpu" else ""
     cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window and not s.kv_policy else ""
@@ -125,7 +127,7 @@ def summary(
         share = size / capacity if name == "gpu" else None
         lines.append(_bar(name, format_bytes(round(size)), share))
     lines += [_row("", line) for line in wrap(memory_basis(found), WIDTH - 12)]
-    lines += ["", _row("binds", f"{found.bottleneck}: {RELIEF[found.bottleneck]}")]
+    lines += ["", _row("binds", f"{found.bottleneck}: {relief(found, asked)}")]
     predicted = many(plan.solver.meshes, "plan") + " predicted"
     lines += _packed("search", [*status_words(plan).split(", "), predicted])
     for at, p in enumerate(others[:3]):
@@ -178,13 +180,19 @@ def _degrees(s: Serving | Pool) -> dict[str, int]:
     return found | {"replicas": s.replicas}
 
 
-def _block(row: dict[str, Any]) -> str:
+def _block(row: dict[str, Any], rows_on_host: int, found: Prediction) -> str:
+    """A block's format and place; of one that the CPU may multiply, up to how many rows it does,
+    and what the steps of this load do."""
     text = f"{row['block'].replace('_', ' ')}: {row['format']}"
     if "tier" in row:
-        way = "streamed from" if row["place"] == "stream" else "multiplied on"
+        way = "streamed from"
+        if row["place"] == "compute" and dict(found.parts).get("cpu"):
+            way = "multiplied on"
         unit = "a layer" if row["block"] == "routed_experts" else "layers"
         kept = f", {row['resident']} {unit} on the GPU" if row["resident"] else ""
         text += f", {way} {row['tier']}{kept}"
+        if row["place"] == "compute" and rows_on_host:
+            text += f" (multiplied there up to {many(rows_on_host, 'row')} a step, streamed beyond)"
     return text
 
 

@@ -130,7 +130,7 @@ def size_json(found: ServeSizing, of: Served) -> dict[str, Any]:
                 "usd_per_hour": row.usd_per_hour,
                 "usd_per_million_tokens": row.usd_per_million_tokens,
                 "joules_per_token": row.joules_per_token,
-                "estimate": estimate_json(row.found),
+                "estimate": estimate_json(row.found, of.asked),
                 "decisions": _decisions(row),
             }
             for row, on in ordered(found, of.objective)

@@ -20,7 +20,8 @@ from cost_models.serving_shapes import ServedModel
 from ir.errors import InfeasibleError, UsageError
 from planner.options import Progress
 from planner.serving.asked import ServeAsked, ServePins
-from planner.serving.predict import RELIEF, Prediction
+from planner.serving.predict import Prediction
+from planner.serving.relief import NOTHING, relief
 from planner.serving.runnable import ExpertsOf
 from planner.serving.search import best_first, limits_used, predictions
 from planner.sizing import PAST, Left, counts
@@ -210,7 +211,7 @@ class ServeSizer:
                 flags += [f"--max-tpot {math.ceil(p.tpot_s * 1e3)}ms"] * (
                     asked.max_tpot_s is not None)  # fmt: skip
                 hints.insert(0, " ".join(flags) + " can be met")
-            hints.append(RELIEF[p.bottleneck])
+            hints += [word for word in (relief(p, asked),) if word != NOTHING]
         return InfeasibleError(
             f"none of {len(devices)} devices serves {asked.batch} requests at once within the"
             f" limits on {self.most_gpus} GPUs or fewer", why=why, hints=tuple(hints),
