@@ -21,6 +21,7 @@ from planner.fleet_stability import steady_fleet
 from planner.infeasible import explained, needs
 from planner.interrupts import interruptible
 from planner.limits import capped
+from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.outcome import Outcome
 from planner.plan import Plan, Solver, make_plan
@@ -115,7 +116,7 @@ def attempt_fleet(
     plan, made = _planned(graph, options.hardware, found, options.pins)
     word = {"gpus": "--objective gpus"}.get(options.objective, f"--max-gpus {options.limits.gpus}")
     if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
-        echo = (*echo, f"{word}: {plan.decisions.gpus} of {fleet.count} GPUs hold it")
+        echo = (*echo, f"{word}: {gpus_hold(plan.decisions.gpus, fleet.count)}")
     result = TraceResult(
         plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet, max(sizes), worth)),
         interrupted=found.stopped, baselines=found.baselines, timing=clock.timing(),

@@ -211,6 +211,11 @@ def _unquote(text: str) -> str:
     return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
+def gpus_hold(some: int, all_: int) -> str:
+    """That some of the GPUs are enough: `1 of 64 GPUs holds it`."""
+    return f"{some} of {all_} GPUs {'holds' if some == 1 else 'hold'} it"
+
+
 def many(count: int, what: str) -> str:
     """A number of things: `1 mesh`, `2 meshes`."""
     return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith(("sh", "ch")) else "s")

@@ -16,6 +16,7 @@ from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.charged import charged
 from planner.fleet_planning import attempt_fleet, plan_fleet, worth_of
+from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
@@ -141,7 +142,7 @@ def _of_one_kind(
         if fits is None:
             continue
         if _usd(fits) <= limits.usd:
-            of = f"{fewer.count} of {cluster.count} GPUs hold it"
+            of = gpus_hold(fewer.count, cluster.count)
             line = "--objective gpus" if options.objective == "gpus" else f"--max-gpus {most}"
             if fewer.count < cluster.count:
                 fits = replace(fits, echo=(*fits.echo, f"{line}: {of}"))

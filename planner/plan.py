@@ -228,7 +228,7 @@ def load(source: str, graph_path: str | None = None) -> Plan:
     found = load_plan(source, graph_path)
     if not isinstance(found, Plan):
         raise PlanError("this is a plan of serving, and the command is about training",
-                        where=source, hints=(f"plan show {source}", "planner.serve(model, plan)"))
+                        where=source, hints=(f"plan show {source}",))
     return found
 
 

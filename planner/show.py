@@ -146,7 +146,7 @@ def _head(plan: Plan) -> list[str]:
             "workload",
             f"batch {length}, {w.precision}{allowed}, {w.optimizer}, {w.engine}{skew}",
         ),
-        _row("mesh", ", ".join(mesh) + f" = {d.gpus} GPUs"),
+        _row("mesh", ", ".join(mesh) + f" = {many(d.gpus, 'GPU')}"),
         *([_row("parts", _parts(plan))] if d.parts or d.shares else []),
         _row("steps", f"micro-batches {microbatch_words(d)} x {d.micro_batch},"
              f" {d.schedule}{virtual}"),

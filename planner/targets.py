@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,12 @@ def require_target(target: str, *, embed: bool, flag: str = "-o ") -> None:
     """
     if target == "-":
         return
+    if not target:
+        raise UsageError(f"{flag}\"\" is no file's name", hints=(f"{flag}plan.json",))
     path = Path(target)
+    if target.endswith(("/", os.sep)) and not path.is_dir():
+        raise UsageError(f"{flag}{target} names a folder, and there is none",
+                         hints=(f"{flag}{path}",))  # fmt: skip
     try:
         _require_free(path, flag, embed=embed)
     except OSError as fault:  # a name that is too long, a folder that may not be entered

@@ -17,7 +17,7 @@ from planner.decisions import Pins, Recompute, parse_pins
 from planner.export import export
 from planner.export.as_run import as_written
 from planner.export.pinned import pinned
-from planner.importing import SOURCES, _asked, _pins, facts, read_file
+from planner.importing import SOURCES, _asked, _pins, _trace_words, facts, read_file, torchtitan
 from planner.importing.megatron import layout
 from planner.importing.origins import ORIGINS, contradicted, of_the_file
 from planner.options import TraceOptions
@@ -357,3 +357,22 @@ def test_pins_are_whole():
     pins, _, _ = read("megatron", SCRIPT)
     open_ = [k for k in Pins.__dataclass_fields__ if getattr(pins, k) is None]
     assert set(open_) == {"keep", "weights"}
+
+
+@pytest.mark.parametrize(("line", "compiled"), [
+    ("[training]\ncompile = true", "on"), ("[compile]\nenable = true", "on"), ("[training]", "off"),
+])  # fmt: skip
+def test_compile_of_the_older_layout_of_torchtitan_is_read(line, compiled):
+    read = torchtitan.parse(line, "run.toml")
+    made = torchtitan.decide(read, facts(toy_graph(), "bf16", 8))
+    assert made.pins["compile"] == compiled
+    assert not any("compile" in word for word in read.left(pinned("torchtitan-toml"))[1])
+
+
+def test_what_fits_is_asked_of_the_same_work():
+    asked = Asked(engine="deepspeed", global_batch=64, seq_len=4096, precision="bf16")
+    words = _trace_words(TraceOptions(
+        model="my model.py", hardware="a100x8", asked=asked, args=(("n_layers", "4"),),
+    ))  # fmt: skip
+    assert words == ("plan trace 'my model.py' --hardware a100x8 --engine deepspeed --global-batch"
+                     " 64 --seq-len 4096 --precision bf16 --arg n_layers=4")  # fmt: skip

@@ -184,16 +184,17 @@ def test_where_the_cache_lies_is_pinned():
 
 
 def test_what_binds_is_named():
-    """One sequence reads all weights for one token; a thousand multiply as much as they read, where
-    the host does not take longer than the kernels for each of them."""
+    """One sequence reads all weights for one token; a thousand multiply as much as they read. (Of
+    an engine whose host takes as long for each as the kernels, it binds: native's does not.)"""
     served, engine = model(layers=32, hidden=4096, inter=14336), load_serving_engine("vllm")
     named = {}
-    for name, batch in (("vllm", 1), ("native", 1024), ("vllm", 1024)):
+    for name, batch in (("vllm", 1), ("native", 1024)):
         p = predict(served, load_hardware("h100x1"), load_serving_engine(name),
                     Serving(batch=batch), ServeLoad(prompt=16, output=16))  # fmt: skip
         named[name, batch] = p.bottleneck, max(p.parts, key=lambda part: part[1])[0]
-    assert named == {("vllm", 1): ("memory bandwidth", "gemm"), ("native", 1024): (
-        "compute", "gemm"), ("vllm", 1024): ("host launches", "host")}  # fmt: skip
+    assert named == {
+        ("vllm", 1): ("memory bandwidth", "gemm"), ("native", 1024): ("compute", "gemm"),
+    }  # fmt: skip
     lower = Serving(tiers=(Held(block="mlp", tier="cpu", place="stream"),))
     assert predict(served, load_hardware("h100x1"), engine, lower, LOAD).bottleneck == "host link"
     lower = Serving(tiers=(Held(block="mlp", tier="nvme", place="stream"),))

@@ -13,6 +13,7 @@ from cost_models import constants_table
 from ir.errors import PlanError, UsageError
 from ir.text import format_graph
 from planner.hook import plans_of
+from planner.names import gpus_hold
 from planner.plan import load, load_cluster, write_whole
 from planner.plan_text import to_text
 
@@ -164,3 +165,22 @@ def test_constants_of_a_hardware_file_are_a_name_not_a_path(tmp_path):
     for name in (away, str(tmp_path / "mine")):
         with pytest.raises(UsageError, match="no constants named"):
             constants_table.load_constants(name)
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    (("trace", str(EXAMPLES / "llama.py"), "--hardware", "h100x1", "-o", "x.json/"),
+     ("-o x.json/ names a folder", "hint: -o x.json")),
+    (("trace", str(EXAMPLES / "llama.py"), "--hardware", "h100x1", "-o", ""),
+     ("is no file's name", "hint: -o plan.json")),
+    (("report", "toy.json", "-o", "page.html", "--trace", "notes.txt"),
+     ("notes.txt is there", "hint: --trace step.json")),
+])  # fmt: skip
+def test_a_target_that_is_none_is_told_what_would_do(plan, tmp_path, command, words):
+    (tmp_path / "notes.txt").write_text("mine\n")
+    code, _, err = plan(*command)
+    assert code == 64 and all(word in err for word in words)
+    assert not (tmp_path / "x.json").exists() and (tmp_path / "notes.txt").read_text() == "mine\n"
+
+
+def test_one_gpu_is_told_as_one():
+    assert gpus_hold(1, 64) == "1 of 64 GPUs holds it" and gpus_hold(8, 64).endswith("GPUs hold it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -56,15 +57,16 @@ def report(
         raise UsageError("both plans cannot come from stdin")
     if trace and trace == path:
         raise UsageError(f"the page and the trace are both {path}", hints=("--trace step.json",))
-    for target in (path, trace):
+    for target, free in ((path, "-o report.html"), (trace, "--trace step.json")):
         _require_place(target)
-        _require_ours(target)
+        _require_ours(target, free)
     _write(path, trace, sources, ask=why, effort=effort)
     return 0
 
 
-def _require_ours(target: str) -> None:
-    """Raise UsageError where a file is in the way that is no page or trace."""
+def _require_ours(target: str, free: str) -> None:
+    """Raise UsageError where a file is in the way that is no page or trace. free: another name, as
+    the flag takes it."""
     if target in ("", "-") or not Path(target).is_file():
         return
     with open(target, "rb") as file:
@@ -72,7 +74,7 @@ def _require_ours(target: str) -> None:
     if start and not start.startswith((b"<!DOCTYPE html>", b'{"displayTimeUnit"')):
         raise UsageError(f"{target} is there, and is no report or trace",
                          why="a plan or another file of yours would be lost",
-                         hints=("-o report.html", "remove it first if it may go"))  # fmt: skip
+                         hints=(free, "remove it first if it may go"))  # fmt: skip
 
 
 def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int) -> None:
@@ -113,6 +115,8 @@ def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int)
 
 def _require_place(target: str) -> None:
     """Raise UsageError for a path that cannot be written, before anything is computed."""
+    if target.endswith(("/", os.sep)) and not Path(target).is_dir():
+        raise UsageError(f"{target} names a folder, and is none", hints=(target.rstrip("/"),))
     if target not in ("", "-") and Path(target).is_dir():
         raise UsageError(f"{target} is a folder", hints=(f"{target}/report.html",))
     if target not in ("", "-") and not Path(target).parent.is_dir():

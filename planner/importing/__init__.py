@@ -6,6 +6,7 @@ Files are untrusted: they are read up to a size, nothing in them is run, no othe
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -135,12 +136,23 @@ def run(
         if isinstance(fault, UsageError):
             raise PlanError(f"the configuration cannot be planned: {own.what}", where=path,
                             why=own.why, hints=own.hints) from fault  # fmt: skip
-        trace = f"plan trace {options.model} --hardware {options.hardware}"
-        own.hints += (f"{trace} --engine {options.asked.engine}: what fits as it is run",)
+        own.hints += (f"{_trace_words(options)}: what fits as it is run",)
         raise own from fault
     return Imported(
         result=result, aside=aside, unknown=unknown, notes=(*setup.notes, *tp_note)
     )
+
+
+def _trace_words(options: TraceOptions) -> str:
+    """`plan trace` of the same work, on the same hardware and engine."""
+    asked = options.asked
+    given = (("--engine", asked.engine), ("--global-batch", asked.global_batch),
+             ("--seq-len", asked.seq_len), ("--precision", asked.precision),
+             ("--optimizer", asked.optimizer))  # fmt: skip
+    words = ["plan", "trace", options.model, "--hardware", options.hardware]
+    words += [str(word) for flag, value in given if value for word in (flag, value)]
+    words += [word for name, value in options.args for word in ("--arg", f"{name}={value}")]
+    return shlex.join(words)
 
 
 def facts(graph: Graph, precision: str, gpus: int) -> Facts:

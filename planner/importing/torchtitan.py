@@ -78,6 +78,7 @@ def decide(s: Settings, facts: Facts) -> Setup:
     if s.word("training.mixed_precision_reduce", "float32", ("float32",)) and python:
         s.on("training.disable_cuda_graphs")
     offloads = s.on("training.enable_cpu_offload")
+    old = not python and s.on("training.compile")  # of 0.1 and before, where it had no section
     rotation = s.word(p + "context_parallel_rotate_method", "allgather", _CP)
     split = s.on(p + "enable_sequence_parallel", True)
     pins = {
@@ -91,7 +92,7 @@ def decide(s: Settings, facts: Facts) -> Setup:
         "recompute": _recompute(s, stages), "formats": "none",
         "offload": "optimizer:cpu,params:cpu" if offloads else "none",
         "sequence_parallel": switch(tp > 1 and split),
-        "compile": switch(s.on("compile.enable")),
+        "compile": switch(s.on("compile.enable") or old),
         "cp_kind": _CP[rotation] if cp > 1 else "ring", "grad_dtype": "fp32",
     }  # fmt: skip
     asked = {"global_batch": str(batch), "seq_len": str(s.number("training.seq_len", 2048))}
