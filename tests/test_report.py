@@ -253,7 +253,7 @@ def test_what_of_a_server_s_memory_is_not_measured_is_said_beside_it():
     assert words in " ".join(summary(found.plan, found.found).split())
     assert words in unescape(serving_page.page([found]))
     assert "error is not measured" in found.plan._repr_html_()
-    told = estimate_json(found.found)
+    told = estimate_json(found.found, found.plan.asked)
     assert told["memory_error"] is None and told["reserved_bytes"] == 3_500_000_000
     on_cpu = replace(found.found, memory=replace(m, context_bytes=0.0))
     assert "2.0 GB for the values of a pass are an estimate" in memory_basis(on_cpu)
