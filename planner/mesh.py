@@ -228,7 +228,8 @@ def shard_sizes(
     mesh: Mesh, clusters: Sequence[Cluster], pins: Pins, zero: int, outer: int
 ) -> tuple[int, ...]:
     """How many data ranks may share the state under a ZeRO stage with so much of dp outside the
-    pipeline: all, or so many whole domains."""
+    pipeline: all, or so many whole domains; over PCIe also a part of one, as few ranks are quicker
+    there than the whole domain by more than the network loses."""
     ranks, near = mesh.dp * mesh.cp, mesh.dp * mesh.cp // outer
     nested = [s for s in divisors(ranks)[::-1] if near % s == 0 or s % near == 0]
     if pins.shard is not None:
@@ -243,6 +244,8 @@ def shard_sizes(
             inside = max(1, cluster.domain_ranks // tp)
             spreads |= {inside * k for k in SHARD_SPREADS}
             spreads |= {cluster.spans[-2] // tp}
+            if cluster.intra.kind == "pcie":
+                spreads |= set(divisors(inside))
         if outer > 1:  # laid apart to keep shards together, or where no shards are apart
             spreads = {near}
         nested = [s for s in nested if s == ranks or s in spreads]

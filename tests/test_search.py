@@ -29,7 +29,7 @@ from cost_models.stage_problem import in_flight
 from planner.bound_ranks import flight, kind_of_schedule
 from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins, Recompute
-from planner.mesh import Mesh, meshes
+from planner.mesh import Mesh, meshes, shard_sizes
 from planner.score import score_of
 
 # --- cases -------------------------------------------------------------------------------------
@@ -64,6 +64,8 @@ CASES = {
                     {"global_batch": 8, "seq_len": 4096, "engine": "native"}),
     "eager, tight": ("llama", {"size": "8b", "n_layers": 4}, WIDE, "slow", 18_000,
                      {"global_batch": 8, "seq_len": 2048, "engine": "native"}),
+    "parts of a PCIe domain": ("llama", {"size": "8b", "n_layers": 4}, WIDE, "l40sx4", None,
+                               {"global_batch": 8, "seq_len": 2048}),
     "moe, two": ("moe", {}, MOE, "h100x2", None, {"global_batch": 4}),
     "moe, four": ("moe", {}, MOE, "h100x4", None, {"global_batch": 4}),
     "moe, tight": ("moe", {"size": "8b-a1b", "n_layers": 2}, BIG_MOE, "small", 6000,
@@ -277,3 +279,9 @@ def test_what_an_axis_must_earn(tmp_path):
         if not gain_ppm:
             assert out.best.score == out.best.objective_ps == min(least.values())
     assert score_of(1000, Mesh(2, 2, 1, 1, 1, 1, 1, 1, False, "ring")) == 1040
+
+
+@pytest.mark.parametrize("hardware, sizes", [("l40sx16", (16, 8, 4, 2)), ("h100x16", (16, 8))])
+def test_parts_of_a_domain_share_state_over_pcie_alone(hardware, sizes):
+    mesh = Mesh(1, 1, 1, 1, 1, 16, 1, 1, False, "ring")
+    assert shard_sizes(mesh, (load_hardware(hardware),), Pins(), 1, 1) == sizes
