@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import planner
 from ir.errors import PlanError, UsageError
@@ -319,3 +321,37 @@ def test_a_disk_tier_wants_a_folder(saved):
     with pytest.raises(UsageError, match="no file has it as planned") as fault:
         served(model, laid("nvme", "stream"))
     assert "folder=DIR" in fault.value.hints[0]
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that ops read and write: their inputs once, as they lie, and their results."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func):
+            passed = [x for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(x.nbytes for x in passed)
+        return found
+
+
+@pytest.mark.parametrize("word", FORMATS)
+def test_unpacking_moves_no_fp32_copy(word):
+    whole = torch.randn(512, 4096, dtype=torch.bfloat16)
+    packed = pack(whole, word)
+    with Traffic() as ops:
+        packed.whole()
+    least = {"int8": 3, "fp8": 7, "int4": 7.2, "fp4": 11.6}[word]  # no fp32 copy of a weight
+    assert ops.bytes / whole.numel() == pytest.approx(least, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("word", FORMATS)
+def test_unpacking_rounds_once(word, dtype):
+    """What a format stands for is computed in fp32, then rounded to the model's dtype."""
+    parts = pack(torch.randn(3, 64, 256, dtype=dtype), word).parts
+    wide = FORMATS[word].unpack(parts, torch.float32)
+    assert torch.equal(FORMATS[word].unpack(parts, dtype), wide.to(dtype))

@@ -55,7 +55,14 @@ def _fp8_pack(w: Tensor) -> Parts:
 
 
 def _scaled_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
-    return (parts[0].float() * parts[1][..., None]).to(dtype)
+    # fp8 takes part in no promotion; it is exact in each dtype that a forward computes in
+    codes = parts[0] if parts[0].dtype == torch.int8 else parts[0].to(dtype)
+    return _times(codes, parts[1][..., None], dtype)
+
+
+def _times(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale, multiplied in fp32 and rounded once: no fp32 copy is written on a GPU."""
+    return torch.mul(codes, scale, out=codes.new_empty(codes.shape, dtype=dtype))
 
 
 def _int8_product(x: Tensor, parts: Parts) -> Tensor | None:
@@ -95,8 +102,10 @@ def _int4_pack(w: Tensor) -> Parts:
 
 def _int4_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     halves, scale, least = parts
-    codes = _codes(halves).unflatten(-1, (scale.shape[-1], -1)).float()
-    return (codes * scale.float()[..., None] + least.float()[..., None]).flatten(-2).to(dtype)
+    codes = _codes(halves).unflatten(-1, (scale.shape[-1], -1))
+    found = codes.new_empty(codes.shape, dtype=dtype)
+    torch.addcmul(least.float()[..., None], codes, scale.float()[..., None], out=found)
+    return found.flatten(-2)
 
 
 def _fp4_pack(w: Tensor) -> Parts:
@@ -117,9 +126,10 @@ def _fp4_pack(w: Tensor) -> Parts:
 
 def _fp4_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     halves, scale, whole = parts
-    table = torch.tensor((*_FP4, *(-x for x in _FP4)), device=halves.device)
-    values = table[_codes(halves).int()].unflatten(-1, (scale.shape[-1], -1))
-    return (values * (scale.float() * whole[..., None, None])[..., None]).flatten(-2).to(dtype)
+    each = torch.tensor((*_FP4, *(-x for x in _FP4)), device=halves.device, dtype=dtype)
+    pairs = torch.stack([each.repeat(16), each.repeat_interleave(16)], -1)  # of a byte
+    values = pairs[halves.int()].flatten(-2).unflatten(-1, (scale.shape[-1], -1))
+    return _times(values, (scale.float() * whole[..., None, None])[..., None], dtype).flatten(-2)
 
 
 FORMATS: Mapping[str, Format] = {
