@@ -90,7 +90,10 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
             found = [(count * share, m) for count, m in _matrices(model, held.block)]
             kernels = sum((count * costs.matrix_s(m, tokens) for count, m in found), zero)
             flop = 2 * tokens * sum(count * m.held(s.tp) for count, m in found)
-            here, brought = _host_s(costs, size, flop, tokens), (tokens > 0) * size / rate
+            written = sum(_written_bytes(costs, s.format_of(m.part), count * m.held(s.tp))
+                          for count, m in found)  # fmt: skip
+            here = _host_s(costs, size + written, flop, tokens)
+            brought = (tokens > 0) * size / rate
             fetched = fetched + np.where(brought + kernels < here, brought, 0.0)
             on_host = on_host + np.where(brought + kernels < here, 0.0, here)
             saved = saved + np.where(brought + kernels < here, 0.0, kernels)
@@ -135,6 +138,14 @@ def _host_s(
     return np.where(flop > 0, found.seconds(size_bytes * share, flop * share, rows), 0.0)
 
 
+def _written_bytes(costs: Costs, name: str, elements: FloatArray | float) -> FloatArray | float:
+    """Of weights that the CPU writes out and reads again, for want of a kernel: as on a CPU that
+    stands for a device (`serving_cpu.py`), int8 has one."""
+    kernel = name == "int8" or not costs.engine.handling.unpacks(name)
+    wide = WEIGHT_BYTES["fp32" if costs.serving.default == "fp32" else "bf16"]
+    return 0.0 if kernel else 2 * wide * elements
+
+
 def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -> Below:
     """Experts that are not on the GPU, `tokens` being of all ranks that share them."""
     s = costs.serving
@@ -158,7 +169,9 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
                 continue
             flop = 2 * tokens * cold.sum() / s.ep * each
             kernels = cold.sum() / one.topk * costs.experts_s(one, tokens)
-            here = _host_s(costs, hit * each * width, flop, tokens * cold.sum() / s.ep / hit)
+            moved = hit * each * width
+            moved = moved + _written_bytes(costs, s.format_of("routed_experts"), hit * each)
+            here = _host_s(costs, moved, flop, tokens * cold.sum() / s.ep / hit)
             quicker = (brought + kernels < here) & (np.asarray(tokens) > handling.host_tokens)
             fetched = fetched + layer.count * np.where(quicker, brought, 0.0)
             on_host = on_host + layer.count * np.where(quicker, 0.0, here)

@@ -59,9 +59,10 @@ def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
     # 1T parameters in int4: on two nodes of four, or one and its host
     assert seconds(two_nodes)[1] < 0.02 and gigabytes(two_nodes, "gpu") < 76.5
     assert "does not fit a100x4" in one_node
-    assert seconds(with_host)[1] < 0.06 and gigabytes(with_host, "cpu") > 50
+    assert 4 < seconds(with_host)[1] / seconds(two_nodes)[1] < 5
+    assert gigabytes(with_host, "cpu") > 50
     # 700B dense: it runs, seconds a token; no faster than a GPU's link and its host's CPU read it
-    assert 3 < seconds(dense)[1] < 10
+    assert 3 < seconds(dense)[1] < 10 and 30 < seconds(dense)[0] < 40
     # 1.3T: below a second a token from RAM and from NVMe, the first after a third of a minute, or
     # over a minute
     assert seconds(ram)[1] < seconds(nvme)[1] < 1 and 20 < seconds(ram)[0] < 60 < seconds(nvme)[0]
@@ -80,3 +81,29 @@ def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
     # fewest GPUs that answer within a second a token: one technique, and two together
     least = [int(re.search(r"^a6000x(\d+)", text, re.M)[1]) for text in sizes]
     assert least == [32, 16, 8, 4]
+
+
+@pytest.mark.parametrize("claim", ["1T-parameter", "700B dense"])
+def test_what_our_own_runtime_would_take_is_said(plan, tmp_path, claim):
+    """The page's last command of a claim in int4, for planner.serve: its prose has the figure."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    section = next(s for s in PAGE.read_text().split("\n## ") if claim in s.partition("\n")[0])
+    *_, (command, _) = BLOCK.findall(section)
+    assert "--engine llamacpp" in command
+    code, out, err = plan(*command.replace("\\\n", " ").replace("llamacpp", "native").split())
+    assert code == 0, err
+    each = re.search(r"then one every ([\d.]+ \w+):", out)[1]
+    assert f"`planner.serve` would take {each} a token" in " ".join(section.split())
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_what_our_own_runtime_needs_is_said(plan, tmp_path, found):
+    """The two sizes in int4, with weights on the GPU alone and with both."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    text = PAGE.read_text()
+    command, _ = [c for c in BLOCK.findall(text) if c[0].startswith("size")][2 + found]
+    code, out, err = plan(*command.replace("\\\n", " ").replace("llamacpp", "native").split())
+    assert code == 0, err
+    gpus, each = re.search(r"^a6000x(\d+) .*? s +([\d.]+ ms)", out, re.M).groups()
+    way = ("with int4", "with both")[found]
+    assert re.search(f"{gpus} {way}, at {each}", " ".join(text.split()))

@@ -9,9 +9,10 @@ from serving_cases import found, model
 from tiny_models import EXAMPLES, graph_of
 
 from cost_models import serving as costs
+from cost_models import serving_tiers as below_the_gpu
 from cost_models.hardware import load_hardware
 from cost_models.serving import memory_of, step_s
-from cost_models.serving_decisions import Held, ServeLoad, Serving
+from cost_models.serving_decisions import WEIGHT_BYTES, Held, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_ops import Costs, step_of
 from cost_models.serving_shapes import Experts
@@ -73,6 +74,33 @@ def test_the_more_experts_stay_the_less_is_fetched():
         assert now < last
         last = now
     assert last == 0
+
+
+@pytest.mark.parametrize("name, written", [("int4", 2 * 2), ("int8", 0)])
+def test_the_cpu_writes_out_what_it_has_no_kernel_for(monkeypatch, name, written):
+    """planner.serve multiplies int8 as it lies; 16 bits of others are written and read. Over a link
+    that is too slow to bring them to the GPU instead."""
+    monkeypatch.setattr(below_the_gpu, "rate_bytes_per_s", lambda *_: 1e8)
+    held = (Held(block="mlp", tier="cpu", place="compute"),)
+    s = Serving(tiers=held, weights=(("mlp", name),))
+    ours, kernels = (
+        below(Costs(cluster=load_hardware("a6000x1"), engine=load_serving_engine(engine),
+                    serving=s), model(), step_of(1.0, 600.0))
+        for engine in ("native", "llamacpp")
+    )  # fmt: skip
+    width = WEIGHT_BYTES[name]
+    found = float(ours.on_host_s) / float(kernels.on_host_s)
+    assert found == pytest.approx((width + written) / width)
+
+
+def test_a_plan_says_that_unpacking_is_counted_not_measured(plan):
+    args = (str(EXAMPLES / "llama.py"), "--arg", "size=8b", "--task", "serve", "--batch", "1",
+            "--hardware", "h100x1", "--fix", "weights=int8", "--engine")  # fmt: skip
+    code, out, err = plan("trace", *args, "native")
+    assert code == 0, err
+    said = "native unpacks what is packed before it is read: on a GPU int8 3 bytes of traffic an"
+    assert said in " ".join(out.split()) and "counted, not measured" in " ".join(out.split())
+    assert "unpacks" not in plan("trace", *args, "vllm")[1]
 
 
 # --- the program of tiers ---------------------------------------------------------------------
@@ -223,8 +251,11 @@ def test_nothing_lossy_unless_allowed():
     served = model(layers=32, hidden=4096, inter=14336)
     plain = found(served, "a100x1").best.serving
     assert plain.weights == () and plain.kv == "bf16"
-    narrow = found(served, "a100x1", allow=("int4",), keep=(("attention", "bf16"),)).best.serving
+    allowed = {"allow": ("int4",), "keep": (("attention", "bf16"),)}
+    narrow = found(served, "a100x1", engine="vllm", **allowed).best.serving
     assert dict(narrow.weights) == {"mlp": "int4", "head": "int4"}
+    # the native engine writes 4 bits out before each product: more traffic than 16 bits are
+    assert found(served, "a100x1", **allowed).best.serving.weights == ()
     few = found(served, "a100x1", max_bits=8, keep=(("head", "bf16"),)).best.serving
     assert set(dict(few.weights)) == {"attention", "mlp"}
     assert set(dict(few.weights).values()) <= {"int8", "fp8"}

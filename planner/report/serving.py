@@ -33,7 +33,7 @@ from planner.serving.check import CheckedServing
 from planner.serving.plan import ServingPlan
 from planner.serving.predict import Prediction
 from planner.serving.relief import NOTHING, relief
-from planner.serving.show import memory_basis
+from planner.serving.show import memory_basis, unpacked_words
 from planner.serving.text import block_records
 
 SLACK = 1.02
@@ -316,6 +316,8 @@ def rests_on(checked: CheckedServing) -> Section:
     table_ = load_constants(checked.cluster.device.constants)
     assumed = [f"{c.name}: {c.source}" for c in table_.items
                if "assumed" in c.source and not statistic(c.name)]
+    if unpacked := unpacked_words(checked.plan):
+        assumed.append(f"{engine.name}.handling: {unpacked}")
     return assumptions.made(
         checked.cluster, assumed, [(engine.title, [(engine.name, engine.source)])],
         f"Nine in ten of the published points of this engine's kind are within"

@@ -7,7 +7,9 @@ from textwrap import wrap
 from typing import Any
 
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
+from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_pools import Pooled
+from cost_models.serving_shapes import BLOCKS
 from cost_models.units import format_bytes, format_count, format_rate, format_seconds
 from planner.names import many
 from planner.options import Timing
@@ -113,6 +115,8 @@ def summary(
         lines.append(_row("", f"{kept_words(s)} {read}"))
     if plan.lossy:
         lines += _packed("lossy", list(plan.lossy))
+    if unpacked := unpacked_words(plan):
+        lines.append(_row("assumed", unpacked))
     lines += ["", f"first token {format_seconds(found.ttft_s)}, then one every"
               f" {format_seconds(found.tpot_s)}: a request {format_seconds(found.latency_s(load))};"
               f" {format_rate(found.tokens_per_s)} tokens/s"]  # fmt: skip
@@ -138,6 +142,18 @@ def summary(
         lines.append(_row("beside" if not at else "", f"{degrees}: first token"
                           f" {format_seconds(p.ttft_s)}, then {format_seconds(p.tpot_s)}"))
     return "\n".join(wrapped(line, 12) for line in lines)
+
+
+def unpacked_words(plan: ServingPlan) -> str:
+    """What the engine's writing out of packed weights and cache is costed by, "" if it has none."""
+    s, handling = plan.serving, load_serving_engine(plan.asked.engine).handling
+    formats = dict.fromkeys(s.format_of(b) for b in BLOCKS)
+    each = [f"{name} {handling.unpacks(name):g}" for name in formats if handling.unpacks(name)]
+    each += [f"cache {handling.cache_unpack_bytes:g}"] if handling.unpacks_cache(s.kv) else []
+    if not each:
+        return ""
+    return (f"{plan.asked.engine} unpacks what is packed before it is read: on a GPU"
+            f" {', '.join(each)} bytes of traffic an element, counted, not measured")  # fmt: skip
 
 
 def memory_basis(found: Prediction) -> str:
