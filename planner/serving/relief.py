@@ -29,8 +29,24 @@ def _few_bits(p: Prediction, asked: ServeAsked) -> str:
     """Weights in fewer bits than are allowed; attention reads the cache instead."""
     if _largest(p) == _ATTENDS:
         return _few_cache_bits(p, asked)
+    return _fewer(p, asked, WORDS)
+
+
+def _few_bits_read(p: Prediction, asked: ServeAsked) -> str:
+    """The same where weights are read: what an engine writes out in 16 bits first, it reads more."""
+    if _largest(p) == _ATTENDS:
+        return _few_cache_bits(p, asked)
+    handling = load_serving_engine(asked.engine).handling
+    packed = tuple(word for word in WORDS if not handling.unpacks(word))
+    if said := _fewer(p, asked, packed):
+        return said
+    able = _fewer(p, asked, WORDS)
+    return f"{able} with kernels that read them packed (--engine vllm)" if able else ""
+
+
+def _fewer(p: Prediction, asked: ServeAsked, words: tuple[str, ...]) -> str:
     least = min(BITS[word] for word in (*asked.formats, *_formats(p.serving)))
-    left = [word for word in WORDS if BITS[word] < least]
+    left = [word for word in words if BITS[word] < least]
     if not left:
         return ""
     flag = f"--max-bits {BITS[left[-1]]}" if asked.max_bits else f"--allow {','.join(left)}"
@@ -78,11 +94,11 @@ def _say(words: str) -> Callable[[Prediction, ServeAsked], str]:
 
 WAYS: dict[str, tuple[Callable[[Prediction, ServeAsked], str], ...]] = {
     "compute": (_tensor_cores, _say("more GPUs")),
-    "memory bandwidth": (_few_bits, _wider),
+    "memory bandwidth": (_few_bits_read, _wider),
     "interconnect": (_say("quicker links between the GPUs"),),
     "host link": (_few_bits, _say("more GPUs, which hold more of the weights")),
     "disk": (_say("more host memory"), _few_bits),
-    "host CPU": (_few_bits, _say("more GPUs, which hold more of the weights"),
+    "host CPU": (_few_bits_read, _say("more GPUs, which hold more of the weights"),
                  _say("faster host memory")),
     "host launches": (_engine, _batch),
     "capacity": (_few_cache_bits, _few_bits, _say("more GPUs")),
