@@ -33,7 +33,7 @@ def _few_bits(p: Prediction, asked: ServeAsked) -> str:
 
 
 def _few_bits_read(p: Prediction, asked: ServeAsked) -> str:
-    """The same where weights are read: what an engine writes out in 16 bits first, it reads more."""
+    """The same where a GPU reads weights: what an engine writes out first, it moves more of."""
     if _largest(p) == _ATTENDS:
         return _few_cache_bits(p, asked)
     handling = load_serving_engine(asked.engine).handling
@@ -42,6 +42,12 @@ def _few_bits_read(p: Prediction, asked: ServeAsked) -> str:
         return said
     able = _fewer(p, asked, WORDS)
     return f"{able} with kernels that read them packed (--engine vllm)" if able else ""
+
+
+def _few_bits_multiplied(p: Prediction, asked: ServeAsked) -> str:
+    """The same where the host multiplies: an engine that writes 4 bits out has a kernel of int8."""
+    unpacks = load_serving_engine(asked.engine).handling.unpacks("int4")
+    return _fewer(p, asked, WORDS[:1] if unpacks else WORDS)
 
 
 def _fewer(p: Prediction, asked: ServeAsked, words: tuple[str, ...]) -> str:
@@ -98,7 +104,7 @@ WAYS: dict[str, tuple[Callable[[Prediction, ServeAsked], str], ...]] = {
     "interconnect": (_say("quicker links between the GPUs"),),
     "host link": (_few_bits, _say("more GPUs, which hold more of the weights")),
     "disk": (_say("more host memory"), _few_bits),
-    "host CPU": (_few_bits_read, _say("more GPUs, which hold more of the weights"),
+    "host CPU": (_few_bits_multiplied, _say("more GPUs, which hold more of the weights"),
                  _say("faster host memory")),
     "host launches": (_engine, _batch),
     "capacity": (_few_cache_bits, _few_bits, _say("more GPUs")),
