@@ -118,6 +118,8 @@ def _shard(p, d):
         return [1]
     spreads = {max(1, p.domain // d.tp) * k for k in (1, 2, 4, 8)}
     spreads |= {span // d.tp for span in p.units[-1:] or [p.domain]}
+    if p.costs.cluster.intra.kind == "pcie":
+        spreads |= set(divisors(max(1, p.domain // d.tp)))
     near = ranks // d.dp_outer
     if d.dp_outer > 1:
         spreads = {near}

@@ -90,7 +90,7 @@ def test_what_an_engine_takes_otherwise_is_told_by_export_and_by_import(
     code, _, err = plan(*back, "--hardware", "small.toml", "-o", "no.json")
     assert code == 3 and f"needs {theirs / 1e9:.1f} GB" in err and not Path("no.json").exists()
     assert "--fix" not in err, err
-    assert "plan trace llama.py --hardware small.toml --engine deepspeed: what fits" in err
+    assert "plan trace llama.py --hardware small.toml --engine deepspeed --global-batch 32" in err
 
 
 @pytest.mark.parametrize(
