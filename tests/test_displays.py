@@ -1,5 +1,7 @@
 """How plans, costs and differences look in a notebook; the notebook of the examples, run."""
 
+import contextlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ NOTEBOOK = Path(__file__).parent.parent / "examples" / "three_minutes.ipynb"
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """The cells' values by their place, after running the code in order in one namespace."""
+    """The cells with what they print, and their values by their place, after running the code in
+    order in one namespace."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     names, found = {}, {}
     with pytest.MonkeyPatch.context() as patch:
@@ -25,23 +28,28 @@ def notebook(tmp_path_factory):
                     value = compile(last, "cell", "eval")
                 except SyntaxError:  # the last line is no expression: an end of a statement
                     body, value = [*body, last], None
-                exec("\n".join(body), names)
-                found[place] = eval(value, names) if value else None
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    exec("\n".join(body), names)
+                    found[place] = eval(value, names) if value else None
+                cell["printed"] = printed.getvalue()
     return cells, names, found
 
 
 def test_the_notebook_shows_what_it_computes(notebook):
     cells, _, found = notebook
-    shown = 0
+    shown = printed = 0
     for place, value in found.items():
         for output in cells[place]["outputs"]:
+            if output["output_type"] == "stream":
+                assert "".join(output["text"]) == cells[place]["printed"]
+                printed += 1
             data = output.get("data", {})
             if "text/html" in data:
                 assert "".join(data["text/html"]) == value._repr_html_()
                 shown += 1
             if "text/plain" in data:
                 assert "".join(data["text/plain"]) == repr(value)
-    assert shown == 2
+    assert (shown, printed) == (2, 2)
 
 
 def test_figures_of_a_plan_are_those_of_its_estimate(notebook):
