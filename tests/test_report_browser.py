@@ -15,7 +15,8 @@ def pages(tmp_path_factory):
     made = {
         "one": training.page([checked], ask=False),
         "two": training.page([checked, small(hardware="h200x8")], ask=False),
-        "serving": serving_page.page([served()], ask=False),
+        "asked": training.page([checked], effort=5),  # what else there is, in words
+        "serving": serving_page.page([served()]),
     }
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text)
@@ -121,6 +122,24 @@ def test_print_opens_every_table(browser, pages):
     assert browser.run(count) == browser.run("document.querySelectorAll('figure').length")
     browser.run("dispatchEvent(new Event('afterprint'))")
     assert browser.run(count) == 0
+
+
+@pytest.mark.parametrize("width", [718, 739])  # of A4 and of Letter within Chromium's margins
+@pytest.mark.parametrize("name", ["one", "two", "asked", "serving"])
+def test_paper_has_all_of_every_table(browser, pages, name, width):
+    """Nobody can scroll it: no table is wider than its place, no cell than its column."""
+    browser.open(pages / f"{name}.html", width, 900)
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    assert browser.run("document.querySelectorAll('tbody tr').length") > 10
+    cut = browser.run(
+        "[...document.querySelectorAll('table, th, td, .row, .amount')].filter(e => e.offsetWidth"
+        " && (e.getBoundingClientRect().right > innerWidth || e.scrollWidth > e.clientWidth + 1"
+        " || e.matches('table') && e.offsetWidth > e.parentElement.clientWidth))"
+        ".map(e => e.textContent.slice(0, 60))"
+    )
+    browser.ask("Emulation.setEmulatedMedia", media="")
+    assert cut == []
 
 
 def test_paper_is_white_whatever_the_theme(browser, pages):

@@ -37,14 +37,17 @@ class Section:
 
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[Children]], *, words: int = 1,
-    total: bool = False,
+    last_words: int = 0, total: bool = False,
 ) -> Html:  # fmt: skip
-    """A table whose first `words` columns are words, the rest numbers. total: the last row is."""
+    """A table whose first `words` columns and `last_words` last ones are words, which wrap, and
+    the rest numbers, which do not. total: the last row is."""
     body = [list(row) for row in rows]
 
+    def kind(at: int) -> str:
+        return "words" if at < words or at >= len(head) - last_words else "number"
+
     def cell(at: int, value: Children, last: bool) -> Html:
-        kind = "words" if at < words else "number"
-        return el("th" if at == 0 else "td", value, class_=kind + " total" * last,
+        return el("th" if at == 0 else "td", value, class_=kind(at) + " total" * last,
                   scope="row" if at == 0 else None)  # fmt: skip
 
     return el(
@@ -52,7 +55,7 @@ def table(
         el(
             "table", el("caption", caption),
             el("thead", el("tr", [
-                el("th", name, scope="col", class_="words" if at < words else "number")
+                el("th", name, scope="col", class_=kind(at))
                 for at, name in enumerate(head)
             ])),
             el("tbody", [
@@ -138,7 +141,7 @@ def spread(count: int, most: int, *, always: Iterable[int] = ()) -> list[int]:
 
 def breakable(name: str) -> list[Html | str]:
     """A key or a pin, which a narrow page may break behind its signs."""
-    parts = re.split(r"(?<=[_=])", name)
+    parts = re.split(r"(?<=[_=,:])", name)
     return [x for part in parts for x in (part, el("wbr"))][:-1]
 
 

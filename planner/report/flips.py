@@ -38,7 +38,7 @@ def section(s: Sensitivity, d: Decisions, price: str) -> Section:
         [*(line for e in s.effects for line in _effect_lines(e, d)),
          *([f"micro-batch {b.micro_batch}", f"instead of {d.micro_batch}",
             "" if b.reason else f"{b.change:+.1%}", _batch_words(b)] for b in s.batches),
-         *(line for room in s.rooms for line in _room_lines(room, d))], words=2,
+         *(line for room in s.rooms for line in _room_lines(room, d))], words=2, last_words=1,
     )  # fmt: skip
     return Section(
         key="sensitivity", title="What would change the decision", lede=lede,

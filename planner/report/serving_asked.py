@@ -67,6 +67,7 @@ def whynot(checked: CheckedServing, others: Sequence[Prediction] | str) -> Secti
         [[_words(o) + (" (this plan)" if o is p else ""), format_seconds(o.ttft_s),
           format_seconds(o.tpot_s), format_seconds(o.latency_s(load)), format_rate(o.tokens_per_s),
           o.bottleneck] for o in (p, *others)],
+        last_words=1,
     )  # fmt: skip
     lede = sentences(
         (f"The {len(others)} best other ways to divide the GPUs, ordered for" if len(others) > 1
@@ -208,6 +209,7 @@ def sensitivity(checked: CheckedServing, found: Sequence[Effect], count: int) ->
         ["input", "value", "first token", "time between tokens", "division"],
         [[e.name, f"x{factor:g}", f"{ttft:+.1%}", f"{tpot:+.1%}", _flip(e, factor)]
          for e in found for factor, ttft, tpot in e.changes],
+        last_words=1,
     )  # fmt: skip
     return Section(
         key="sensitivity", title="What would change the decision", lede=lede,

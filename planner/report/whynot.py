@@ -37,8 +37,9 @@ def section(checked: Checked, rows: Sequence[Alternative], effort: int) -> Secti
     behind = table(
         "The best plan without a decision",
         ["without", "step", "change", "instead", "first binding constraint"],
-        [[refused_words(r.refused), *_numbers(checked, r), decided(r.decisions)
+        [[breakable(refused_words(r.refused)), *_numbers(checked, r), decided(r.decisions)
           if r.decisions else "nothing", told(r, checked)] for r in rows],
+        last_words=2,
     )  # fmt: skip
     return Section(
         key="why-not", title="Why not otherwise", lede=lede,
