@@ -355,7 +355,8 @@ def _load_file(path: Path) -> Cluster:
         raise UsageError(f"{path.name} lists parts, and here one kind is meant", where=str(path))
     base, count = raw.pop("base", None), raw.pop("count", None)
     if count is None:
-        raise UsageError("missing key count", where=str(path), why="the number of devices")
+        raise UsageError("missing key count", where=str(path), why="the number of devices",
+                         hints=("count = 8, above the first table",))  # fmt: skip
     number = typed(count, int, str(path), "count")
     check_network(raw, str(path))
     if base is not None:

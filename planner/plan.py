@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -220,7 +221,8 @@ def write_whole(path: Path, text: str) -> None:
         reason = fault.strerror or type(fault).__name__
         raise PlanError(f"cannot write {path}", why=reason) from fault
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to has been told
+            beside.unlink(missing_ok=True)
 
 
 def load(source: str, graph_path: str | None = None) -> Plan:

@@ -1,5 +1,6 @@
 """What commands may write over and read: nothing that is not theirs, nothing that never ends."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -184,3 +185,13 @@ def test_a_target_that_is_none_is_told_what_would_do(plan, tmp_path, command, wo
 
 def test_one_gpu_is_told_as_one():
     assert gpus_hold(1, 64) == "1 of 64 GPUs holds it" and gpus_hold(8, 64).endswith("GPUs hold it")
+
+
+def test_a_folder_that_takes_nothing_is_told_by_the_name_that_was_asked_for(tmp_path, monkeypatch):
+    def refused(*_args, **_words):
+        raise OSError(errno.EROFS, "Read-only file system", ".plan.json.1.tmp")
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(PlanError, match=r"cannot write .*/plan\.json: Read-only"):
+        write_whole(tmp_path / "plan.json", "text")
