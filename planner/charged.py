@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from cost_models.fleet import Hardware, used_parts
-from planner.charges import charges, charges_said
+from cost_models.fleet import Hardware, parts_of, used_parts
+from planner.charges import charges, charges_said, decided_by
 from planner.options import TraceOptions, TraceResult
 
 
@@ -20,4 +21,9 @@ def charged(found: TraceResult, options: TraceOptions, hardware: Hardware) -> Tr
     )  # fmt: skip
     unit = "tokens" if plan.graph.seq_in_input else "samples"
     said = charges_said(cost, used_parts(hardware, plan.decisions), options.prices, unit)
+    by, limit = decided_by(cost, parts_of(hardware), options.prices), options.limits.usd
+    if by and options.objective == "cost":
+        said = (*said, f"--objective cost: counted {by}")
+    if by and math.isfinite(limit):
+        said = (*said, f"--max-cost {limit:g}: counted {by}")
     return replace(found, charges=cost, echo=(*found.echo, *said))

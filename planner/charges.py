@@ -126,6 +126,18 @@ def usd_per_million(usd_per_hour: float | None, tokens_per_s: float) -> float:
     return usd_per_hour / 3600 / tokens_per_s * 1e6
 
 
+def decided_by(found: Charges, parts: Sequence[Cluster], prices: Mapping[str, Price]) -> str:
+    """Which price of a plan is its lesser, by which plans are compared; "" where no device of the
+    hardware (all its parts, idle ones too) has a spot price, so that there is one price alone."""
+    known = [prices[part.kind] for part in parts if part.kind in prices]
+    spot = [p.spot_usd_per_gpu_hour is not None for p in known]
+    if not any(spot):
+        return ""
+    if found.spot_usd_per_million_tokens != found.least_usd:
+        return "by the lesser of on demand and spot; for this plan on demand"
+    return "by spot prices" + "; on demand where a device has none" * (not all(spot))
+
+
 def charges_said(
     found: Charges, parts: Sequence[Cluster], prices: Mapping[str, Price], unit: str
 ) -> tuple[str, ...]:

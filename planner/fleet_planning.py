@@ -14,6 +14,7 @@ from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
 from planner.charged import charged
+from planner.charges import decided_by
 from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import FleetSearch, searchers
@@ -118,7 +119,7 @@ def attempt_fleet(
     if plan.decisions.gpus < fleet.count and (options.objective == "gpus" or options.limits.gpus):
         echo = (*echo, f"{word}: {gpus_hold(plan.decisions.gpus, fleet.count)}")
     result = TraceResult(
-        plan=plan, estimate=made, echo=(*echo, *_used(plan, fleet, max(sizes), worth)),
+        plan=plan, estimate=made, echo=(*echo, *_used(plan, made, fleet, max(sizes), worth)),
         interrupted=found.stopped, baselines=found.baselines, timing=clock.timing(),
     )  # fmt: skip
     if options.objective == "energy":
@@ -172,7 +173,9 @@ def _planned(
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
 
 
-def _used(plan: Plan, fleet: Fleet, most: int, worth: Worth) -> tuple[str, ...]:
+def _used(
+    plan: Plan, made: Estimate, fleet: Fleet, most: int, worth: Worth
+) -> tuple[str, ...]:
     """Which GPUs the plan uses, and which are idle. most: GPUs that it could use."""
     used = [part.name for part in used_parts(fleet, plan.decisions)]
     idle = [part.spec for part in fleet.parts if part.name not in used]
@@ -181,9 +184,12 @@ def _used(plan: Plan, fleet: Fleet, most: int, worth: Worth) -> tuple[str, ...]:
     without = {"cost": "cheaper plan", "energy": "plan of less energy"}.get(
         worth.objective, "shorter step" + " of that cost" * (worth.most_usd < math.inf)
     )
+    by = ""
+    if idle and (worth.objective == "cost" or worth.most_usd < math.inf):
+        by = decided_by(worth.charges(plan.decisions, made), fleet.parts, worth.prices)
     return (
         f"--hardware {fleet.spec}: the plan uses {words}",
-        *(f"{spec} is idle: no {without} was found with it" for spec in idle
+        *(f"{spec} is idle: no {without} was found with it{', ' * bool(by)}{by}" for spec in idle
           if most == fleet.count),
     )
 

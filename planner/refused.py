@@ -174,30 +174,45 @@ def require_held(refused: Refused, d: Decisions, graph: Graph, workload: Workloa
     """Raise UsageError where a plan has nothing of what is refused: it would be its own
     alternative. Of several values of a key, one it has is enough."""
 
-    def has(key: str, value: Any) -> bool:
-        if key == "recompute":
-            rows = [*d.recompute, *(row for share in d.shares for row in share.recompute)]
-            full, selective = (any(n) for n in zip(*(rows or [(0, 0)])))
-            there = {"full": full, "selective": selective}
-            less = sum(map(sum, rows)) < sum(d.stages) * max(1, len(d.shares))
-            return any(there.get(kind, less) for kind in value)
-        if key == "tp":
-            return value == d.tp or value in dict(d.tp_by_part).values()
-        if key == "keep":
-            return pinned_keep(value, graph) == d.keep
-        if key == "formats":
-            return _includes(settled(d.formats, graph, workload), settled(value, graph, workload))
-        if key == "shares":
-            return bool(value == tuple((s.part, s.microbatches) for s in d.shares))
-        if key == "offload":
-            return _includes(_tiers(d.offload), _tiers(value))
-        return bool(getattr(d, key) == value)
-
-    if refused and not any(has(key, value) for key, value in refused):
+    if refused and not any(_held(key, value, d, graph, workload) for key, value in refused):
         said = refused_words(refused)
         own = tuple(f"--not {_own(key, d)}" for key in dict.fromkeys(k for k, _ in refused))
         raise UsageError(f"the plan has no {said}", why="without it the plan would be as it is",
                          hints=(*own, "plan why: what it has, and the best plan without"))
+
+
+def lacks(d: Decisions, refused: Refused, graph: Graph, workload: Workload) -> bool:
+    """Whether a plan has none of what is refused, as the searches without it mean that."""
+
+    def away(key: str, value: Any) -> bool:
+        if (key in PIPELINED and d.pp == 1) or (key == "cp_kind" and d.cp == 1):
+            return True  # a formality there
+        if key in ("shares", "tp_by_part") and value:  # refused by kind
+            return not getattr(d, key)
+        return not _held(key, value, d, graph, workload)
+
+    return all(away(key, value) for key, value in refused)
+
+
+def _held(key: str, value: Any, d: Decisions, graph: Graph, workload: Workload) -> bool:
+    """Whether a plan has a value; of kinds of recomputation, any."""
+    if key == "recompute":
+        rows = [*d.recompute, *(row for share in d.shares for row in share.recompute)]
+        full, selective = (any(n) for n in zip(*(rows or [(0, 0)])))
+        there = {"full": full, "selective": selective}
+        less = sum(map(sum, rows)) < sum(d.stages) * max(1, len(d.shares))
+        return any(there.get(kind, less) for kind in value)
+    if key == "tp":
+        return value == d.tp or value in dict(d.tp_by_part).values()
+    if key == "keep":
+        return pinned_keep(value, graph) == d.keep
+    if key == "formats":
+        return _includes(settled(d.formats, graph, workload), settled(value, graph, workload))
+    if key == "shares":
+        return bool(value == tuple((s.part, s.microbatches) for s in d.shares))
+    if key == "offload":
+        return _includes(_tiers(d.offload), _tiers(value))
+    return bool(getattr(d, key) == value)
 
 
 def _own(key: str, d: Decisions) -> str:

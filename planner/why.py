@@ -7,7 +7,7 @@ binds and the alternative is slower by the parts that are told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.chain import chain_of
@@ -24,9 +24,10 @@ from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.fleet_search import suited
 from planner.mesh import divisors, facts_of
+from planner.outcome import Outcome
 from planner.pin_checks import check_pins
 from planner.plan import Solver
-from planner.refused import Refused, refused_words
+from planner.refused import Refused, lacks, refused_words
 from planner.search import DEFAULT_EFFORT, Searcher
 from planner.tracing import check_model
 
@@ -92,7 +93,12 @@ class Why:
     ) -> Alternative:
         """The best plan without what is refused, and what stands in its way. dealt: as
         `FleetAsking.without` has it."""
-        found = self._search(refused, effort, dealt=dealt)
+        return self._told(refused, effort, self._search(refused, effort, dealt=dealt), dealt)
+
+    def _told(
+        self, refused: Refused, effort: int, found: Answer | None, dealt: bool
+    ) -> Alternative:
+        """What was found without what is refused, and what stands in its way."""
         if found is None:
             return Alternative(refused=refused, binding=self._rule(refused))
         out, hardware = found.outcome, self.base.hardware
@@ -115,8 +121,10 @@ class Why:
     def rows(
         self, effort: int = ROW_EFFORT, progress: Callable[[str], None] | None = None
     ) -> tuple[Alternative, ...]:
-        """An alternative for every decision that has one, in the vocabulary's order."""
-        d, found = self.d, []
+        """An alternative for every decision that has one, in the vocabulary's order. A row's plan
+        is the best that any of the searches found without what the row refuses."""
+        d = self.d
+        found: list[tuple[Refused, Answer | None]] = []
         experts = facts_of(chain_of(self.base.plan.graph)).experts
         for key in _asked(d):
             value = getattr(d, key)
@@ -132,8 +140,39 @@ class Why:
             if not idle:
                 if progress:
                     progress(f"solving: without {refused_words(((key, value),))}")
-                found.append(self.alternative(((key, value),), effort, dealt=True))
-        return tuple(found)
+                refused: Refused = ((key, value),)
+                found.append((refused, self._search(refused, effort, dealt=True)))
+        others = [row for _, row in found if row is not None and row.outcome.best is not None]
+        rows = []
+        for refused, own in found:
+            if progress:
+                progress(f"solving: what binds without {refused_words(refused)}")
+            rows.append(self._told(refused, effort, self._best(refused, own, others), dealt=True))
+        return tuple(rows)
+
+    def _best(
+        self, refused: Refused, own: Answer | None, others: Sequence[Answer]
+    ) -> Answer | None:
+        """The best of what a search of its own found and of others' plans without what it refuses:
+        each effort ends somewhere else. Its own bound holds of any of them."""
+        graph, workload = self.base.plan.graph, self.base.plan.workload
+        kept = [
+            row for row in others if lacks(row.decisions, refused, graph, workload)
+            and self.pins.formats in (None, row.decisions.formats)
+        ]  # fmt: skip
+        best = min(kept, key=lambda row: row.score, default=None)
+        found = own.outcome if own else Outcome()
+        if best is None or (own and found.best and own.score <= best.score):
+            return own
+        bound: float = found.bound
+        if own and found.best:  # of several kinds of GPUs scores are of what each plan uses
+            bound = own.score * (1 - found.gap)
+        tried = best.outcome.best
+        assert tried is not None
+        proved = min(1.0, bound / best.score)
+        return replace(best, outcome=replace(
+            found, best=tried, misfit=None, bound=round(proved * tried.score)
+        ))  # fmt: skip
 
     def roomier(self, effort: int = ROW_EFFORT, part: str = "") -> Answer | None:
         """The best plan on the same GPUs with more memory: on all, or on those of one part."""

@@ -19,7 +19,7 @@ from cost_models.ledger import Estimate
 from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.graph import Graph
-from planner.charges import charges, on_spot, usd_per_hour, usd_per_million, watts_of
+from planner.charges import Charges, charges, on_spot, usd_per_hour, usd_per_million, watts_of
 
 ENDLESS_PS = 1 << 60  # longer than any step
 
@@ -47,11 +47,15 @@ class Worth:
         """Whether the step is all that matters."""
         return self.by_time and math.isinf(self.most_usd)
 
-    def of(self, d: Decisions, e: Estimate) -> tuple[float, float]:
-        """(what a plan comes to, its USD a million tokens)."""
-        found = charges(
+    def charges(self, d: Decisions, e: Estimate) -> Charges:
+        """What a plan costs by each price."""
+        return charges(
             self.graph, self.hardware, self.workload, d, e, self.operations, self.prices
         )
+
+    def of(self, d: Decisions, e: Estimate) -> tuple[float, float]:
+        """(what a plan comes to, its USD a million tokens)."""
+        found = self.charges(d, e)
         each = {"cost": found.least_usd, "energy": found.joules_per_token}
         return each.get(self.objective, e.step_time_ps), found.least_usd
 

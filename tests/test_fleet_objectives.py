@@ -291,6 +291,7 @@ def test_the_commands_plan_for_cost_and_say_it(plan, tmp_path):
     code, out, err = plan("trace", LLAMA, *priced, "--objective", "cost")
     assert code == 0 and "the plan uses a100x8" in out and "no cheaper plan" in out, err
     assert "on demand:" in out and "costs less by 2% an axis" in out
+    assert "spot" not in out
     found = load("plan.json")
     assert found.solver.objective == "cost" and found.decisions.gpus == 8
     assert json.loads((tmp_path / "plan.json").read_text())["solver"]["objective"] == "cost"
@@ -335,3 +336,27 @@ def test_cost_of_several_kinds_needs_the_price_of_each(plan, tmp_path):
     assert code == 64 and "--prices FILE" in err
     code, _, err = plan("trace", LLAMA, *on, "--objective", "cost", "--prices", "prices.toml")
     assert code == 64 and "no price of a100" in err
+
+
+SPOT = "spot_usd_per_gpu_hour = {}\nspot_preemptions_per_gpu_hour = 0.002\n"
+
+
+@pytest.mark.parametrize(("h100", "a100", "uses", "by"), [
+    (0.1, None, "h100x8", "by spot prices; on demand where a device has none"),
+    (0.1, 0.9, "h100x8", "by spot prices"),
+    (4.0, None, "a100x8", "by the lesser of on demand and spot; for this plan on demand"),
+])  # fmt: skip
+def test_which_price_decided_is_said(h100, a100, uses, by, plan, tmp_path):
+    """Who pays on demand would have another plan: both lines that depend on it say so."""
+    text = f"[h100]\nusd_per_gpu_hour = 4.0\n{SPOT.format(h100)}[a100]\nusd_per_gpu_hour = 1.0\n"
+    (tmp_path / "prices.toml").write_text(text + (SPOT.format(a100) if a100 else ""))
+    priced = ("--prices", "prices.toml", "--objective", "cost")
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *priced)
+    assert code == 0 and f"the plan uses {uses}" in out, err
+    said = " ".join(out.split())
+    assert f"is idle: no cheaper plan was found with it, {by}" in said
+    assert f"--objective cost: counted {by}" in said
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8", *TINY, "--prices", "prices.toml",
+                          "--max-cost", "1000")  # fmt: skip
+    word = "by spot prices" if h100 < 4 else "for this plan on demand"
+    assert code == 0 and "--max-cost 1000: counted by" in out and word in " ".join(out.split()), err

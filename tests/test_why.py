@@ -15,7 +15,7 @@ from planner import load
 from planner.check import Checked, examine
 from planner.decisions import Pins
 from planner.plan import Solver, make_plan
-from planner.refused import parse_refused, refused_words
+from planner.refused import lacks, parse_refused, refused_words
 from planner.score import score_of
 from planner.why import LEAST_GAIN, MOST_MEMORY, Alternative, Binding, Why
 from planner.why_layer import layers
@@ -203,6 +203,35 @@ def test_documents_are_whole(tmp_path):
     assert {"pp", "tp", "cp", "zero", "micro_batch"} <= {row.refused[0][0] for row in rows}
     text = table_text(base, rows)
     assert all(len(line) <= 80 for line in text.splitlines()) and "..." not in text
+
+
+@pytest.mark.parametrize(("name", "effort"), [
+    ("both", 1), ("both", 3), ("recompute", 2), ("two", 1), ("four", 1),
+])  # fmt: skip
+def test_rows_do_not_contradict_each_other(name, effort, tmp_path):
+    """No row's plan that has not what another row refuses is better than that row's, and what binds
+    is of the plan that is shown."""
+    *_, base = best_of(name, tmp_path)
+    why = Why(base)
+    rows = why.rows(effort)
+    graph, workload = base.plan.graph, base.plan.workload
+    made = [row for row in rows if row.estimate is not None]
+    assert made
+    for row in rows:
+        for other in made:
+            if not lacks(other.decisions, row.refused, graph, workload):
+                continue
+            assert row.estimate is not None
+            scores = [score_of(r.estimate.step_time_ps, r.decisions) for r in (row, other)]
+            assert scores[0] <= scores[1], (row.refused, other.refused)
+        if row.estimate is None:
+            continue
+        assert lacks(row.decisions, row.refused, graph, workload)
+        assert row.solver.status in ("OPTIMAL", "FEASIBLE") and row.solver.gap_ppm >= 0
+        if row.binding.kind == "time":
+            assert row.binding.step_s == row.estimate.step_time_s
+        elif row.binding.kind == "memory":
+            assert row.binding.step_s < row.estimate.step_time_s
 
 
 def test_a_row_of_the_table_is_whole(tmp_path):
