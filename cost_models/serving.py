@@ -7,9 +7,11 @@ a prompt's own steps behind what is queued before it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models.collectives import collective_s
 from cost_models.hardware import Cluster
@@ -31,8 +33,9 @@ STEPS_AT_ONCE = 1024  # of a prompt that is read in chunks: costed as one array
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of the fullest rank. kv: of one sequence at the load's full length; below: of its
-    cache, where that is not on the GPU."""
+    """Bytes of the fullest rank. kv_bytes_per_sequence, at the load's full length: what of its
+    cache is on the GPU; below: of its cache, where that is not on the GPU; per_token: of all of the
+    cache, wherever it lies."""
 
     weights_bytes: float
     kv_bytes_per_sequence: float
@@ -153,16 +156,16 @@ def memory_of(
     """The fullest rank's memory."""
     length = load.prompt + load.output
     tokens = np.asarray(length)
-    whole = float(kv_here_bytes(model, s, tokens))
+    here, whole = (float(f(model, s, tokens)) for f in (kv_here_bytes, kv_bytes))
     lower = below_bytes(model, s)
     on_cpu = cluster.device.family == CPU  # no driver's context, no graphs, no pools of kernels
     return Memory(
         weights_bytes=weight_bytes(model, s) - lower.total + lower.buffers,
-        kv_bytes_per_sequence=whole, kv_bytes_per_token=whole / length,
+        kv_bytes_per_sequence=here, kv_bytes_per_token=whole / length,
         workspace_bytes=_cpu_values_bytes(model, s, load) if on_cpu else WORKSPACE_BYTES,
         context_bytes=0.0 if on_cpu else CONTEXT_BYTES,
         capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
-        kv_below_bytes_per_sequence=float(kv_bytes(model, s, tokens)) * (s.kv_tier != "gpu"),
+        kv_below_bytes_per_sequence=whole * (s.kv_tier != "gpu"),
     )  # fmt: skip
 
 
@@ -221,13 +224,43 @@ def prompt_steps(
     prompt: FloatArray, prompts: FloatArray,
 ) -> FloatArray:  # fmt: skip
     """Seconds of the steps that read `prompts` prompts at once while `running` sequences decode;
-    of replicas of attention each reads prompts of its own. An engine that takes its requests as one
-    batch reads all of them back to back, at the clock of a steady load."""
-    costs = replace(costs, prompts_alone=True) if costs.engine.static else costs
-    host_s = costs.routed_host_s(model)
+    of replicas of attention each reads prompts of its own."""
+    costs, host_s = _reading(costs), costs.routed_host_s(model)
+    found = np.zeros(np.shape(running))
+    for reads, step in _prompt_steps(costs, running, context, prompt, prompts):
+        for seconds in np.where(reads, step_s(costs, model, step) + host_s, 0.0):
+            found = found + seconds
+    return found
+
+
+def prompt_parts(
+    costs: Costs, model: ServedModel, prompt: float, prompts: float = 1.0
+) -> dict[str, float]:
+    """`prompt_steps` of so many prompts and nothing beside them, by part."""
+    costs, host_s = _reading(costs), costs.routed_host_s(model)
+    found: dict[str, float] = {}
+    none = np.zeros(1)
+    at = none + prompt
+    for reads, step in _prompt_steps(costs, none, at, at, none + prompts):
+        for part, seconds in step_parts(costs, model, step).items():
+            found[part] = found.get(part, 0.0) + float(np.where(reads, seconds, 0.0).sum())
+        found["host"] += float(np.where(reads, host_s, 0.0).sum())
+    return found
+
+
+def _reading(costs: Costs) -> Costs:
+    """An engine that takes its requests as one batch reads all of them back to back, at the clock
+    of a steady load."""
+    return replace(costs, prompts_alone=True) if costs.engine.static else costs
+
+
+def _prompt_steps(
+    costs: Costs, running: FloatArray, context: FloatArray, prompt: FloatArray, prompts: FloatArray
+) -> Iterator[tuple[NDArray[np.bool_], Step]]:
+    """The steps that read prompts, STEPS_AT_ONCE as one: (where they read anything, step)."""
     chunk, fullest = _step_tokens(costs), np.maximum(prompts / costs.serving.attention_dp, 1.0)
     most = int(np.max(np.ceil(fullest * prompt / chunk)))
-    room, left, found = np.maximum(chunk / fullest, 1.0), prompt * 1.0, np.zeros(np.shape(running))
+    room, left = np.maximum(chunk / fullest, 1.0), prompt * 1.0
     for first in range(0, most, STEPS_AT_ONCE):
         rows = []  # (tokens, tokens before) of each step
         for _ in range(min(STEPS_AT_ONCE, most - first)):
@@ -236,13 +269,16 @@ def prompt_steps(
             left = np.maximum(left - new, 0.0)
         new, past = (np.stack(column) for column in zip(*rows, strict=True))
         shape = np.shape(new)
-        step = step_of(
+        yield new > 0, step_of(
             np.broadcast_to(running, shape), np.broadcast_to(context, shape),
             np.where(new > 0, prompts, 0.0), new, past,
         )  # fmt: skip
-        for seconds in np.where(new > 0, step_s(costs, model, step) + host_s, 0.0):
-            found = found + seconds
-    return found
+
+
+def request_host_s(costs: Costs) -> float:
+    """What the host takes for a request before its first step."""
+    own_s = host_of(costs.device).request_s if costs.engine.kernel_host_s > 0 else None
+    return costs.engine.request_host_s if own_s is None else own_s
 
 
 def serve(
@@ -303,8 +339,7 @@ def serve(
         batch_s = batch_s + np.where(running > together, decode_s, 0.0)
     burst_s = (np.ceil(running / together) + 1) / 2 * batch_s
     burst_s = burst_s + (running + 1) / 2 * engine.arrival_host_s
-    request_s = host_of(costs.device).request_s if engine.kernel_host_s > 0 else None
-    request_s = engine.request_host_s if request_s is None else request_s
+    request_s = request_host_s(costs)
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
         tpot_s, ttft_s = decode_s, request_s + batch_s

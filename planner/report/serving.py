@@ -109,9 +109,15 @@ def decided(plan: ServingPlan) -> str:
     words = [f"{k} {v}" for k, v in _division(plan).items()]
     words += [f"weights in {s.default}", *(f"{block} in {word}" for block, word in s.weights)]
     words.append(f"cache in {s.kv}" + (f" on {s.kv_tier}" if s.kv_tier != "gpu" else ""))
-    words += [f"{h.block} {'streamed from' if h.place == 'stream' else 'multiplied on'} {h.tier}"
-              for h in s.tiers]  # fmt: skip
+    words += [f"{h.block} {_way(h.place, h.block)} {h.tier}" for h in s.tiers]
     return ", ".join(title_of(word) for word in words)
+
+
+def _way(place: str, block: str) -> str:
+    """What is done with a block that is not on the GPU."""
+    if block == "embeddings":  # in either place
+        return "looked up on"
+    return "streamed from" if place == "stream" else "multiplied on"
 
 
 def _division(plan: ServingPlan) -> dict[str, int]:
@@ -157,14 +163,17 @@ def memory(checked: CheckedServing, scale_bytes: float = 0) -> Section:
         for name, size, held in below
     ]  # fmt: skip
     basis = memory_basis(p)
-    kv, each = p.memory.kv_bytes_per_token, p.memory.kv_bytes_per_sequence
+    kv, load, below_gpu = p.memory.kv_bytes_per_token, load_of(plan), plan.serving.kv_tier != "gpu"
+    each = kv * (load.prompt + load.output)
     lede = sentences(
         f"The fullest GPU holds {format_bytes(used)} of the {format_bytes(capacity)} that the"
         " engine takes.",
         f"{basis[:1].upper()}{basis[1:]}.",
         f"The cache of one token is {format_bytes(kv)} a GPU in {plan.serving.kv}"
-        + (f", on {plan.serving.kv_tier}" if plan.serving.kv_tier != "gpu" else "")
-        + f"; of one request at its longest {format_bytes(each)}.",
+        + (f", on {plan.serving.kv_tier}" if below_gpu else "")
+        + f"; of one request at its longest {format_bytes(each)}"
+        + (f", {format_bytes(p.memory.kv_bytes_per_sequence)} of it on the GPU"
+           if below_gpu else "") + ".",
         *(f"{name} holds {format_bytes(size)} of {format_bytes(held)} a node."
           for name, size, held in below),
     )
@@ -230,18 +239,17 @@ def request(checked: CheckedServing, scale_s: float = 0) -> Section:
 
 
 def breakdown(checked: CheckedServing, scale_s: float = 0) -> Section:
-    """A decode step and the reading of a prompt, each by part. scale_s: a decode step beside."""
+    """A decode step and the first token, each by part. scale_s: a decode step beside."""
     p = checked.found
-    prefill = sum(v for _, v in p.prefill_parts)
     lede = sentences(
-        f"With {p.running:.0f} running, a decode step takes {format_seconds(p.decode_s)}; reading a"
-        f" prompt alone takes {format_seconds(prefill)}.",
+        f"With {p.running:.0f} running, a decode step takes {format_seconds(p.decode_s)}; the first"
+        f" token takes {format_seconds(p.ttft_s)}.",
     )
     return Section(
         key="time", title="Where the time goes", lede=lede,
         body=join([
             el("h3", "A decode step"), _parts("A decode step", p.parts, p.decode_s, scale_s),
-            el("h3", "Reading a prompt"), _parts("Reading a prompt", p.prefill_parts, prefill, 0),
+            el("h3", "The first token"), _parts("The first token", p.prefill_parts, p.ttft_s, 0),
         ]),
     )  # fmt: skip
 
@@ -281,7 +289,7 @@ def placement(checked: CheckedServing) -> Section:
     for block in blocks:
         size, record = block_bytes(model, s, block), said.get(block, {})
         where = "GPU" if "tier" not in record else (
-            f"{record['tier']}, {'streamed' if record['place'] == 'stream' else 'multiplied there'}"
+            f"{_way(record['place'], block)} {record['tier']}"
             f"; {record['resident']} on the GPU"
         )  # fmt: skip
         words = f"{s.format_of(block)}, {where}"

@@ -9,11 +9,18 @@ import numpy as np
 
 from cost_models.hardware import Cluster
 from cost_models.op_models import peak_of
-from cost_models.serving import Memory, admitted, memory_of, serve, step_parts
+from cost_models.serving import (
+    Memory,
+    admitted,
+    memory_of,
+    prompt_parts,
+    request_host_s,
+    serve,
+)
 from cost_models.serving_decisions import WEIGHT_BYTES, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
 from cost_models.serving_kv import forgetful
-from cost_models.serving_ops import Costs, FloatArray, step_of
+from cost_models.serving_ops import Costs, FloatArray
 from cost_models.serving_pools import Decodes, Pooled, Reads, decodes, moves, pooled, reads
 from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import below_bytes, sharers
@@ -22,6 +29,8 @@ from cost_models.serving_tiers import below_bytes, sharers
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Seconds and bytes of a plan. parts: a decode step's seconds, which sum to decode_s.
+    prefill_parts: the first token's, which sum to ttft_s: a prompt read alone, by part; "request",
+    the host's before it; "moving", between pools; "waiting", for other requests and their steps.
 
     running: sequences that decode at once, of those asked for. gpu, cpu and disks: bytes of the
     fullest rank by tier, its cache included. missing: why it cannot be, "" where it can. pools:
@@ -66,15 +75,15 @@ def predict(
     found = serve(costs, model, load.prompt * one, load.output * one, s.batch * one,
                   max(room, 1.0) * one)
     running = min(float(found.running[0]) * s.replicas, s.batch)
-    share = 1 / s.attention_dp
-    prefill = step_parts(costs, model, step_of(0.0, 0.0, one * share, load.prompt * one))
+    ttft_s = float(found.ttft_s[0])
+    prefill = prompt_parts(costs, model, load.prompt) | {"request": request_host_s(costs)}
     tiers = _tier_bytes(model, s, memory, running)
     return Prediction(
-        serving=s, ttft_s=float(found.ttft_s[0]), tpot_s=float(found.tpot_s[0]),
+        serving=s, ttft_s=ttft_s, tpot_s=float(found.tpot_s[0]),
         tokens_per_s=float(found.tokens_per_s[0]), decode_s=float(found.decode_s[0]),
         running=running, batch=s.batch,
         parts=tuple((name, float(np.ravel(v)[0])) for name, v in found.parts.items()),
-        prefill_parts=tuple((name, float(np.ravel(v)[0])) for name, v in prefill.items()),
+        prefill_parts=_to_first_token(prefill, ttft_s),
         memory=memory, tiers=tiers, bottleneck="capacity" if running < s.batch else _bottleneck(
             costs, model, found.parts, running / s.replicas / s.pp),
         missing=_missing(cluster, s, room, memory, tiers),
@@ -91,11 +100,8 @@ def _predict_pools(
     read, decode, found = pooled_of(model, cluster, engine, s, load)
     memory = memory_of(model, cluster, engine, d, load)
     each = found.decoding / d.replicas
-    one = np.ones(1)
-    prefill = step_parts(
-        Costs(cluster=cluster, engine=engine, serving=p), model,
-        step_of(0.0, 0.0, one * p.attention_dp, load.prompt * one),
-    )  # fmt: skip
+    costs = Costs(cluster=cluster, engine=engine, serving=p, prompts_alone=True)
+    prefill = prompt_parts(costs, model, load.prompt, p.attention_dp)
     parts = decode.parts_at(max(each, 1.0))
     tiers = _tier_bytes(model, d, memory, found.decoding)
     fullest = max(dict(tiers)["gpu"], read.held_bytes)
@@ -104,8 +110,8 @@ def _predict_pools(
         missing = f"a GPU holds {memory.capacity_bytes / 1e9:.1f} GB, one that reads prompts" \
                   f" needs {read.held_bytes / 1e9:.1f} GB"
     if found.binds == "prompts":
-        bottleneck = _bottleneck(Costs(cluster=cluster, engine=engine, serving=p), model, prefill,
-                                 load.prompt * p.attention_dp)  # fmt: skip
+        read_parts = {name: np.asarray(v) for name, v in prefill.items()}
+        bottleneck = _bottleneck(costs, model, read_parts, load.prompt * p.attention_dp)
     elif found.binds:
         bottleneck = "capacity" if found.binds == "room" else "interconnect"
     else:
@@ -116,10 +122,18 @@ def _predict_pools(
         serving=s, ttft_s=found.ttft_s, tpot_s=found.tpot_s, tokens_per_s=found.tokens_per_s,
         decode_s=found.tpot_s, running=found.decoding if found.binds == "room" else float(s.batch),
         batch=s.batch, parts=parts,
-        prefill_parts=tuple((name, float(np.ravel(v)[0])) for name, v in prefill.items()),
+        prefill_parts=_to_first_token(
+            prefill | {"request": engine.request_host_s, "moving": found.moves.exposed_s},
+            found.ttft_s,
+        ),
         memory=memory, tiers=(("gpu", fullest),), bottleneck=bottleneck, missing=missing,
         pools=found,
     )  # fmt: skip
+
+
+def _to_first_token(parts: Mapping[str, float], ttft_s: float) -> tuple[tuple[str, float], ...]:
+    """All of the first token's seconds: what these parts leave is waited."""
+    return (*parts.items(), ("waiting", ttft_s - sum(parts.values())))
 
 
 def pooled_of(

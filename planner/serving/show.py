@@ -65,6 +65,7 @@ def estimate_json(p: Prediction, asked: ServeAsked) -> dict[str, Any]:
         "memory_error": None, "reserved_bytes": round(m.reserved_bytes),
         "capacity_bytes": round(m.capacity_bytes),
         "kv_bytes_per_token": round(m.kv_bytes_per_token),
+        "kv_gpu_bytes_per_sequence": round(m.kv_bytes_per_sequence),
         "max_concurrency": int(max(0.0, m.room_bytes) // m.kv_bytes_per_sequence
                                * p.serving.attention_dp * p.serving.replicas)
         if m.kv_bytes_per_sequence else None,
@@ -106,10 +107,14 @@ def summary(
     first, *rest = block_records(s)
     rows = [*rest, first | {"block": "others"}] if rest else [first]
     lines += [_row("blocks", _block(row, plan.rows_on_host, found)) for row in rows]
-    cache = f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"
-    cache += f", on {s.kv_tier}" if s.kv_tier != "gpu" else ""
-    cache += f", {s.kv_window} tokens kept (lossy)" if s.kv_window and not s.kv_policy else ""
-    lines.append(_row("cache", cache))
+    cache = [f"{format_bytes(round(found.memory.kv_bytes_per_token))} a token and GPU in {s.kv}"]
+    if s.kv_tier != "gpu":
+        length = load.prompt + load.output
+        here = format_bytes(round(found.memory.kv_bytes_per_sequence / length))
+        cache += [f"on {s.kv_tier}", f"{here} of it on the GPU"]
+    if s.kv_window and not s.kv_policy:
+        cache.append(f"{s.kv_window} tokens kept (lossy)")
+    lines += _packed("cache", cache)
     if s.kv_policy:
         read = "read" if s.kv_policy.startswith("retrieve") else "kept"
         lines.append(_row("", f"{kept_words(s)} {read}"))
@@ -204,10 +209,12 @@ def _block(row: dict[str, Any], rows_on_host: int, found: Prediction) -> str:
         way = "streamed from"
         if row["place"] == "compute" and dict(found.parts).get("cpu"):
             way = "multiplied on"
+        if row["block"] == "embeddings":  # in either place
+            way = "looked up on"
         unit = "a layer" if row["block"] == "routed_experts" else "layers"
         kept = f", {row['resident']} {unit} on the GPU" if row["resident"] else ""
         text += f", {way} {row['tier']}{kept}"
-        if row["place"] == "compute" and rows_on_host:
+        if row["place"] == "compute" and rows_on_host and row["block"] != "embeddings":
             text += f" (multiplied there up to {many(rows_on_host, 'row')} a step, streamed beyond)"
     return text
 
