@@ -382,3 +382,7 @@ def test_a_place_that_cannot_be_written_is_said_first(plan):
     code, _, err = plan("report", "-o", "nowhere/report.html")
     assert code == 64 and "no folder nowhere" in err
     assert plan("report", "-o", ".")[0] == 64
+    code, _, err = plan("report", "-o", "")
+    assert code == 64 and '-o "" is no file\'s name' in err
+    code, _, err = plan("report", "-o", "x.html/")
+    assert code == 64 and "x.html/ names a folder, and there is none" in err

@@ -57,6 +57,8 @@ def report(
         raise UsageError("both plans cannot come from stdin")
     if trace and trace == path:
         raise UsageError(f"the page and the trace are both {path}", hints=("--trace step.json",))
+    if not path:
+        raise UsageError('-o "" is no file\'s name', hints=("-o report.html",))
     for target, free in ((path, "-o report.html"), (trace, "--trace step.json")):
         _require_place(target)
         _require_ours(target, free)
@@ -116,7 +118,7 @@ def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int)
 def _require_place(target: str) -> None:
     """Raise UsageError for a path that cannot be written, before anything is computed."""
     if target.endswith(("/", os.sep)) and not Path(target).is_dir():
-        raise UsageError(f"{target} names a folder, and is none", hints=(target.rstrip("/"),))
+        raise UsageError(f"{target} names a folder, and there is none", hints=(target.rstrip("/"),))
     if target not in ("", "-") and Path(target).is_dir():
         raise UsageError(f"{target} is a folder", hints=(f"{target}/report.html",))
     if target not in ("", "-") and not Path(target).parent.is_dir():
