@@ -193,5 +193,6 @@ def test_a_folder_that_takes_nothing_is_told_by_the_name_that_was_asked_for(tmp_
 
     monkeypatch.setattr("builtins.open", refused)
     monkeypatch.setattr(Path, "unlink", refused)
-    with pytest.raises(PlanError, match=r"cannot write .*/plan\.json: Read-only"):
+    with pytest.raises(PlanError, match=r"cannot write .*/plan\.json") as fault:
         write_whole(tmp_path / "plan.json", "text")
+    assert fault.value.why == "Read-only file system"
