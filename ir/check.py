@@ -110,10 +110,9 @@ def _node_faults(node: Node, ins: tuple[Tensor, ...]) -> Iterator[str]:
     empty = any(d.is_constant and d.numerator == 0 for t in (*ins, *node.outputs) for d in t.shape)
     if empty and rule(node).kind not in ("memory", "free"):
         yield f"{node.name}: {node.op} of a tensor without elements"
-    if node.op == "attention" and not (
-        ins[0].shape[3].is_constant and ins[2].shape[3].is_constant
-    ):
-        yield f"{node.name}: {node.op} of heads of {ins[0].shape[3]} and {ins[2].shape[3]}"
+    heads = [t.shape[3] for t in ins[:3:2] if len(t.shape) > 3]  # fewer are told below
+    if node.op == "attention" and not all(size.is_constant for size in heads):
+        yield f"{node.name}: {node.op} of heads of {' and '.join(map(str, heads))}"
     operands = (*zip(spec.inputs, ins), *zip(spec.outputs, node.outputs))
     if len(spec.inputs) != len(ins) or len(spec.outputs) != len(node.outputs):
         yield f"{node.name}: the rule of {node.op} has another number of operands"

@@ -64,6 +64,11 @@ BROKEN: dict[str, tuple[Callable[[], Graph], str]] = {
         lambda: layer(lambda u: {"nodes": node_with(u, "linear", outputs=WIDE)}),
         "factor n is 64 and 65",
     ),
+    "ranks": (
+        lambda: layer(lambda u: {
+            "nodes": node_with(u, "attention", inputs=(u.inputs[0][0],) * 3)}),
+        "attention has letters",
+    ),
     "unit": (
         lambda: root(lambda n: replace(n, attrs=(("path", n.attr("path")), ("unit", "u77")))),
         "u77, which is no unit",
