@@ -29,6 +29,7 @@ NOT_RUN = {
     r"python -m (cost_models|planner\.validation)\.(serving_)?fit": "fits, minutes",
     r"python -m planner\.validation\.tables": "a test of its own",
     r"torchrun .*-m planner\.cli calibrate": "eight GPUs",
+    r"python benchmarks/": "measurements, minutes",
     r"plan calibrate": "measures for minutes; tests of its own",
     r"plan validate": "published and users' tables, minutes; tests of their own",
     r"torchrun \.\.\.": "no whole command",
