@@ -101,7 +101,8 @@ class Asking:
                 compiled=compiled,
             )  # fmt: skip
             known = self._known[key] = Searcher(
-                costs=made, pins=Pins(place=pins.place), _laid=self._shared(made, pins)
+                costs=made, pins=Pins(place=pins.place), _laid=self._shared(made, pins),
+                gain_ppm=self.searcher.gain_ppm,
             )
         return known.under(pins)
 
@@ -144,7 +145,8 @@ class Asking:
         the space. None: nothing legal is left."""
         s = self.under(pins, cluster=roomier(self.searcher.costs.cluster, memory))
         search = Without(
-            costs=s.costs, pins=pins, effort=effort, refused=refused, _laid=s._laid, _over=s._over
+            costs=s.costs, pins=pins, effort=effort, refused=refused, _laid=s._laid, _over=s._over,
+            gain_ppm=s.gain_ppm,
         )
         out = search.run(known.outcome.best if known else None)
         if out.best is None and out.misfit is None:

@@ -174,6 +174,7 @@ def _zero(text: str, value: str) -> int:
 
 
 def _switch(text: str, value: str) -> bool:
+    value = {"true": "on", "false": "off"}.get(value, value)  # as the plan's file has it
     return _words("on", "off")(text, value) == "on"
 
 

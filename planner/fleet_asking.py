@@ -15,6 +15,7 @@ from planner.decisions import Pins
 from planner.fleet_search import FleetSearch, Shelf, searchers
 from planner.options import TraceOptions
 from planner.refused import Refused
+from planner.score import AXIS_GAIN_PPM
 from planner.search import Searcher
 
 
@@ -25,6 +26,7 @@ class FleetAsking:
     graph: Graph
     fleet: Fleet
     workload: Workload
+    gain_ppm: int = AXIS_GAIN_PPM  # of the step that an axis must earn
     _shelf: Shelf = field(default_factory=Shelf)
 
     @property
@@ -64,7 +66,7 @@ class FleetAsking:
     ) -> Iterator[Searcher]:
         fleet = hardware or self.fleet
         assert isinstance(fleet, Fleet)
-        options = TraceOptions(model="", pins=pins)
+        options = TraceOptions(model="", pins=pins, gain_ppm=self.gain_ppm)
         try:
             yield from searchers(self.graph, fleet, workload, options, shelf=self._shelf)
         except PlanError:  # the pins suit no parts
@@ -84,7 +86,9 @@ class FleetAsking:
         if known is not None:
             assert known.outcome.best is not None
             found.know(known.outcome.best, known.costs)
-        options = TraceOptions(model="", pins=pins, effort=effort)
+        options = TraceOptions(
+            model="", pins=pins, effort=effort, gain_ppm=self.gain_ppm
+        )
         every = searchers(
             self.graph, fleet, self.workload, options, refused=refused, shelf=self._shelf
         )

@@ -167,7 +167,7 @@ def _planned(
         status="OPTIMAL" if bound >= step else "FEASIBLE",
         gap_ppm=round((step - bound) / step * 1e6), bound_us=bound // 1_000_000,
         meshes=sum(out.meshes for out in outs), meshes_solved=sum(out.expanded for out in outs),
-        pins=pins_said(pins),
+        pins=pins_said(pins), axis_gain_ppm=found.best.gain_ppm,
         objective="time" if found.worth is None or found.worth.by_time else found.worth.objective,
     )  # fmt: skip
     return make_plan(graph, spec, found.fleet, workload, d, shardings, made, solver), made
@@ -202,7 +202,8 @@ def _infeasible(graph: Graph, options: TraceOptions, found: FleetSearch) -> Infe
     ]  # fmt: skip
     usable = tuple(capped(part, options.limits.memory_bytes) for part in found.fleet.parts)
     asked = FleetAsking(
-        graph=graph, fleet=replace(found.fleet, parts=usable), workload=found.workload
+        graph=graph, fleet=replace(found.fleet, parts=usable), workload=found.workload,
+        gain_ppm=options.gain_ppm,
     )
     answer = found.answer()
     return explained(

@@ -24,6 +24,7 @@ from ir.errors import InfeasibleError, PlanError
 from planner.asking import Answer, Asking
 from planner.decisions import Pins, summarise_recompute
 from planner.mesh import divisors, splits_something
+from planner.names import many
 from planner.outcome import Misfit, Outcome
 from planner.search import Searcher
 
@@ -167,7 +168,7 @@ class Questions:
             hints += self._offloaded()
         more = self._more_gpus()
         if more is not None:
-            limits.append(f"{hardware.count} GPUs")
+            limits.append(many(hardware.count, "GPU"))
             hints.append(more)
         if not hints or self.legal:
             for word, hint in self._smaller():

@@ -18,6 +18,7 @@ from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
 from ir.files import is_stream, may_wait
 from ir.graph import Graph
+from planner.score import AXIS_GAIN_PPM
 
 if TYPE_CHECKING:
     from cost_models.ledger import Estimate
@@ -32,6 +33,7 @@ class Solver:
     """How the search ended. status: OPTIMAL or FEASIBLE, or ESTIMATE where none was.
     pins: what the user decided, `tp=8`; the search is of what they leave. objective: what the
     bound is of: time, or of several kinds of GPUs cost or energy, told as a step on the same GPUs.
+    axis_gain_ppm: of the step, what each axis beside data parallelism had to earn.
     """
 
     status: str = "ESTIMATE"
@@ -41,6 +43,7 @@ class Solver:
     meshes_solved: int = 1
     pins: tuple[str, ...] = ()
     objective: str = "time"
+    axis_gain_ppm: int = AXIS_GAIN_PPM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 from ir.errors import PlanError
 from planner.limits import MOST_COUNT
 from planner.plan import Solver
+from planner.score import AXIS_GAIN_PPM
 
 MOST_NUMBER = 2**53 - 1  # an integer that every reader of JSON has exactly (RFC 8259, 6)
 SOLVED_FOR = ("time", "cost", "energy")
@@ -54,10 +55,12 @@ def record_at(raw: dict[str, Any], key: str, kind: Any, but: tuple[str, ...] = (
     return kind(**{name: typed(table, name, kinds[name], f"{key}.") for name in names})
 
 
+_USUAL = ("pins", "objective", "axis_gain_ppm")  # written where they are not as by default
+
+
 def solver_json(solver: Solver) -> dict[str, Any]:
-    """How the search ended; pins where there are any, the objective where it is not time."""
-    usual = [key for key, value in (("pins", ()), ("objective", "time"))
-             if getattr(solver, key) == value]  # fmt: skip
+    """How the search ended; pins where there are any, others of `_USUAL` where they are not."""
+    usual = [key for key in _USUAL if getattr(solver, key) == getattr(Solver(), key)]
     return {key: value for key, value in asdict(solver).items() if key not in usual}
 
 
@@ -71,10 +74,10 @@ def solver_at(raw: dict[str, Any]) -> Solver:
     if objective not in SOLVED_FOR:
         raise PlanError(f"solver.objective is {json.dumps(objective)}",
                         why=f"known: {', '.join(SOLVED_FOR)}")  # fmt: skip
-    found: Solver = record_at(
-        raw | {"solver": table}, "solver", Solver, but=("pins", "objective")
-    )
-    return replace(found, pins=tuple(pins), objective=objective)
+    gain = typed({"axis_gain_ppm": AXIS_GAIN_PPM} | table, "axis_gain_ppm", int, "solver.")
+    table.pop("axis_gain_ppm", None)
+    found: Solver = record_at(raw | {"solver": table}, "solver", Solver, but=_USUAL)
+    return replace(found, pins=tuple(pins), objective=objective, axis_gain_ppm=gain)
 
 
 def records_at(raw: dict[str, Any], key: str, names: tuple[str, ...]) -> list[dict[str, str]]:

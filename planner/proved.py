@@ -8,21 +8,26 @@ from cost_models.chain import chain_of
 from planner.decisions import Pins
 from planner.mesh import facts_of
 from planner.plan import Plan, Solver
-from planner.score import AXIS_GAIN_PPM, PPM
+from planner.score import PPM
 
 if TYPE_CHECKING:
     from planner.serving.plan import ServingPlan
 
-AN_AXIS = f"{AXIS_GAIN_PPM / PPM:.0%} an axis"  # what bounds of plans with more axes are less
 MOST_PINS = 6  # told by name
 SEARCHED = ("pp", "cp", "tp", "zero", "micro_batch", "recompute")  # for every model; dp follows
+
+
+def an_axis(s: Solver, word: str) -> str:
+    """What each axis more had to earn, after words: ` by 2% an axis`; "" where that is nothing.
+    Bounds of plans with more axes are less by it."""
+    return f"{word} {s.axis_gain_ppm * 100 / PPM:g}% an axis" if s.axis_gain_ppm else ""
 
 
 def gain_words(s: Solver) -> str:
     """What a search that ended before it had proved its plan left open. Its gap is of the order of
     plans, in which an axis must earn something: a plan with one more may be quicker by that too."""
     of = f" of {s.objective}" if s.objective != "time" else ""
-    return f"at most {s.gap_ppm / 1e4:.2f}%{of} can be gained, beyond {AN_AXIS}"
+    return f"at most {s.gap_ppm / 1e4:.2f}%{of} can be gained{an_axis(s, ', beyond')}"
 
 
 def pins_said(pins: Pins) -> tuple[str, ...]:

@@ -129,11 +129,12 @@ def _sections(workload: Json, decisions: Json, own: Json, estimate: Json) -> Jso
     inputs = {"graph": HASH, "hardware": WORD, "constants": HASH}
     rule = {"match": WORD, "tp": WORD}
     edge = {"at": WORD, "forward": WORD, "backward": WORD}
-    solver = _fields(Solver, but=("pins", "objective"))
+    solver = _fields(Solver, but=("pins", "objective", "axis_gain_ppm"))
     beyond = "of training beyond what an axis more must earn of the step"
     for key, said in (("gap_ppm", "what can be gained at most"), ("bound_us", "no step is below")):
         solver[key] = solver[key] | {"description": f"{said}, {beyond}"}
-    more = {"pins": _list(WORD), "objective": _one_of(SOLVED_FOR)}
+    more = {"pins": _list(WORD), "objective": _one_of(SOLVED_FOR),
+            "axis_gain_ppm": WHOLE}
     ended = _object(solver | more, needed=tuple(solver))
     sections = {
         "schema": {"const": SCHEMA}, "planner": WORD,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from cost_models.decisions import Decisions
-from planner.mesh import Mesh
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cost_models.decisions import Decisions
+    from planner.mesh import Mesh
 
 PPM = 1_000_000
 AXIS_GAIN_PPM = 20_000  # of the step that each axis beside data parallelism must earn: the model's

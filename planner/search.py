@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
+from cost_models.estimate import whole_step_ps
 from cost_models.mixed import sides_of
 from cost_models.rank_ledger import tier_uses
 from cost_models.stage_problem import Pair, StageProblem
@@ -199,7 +200,7 @@ class Searcher(Space):
             self.progress(f"solving: {out.expanded} of {out.meshes} meshes, none fits yet")
         if self.progress and out.best:
             best = out.best.score
-            step = out.best.objective_ps / 1e12
+            step = whole_step_ps(self.costs, out.best.objective_ps) / 1e12
             gap = max(0.0, (best - bound) / best)
             said = [format_seconds(seconds) for seconds in (step, step * (1 - gap))]
             self.progress(f"solving: best {said[0]}, bound {said[1]}, gap {gap:.1%}")

@@ -21,7 +21,7 @@ from planner.options import Baseline, Timing
 from planner.placements import placements, tp_idle
 from planner.plan import Plan
 from planner.plan_text import SCHEMA, recompute_records, stage_records, workload_json
-from planner.proved import AN_AXIS, all_pinned, gain_words, status_words
+from planner.proved import all_pinned, an_axis, gain_words, status_words
 from planner.share_words import microbatch_words, tp_words
 from planner.tightness import tight, tight_words
 from planner.wrapping import wrapped
@@ -223,6 +223,8 @@ def _arithmetic(rank: RankLedger) -> str:
         f"{sizes[name] / max(1, rank.parameters):.3g}"
         for name in ("parameters", "gradients", "optimizer")
     ]
+    if not any(sizes[name] for name in ("parameters", "gradients", "optimizer")):
+        return f"  {format_count(rank.parameters)} params, all of whose state lies below"
     head = f"  {format_count(rank.parameters)} params x ({' + '.join(each)}) bytes of weights, "
     words = "gradients, optimizer"
     return head + (words if len(head + words) <= WIDTH else "grads, optimizer")
@@ -257,7 +259,7 @@ def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str
     better = {"cost": "costs less", "energy": "takes less energy"}.get(s.objective, "is better")
     proof = {
         "OPTIMAL": (  # an axis more must earn 2% of the step: see docs/search.md
-            f"no plan of {many(s.meshes, 'mesh')} {better} by {AN_AXIS}",
+            f"no plan of {many(s.meshes, 'mesh')} {better}{an_axis(s, ' by')}",
             f"{s.meshes_solved} solved",
         ),
         "FEASIBLE": (

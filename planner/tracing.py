@@ -370,7 +370,7 @@ def _planned(
     solver = Solver(
         status="OPTIMAL" if out.proved else "FEASIBLE", gap_ppm=round(out.gap * 1e6),
         bound_us=bound // 1_000_000, meshes=out.meshes, meshes_solved=out.expanded,
-        pins=pins_said(pins),
+        pins=pins_said(pins), axis_gain_ppm=out.best.gain_ppm,
     )  # fmt: skip
     shardings = {
         unit.name: sharding_of(unit, a) for (unit, _), a in out.best.assignments.items()

@@ -254,10 +254,11 @@ class Why:
 
 def _asking(base: Checked) -> Asking | FleetAsking:
     graph, workload = base.plan.graph, base.plan.workload
+    gain = base.plan.solver.axis_gain_ppm
     if isinstance(base.hardware, Fleet):
-        return FleetAsking(graph=graph, fleet=base.hardware, workload=workload)
+        return FleetAsking(graph=graph, fleet=base.hardware, workload=workload, gain_ppm=gain)
     costs = Costs(graph=graph, cluster=base.hardware, workload=workload)
-    return Asking(searcher=Searcher(costs=costs))
+    return Asking(searcher=Searcher(costs=costs, gain_ppm=gain))
 
 
 def _asked(d: Decisions) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from planner.decisions import recompute_words
 from planner.decisions_json import decisions_json
 from planner.keep_words import keep_words
 from planner.offloads import offload_words
-from planner.proved import AN_AXIS, gain_words, pins_words
+from planner.proved import an_axis, gain_words, pins_words
 from planner.refused import refused_words
-from planner.score import AXIS_GAIN_PPM, PPM, axes_used, score_of
+from planner.score import PPM, axes_used, score_of
 from planner.why import Alternative, Binding
 from planner.wrapping import wrapped
 
@@ -52,7 +52,7 @@ def alternative_text(base: Checked, found: Alternative) -> str:
     ]
     proof = gain_words(found.solver)
     if found.solver.status == "OPTIMAL":
-        proof = f"no other of the space is better by {AN_AXIS}"
+        proof = f"no other of the space is better{an_axis(found.solver, ' by')}"
     return "\n".join([*lines, *_row("proof", f"{found.solver.status}: {proof}")])
 
 
@@ -186,11 +186,12 @@ def _no_slower(found: Alternative, base: Checked) -> str:
     assert found.decisions is not None and found.estimate is not None
     more = axes_used(found.decisions) - axes_used(base.plan.decisions)
     gain = -_change(base.estimate, found.estimate)
-    scores = [score_of(e.step_time_ps, d) for e, d in
+    each = base.plan.solver.axis_gain_ppm
+    scores = [score_of(e.step_time_ps, d, each) for e, d in
               ((base.estimate, base.plan.decisions), (found.estimate, found.decisions))]
     if more > 0 and scores[0] <= scores[1] * (1 + LEAST_SHARE):
         axes = "axis" if more == 1 else "axes"
-        return f"quicker by less than {more} more {axes} must earn ({AXIS_GAIN_PPM / PPM:.0%} each)"
+        return f"quicker by less than {more} more {axes} must earn ({each * 100 / PPM:g}% each)"
     pace = f"quicker by {gain:.1%}" if gain >= LEAST_SHARE else "as quick"
     if base.plan.solver.objective != "time":
         return f"{pace}; the plan was chosen for {base.plan.solver.objective}, this is not"

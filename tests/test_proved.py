@@ -20,7 +20,7 @@ from planner.serving.asked import parse_serve_pins, serve_pins_said
 from planner.serving.show import document, summary
 from planner.serving.text import to_text as serving_text
 from planner.show import summary as shown
-from planner.why import Alternative, Binding
+from planner.why import Alternative, Binding, Why
 from planner.why_text import alternative_text
 
 EVERY = ("pp=2", "tp=2", "cp=1", "zero=3", "micro_batch=1", "recompute=none", "schedule=1f1b",
@@ -64,6 +64,26 @@ def test_a_gap_says_what_it_is_beyond():
             solver=replace(found, status=status),
         )  # fmt: skip
         assert words in " ".join(alternative_text(early, row).split())
+
+
+def test_what_an_axis_had_to_earn_is_the_plan_s_own():
+    """A plan made with another --axis-gain says it, keeps it in its file where it is not 2%, and
+    is held against others by it."""
+    graph, half = toy_graph(), replace(toy_plan().solver, axis_gain_ppm=5_000)
+    plan = toy_plan(solver=half)
+    assert "axis_gain_ppm" not in to_text(toy_plan())
+    assert parse_text(to_text(plan), graph).solver == half
+    assert gain_words(replace(half, gap_ppm=2_700)).endswith("beyond 0.5% an axis")
+    free = replace(half, gap_ppm=2_700, axis_gain_ppm=0)
+    assert gain_words(free) == "at most 0.27% can be gained"
+    one = small()
+    said = shown(replace(one.plan, solver=half), one.estimate)
+    assert "is better by 0.5% an axis" in " ".join(said.split())
+    bad = to_text(plan).replace('"axis_gain_ppm": 5000', '"axis_gain_ppm": -1')
+    with pytest.raises(PlanError, match=r"solver\.axis_gain_ppm is -1"):
+        parse_text(bad, graph)
+    checked = replace(one, plan=replace(one.plan, solver=replace(one.plan.solver, axis_gain_ppm=0)))
+    assert Why(checked).asking.searcher.gain_ppm == 0
 
 
 def test_pins_are_in_the_file_where_there_are_any():

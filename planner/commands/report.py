@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from ir.errors import UsageError
 from planner.commands.shared import Verbose, folder_of
 from planner.console import progress, say
+from planner.targets import require_shown
 
 
 def report(
@@ -57,26 +57,11 @@ def report(
         raise UsageError("both plans cannot come from stdin")
     if trace and trace == path:
         raise UsageError(f"the page and the trace are both {path}", hints=("--trace step.json",))
-    if not path:
-        raise UsageError('-o "" is no file\'s name', hints=("-o report.html",))
-    for target, free in ((path, "-o report.html"), (trace, "--trace step.json")):
-        _require_place(target)
-        _require_ours(target, free)
+    require_shown(path, flag="-o ", name="report.html")
+    if trace:
+        require_shown(trace, flag="--trace ", name="step.json")
     _write(path, trace, sources, ask=why, effort=effort)
     return 0
-
-
-def _require_ours(target: str, free: str) -> None:
-    """Raise UsageError where a file is in the way that is no page or trace. free: another name, as
-    the flag takes it."""
-    if target in ("", "-") or not Path(target).is_file():
-        return
-    with open(target, "rb") as file:
-        start = file.read(200)
-    if start and not start.startswith((b"<!DOCTYPE html>", b'{"displayTimeUnit"')):
-        raise UsageError(f"{target} is there, and is no report or trace",
-                         why="a plan or another file of yours would be lost",
-                         hints=(free, "remove it first if it may go"))  # fmt: skip
 
 
 def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int) -> None:
@@ -113,16 +98,6 @@ def _write(path: str, trace: str, sources: list[str], *, ask: bool, effort: int)
         plan = checked[-1].plan
         title = f"{plan.graph.name} on {plan.hardware}"
         _save(trace, trace_text(report_of.simulate(checked[-1]), plan.decisions, title))
-
-
-def _require_place(target: str) -> None:
-    """Raise UsageError for a path that cannot be written, before anything is computed."""
-    if target.endswith(("/", os.sep)) and not Path(target).is_dir():
-        raise UsageError(f"{target} names a folder, and there is none", hints=(target.rstrip("/"),))
-    if target not in ("", "-") and Path(target).is_dir():
-        raise UsageError(f"{target} is a folder", hints=(f"{target}/report.html",))
-    if target not in ("", "-") and not Path(target).parent.is_dir():
-        raise UsageError(f"{target}: there is no folder {Path(target).parent}")
 
 
 def _save(target: str, text: str) -> None:

@@ -158,6 +158,7 @@ class _Table:
     def __init__(self, checked: Checked) -> None:
         plan = checked.plan
         self.graph: Graph = plan.graph
+        self.gain_ppm = plan.solver.axis_gain_ppm
         self.hardware, self.workload = checked.hardware, plan.workload
         d = plan.decisions
         used = used_parts(self.hardware, d)
@@ -188,12 +189,13 @@ class _Table:
                     made = self._costs(part, workload, alike, d.compile)
                     known[part.name, d.compile] = made
             parts = [known[part.name, d.compile] for part in used_parts(hardware, d)]
-            found.append(_made(jointly(hardware, parts, d), c, isinstance(hardware, Fleet)))
+            costs = jointly(hardware, parts, d)
+            found.append(_made(costs, c, isinstance(hardware, Fleet), self.gain_ppm))
         return found
 
 
-def _made(costs: Costs, c: Candidate, several: bool) -> _Made:
-    """several: whether the hardware has parts."""
+def _made(costs: Costs, c: Candidate, several: bool, gain_ppm: int) -> _Made:
+    """several: whether the hardware has parts. gain_ppm: what an axis must earn."""
     d, step = c.decisions, costs.step(c.decisions, c.assignments)
     if isinstance(costs, SharedCosts):
         steps = (replace(step, beside=()), *step.beside)
@@ -212,7 +214,7 @@ def _made(costs: Costs, c: Candidate, several: bool) -> _Made:
         peaks[name] = max(used, peaks.get(name, 0))
     whole = whole_step_ps(costs, objective)
     over = max(used - cluster.device.memory_bytes for cluster, used in rows)
-    return _Made(step_ps=whole, score=score_of(whole, d), peaks=peaks, over_bytes=over)
+    return _Made(step_ps=whole, score=score_of(whole, d, gain_ppm), peaks=peaks, over_bytes=over)
 
 
 # --- inputs ------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ from cost_models.units import format_bytes, format_count, format_rate, format_se
 from cost_models.validation.accuracy import memory_error
 from planner.check import Checked
 from planner.plan import Plan
-from planner.proved import AN_AXIS, all_pinned, gain_words, pins_words
+from planner.proved import all_pinned, an_axis, gain_words, pins_words
 from planner.report.charts import sentences, strong
 from planner.report.markup import Children, Html, el
 from planner.tightness import tight, tight_words
 from planner.why_text import decided
 
 PROOF = {
-    "OPTIMAL": f"no plan of the space is better by {AN_AXIS}",
+    "OPTIMAL": "no plan of the space is better",
     "ESTIMATE": "every decision was given: an estimate, not a search",
 }
 
@@ -102,12 +102,13 @@ def proof(checked: Checked) -> str:
         return "what its search proved was of other inputs than today's"
     better = {"cost": "cheaper", "energy": "of less energy"}.get(s.objective, "better")
     if s.pins:
-        of = f"no plan that has them is {better} by {AN_AXIS}"
+        of = f"no plan that has them is {better}{an_axis(s, ' by')}"
         of = of if s.status == "OPTIMAL" else f"{gain_words(s)}, by plans that have them"
         return f"{s.status.lower()} under its pins: {pins_words(plan)} ({of})"
     if s.status == "FEASIBLE":
         return gain_words(s)
-    return PROOF.get(s.status, s.status).replace("better", better)
+    said = PROOF.get(s.status, s.status).replace("better", better)
+    return said + an_axis(s, " by") * (s.status == "OPTIMAL")
 
 
 def tiles(rows: Sequence[tuple[str, str, str]]) -> Html:
