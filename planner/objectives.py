@@ -16,6 +16,7 @@ from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.charged import charged
 from planner.fleet_planning import attempt_fleet, plan_fleet, worth_of
+from planner.grouping import quicker_in_groups
 from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
@@ -132,7 +133,11 @@ def _of_one_kind(
     if options.objective != "gpus" and most == cluster.count:
         found = charged(_planned(graph, options, cluster, clock, progress), options, cluster)
         if _usd(found) <= limits.usd:
-            return found
+            groups = () if options.objective == "memory" else quicker_in_groups(
+                options, cluster, found
+            )  # fmt: skip
+            clock.mark("solve_s")
+            return replace(found, echo=(*found.echo, *groups), timing=clock.timing())
         raise _unmet(graph, options, cluster, most, [(found, cluster)])
     asked, over = _same_batch(graph, options, cluster), []
     sizes = [*_fewer(cluster, most), *([cluster] if most == cluster.count else [])]

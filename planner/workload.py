@@ -10,12 +10,10 @@ from cost_models.decisions import Workload
 from cost_models.engines import engine_names, load_engine
 from cost_models.fleet import Hardware, parts_of
 from cost_models.formats import NARROW
-from cost_models.hardware import Cluster, catalogue, load_hardware
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.decisions import Pins
 from planner.limits import MOST_COUNT
-from planner.runnable import NATIVE
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "nvfp4")
 ENGINE = "native-compiled"  # cli.md: the default
@@ -70,8 +68,6 @@ def resolve(
                 f"{flag} {size:,} is no size", hints=(f"{flag} {MOST_COUNT} at most",),
                 why=f"a plan has at most {MOST_COUNT:,} samples or tokens",
             )
-    if batch_notes and isinstance(hardware, Cluster) and pins == Pins():
-        batch_notes = (*batch_notes, *_groups(hardware, engine.name, batch))
     if not asked.expert_imbalance >= 1:
         raise UsageError(
             f"--expert-imbalance {asked.expert_imbalance:g} is no imbalance",
@@ -183,18 +179,6 @@ def _batch(
     if dp < min(widest, batch // step) and pins.dp is None:
         return batch, (f"--global-batch {batch} lets dp be {dp} at most, of {widest}",)
     return batch, ()
-
-
-def _groups(cluster: Cluster, engine: str, batch: int) -> tuple[str, ...]:
-    """Where data ranks of one GPU cannot all have as many samples: the cluster in two groups of
-    whole nodes, of which the first has one each more."""
-    first = batch % cluster.count
-    if batch < cluster.count or not first or first % cluster.node_size or engine not in NATIVE:
-        return ()
-    if cluster.name not in catalogue() or load_hardware(cluster.spec) != cluster:
-        return ()  # a file has one count
-    parts = (replace(cluster, count=n).spec for n in (first, cluster.count - first))
-    return (f"--hardware {'+'.join(parts)} gives the GPUs of each group as many samples as suit",)
 
 
 def _fixed_samples(pins: Pins) -> int:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import test_stages as stages
 from tiny_models import EXAMPLES, graph_of, with_memory
+from toy_plan import toy_plan
 
 from cost_models.decisions import Decisions
 from cost_models.engines import load_engine
@@ -20,12 +22,14 @@ from cost_models.hardware import load_hardware
 from cost_models.mixed import MixedCosts, border_form, mixed
 from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
+from cost_models.units import format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.commands.shared import prices_of
 from planner.decisions import Pins
 from planner.fleet_planning import attempt_fleet, plan_fleet
 from planner.fleet_search import FleetSearch
 from planner.fleet_search import searchers as searchers_of
+from planner.grouping import divisions, quicker_in_groups
 from planner.limits import Limits
 from planner.mesh import Mesh
 from planner.objectives import plan_for
@@ -388,23 +392,50 @@ def test_groups_of_one_kind_cost_what_the_kind_does(plan, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_shared_out_by_groups(plan, tmp_path):
-    """64 samples are 3 or 2 of each of 24 GPUs: quicker than in pipelines of 3 stages, and said."""
+    """64 samples are 3 or 2 of each of 24 GPUs: quicker than in pipelines of 3 stages. The line
+    that says so has the step and the gain of the plan that it names."""
     size = (*TINY[:4], "--global-batch", "64", "--seq-len", "4096")
     code, out, err = plan("trace", LLAMA, "--hardware", "h100x24", *size)
-    assert code == 0 and "--hardware h100x16+h100x8 gives" in out + err
+    said = re.search(r"--hardware h100x16\+h100x8: (\S+ m?s), (\S+)% quicker than one", out + err)
+    assert code == 0 and said
     one = json.loads((tmp_path / "plan.json").read_text())
     assert plan("trace", LLAMA, "--hardware", "h100x16+h100x8", *size)[0] == 0
     two, d = json.loads((tmp_path / "plan.json").read_text()), load("plan.json").decisions
     assert {share.part: share.microbatches for share in d.shares} == {"h100": 3, "h100#2": 2}
-    assert two["estimate"]["step_time_us"] < 0.98 * one["estimate"]["step_time_us"]
+    steps = [made["estimate"]["step_time_us"] for made in (two, one)]
+    assert format_seconds(steps[0] / 1e6) == said[1] and steps[0] < 0.98 * steps[1]
+    assert float(said[2]) == pytest.approx(100 * (1 - steps[0] / steps[1]), abs=0.06)
     assert plan("check")[0] == 0 and "8 h100#2: 16 samples" in plan("show")[1]
     assert plan("export", "--to", "torchrun")[0] == 0  # nodes are alike
     (tmp_path / "usd.toml").write_text("[h100]\nusd_per_gpu_hour = 3.0\n")
     assert list(prices_of("usd.toml", load_any("h100x16+h100x8").parts)) == ["h100"]
     assert plan("show", "--goodput", "--prices", "usd.toml")[0] == 0
-    for spec, engine in (("h100x16", ()), ("h100x24", ("--engine", "torchtitan"))):
-        code, out, err = plan("trace", LLAMA, "--hardware", spec, *size, *engine)
-        assert code == 0 and "of each group" not in out + err
+
+
+def test_groups_are_not_asked_for_what_cannot_have_them():
+    """Another engine, pins, and a file's own count leave them out, before anything is searched."""
+    h100s, one = load_hardware("h100x24"), toy_plan()
+
+    def asked(options=None, cluster=h100s, **work):
+        plan = replace(one, workload=replace(one.workload, global_batch=64, **work))
+        found = SimpleNamespace(plan=plan, interrupted=False, estimate=None)
+        return quicker_in_groups(options or TraceOptions(model=""), cluster, found)
+
+    assert asked(engine="torchtitan") == ()
+    assert asked(TraceOptions(model="", pins=Pins(tp=1)), engine="native") == ()
+    assert asked(cluster=replace(h100s, name="mine"), engine="native") == ()
+    with pytest.raises(AttributeError):  # of the step, which is asked for next
+        asked(engine="native")
+
+
+def test_groups_of_whole_nodes_that_a_remainder_leaves():
+    """Of 96 GPUs and 512 samples 32 have one more than others, or 32 pairs of 48: the same two
+    groups. None where the batch divides, or where what is over is no whole node."""
+    h100s = load_hardware("h100x96")
+    assert [*divisions(h100s, 512)] == [32] and not [*divisions(h100s, 480)]
+    assert [*divisions(h100s, 64)] == [32]  # 16 of 48 pairs have two
+    assert [*divisions(h100s, 100)] == [8, 16, 32]  # 4 ranks of 2, 4 or 8 GPUs
+    assert not [*divisions(load_hardware("h100x8"), 20)]
 
 
 def test_stages_that_do_not_lie_on_the_parts_are_refused(plan, two, tmp_path):
