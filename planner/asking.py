@@ -106,7 +106,7 @@ class Asking:
             )
         return known.under(pins)
 
-    def _shared(self, made: Costs, pins: Pins) -> dict[tuple[int, bool], Assignments]:
+    def _shared(self, made: Costs, pins: Pins) -> dict[tuple[int, bool, bool], Assignments]:
         """What is laid already and lies the same there."""
         own = self.searcher
         if pins.place != own.pins.place or made.workload != own.costs.workload:

@@ -213,7 +213,7 @@ class Shelf:
     """
 
     costs: dict[tuple[object, ...], Costs] = field(default_factory=dict)
-    laid: dict[tuple[object, ...], dict[tuple[int, bool], Assignments]] = field(
+    laid: dict[tuple[object, ...], dict[tuple[int, bool, bool], Assignments]] = field(
         default_factory=dict
     )
     piped: dict[tuple[object, ...], FleetSearcher] = field(default_factory=dict)
@@ -230,7 +230,7 @@ class Shelf:
             )  # fmt: skip
         return found
 
-    def laid_on(self, costs: Costs, pins: Pins) -> dict[tuple[int, bool], Assignments]:
+    def laid_on(self, costs: Costs, pins: Pins) -> dict[tuple[int, bool, bool], Assignments]:
         """How units lie on the GPUs of a part."""
         key = costs.cluster.name, costs.cluster.count, costs.workload, costs.compiled, pins.place
         return self.laid.setdefault(key, {})

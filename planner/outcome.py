@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
-from cost_models.stage_problem import Nearest, StageProblem
+from cost_models.stage_problem import Nearest, Pair, StageProblem
 from cost_models.step import Assignments, Step
 from cost_models.tiers import TierUse
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
@@ -51,9 +51,11 @@ class Program:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a search found. bound: no plan of the space has a score below it."""
+    """What a search found. bound: no plan of the space has a score below it. searched: the best as
+    the placement program lays it over tp; `best` may be laid as engines have it (`relaid`)."""
 
     best: Tried | None = None
+    searched: Tried | None = None
     misfit: Misfit | None = None
     closest: list[tuple[int, int, Decisions]] = field(default_factory=list)  # bytes, order, state
     bound: int = 0
@@ -95,3 +97,10 @@ def nearer(old: Misfit | None, new: Misfit) -> Misfit:
     if old and old.nearest.overflow_bytes <= new.nearest.overflow_bytes:
         return old
     return new
+
+
+def decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
+    """The decisions with their stages; what is kept in part matters where something is."""
+    made = d.cut(stages, recompute)
+    keep = d.keep if any(some for _, some in made.recompute) else ()
+    return replace(made, keep=keep)

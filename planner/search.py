@@ -14,11 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import whole_step_ps
-from cost_models.mixed import sides_of
-from cost_models.rank_ledger import tier_uses
-from cost_models.stage_problem import Pair, StageProblem
+from cost_models.stage_problem import StageProblem
 from cost_models.step import Assignments, Step
-from cost_models.tiers import TierUse
 from cost_models.units import format_seconds
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
@@ -26,9 +23,10 @@ from planner.dominance import undominated
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
-from planner.outcome import Misfit, Outcome, Program, Tried, less_over, nearer
+from planner.outcome import Misfit, Outcome, Program, Tried, decided, less_over, nearer
 from planner.proving import FIRST, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
+from planner.relaid import relaid
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.some_below import named, programs_below
@@ -148,6 +146,9 @@ class Searcher(Space):
                 unsettled = self._prove(out, unsettled, untried, stopped)
             out.interrupted = stopped()
         rest = [*left[-1:], *(u.bound for u in unsettled)]
+        out.searched = out.best
+        if out.best and out.best is not incumbent and not out.interrupted:  # that is its search's
+            out.best = relaid(self, out.best)
         out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
 
@@ -403,11 +404,6 @@ class Searcher(Space):
             self._known.failed(problem, best)
         return refuted
 
-    def tier_uses(self, step: Step, d: Decisions, problem: StageProblem) -> tuple[TierUse, ...]:
-        """What the plan lays below the device, by tier."""
-        sides = [(side.cluster, one) for side, one in sides_of(self.costs, step)]
-        return tier_uses(sides, d, problem) if d.offload else ()
-
     def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
         """Whether a state may fit; where none was found that does, the closest are kept."""
         again, capacity = self.pins.recompute, self.capacity_bytes
@@ -446,13 +442,6 @@ class Searcher(Space):
                 out.misfit = nearer(
                     out.misfit, Misfit(decisions=nearest, assignments=laid, nearest=near)
                 )
-
-
-def decided(d: Decisions, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Decisions:
-    """The decisions with their stages; what is kept in part matters where something is."""
-    made = d.cut(stages, recompute)
-    keep = d.keep if any(some for _, some in made.recompute) else ()
-    return replace(made, keep=keep)
 
 
 def _state_key(d: Decisions) -> tuple[object, ...]:

@@ -26,9 +26,9 @@ from cost_models.step import Assignments, Step
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
-from planner.outcome import Outcome, Tried
+from planner.outcome import Outcome, Tried, decided
 from planner.proving import Unsettled
-from planner.search import ENDLESS, Searcher, decided
+from planner.search import ENDLESS, Searcher
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
 

@@ -14,12 +14,16 @@ from cost_models.estimate import stage_problem
 from cost_models.formats import Formats
 from cost_models.hardware import Cluster
 from cost_models.layout import expert_parameters, placement
+from cost_models.mixed import sides_of
+from cost_models.rank_ledger import tier_uses
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
 from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
+from cost_models.tiers import TierUse
 from cost_models.work import Axes
-from ir.errors import UsageError
+from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Unit, full_name
+from planner.classic import classic_places
 from planner.decisions import Pins
 from planner.formats import format_ways
 from planner.keep_checks import pinned_keep
@@ -42,14 +46,35 @@ class Space:
     costs: Costs
     pins: Pins = field(default_factory=Pins)
     formats: Formats = ()  # of the plans looked at now: one of `format_ways`
-    _laid: dict[tuple[int, bool], Assignments] = field(default_factory=dict)
+    _laid: dict[tuple[int, bool, bool], Assignments] = field(default_factory=dict)
     _keeps: dict[tuple[int, bool, Formats], tuple[Keep, ...]] = field(default_factory=dict)
 
     def assign(self, tp: int, split: bool) -> Assignments:
         """How every unit lies on tp: solved once, at one sample of the whole sequence."""
-        if (tp, split) not in self._laid:
-            self._laid[tp, split] = self._lay(tp, split)
-        return self._laid[tp, split]
+        key = (tp, split, False)
+        if key not in self._laid:
+            self._laid[key] = self._lay(tp, split)
+        return self._laid[key]
+
+    def assign_classic(self, tp: int, split: bool) -> Assignments:
+        """The same with the matrices of layers as engines have them, where no pin says otherwise;
+        empty where the model is not read so, or does not divide so."""
+        key = (tp, split, True)
+        if key not in self._laid:
+            place = (*self._classic_places, *self.pins.place)
+            pinned = replace(self, pins=replace(self.pins, place=place), _laid={})
+            try:
+                self._laid[key] = pinned.assign(tp, split) if self._classic_places else {}
+            except InfeasibleError:
+                self._laid[key] = {}
+        return self._laid[key]
+
+    @functools.cached_property
+    def _classic_places(self) -> tuple[tuple[str, str], ...]:
+        try:
+            return classic_places(self.costs.graph)
+        except PlanError:  # no transformer: engines have no layout of it
+            return ()
 
     @functools.cached_property
     def kept(self) -> Keep:
@@ -124,6 +149,11 @@ class Space:
     def capacity_bytes(self) -> int:
         """The most memory that a GPU has."""
         return max(cluster.device.memory_bytes for cluster in self.clusters)
+
+    def tier_uses(self, step: Step, d: Decisions, problem: StageProblem) -> tuple[TierUse, ...]:
+        """What the plan lays below the device, by tier."""
+        sides = [(side.cluster, one) for side, one in sides_of(self.costs, step)]
+        return tier_uses(sides, d, problem) if d.offload else ()
 
     def meshes(self) -> Iterator[Mesh]:
         """Every candidate that the pins, the model and the hardware allow."""

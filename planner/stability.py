@@ -33,8 +33,9 @@ from planner.decisions import ANY, Pins
 from planner.legality import illegal, inconsistent
 from planner.mesh import Mesh
 from planner.offloads import keeps_offload
+from planner.outcome import decided
 from planner.plan import Plan
-from planner.search import Outcome, Searcher, Tried, decided
+from planner.search import Outcome, Searcher, Tried
 from planner.stages import lower_bound_ps, solve
 
 STATE = ("zero", "offload", "grad_dtype", "formats")  # and the shard group

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from toy_plan import DECISIONS, WORKLOAD, toy_plan
 
 from ir.errors import PlanError
+from planner.classic import classic, differs
 from planner.cli import main
 from planner.decisions import parse_pins
 from planner.export import TARGETS, accelerate, deepspeed, export, megatron, torchtitan
-from planner.export.classic import classic, differs
 from planner.export.header import plan_hash
 from planner.export.pinned import pinned
 from planner.export.target import EXACT

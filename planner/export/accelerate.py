@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cost_models.fleet import parts_of
-from planner.export.classic import differs
+from planner.classic import differs
 from planner.export.header import comment, header
 from planner.export.pinned import checked
 from planner.export.target import APPROXIMATE, DECISIONS, UNSUPPORTED, Exported, judge, training

@@ -11,8 +11,8 @@ from cost_models.fleet import Hardware
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import PlanError
+from planner.classic import classic_places
 from planner.decisions import parse_pins, pins_of
-from planner.export.classic import classic_places
 from planner.export.header import MARK
 from planner.export.target import APPROXIMATE, Exported, Lost
 from planner.plan import Plan, load_cluster, recost

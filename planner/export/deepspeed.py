@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from planner.export.classic import differs
+from planner.classic import differs
 from planner.export.header import header
 from planner.export.pinned import checked
 from planner.export.target import APPROXIMATE, DECISIONS, UNSUPPORTED, Exported, judge, training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cost_models.chain import chain_of
 from cost_models.decisions import Decisions
-from planner.export.classic import differs
+from planner.classic import differs
 from planner.export.header import comment, header
 from planner.export.pinned import checked
 from planner.export.target import (

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from planner.chain import stage_units
-from planner.export.classic import differs
+from planner.classic import differs
 from planner.export.header import comment, file_name, header
 from planner.export.pinned import checked
 from planner.export.target import APPROXIMATE, DECISIONS, UNSUPPORTED, Exported, judge, training

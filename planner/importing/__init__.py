@@ -17,8 +17,8 @@ from cost_models.chain import chain_of
 from cost_models.fleet import Fleet, load_any
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
+from planner.classic import classic_places
 from planner.decisions import Pins, parse_pins
-from planner.export.classic import classic_places
 from planner.export.pinned import pinned
 from planner.importing import accelerate, deepspeed, megatron, torchtitan
 from planner.importing.origins import contradicted, of_the_file
