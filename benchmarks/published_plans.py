@@ -7,7 +7,8 @@ For each group of runs of one model, cluster and workload on so many GPUs or mor
 step of every published configuration, and of the plan chosen for the same model, cluster, workload,
 engine, switches and format of gradients. What is compared is predicted time, so an axis need earn
 nothing unless --axis-gain says so (`plan trace` has 2%). A row says by how much the plan is quicker
-than the quickest published configuration that fits by prediction. Exit 1 where one is slower.
+than the quickest published configuration that fits by prediction; those that do not fit are no
+plans of the space. Exit 1 where one is slower.
 """
 
 from __future__ import annotations
@@ -102,6 +103,16 @@ def compare(cases: list[Case], effort: int | None, gain_ppm: int) -> dict[str, A
     }  # fmt: skip
 
 
+def summary(found: list[dict[str, Any]], slower: list[dict[str, Any]], over: int) -> str:
+    """By how much, and of how many groups no published configuration fits."""
+    text = f"{len(found)} groups"
+    if found:
+        by = sorted(r["quicker"] for r in found)
+        text += f": quicker by {by[0]:.1%} to {by[-1]:.1%}, {median(by):.1%} (median)"
+    text += f"; slower than a published configuration: {len(slower)}"
+    return text + f"; of {over} more none that fits by prediction was published" * (over > 0)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=Path)
@@ -132,9 +143,8 @@ def main(arguments: list[str]) -> int:
         json.dump(rows, sys.stdout, indent=1)
     found = [r for r in rows if r["quicker"] is not None and r["published_fits"]]
     slower = [r for r in found if r["quicker"] < -SAME]
-    if found and not asked.json:
-        print(f"{len(found)} groups: quicker by {median(r['quicker'] for r in found):.1%} (median);"
-              f" slower than a published configuration: {len(slower)}")  # fmt: skip
+    if rows and not asked.json:
+        print(summary(found, slower, len(rows) - len(found)))
     return 1 if slower else 0
 
 

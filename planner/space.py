@@ -13,7 +13,7 @@ from cost_models.decisions import Decisions, Keep
 from cost_models.estimate import stage_problem
 from cost_models.formats import Formats
 from cost_models.hardware import Cluster
-from cost_models.layout import expert_parameters, placement
+from cost_models.layout import expert_parameters, placement, produced
 from cost_models.mixed import sides_of
 from cost_models.rank_ledger import tier_uses
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
@@ -61,13 +61,28 @@ class Space:
         empty where the model is not read so, or does not divide so."""
         key = (tp, split, True)
         if key not in self._laid:
-            place = (*self._classic_places, *self.pins.place)
-            pinned = replace(self, pins=replace(self.pins, place=place), _laid={})
-            try:
-                self._laid[key] = pinned.assign(tp, split) if self._classic_places else {}
-            except InfeasibleError:
-                self._laid[key] = {}
+            self._laid[key] = self._lay_classic(tp, split)
         return self._laid[key]
+
+    def _lay_classic(self, tp: int, split: bool) -> Assignments:
+        place = (*self._classic_places, *self.pins.place)
+        pinned = replace(self, pins=replace(self.pins, place=place), _laid={})
+        if not self._classic_places:
+            return {}
+        try:
+            own = self.assign(tp, split)
+            return own if pinned.lies_so(own) else pinned.assign(tp, split)
+        except InfeasibleError:
+            return {}
+
+    def lies_so(self, laid: Assignments) -> bool:
+        """Whether units laid so keep the pins."""
+        for (unit, _), a in laid.items():
+            paths = [k.path for k in self.costs.chain.links if k.unit is unit]
+            at = produced(unit, a)
+            if any(at[name] != to for name, to in _pinned_places(self.pins, unit, paths).items()):
+                return False
+        return True
 
     @functools.cached_property
     def _classic_places(self) -> tuple[tuple[str, str], ...]:
