@@ -27,6 +27,15 @@ def differentiable(
 
     classes: the units by name, where the body has calls (the root).
     """
+    return dict(_alone(unit)) if not classes else _learns(unit, classes)
+
+
+@cache
+def _alone(unit: Unit) -> dict[str, bool]:
+    return _learns(unit, MappingProxyType({}))  # once a class, however many calls there are
+
+
+def _learns(unit: Unit, classes: Mapping[str, Unit]) -> dict[str, bool]:
     learns = {name: name in unit.diff_inputs for name, _ in unit.inputs}
     learns |= {p.name: p.kind == "parameter" for p in unit.parameters}
     for node in unit.nodes:
@@ -40,14 +49,15 @@ def differentiable(
     return learns
 
 
-def storage_roots(unit: Unit) -> dict[str, str]:
+@cache
+def storage_roots(unit: Unit) -> Mapping[str, str]:
     """The value whose storage each value shares: views lead to what they are views of."""
     roots = {name: name for name in unit.values}
     for node in unit.nodes:
         if node.op != "call" and rule(node).view:
             for ref in node.refs():
                 roots[ref] = roots[node.inputs[0]]
-    return roots
+    return MappingProxyType(roots)
 
 
 def _read_by_backward(unit: Unit, learns: dict[str, bool]) -> dict[str, None]:

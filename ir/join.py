@@ -51,6 +51,7 @@ def _rebuilt(
     owner: dict[str, int],
 ) -> Graph:  # fmt: skip
     units: dict[str, Unit] = {}
+    texts: dict[Unit, str] = {}  # of classes as they are: most calls have no tail
     renamed: dict[str, str] = {}  # top-level values that joined operations made
     nodes: list[Node] = list(glue)
     for call, tail in zip(calls, joined):
@@ -58,8 +59,11 @@ def _rebuilt(
         given, results = list(call.inputs), list(call.refs())
         if tail:
             unit, given, results = _join(graph, call, unit, tail, owner)
-        text = "\n".join(format_unit(replace(unit, name="_", saved=(), saved_fused=(),
-                                             saved_selective=())))  # fmt: skip
+        if unit not in texts:
+            texts[unit] = "\n".join(format_unit(replace(
+                unit, name="_", saved=(), saved_fused=(), saved_selective=()
+            )))  # fmt: skip
+        text = texts[unit]
         if text not in units:
             units[text] = replace(unit, name=f"u{len(units)}")
         new = replace(

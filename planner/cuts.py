@@ -67,6 +67,7 @@ def crossings(graph: Graph, position: int) -> tuple[Crossing, ...]:
     )  # fmt: skip
 
 
+@functools.cache
 def stub_fault(graph: Graph) -> str | None:
     """Why a pipeline cannot run this model by stubs; None where it can, at any of its cuts."""
     calls, chain = _calls(graph), chain_of(graph)
@@ -102,7 +103,15 @@ def _names(call: Node, link: Link) -> dict[str, str]:
 
 def _crossing(graph: Graph, position: int) -> dict[str, int]:
     """Values made before a link and read there, behind it, or by the caller: who makes each."""
+    spans = _spans(graph)
+    return {ref: made for ref, (made, last) in spans.items() if made < position <= last}
+
+
+@functools.cache
+def _spans(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Of each value that a call makes, which one, and the last that reads it; the caller is behind
+    all. What nothing reads has 0."""
     calls = _calls(graph)
-    made = {ref: i for i, call in enumerate(calls[:position]) for ref in call.refs()}
-    read = {ref for call in calls[position:] for ref in call.inputs} | set(graph.root.outputs)
-    return {ref: i for ref, i in made.items() if ref in read}
+    last = {ref: i for i, call in enumerate(calls) for ref in call.inputs}
+    last |= dict.fromkeys(graph.root.outputs, len(calls))
+    return {ref: (i, last.get(ref, 0)) for i, call in enumerate(calls) for ref in call.refs()}

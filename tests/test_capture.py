@@ -189,6 +189,44 @@ def test_a_subscript_by_the_index_is_found_in_byte_code() -> None:
     assert not subscripts_by(Layer(0, None), "index")
 
 
+def test_a_layer_that_repeats_is_not_run_as_an_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node is all that there is of it: an operator costs milliseconds, a layer each."""
+    run: list[str] = []
+    monkeypatch.setattr(fold.call, "_abstract_fn", lambda *args: run.append(args[2]))
+    graph = capture_graph(stack(lambda i: Layer(i, lambda m, x: x.relu())))
+    assert len(graph.layers) == 4 and not run
+
+
+def test_results_of_a_layer_that_repeats_are_written_over_as_the_first_ones_are() -> None:
+    def make() -> Source:
+        source = stack(lambda i: Layer(i, lambda m, x: x.relu()))
+        m = source.model
+        m.forward = lambda x: m.head(_over(m.layers, m.embed(x)))  # type: ignore[method-assign]
+        return source
+
+    assert len(layer_classes(folds(make))) == 1
+
+
+def _over(layers: Any, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+        x += x.sum(dim=1, keepdim=True)
+    return x
+
+
+def test_alike_layers_are_told_apart_once_for_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    found = fold.signature
+
+    def counted(*args: Any) -> str:
+        asked.append(len(args))
+        return found(*args)
+
+    monkeypatch.setattr(fold, "signature", counted)
+    capture_graph(stack(lambda i: Layer(i, lambda m, x: x.relu())))
+    assert asked.count(2) == 6  # four layers and the ends; others are of modules below
+
+
 def test_the_model_is_given_back_as_it_was() -> None:
     source = stack(NEGATIVES["branches on its index"])
     capture_graph(source)

@@ -20,7 +20,7 @@ from torch import nn
 from torch._export.utils import _compiling_state_context
 
 from ir.capture.experts import experts_in_groups, find_routed
-from ir.capture.fold import Folding, folded
+from ir.capture.fold import Folding, classes_of, folded
 from ir.capture.leaf import leaves_as_one
 from ir.errors import PlanError
 
@@ -172,11 +172,9 @@ def _trace(
 ) -> Trace:
     split: set[str] = set()
     while True:
-        programs = []
+        programs, classes = [], classes_of(model, split)
         for size in sizes:
-            with leaves_as_one(model), folded(
-                model, fold=fold, split=split, hollow=hollow
-            ) as folding:
+            with leaves_as_one(model), folded(classes, fold=fold, hollow=hollow) as folding:
                 args, kwargs = _arguments(inputs, size, dtype)
                 given = [targets(*size)] if targets else []
                 step, wanted = _step(model, loss, args, kwargs, given, where)

@@ -1,6 +1,6 @@
 """Fold before tracing: one instance of each structural class is traced, the others are one call.
 
-While `folded(model)` is active, the forward of every unit is patched on the instance: the first
+While `folded` is active, the forward of every unit is patched on the instance: the first
 instance of a class runs between `enter` and `exit` markers, later ones become one opaque `call`
 node. `del module.forward` restores the model; nothing of the user's is edited.
 """
@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ir.capture.index_probe import probe
+from ir.capture.repeat import recorded
 
 _TENSOR = object()  # where a unit's outputs have a tensor
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -37,7 +38,9 @@ def leave(xs: list[torch.Tensor], path: str, key: str) -> list[torch.Tensor]:
     return [x.clone() for x in xs]
 
 
-@torch.library.custom_op("meshwright_fold::call", mutates_args=())
+@torch.library.custom_op(  # of any layout: what it is given is not looked at for every call
+    "meshwright_fold::call", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
 def call(
     xs: list[torch.Tensor], like: list[torch.Tensor], path: str, key: str
 ) -> list[torch.Tensor]:
@@ -171,10 +174,20 @@ def signature(module: nn.Module, skip: set[tuple[str, str]], path: str = "") -> 
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _class_keys(
-    units: dict[str, nn.Module], layers: tuple[str, ...], split: set[str]
-) -> tuple[dict[str, str], dict[str, set[tuple[str, str]]]]:
-    """A structural key for each unit, and the index attributes left out of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes:
+    """What `find_units` finds, a structural key for each unit, and the index attributes left out
+    of it."""
+
+    units: dict[str, nn.Module]
+    layers: tuple[str, ...]
+    keys: dict[str, str]
+    skips: dict[str, set[tuple[str, str]]]
+
+
+def classes_of(model: nn.Module, split: set[str]) -> Classes:
+    """Which units of a model are alike. split: class keys not to be merged by index."""
+    units, layers = find_units(model)
     skips: dict[str, set[tuple[str, str]]] = {}
     families: dict[str, list[str]] = {}
     for path in layers:
@@ -190,7 +203,7 @@ def _class_keys(
         keys[path] = key if key not in split else signature(module, set())
         if key in split:
             skips[path] = set()
-    return keys, skips
+    return Classes(units=units, layers=layers, keys=keys, skips=skips)
 
 
 def _call_key(key: str, spec: Any, flat: list[Any]) -> str:
@@ -215,18 +228,22 @@ def _patched(
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        tensors = list({id(x): x for x in flat if isinstance(x, torch.Tensor)}.values())
-        name = _call_key(key, spec, flat) if fold else f"{len(state.outputs)}@{path}"
-        if name in state.outputs:
-            like, template, tree = state.outputs[name]
-            _note_structure(state, path, template, tree)
-            made = (
-                torch.ops.meshwright_fold.call(tensors, like, path, name) if state.recorded
-                else [x.clone() for x in like]
-            )  # fmt: skip
-            at = iter(made)
-            return pytree.tree_unflatten([next(at) if x is _TENSOR else x for x in template], tree)
+        with torch._C.DisableTorchFunction():  # who listens to calls is told of none of these
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            tensors = list({id(x): x for x in flat if isinstance(x, torch.Tensor)}.values())
+            name = _call_key(key, spec, flat) if fold else f"{len(state.outputs)}@{path}"
+            if name in state.outputs:
+                like, template, tree = state.outputs[name]
+                _note_structure(state, path, template, tree)
+                operator = torch.ops.meshwright_fold.call.default
+                made = (
+                    recorded(operator, tensors, like, path, name) if state.recorded
+                    else [x.clone() for x in like]
+                )  # fmt: skip
+                at = iter(made)
+                return pytree.tree_unflatten(
+                    [next(at) if x is _TENSOR else x for x in template], tree
+                )
         if hollow:
             raise RuntimeError(f"{path} is called as no instance of its class was before it")
         fresh = dict(zip(map(id, tensors), torch.ops.meshwright_fold.enter(tensors, path, name)))
@@ -257,23 +274,19 @@ def _note_structure(state: Folding, path: str, template: list[Any], tree: Any) -
 
 
 @contextmanager
-def folded(
-    model: nn.Module, *, fold: bool, split: set[str], hollow: bool = False
-) -> Iterator[Folding]:
-    """Patch unit forwards for one trace; `split` holds class keys not to be merged by index.
+def folded(classes: Classes, *, fold: bool, hollow: bool = False) -> Iterator[Folding]:
+    """Patch unit forwards for one trace.
 
     hollow: instances behind the second of a class lose their parameters and children meanwhile,
     so that the exporter does not carry thousands of tensors that no traced operation reads.
     """
-    units, layers = find_units(model)
-    keys, skips = _class_keys(units, layers, split)
-    state = Folding(layers=layers)
+    state = Folding(layers=classes.layers)
     undo: list[Callable[[], None]] = []
     probed: set[str] = set()
     seen: Counter[str] = Counter()
     try:
-        for path, module in units.items():
-            key, own = keys[path], vars(module).get("forward")
+        for path, module in classes.units.items():
+            key, own = classes.keys[path], vars(module).get("forward")
             undo.append(partial(_restore, module, own))
             seen[key] += 1
             empty = fold and hollow and seen[key] > 2
@@ -282,7 +295,7 @@ def folded(
                 undo.append(partial(vars(module).update, _emptied(module)))
             if fold and key not in probed:
                 probed.add(key)
-                probe(module, key, skips.get(path, set()), state.touched, undo)
+                probe(module, key, classes.skips.get(path, set()), state.touched, undo)
         yield state
     finally:
         for step in reversed(undo):

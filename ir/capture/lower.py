@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -344,8 +345,8 @@ def lower(trace: Trace, model: nn.Module, name: str) -> Graph:
     outputs = [str(low.value(x)) for x in _outputs(trace.programs[0])]
     called = {str(n.attr("path")) for n in low.root.nodes if n.op == "call"}
     for full in low.parameters:
-        inside = any(full.startswith(path + ".") for path in called)
-        if not inside and full not in low.root.parameters:
+        parents = itertools.accumulate(full.split(".")[:-1], "{}.{}".format)
+        if called.isdisjoint(parents) and full not in low.root.parameters:
             low.root.own(low.described(full, full))
     root = Unit(
         name="root", inputs=tuple(low.root.inputs), nodes=tuple(low.root.nodes),

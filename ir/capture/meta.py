@@ -103,7 +103,7 @@ def move_to_meta(model: nn.Module) -> None:
                 continue
             if isinstance(value, Tensor):
                 module.__dict__[name] = meta(value)
-            elif isinstance(value, (tuple, list, dict)) and name != "_modules":
+            elif isinstance(value, (tuple, list, dict)) and value and name != "_modules":
                 module.__dict__[name] = pytree.tree_map_only(Tensor, meta, value)
 
 
