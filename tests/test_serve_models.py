@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import runtime_cases_serve as cases
 import torch
+from safetensors.torch import save_file
 
 import planner
 from cost_models.serving_decisions import Held
@@ -137,6 +138,20 @@ def test_what_a_module_gives_beside_the_sum_is_not_summed(world, tmp_path, pins)
         torch.testing.assert_close(lost, losses)
 
 
+def test_buffers_of_the_files_are_read_too(tmp_path):
+    """A router's bias is one: it says which experts a token has."""
+    model, ids = cases.whole("deepseek")
+    plain = cases.answer(model, ids)
+    biases = [b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for b in biases:
+        b.copy_(torch.randn(b.shape) * 2)
+    wanted = cases.answer(model, ids)
+    assert biases and not torch.equal(wanted, plain)
+    model.save_pretrained(tmp_path)
+    made = planner.serve(cases.bare(model), planned("deepseek"), weights=tmp_path, device="cpu")
+    assert torch.equal(cases.answer(made, ids), wanted)
+
+
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
@@ -191,6 +206,18 @@ def test_a_shard_without_a_tensor_of_the_model_is_an_error(tmp_path, streamed):
     with pytest.raises(PlanError, match=f"lacks {len(lost)} of the model's 39 weights") as fault:
         planner.serve(cases.bare(model), streamed, weights=tmp_path / "weights", device="cpu")
     assert sum(name in str(fault.value) for name in lost) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.q_proj"])
+def test_codes_without_scales_are_no_weights(tmp_path, streamed, name, dtype):
+    model, _ = cases.whole("llama")
+    held, name = dict(model.state_dict()), f"model.layers.1.{name}.weight"
+    save_file(held | {name: (held[name] * 20).to(dtype)}, tmp_path / "model.safetensors")
+    word = str(dtype).removeprefix("torch.")
+    with pytest.raises(PlanError, match=f"{name} is in {word} in the file"):
+        planner.serve(cases.bare(model), streamed, weights=tmp_path, folder=tmp_path / "own",
+                      device="cpu")  # fmt: skip
 
 
 def test_a_disk_that_is_full_is_an_error_with_its_size(tmp_path, streamed):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ir.errors import PlanError
 from planner.runtime.load import matched
+from planner.runtime.parts import boxes_of, local_of
 from planner.runtime.serve.experts import Absent
 from planner.runtime.serve.kv import Kv, cache_of, even_mask
 from planner.runtime.serve.lent import Place
 from planner.runtime.serve.loader import Laid, Loader, Weight
 from planner.runtime.serve.pipe import layers_here, outputs_whole
 from planner.runtime.serve.place import Loaded, member_of, place_all
-from planner.runtime.sources import Files
-from planner.runtime.weights import Weights, named_weights
+from planner.runtime.sources import Files, Source
+from planner.runtime.weights import Weights, materialize, named_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +103,12 @@ def serve_here(
     below = [w for _, _, some in routed for w in some
              if w.laid.tier != "gpu" and w.laid.experts is not None]  # fmt: skip
     with ExitStack() as stack:
-        sources: Mapping[str, Any] = {}
+        sources: Mapping[str, Source] = {}
         if files is not None:
             stored = stack.enter_context(Files(Path(files))).stored()
             held = list(named_weights([model], weights))
             sources = matched(stored, weights, held, str(files), True)
+            _read_buffers(model, weights, sources)
         if below:
             _take_experts_one_by_one(model)
         loader = Loader(sources, None if folder is None else Path(folder))
@@ -119,6 +121,18 @@ def serve_here(
     model.requires_grad_(False)
     _limit(model, served, staged)
     return served
+
+
+@torch.no_grad()
+def _read_buffers(model: nn.Module, weights: Weights, sources: Mapping[str, Source]) -> None:
+    """Buffers that a checkpoint holds beside parameters: a router's bias, running means."""
+    for name, buffer in named_weights([model], weights):
+        if isinstance(buffer, nn.Parameter) or name not in sources:
+            continue
+        materialize(buffer, "cpu")
+        for box in boxes_of(buffer):
+            part = sources[name].read(list(zip(box.offsets, box.sizes)))
+            box.of_local(local_of(buffer)).copy_(part)
 
 
 def _filled(name: str, buffer: Tensor) -> Tensor:

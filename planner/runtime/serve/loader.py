@@ -83,6 +83,7 @@ class Loader:
         found = torch.empty(w.local.shape, dtype=w.local.dtype)
         for box in boxes_of(w.tensor):
             part = self.sources[w.name].read(list(zip(box.offsets, box.sizes)))
+            _require_values(w, part)
             box.of_local(found).copy_(part)
         return found
 
@@ -137,6 +138,18 @@ class Loader:
                 found |= {(w.name, row): (one,) for row, one in enumerate(here) if one}
                 _empty(w)
         return found
+
+
+def _require_values(w: Weight, part: Tensor) -> None:
+    """Raise PlanError where the file has codes of a format, which scales make values of."""
+    values = part.is_floating_point() and part.element_size() > 1
+    if w.local.is_floating_point() and not values:
+        word = str(part.dtype).removeprefix("torch.")
+        raise PlanError(
+            f"{w.name} is in {word} in the file, and the model has no scales for it",
+            why="expected values, in fp32, bf16 or fp16",
+            hints=("a checkpoint in 16 bits: formats of the plan are made of it",),
+        )  # fmt: skip
 
 
 def _first_row(w: Weight) -> int | None:
