@@ -21,7 +21,7 @@ from planner.fleet_search import FleetSearch, searchers
 from planner.fleet_stability import steady_fleet
 from planner.infeasible import explained, needs
 from planner.interrupts import interruptible
-from planner.limits import capped
+from planner.limits import capped, usd_at_least
 from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.outcome import Outcome
@@ -57,7 +57,7 @@ def _too_dear(options: TraceOptions, found: FleetSearch) -> InfeasibleError | No
         f"no plan of {found.fleet.spec} costs {limit:g} USD a million tokens or less",
         why=f"the least costs {usd:.4g}, on {'+'.join(part.spec for part in parts)}"
         + (f": {usd / limit - 1:.1%} over --max-cost" if limit else ""),
-        hints=(f"--max-cost {usd:.4g}: the least that was found",),
+        hints=(f"--max-cost {usd_at_least(usd)}: the least that was found",),
     )
 
 

@@ -6,9 +6,11 @@ import itertools
 import math
 import re
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
 
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
+from cost_models.units import parse_bytes
 from ir.errors import UsageError
 
 OBJECTIVES = ("time", "cost", "energy", "memory", "gpus")
@@ -41,6 +43,26 @@ def capped(cluster: Cluster, memory_bytes: int | None) -> Cluster:
 def uncapped(estimate: Estimate, cluster: Cluster) -> Estimate:
     """An estimate of the capped cluster, with the capacity that the GPU has."""
     return replace(estimate, capacity_bytes=cluster.device.memory_bytes)
+
+
+def parse_memory(text: str) -> int | None:
+    """Read a limit of memory, "70GB"; None where none is said. Raises UsageError for no memory."""
+    if not text:
+        return None
+    size = parse_bytes(text)
+    if size < 1:
+        raise UsageError(f"--max-memory {text} leaves a plan no memory",
+                         hints=("--max-memory 70GB: of each GPU's at most",))  # fmt: skip
+    return size
+
+
+def usd_at_least(usd: float) -> str:
+    """USD in four digits, rounded up: as --max-cost a plan of that cost keeps it."""
+    if usd <= 0:
+        return "0"
+    step = Decimal(1).scaleb(Decimal(usd).adjusted() - 3)
+    up = Decimal(usd).quantize(step, rounding=ROUND_CEILING)
+    return f"{up.normalize():f}"
 
 
 def parse_share(text: str, flag: str) -> float:

@@ -17,6 +17,7 @@ from ir.graph import Graph
 from planner.charged import charged
 from planner.fleet_planning import attempt_fleet, plan_fleet, worth_of
 from planner.grouping import quicker_in_groups
+from planner.limits import usd_at_least
 from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
@@ -253,7 +254,8 @@ def _unmet(
                     break
     nearest, where = min(over, key=lambda row: _usd(row[0]))
     usd = _usd(nearest)
-    hints = hints or [f"--max-cost {usd:.4g} on {where.spec}: the least that was found"]
+    least = f"--max-cost {usd_at_least(usd)} on {where.spec}: the least that was found"
+    hints = hints or [least]
     first, here = over[0]
     return InfeasibleError(
         f"no plan of {here.spec} costs {limit:g} USD a million tokens or less",

@@ -21,7 +21,7 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
         if rule.refused(case):
             raise UsageError(_named(rule.keys, pins, workload), why=rule.reason, hints=(rule.fix,))
     _check_tp(pins)
-    _check_mesh(pins, gpus)
+    check_mesh(pins, gpus)
     _check_outer(pins)
     _check_experts(pins, gpus)
     _check_shard(pins, gpus)
@@ -59,7 +59,8 @@ def _check_tp(pins: Pins) -> None:
         )
 
 
-def _check_mesh(pins: Pins, gpus: int) -> None:
+def check_mesh(pins: Pins, gpus: int) -> None:
+    """Raise UsageError where pinned axes do not divide the GPUs."""
     keys = [key for key in ("tp", "pp", "cp", "dp") if getattr(pins, key) is not None]
     size = prod(getattr(pins, key) for key in keys)
     if gpus % size == 0 and (len(keys) < 4 or size == gpus):

@@ -48,7 +48,7 @@ DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 8 s
 SHARPENED = 8  # meshes whose bounds are sharpened count one
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
-CLOSEST = 3  # and so many where none comes near: the least over by what they hold at least
+CLOSEST = 3  # and so many states, the least over by what they hold at least, of other pp each
 ENDLESS = 1 << 62  # picoseconds
 
 
@@ -136,8 +136,8 @@ class Searcher(Space):
                 while left and tried[left[-1]]:
                     tried[left.pop()] -= 1
                 self._report(out, min([*left[-1:], *(u.bound for u in unsettled)], default=0))
-            if out.best is None and out.misfit is None:
-                if not out.closest:
+            if out.best is None:
+                if out.misfit is None and not out.closest:
                     in_order = sorted(range(len(candidates)), key=lambda i: (guess[i], i))
                     self._seen_over([candidates[i][1] for i in in_order], out)
                 self._weigh_closest(out)
@@ -416,8 +416,9 @@ class Searcher(Space):
             apart = [sum(size for _, size in one.reserved) for one in steps]
             least -= max(apart) - min(apart)
         if least > capacity and out.best is None:
-            out.closest = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
-            del out.closest[CLOSEST:]
+            rows = sorted([*out.closest, (least, out.expanded, d)], key=lambda r: r[:2])
+            of_pp = {row[2].pp: row for row in rows[::-1]}  # what else ranks hold differs by stages
+            out.closest = sorted(of_pp.values(), key=lambda r: r[:2])[:CLOSEST]
         return least <= capacity
 
     def _seen_over(self, meshes: Sequence[Mesh], out: Outcome) -> None:
@@ -430,8 +431,11 @@ class Searcher(Space):
             self._may_fit(d, self.costs.step(d, self.assign(d.tp, d.sequence_parallel)), out)
 
     def _weigh_closest(self, out: Outcome) -> None:
-        """The nearest misfit, where no program was worth solving."""
-        for _, _, d in out.closest:
+        """The nearest misfit among the states that hold least beside those whose programs were
+        solved: none of these need be near."""
+        for least, _, d in out.closest:
+            if out.misfit and least - self.capacity_bytes >= out.misfit.nearest.overflow_bytes:
+                continue
             laid = self.assign(d.tp, d.sequence_parallel)
             made = next(self.schedules(d), None)
             if made is None:

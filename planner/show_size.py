@@ -87,11 +87,11 @@ def _columns(found: Sizing, asked: Question) -> list[Column]:
     if asked.tokens:
         columns.append(("days", 6, lambda r: _days_text(_days(r, asked))))
     if "cost" in found.axes:
-        columns.append(("$/M", 7, lambda r: usd_text(r.usd_per_million_tokens)))
+        columns.append(("$/M", 9, lambda r: usd_text(r.usd_per_million_tokens)))
     if "spot" in found.axes:
-        columns.append(("spot", 7, lambda r: usd_text(r.spot_usd_per_million_tokens)))
+        columns.append(("spot", 9, lambda r: usd_text(r.spot_usd_per_million_tokens)))
     columns += [
-        (f"J/{unit[:-1]}", len(unit) + 2, lambda r: f"{r.joules_per_token:.3g}"),
+        (f"J/{unit[:-1]}", len(unit) + 3, lambda r: f"{r.joules_per_token:.3g}"),
         ("free", 9, lambda r: format_bytes(r.headroom_bytes)),
     ]
     taken = sum(abs(width) for _, width, _ in columns)

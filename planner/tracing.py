@@ -30,7 +30,7 @@ from planner.keep_checks import pinned_keep
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
 from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
-from planner.pin_checks import check_pins
+from planner.pin_checks import check_mesh, check_pins
 from planner.plan import Plan, Solver, make_plan, write_whole
 from planner.proved import pins_said
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
@@ -62,6 +62,7 @@ def attempt(
     progress: Progress | None = None,
 ) -> tuple[TraceResult | None, Searcher, Outcome]:
     """The fastest plan within the limit of memory, or None where none fits; and the search."""
+    check_mesh(options.pins, cluster.count)  # before a batch is named that suits the pins alone
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
     for key in ("shares", "tp_by_part"):
         if getattr(options.pins, key):

@@ -201,3 +201,14 @@ def test_brute_force_agrees_on_what_fits():
             for made in searcher.schedules(d):
                 any_fits |= best_of_problem(searcher.problem(step, made)) is not None
     assert any_fits == (searcher.run().best is not None)
+
+
+def test_with_less_than_the_nearest_misfit_holds_nothing_fits():
+    """What is told to be near is: 3% below it there is no plan, and with it there is."""
+    of = {"count": 16, "layers": 6, "global_batch": 64, "seq_len": 4096}
+    megabytes = 2_500
+    out = small(megabytes, **of).run()
+    assert out.best is None and out.misfit is not None
+    held = megabytes * MB + out.misfit.nearest.overflow_bytes
+    assert small(held * 97 // 100 // MB, **of).run().best is None
+    assert small(-(-held // MB), **of).run().best is not None

@@ -13,7 +13,7 @@ from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.errors import InfeasibleError, UsageError
 from planner.decisions import Pins, parse_pins
-from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped
+from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped, usd_at_least
 from planner.objectives import RESOLVED, plan_for, plan_within
 from planner.options import TraceOptions
 from planner.tracing import Clock, attempt, check_model, plan_graph
@@ -109,6 +109,14 @@ def test_shares_are_per_cent():
             parse_share(bad, "--slack")
 
 
+def test_a_cost_that_is_hinted_at_is_not_below_what_it_is_of():
+    """Rounded to the nearest, the hint was refused in turn: 0.016794 USD is over 0.01679."""
+    said = {0.016794: "0.0168", 0.0100001: "0.01001", 2.5: "2.5", 123456.7: "123500", 0.0: "0",
+            1e-7 / 3: "0.00000003334", 0.99999: "1"}  # fmt: skip
+    assert {usd: usd_at_least(usd) for usd in said} == said
+    assert all(float(usd_at_least(usd)) >= usd for usd in said)
+
+
 def test_the_command_takes_objective_and_limits(plan):
     tiny = ("--arg", "size=tiny", "--global-batch", "32", "--hardware", "h100x4")
     code, out, err = plan("trace", LLAMA, *tiny, "--max-memory", "3GB", "--json")
@@ -124,6 +132,10 @@ def test_the_command_takes_objective_and_limits(plan):
     assert code == 64 and "--slack much" in err
     (fault := plan("trace", LLAMA, "--hardware", "h100x4", "--max-memory", "lots"))
     assert fault[0] == 64 and "'lots'" in fault[2]
+    code, _, err = plan("trace", LLAMA, *tiny, "--fix", "dp=3")  # 33 samples would not do either
+    assert code == 64 and "does not divide the hardware's 4 GPUs" in err and "dp=4" in err
+    (fault := plan("trace", LLAMA, "--hardware", "h100x4", "--max-memory", "0GB"))
+    assert fault[0] == 64 and "--max-memory 0GB leaves a plan no memory" in fault[2]
 
 
 # --- ranges --------------------------------------------------------------------------------------

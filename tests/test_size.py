@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -267,6 +268,11 @@ def test_the_command_prints_the_front_at_80_columns(plan, tmp_path):
     for words in ("$/M", "days", "J/token", "PUE 1.58", "Llama 3 405B", "h100x"):
         assert words in out
     assert "to plan it: plan trace" in err
+    spot = "spot_usd_per_gpu_hour = 0.3\nspot_preemptions_per_gpu_hour = 0\n"
+    (tmp_path / "prices.toml").write_text(f"[h100]\nusd_per_gpu_hour = 0.35\n{spot}")
+    code, out, err = plan(*QUESTION, "--prices", "prices.toml", "--hardware", "h100")
+    assert code == 0 and re.search(r" 0\.000[0-9]{3} ", out), out  # the widest that a price is
+    assert not re.search(r"[0-9]\.[0-9]+\.[0-9]", out), out  # and none runs into the next column
     code, out, err = plan(*QUESTION)
     assert code == 0, err
     assert "$/M" not in out and "no cost: --prices FILE" in out

@@ -138,9 +138,9 @@ def size(
     from cost_models.hardware import catalogue
     from cost_models.operations import parse_operations
     from cost_models.prices import load_prices
-    from cost_models.units import parse_bytes, parse_count
+    from cost_models.units import parse_count
     from planner.decisions import Pins
-    from planner.limits import Limits
+    from planner.limits import Limits, parse_memory
     from planner.options import TraceOptions
     from planner.show_size import ordered, size_json, size_text
     from planner.sizing import MOST_GPUS, Sizer
@@ -196,7 +196,7 @@ def size(
         question = Question(
             graph=graph, workload=workload, target=goal, tokens=total,
             limits=Limits(
-                memory_bytes=parse_bytes(max_memory) if max_memory else None,
+                memory_bytes=parse_memory(max_memory),
                 usd_per_million_tokens=max_cost, gpus=max_gpus or MOST_GPUS,
             ),
             operations=operations, prices=priced,

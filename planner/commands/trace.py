@@ -179,9 +179,8 @@ def trace(
     """
     from cost_models.fleet import load_any, parts_of
     from cost_models.operations import parse_operations
-    from cost_models.units import parse_bytes
     from planner.decisions import parse_pins
-    from planner.limits import Limits, parse_share, parse_sizes
+    from planner.limits import Limits, parse_memory, parse_share, parse_sizes
     from planner.options import TraceOptions
     from planner.score import AXIS_GAIN_PPM, PPM
     from planner.workload import Asked
@@ -249,7 +248,7 @@ def trace(
         effort=effort,
         objective=objective,
         limits=Limits(
-            memory_bytes=parse_bytes(max_memory) if max_memory else None,
+            memory_bytes=parse_memory(max_memory),
             usd_per_million_tokens=max_cost,
             gpus=max_gpus,
         ),
