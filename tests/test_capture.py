@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ir.capture import capture_graph, export, fold, hf
@@ -292,6 +293,18 @@ def test_the_lines_that_torch_notes_are_those_it_reads_itself() -> None:
     with export._lines_unread():
         assert noted() == theirs
     assert any("self.rule(self, self.linear(x))" in lines for lines in theirs if lines)
+
+
+def test_the_source_of_a_graph_is_written_where_it_is_run() -> None:
+    theirs = torch.fx.GraphModule.recompile
+    with export._source_unwritten():
+        graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+        assert "_code" not in vars(graph)
+        x = torch.ones(4, 2)
+        assert torch.equal(graph(x), F.linear(x, graph.get_parameter("0.weight"),
+                                              graph.get_parameter("0.bias")).relu())  # fmt: skip
+        assert "_code" in vars(graph)
+    assert torch.fx.GraphModule.recompile is theirs
 
 
 def test_damaged_text_says_where() -> None:

@@ -255,7 +255,7 @@ def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:
     try:
         with warnings.catch_warnings():  # advice to who exports: nothing that is run here
             warnings.simplefilter("ignore")
-            with _lines_unread():
+            with _lines_unread(), _source_unwritten():
                 return torch.export.export(step, given, strict=False)
     except PlanError:
         raise
@@ -283,6 +283,26 @@ def _lines_unread() -> Iterator[None]:
         yield
     finally:
         module._extract_symbolized_tb = theirs
+
+
+@contextlib.contextmanager
+def _source_unwritten() -> Iterator[None]:
+    """torch writes Python of a graph and compiles it, anew after each of its passes. Of what is
+    exported here nothing is run: let that be done by whoever runs it."""
+    theirs = torch.fx.GraphModule.recompile
+
+    def later(graph: torch.fx.GraphModule) -> None:
+        def forward(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            theirs(graph)  # which puts its own `forward` in this one's place
+            return graph.forward(*args, **kwargs)
+
+        type(graph).forward = forward  # a class of its own for each
+
+    torch.fx.GraphModule.recompile = later  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.fx.GraphModule.recompile = theirs  # type: ignore[method-assign]
 
 
 def _first_line(fault: BaseException) -> str:
