@@ -3,8 +3,8 @@
 Rank r that runs n layers of the commonest kind holds their state and, when it first goes backward,
 k_r micro-batches of their activations (`flight`). What does not fit is recomputed; a byte a
 micro-batch freed there is k_r bytes less. So n layers take rank r no less than
-m (n t + recomputation) + its way, r layers there and back. The ranks together take all L layers:
-the step is at least the L-th smallest of these times over all ranks and n.
+m (n t + recomputation) + its way, the first r layers there and back. The ranks together take all L
+layers: the step is at least the L-th smallest of these times over all ranks and n.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Rows:
     m: micro-batches. state_bytes, layer_s, kept_bytes: of a layer; freed: [mesh, piece, (bytes,
     seconds a byte)] of a layer. room_bytes: of a rank beside its layers. ends_s, ends_bytes,
     ends_kept: [mesh, (before the first layer, behind the last)] seconds, state, activations.
-    way_s: from a rank to the next and back, at least. lowered: [mesh, (bytes, seconds a byte)] of a
-    layer's state that may lie elsewhere, of a micro-batch.
+    way_s: [mesh, rank] from the first rank there and home at least. lowered: [mesh, (bytes, seconds
+    a byte)] of a layer's state that may lie elsewhere, of a micro-batch.
     """
 
     m: Floats
@@ -160,7 +160,7 @@ def _ranks_s(
     m = rows.m
     each_held = None if chunks is None else chunk_flight(pp, m.astype(np.int64), chunks.count)
     held = flight(pp, m, kind) if each_held is None else each_held[:, :, -1].astype(float)
-    rank, number = np.arange(pp), np.arange(1, most + 1)
+    number = np.arange(1, most + 1)
     last = 0 if kind == "folded" else pp - 1
     ends = np.zeros((3, len(m), pp))
     for column, at in ((0, 0), (1, last)):
@@ -183,7 +183,7 @@ def _ranks_s(
         again = chunks.again_s(freed[..., 0, 0], rows.kept_bytes, over, number, each_held)
     time = (
         m[:, None, None] * (number * rows.layer_s[:, None, None] + ends[0][:, :, None] + again)
-        + (rank * rows.way_s[:, None])[:, :, None]
+        + rows.way_s[:, :, None]
     )
     flat = time.reshape(len(m), -1)
     if flat.shape[1] <= layers - 1:

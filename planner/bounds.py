@@ -1,9 +1,10 @@
 """Lower bounds of many meshes at once, from unit costs alone; no solver, no schedule.
 
-A step of m micro-batches on p stages takes m S / p + l (p - 1) / 2 at least: S is a micro-batch
-through the whole chain and l through the quickest layer. For rank r waits for the r layers before
-it and its last gradient goes back through them, so T >= m t_r + r l, and the t_r sum to S. Where
-backward is split, weight gradients may run while that last one goes back: l is the forward alone.
+A step of m micro-batches on p stages takes m S / p + the mean of the w_r at least: S is a
+micro-batch through the whole chain and w_r through its first r layers, which all, or more, are on
+the ranks before r. It waits for these and its last gradient goes back through them, so
+T >= m t_r + w_r, and the t_r sum to S. Where backward is split, weight gradients may run while that
+last one goes back: w_r is r of the quickest layer's forward.
 And some rank has ceil(L / p) of the L layers.
 Rank r holds the
 activations of p - r micro-batches at once, so the ranks' memory bounds what a micro-batch keeps:
@@ -253,8 +254,8 @@ class _Table:
         below: as `_alone_s` has it. v: interleaved with so many chunks a rank, where it is."""
         pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
         schedules = {"interleaved"} if v else self._merged
-        quickest = self.get(mine, "quickest_s")
-        way_s = self.get(mine, "forward_s") if split else quickest
+        quickest, way_s = self.get(mine, "quickest_s"), self._way_s(mine, split)
+        each_way = way_s.cumsum(axis=1)[np.arange(len(mine)), pp - 1]  # of all ranks
         if self._elsewhere(way):
             again = np.zeros(len(mine))
         else:
@@ -279,7 +280,7 @@ class _Table:
                     forced_s(with_piece(freed, size, rate), mean),
                     forced_s(with_piece(freed, size / most, rate * most), by_place),
                 )
-        least = m * (step + again) / pp + way_s * (pp - 1) / 2
+        least = (m * (step + again) + each_way) / pp
         fullest = -(-self.layers // pp)  # layers of the rank that has the most
         least = np.maximum(least, m * fullest * quickest)
         if not split:  # a micro-batch goes there and back
@@ -301,6 +302,16 @@ class _Table:
                 least[some] = np.maximum(least[some], sharper)
         bound: Floats = least + tail
         return bound
+
+    def _way_s(self, mine: Ints, split: bool) -> Floats:
+        """[mesh, rank]: from the first rank there and home, through as many of the first layers."""
+        ranks = int(self.pp[mine].max())
+        if split:
+            return self.get(mine, "forward_s")[:, None] * np.arange(ranks)
+        chain, rows = self.costs.chain, [np.zeros(len(mine))]
+        for i in chain.layers[: ranks - 1]:
+            rows.append(rows[-1] + self.get(mine, "kinds_s", self.costs.kind_of[i]))
+        return np.stack(rows, axis=1)
 
     def _by_ranks(
         self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int,
@@ -325,7 +336,7 @@ class _Table:
             m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
             freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
-            ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some],
+            ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some, :pp],
             lowered=lowered.T,
         )  # fmt: skip
         return ranks_s(rows, pp, count, kind, chunks)

@@ -15,7 +15,8 @@ from cost_models.stage_problem import StageProblem
 from cost_models.step import Assignments
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
-from planner.stage_planes import Effort, Shapes, applies, refute
+from planner.stage_paths import Shapes
+from planner.stage_planes import Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each

@@ -32,7 +32,8 @@ from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.some_below import named, programs_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
-from planner.stage_planes import Effort, Shapes, applies, refute
+from planner.stage_paths import Shapes
+from planner.stage_planes import Effort, applies, refute
 from planner.stage_ranks import bound_ps
 from planner.stages import (
     StageSolution,
@@ -46,6 +47,8 @@ from planner.turns import in_turn
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 8 s
+GUESSES = 600  # of it, half at most, go to the best guesses; what is beyond that to the proof
+PROBE = 6  # linear programs without a limit to memory, where paths that matter are known
 SHARPENED = 8  # meshes whose bounds are sharpened count one
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many states, the least over by what they hold at least, of other pp each
@@ -124,7 +127,7 @@ class Searcher(Space):
                 left[:] = sorted(lower[i] for i in rest)[::-1]
                 tried.clear()
 
-            for i in in_turn(guess, lower, kinds, out, self.effort, sharpen):
+            for i in in_turn(guess, lower, kinds, out, min(GUESSES, self.effort // 2), sharpen):
                 if out.best and lower[i] >= out.best.score:
                     continue
                 if stopped() or out.spent >= self.effort:
@@ -395,12 +398,14 @@ class Searcher(Space):
         return free != problem and self._planes(problem, best, out)
 
     def _planes(self, problem: StageProblem, best: int, out: Outcome) -> bool:
-        effort = Effort(programs=FIRST)
-        refuted, _ = refute(problem, best, self._shapes.of(problem), effort)
-        out.spent += 1 + (FIRST - effort.programs) * problem.count // 256
+        paths, free = self._shapes.of(problem), problem.capacity_bytes == UNLIMITED
+        most = PROBE if free and paths.useful else FIRST
+        effort = Effort(programs=most)
+        refuted, _ = refute(problem, best, paths, effort)
+        out.spent += 1 + (most - effort.programs) * problem.count // 256
         if refuted:
             self._known.add(problem, best)
-        elif problem.capacity_bytes == UNLIMITED:
+        elif free:
             self._known.failed(problem, best)
         return refuted
 

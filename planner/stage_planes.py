@@ -16,42 +16,24 @@ import itertools
 import math
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cost_models.schedule_paths import Paths, critical_path, rank_paths
+from cost_models.schedule_paths import critical_path
 from cost_models.stage_problem import StageProblem, slow_of
 from planner.interrupts import held
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 from planner.stage_order import hulls
+from planner.stage_paths import Known
 from planner.stage_ranks import bound_ps, tables
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
 WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
 JOIN = 3  # paths that join a program at once
 COLUMNS = 4_000  # programs with more variables are not bounded so
-
-
-@dataclass(slots=True)
-class Known:
-    """The paths known of one shape of schedule, a row each: those of one rank, and critical ones
-    as they were met."""
-
-    runs: Array  # [path, kind * stage]
-    sends: Array
-
-    @classmethod
-    def of(cls, p: StageProblem) -> Known:
-        some = rank_paths(p.schedule, p.pp, p.microbatches, p.virtual_stages)
-        runs = some.runs.reshape(len(some.runs), -1).astype(float)
-        return cls(runs, some.sends.astype(float))
-
-    def add(self, more: Paths) -> None:
-        self.runs = np.concatenate([self.runs, more.runs.reshape(1, -1)])
-        self.sends = np.concatenate([self.sends, more.sends])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,7 +77,10 @@ def refute(
     if bound_ps(p) >= below_ps:
         return True, []
     planes = _Planes(p, below_ps, known, effort)
+    for path in known.useful:  # a program of the same shape mostly needs the same
+        planes._join(path)
     refuted = planes.empty()
+    known.used(planes.joined)
     return refuted, [] if refuted else planes.cuts
 
 
@@ -431,16 +416,3 @@ def _rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:
     for k, end in enumerate(np.cumsum(stages).tolist(), 1):
         ends.append(min(max(round(end), ends[-1] + 1), layers - count + k))
     return tuple(b - a for a, b in itertools.pairwise(ends))
-
-
-@dataclass(slots=True)
-class Shapes:
-    """Paths by shape of schedule, shared by the programs of one search."""
-
-    found: dict[tuple[str, int, int, int], Known] = field(default_factory=dict)
-
-    def of(self, p: StageProblem) -> Known:
-        key = p.schedule, p.pp, p.microbatches, p.virtual_stages
-        if key not in self.found:
-            self.found[key] = Known.of(p)
-        return self.found[key]

@@ -158,11 +158,7 @@ def _ranks_ps(p: StageProblem, kind: _Kind, number: Array) -> tuple[Array, Array
     """[rank, number of layers]: what a rank with so many takes at least, its tail included; and
     what they recompute a micro-batch."""
     glue, m = p.rank_glue_forward_ps + p.rank_glue_backward_ps, p.microbatches
-    split = p.schedule in SPLIT_BACKWARD
-    there = min(p.forward_ps) + p.rank_glue_forward_ps + p.p2p_ps
-    home = min(p.input_grad_ps) + p.rank_glue_backward_ps + p.p2p_ps
-    home = 0 if split else home + min(p.weight_grad_ps)
-    before = p.first.forward_ps + (0 if split else p.first.input_grad_ps + p.first.weight_grad_ps)
+    way = _way_ps(p)
     fixed = np.zeros((3, p.pp), dtype=np.int64)  # busy, before and behind that; comm, own
     apart = np.zeros(p.pp, dtype=np.int64)
     for rank in range(p.pp):
@@ -170,7 +166,7 @@ def _ranks_ps(p: StageProblem, kind: _Kind, number: Array) -> tuple[Array, Array
         ends = [e for k in stages for e in p.extras(k)]
         once = p.chunks * glue + sum(e.forward_ps + e.input_grad_ps + e.weight_grad_ps
                                      for e in ends)  # fmt: skip
-        fixed[0, rank] = m * once + rank * (there + home) + before * (rank > 0)
+        fixed[0, rank] = m * once + way[rank]
         fixed[1, rank] = sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
         fixed[2, rank] = sum(e.tail_own_ps for e in ends)
         apart[rank] = sum(_may_be(p, k, kind.others) for k in stages)
@@ -180,6 +176,19 @@ def _ranks_ps(p: StageProblem, kind: _Kind, number: Array) -> tuple[Array, Array
     again = _again_ps(p, kind, number, apart)
     busy = m * (number * kind.step_ps + np.where(again < NEVER_PS, again, 0))
     return np.where(again < NEVER_PS, busy + fixed[0][:, None] + tail, NEVER_PS), again
+
+
+def _way_ps(p: StageProblem) -> list[int]:
+    """[rank]: through the stages before it and home at least: so many of the chain's first layers
+    lie there, or more."""
+    rows, ends = [p.forward_ps], [p.first.forward_ps]
+    glue = p.rank_glue_forward_ps + p.p2p_ps
+    if p.schedule not in SPLIT_BACKWARD:
+        rows += [p.input_grad_ps, p.weight_grad_ps]
+        ends += [p.first.input_grad_ps, p.first.weight_grad_ps]
+        glue += p.rank_glue_backward_ps + p.p2p_ps
+    ahead = itertools.accumulate(map(sum, zip(*rows)), initial=0)
+    return [(rank > 0) * sum(ends) + rank * glue + ps for rank, ps in zip(range(p.pp), ahead)]
 
 
 def _may_be(p: StageProblem, stage: int, layers: tuple[int, ...]) -> bool:

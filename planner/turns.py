@@ -12,7 +12,7 @@ def in_turn(
     guess: Sequence[int], lower: Sequence[int], kinds: Sequence[Hashable], out: Outcome,
     effort: int, sharpen: Callable[[Sequence[int]], None],
 ) -> Iterator[int]:  # fmt: skip
-    """The best guess first; once half of the effort is spent, what holds the bound down. Before
+    """The best guess first; once that much effort is spent, what holds the bound down. Before
     that, `sharpen` is told of all that are left, and may raise their bounds in `lower`.
 
     guess, lower: scores of every mesh. kinds: meshes whose guesses err alike. What the meshes of a
@@ -24,7 +24,7 @@ def in_turn(
     for i in sorted(range(len(guess)), key=lambda i: (guess[i], lower[i], i)):
         rest.setdefault(kinds[i], deque()).append(i)
     errs: dict[Hashable, float] = {}
-    while rest and (out.best is None or 2 * out.spent < effort):
+    while rest and (out.best is None or out.spent < effort):
         kind = min(rest, key=lambda k: (guess[rest[k][0]] * errs.get(k, 1.0), rest[k][0]))
         i = rest[kind].popleft()
         if not rest[kind]:

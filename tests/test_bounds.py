@@ -75,14 +75,15 @@ def test_layers_that_ranks_can_take_equal_enumeration():
     for _ in range(60):
         pp, layers, m = int(rng.integers(2, 4)), int(rng.integers(4, 9)), int(rng.integers(1, 7))
         state, kept, room = rng.integers(1, 9) * 1e6, rng.integers(4, 9) * 1e6, rng.integers(9, 99)
-        step, way, again = float(rng.integers(3, 9)), 0.5, float(rng.integers(1, 4))
+        step, again = float(rng.integers(3, 9)), float(rng.integers(1, 4))
+        way = rng.integers(0, 4, pp).cumsum() / 2
         freed = np.array([[kept / 2, again / kept], [kept / 4, 4 * again / kept]])
         below, price = rng.choice([0.0, 0.5]), float(rng.choice([0.3, 5.0])) * again / kept
         one = Rows(
             m=np.array([float(m)]), layer_s=np.array([step]), state_bytes=np.array([state]),
             kept_bytes=np.array([kept]), freed=freed[None], room_bytes=np.array([room * 1e6]),
             ends_s=np.array([[1.0, 2.0]]), ends_bytes=np.array([[2e6, 0.0]]),
-            ends_kept=np.array([[0.0, 1e6]]), way_s=np.array([way]),
+            ends_kept=np.array([[0.0, 1e6]]), way_s=way[None],
             lowered=np.array([[state * below, price]]),
         )  # fmt: skip
         flights = flight(pp, np.array([m]), "fused")[0]
@@ -100,7 +101,7 @@ def test_layers_that_ranks_can_take_equal_enumeration():
                     pieces = [*freed * np.array([[n, 1], [n, 1]]),
                               (n * state * below / flights[r], price * flights[r])]  # fmt: skip
                     more = forced_s(np.array(sorted(pieces, key=lambda p: p[1])), short)[0]
-                    busiest = max(busiest, m * (n * step + more + first + 2 * last) + r * way)
+                    busiest = max(busiest, m * (n * step + more + first + 2 * last) + way[r])
                 best = min(best, busiest)
         bound = ranks_s(one, pp, layers, "fused")[0]
         cap = m * (2 * -(-layers // pp) + 2) * step

@@ -17,7 +17,8 @@ from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
 from planner.proving import Proof, Unsettled
-from planner.stage_planes import Effort, Known, applies, refute
+from planner.stage_paths import Known
+from planner.stage_planes import Effort, applies, refute
 from planner.stages import evaluate, lower_bound_ps, solve
 
 
@@ -82,6 +83,10 @@ def test_whole_layers_and_recomputation_are_in_the_bound():
     paths = len(known.runs)
     assert refute(p, int(0.9 * found.step_ps), known, Effort(programs=40))[0]
     assert len(known.runs) <= paths + 2  # what is known already need not be found again
+    other = replace(p, forward_ps=tuple(t + t // 50 for t in p.forward_ps))
+    effort = Effort(programs=40)
+    assert refute(other, int(0.9 * found.step_ps), known, effort)[0]
+    assert effort.programs > spent[0]  # it begins with the paths that mattered
 
 
 def test_what_is_pinned_is_left_to_others():

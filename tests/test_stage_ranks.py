@@ -8,7 +8,8 @@ from test_stages import brute, choices, large, tiny, weigh
 
 from cost_models.schedule import SCHEDULES
 from cost_models.stage_problem import starts_of
-from planner.stage_planes import Effort, Known, refute
+from planner.stage_paths import Known
+from planner.stage_planes import Effort, refute
 from planner.stage_ranks import applies, bound_ps, tables
 from planner.stages import lower_bound_ps, solve
 
@@ -73,6 +74,17 @@ def test_whole_layers_on_ranks_short_of_memory():
     assert 0.93 * found.step_ps < bound_ps(p) <= found.step_ps
     assert refute(p, bound_ps(p), Known.of(p), effort) == (True, [])
     assert effort.programs == 40
+
+
+def test_a_rank_waits_for_the_first_layers():
+    """A slow first layer is before every rank but its own, there and back, whatever lies where."""
+    p = large(schedule="interleaved", virtual_stages=2, microbatches=32, levels=("none",),
+              capacity_bytes=10**15)  # fmt: skip
+    more = {name: getattr(p, name)[0] for name in ROWS[:3]}
+    slow = replace(p, **{name: (10 * t, *getattr(p, name)[1:]) for name, t in more.items()})
+    before, after = (tables(one)[0].least_ps for one in (p, slow))
+    assert (after[1:] - before[1:] == 9 * sum(more.values())).all()
+    assert bound_ps(slow) <= solve(slow).step_ps
 
 
 def test_what_is_pinned_is_not_looked_at():

@@ -1,0 +1,52 @@
+"""The paths through schedules that cutting planes are made of, by shape: what one program of a
+schedule needed the next of the same shape begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cost_models.schedule_paths import Paths, rank_paths
+from cost_models.stage_problem import StageProblem
+from planner.stage_arcs import Array
+
+USEFUL = 200  # paths that a program begins with, at most
+
+
+@dataclass(slots=True)
+class Known:
+    """The paths known of one shape of schedule, a row each: those of one rank, and critical ones
+    as they were met."""
+
+    runs: Array  # [path, kind * stage]
+    sends: Array
+    useful: list[int] = field(default_factory=list)  # those that programs needed, the latest last
+
+    @classmethod
+    def of(cls, p: StageProblem) -> Known:
+        some = rank_paths(p.schedule, p.pp, p.microbatches, p.virtual_stages)
+        runs = some.runs.reshape(len(some.runs), -1).astype(float)
+        return cls(runs, some.sends.astype(float))
+
+    def add(self, more: Paths) -> None:
+        self.runs = np.concatenate([self.runs, more.runs.reshape(1, -1)])
+        self.sends = np.concatenate([self.sends, more.sends])
+
+    def used(self, paths: set[int]) -> None:
+        """A program needed these, and the next of the shape begins with them."""
+        fresh = sorted(paths.difference(self.useful))
+        self.useful = [*self.useful, *fresh][-USEFUL:]
+
+
+@dataclass(slots=True)
+class Shapes:
+    """Paths by shape of schedule, shared by the programs of one search."""
+
+    found: dict[tuple[str, int, int, int], Known] = field(default_factory=dict)
+
+    def of(self, p: StageProblem) -> Known:
+        key = p.schedule, p.pp, p.microbatches, p.virtual_stages
+        if key not in self.found:
+            self.found[key] = Known.of(p)
+        return self.found[key]
