@@ -11,6 +11,7 @@ from tiny_models import graph_of
 from toy_plan import toy_plan
 
 from cost_models.serving_decisions import Held, Pool, Serving
+from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import block_bytes
 from ir.errors import PlanError
@@ -88,6 +89,19 @@ def test_a_division_is_said_in_each_servers_words():
     assert "replicas: 2" in text and "size: 1" in text and "nvidia.com/gpu: 8" in text
     with pytest.raises(PlanError, match="cannot lay out"):
         export(plan, "llamacpp", "plan.json")
+
+
+@pytest.mark.parametrize(("target", "flag"), [("vllm", "--max-num-batched-tokens"),
+                                              ("sglang", "--chunked-prefill-size")])  # fmt: skip
+def test_tokens_of_a_step_are_those_that_were_costed(target, flag):
+    """Servers' own defaults are fewer on devices with less memory, and vLLM's on A100."""
+    plan = serving_plan(tp=2, hardware="a100x2")
+    assert flag not in flags_of(plan, target)  # a plan of another engine says none of this one's
+    plan = replace(plan, asked=replace(plan.asked, engine=target))
+    chunk = load_serving_engine(target).chunk_tokens
+    assert flags_of(plan, target)[flag] == str(chunk)
+    narrow = replace(plan, serving=replace(plan.serving, prefill_chunk=512))
+    assert flags_of(narrow, target)[flag] == "512"
 
 
 def test_experts_are_split_as_each_server_can():

@@ -9,6 +9,7 @@ from pathlib import Path
 from cost_models.chain import chain_of
 from cost_models.fleet import parts_of
 from cost_models.serving_decisions import Serving
+from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_reading import parts_of as parts_of_model
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import below_bytes
@@ -84,6 +85,14 @@ def share(p: ServingPlan, ranks: int = 1) -> int:
 def tokens(p: ServingPlan) -> int:
     """The longest sequence of the load."""
     return p.asked.prompt + p.asked.output
+
+
+def step_tokens(p: ServingPlan, target: str) -> int:
+    """Tokens of prompts that a step takes, 0 where the plan says none of this server's: servers
+    have other defaults on smaller devices than what was costed."""
+    engine = load_serving_engine(p.asked.engine)
+    own = engine.chunk_tokens if p.asked.engine.partition("-")[0] == target else 0
+    return p.serving.prefill_chunk or own
 
 
 def node_gpus(p: ServingPlan, source: str) -> int:

@@ -19,6 +19,7 @@ from planner.export.serving import (
     script,
     serving,
     share,
+    step_tokens,
     tiers_note,
     tokens,
 )
@@ -63,8 +64,8 @@ def flags(p: ServingPlan, replicas: int) -> Flags:
     if replicas > 1:
         made.append(("--dp-size", str(replicas)))
     made += [("--max-running-requests", str(share(p))), ("--context-length", str(tokens(p)))]
-    if s.prefill_chunk:
-        made.append(("--chunked-prefill-size", str(s.prefill_chunk)))
+    if taken := step_tokens(p, "sglang"):
+        made.append(("--chunked-prefill-size", str(taken)))
     if s.default in DTYPES:
         made.append(("--dtype", DTYPES[s.default]))
     if online_fp8(p):

@@ -19,6 +19,7 @@ from planner.export.serving import (
     script,
     serving,
     share,
+    step_tokens,
     tiers_note,
     tokens,
 )
@@ -56,8 +57,8 @@ def _flags(p: ServingPlan, copies: int) -> Flags:
         made.append(("--enable-expert-parallel",))
     made += [("--max-num-seqs", str(share(p, s.attention_dp))),
              ("--max-model-len", str(tokens(p)))]  # fmt: skip
-    if s.prefill_chunk:
-        made.append(("--max-num-batched-tokens", str(s.prefill_chunk)))
+    if taken := step_tokens(p, "vllm"):
+        made.append(("--max-num-batched-tokens", str(taken)))
     if s.default in DTYPES:
         made.append(("--dtype", DTYPES[s.default]))
     if online_fp8(p):
