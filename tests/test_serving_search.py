@@ -106,16 +106,28 @@ def test_a_plan_says_that_unpacking_is_counted_not_measured(plan):
 # --- the program of tiers ---------------------------------------------------------------------
 
 
-def objective(served, cluster, engine, s):
+def objective(served, cluster, engine, s, load=LOAD):
     """What the program minimises, from the costs alone."""
-    costs, total = Costs(cluster=cluster, engine=engine, serving=replace(s, tiers=())), 0.0
-    phases = ((step_of(1.0, 576.0), 128), (step_of(0.0, 0.0, 1.0, 512.0), 1))
+    bare = replace(s, tiers=(), kv_tier="gpu")
+    costs, total = Costs(cluster=cluster, engine=engine, serving=bare), 0.0
+    phases = ((step_of(1.0, load.prompt + load.output / 2), load.output),
+              (step_of(0.0, 0.0, 1.0, load.prompt), 1))  # fmt: skip
     for step, times in phases:
         found = below(Costs(cluster=cluster, engine=engine, serving=s), served, step)
         runs = float(step_s(costs, served, step).sum())
         runs += float((found.fetched_s + found.on_host_s - found.saved_s).sum())
-        total += times * max(runs, float(found.stream_s.sum()))
+        total += times * max(runs, float((found.stream_s + found.cached_s).sum()))
     return total
+
+
+def held_by(served, cluster, engine, s, load=LOAD):
+    """Whether one sequence fits, on the GPU and on every tier."""
+    memory = memory_of(served, cluster, engine, s, load)
+    need = memory.weights_bytes + memory.reserved_bytes + memory.kv_bytes_per_sequence
+    sizes = dict(below_bytes(served, s).tiers)
+    return need <= memory.capacity_bytes and all(
+        size <= cluster.tier(name).bytes for name, size in sizes.items()
+    )
 
 
 @pytest.mark.parametrize("experts", [0, 8])
@@ -138,15 +150,50 @@ def test_the_program_of_tiers_finds_the_best_of_all(monkeypatch, layers, experts
     best = np.inf
     for combination in itertools.product(*ways):
         tried = replace(s, tiers=tuple(h for h in combination if h))
-        memory = memory_of(served, cluster, engine, tried, LOAD)
-        need = memory.weights_bytes + memory.workspace_bytes + memory.context_bytes
-        sizes = dict(below_bytes(served, tried).tiers)
-        if need + memory.kv_bytes_per_sequence <= memory.capacity_bytes and all(
-            size <= cluster.tier(name).bytes for name, size in sizes.items()
-        ):
+        if held_by(served, cluster, engine, tried):
             best = min(best, objective(served, cluster, engine, tried))
     assert made is not None
     assert objective(served, cluster, engine, made) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("kv_tier", ["gpu", "cpu"])
+@pytest.mark.parametrize("experts", [0, 8])
+def test_the_program_chooses_formats_and_places_together(monkeypatch, experts, kv_tier):
+    """Against all combinations; a cache on the host has its part of the link."""
+    monkeypatch.setattr(tiers, "STEPS", 1)
+    served = model(layers=48, experts=experts, inter=28672 if not experts else 14336)
+    cluster, engine = load_hardware("a6000x1"), load_serving_engine("native")
+    cluster = replace(cluster, tiers=tuple(t for t in cluster.tiers if t.name == "cpu"))
+    s, load = Serving(kv_tier=kv_tier), ServeLoad(prompt=30000, output=128)
+    words = dict.fromkeys([b for b in served.block_elements() if b != "embeddings"],
+                          ("bf16", "int8", "int4"))  # fmt: skip
+    made = tiers.best_tiers(served, cluster, engine, s, load, None, words)
+    ways = [
+        [(b, word, h) for word in words.get(b, ("bf16",)) for h in (
+            None, *(Held(block=b, tier="cpu", place=p) for p in tiers._places(b, "cpu")))]
+        for b in served.block_elements()
+    ]  # fmt: skip
+    best = np.inf
+    for combination in itertools.product(*ways):
+        tried = replace(s, tiers=tuple(h for _, _, h in combination if h),
+                        weights=tuple((b, word) for b, word, _ in combination if word != "bf16"))
+        if held_by(served, cluster, engine, tried, load):
+            best = min(best, objective(served, cluster, engine, tried, load))
+    assert made is not None and held_by(served, cluster, engine, made, load)
+    assert objective(served, cluster, engine, made, load) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("experts", [0, 16])
+def test_no_pin_to_an_allowed_format_beats_the_plan(experts):
+    """Where bf16 does not fit, 8 bits streamed may be quicker than 4 that fit and are unpacked."""
+    served = model(layers=80 if not experts else 40, experts=experts,
+                   hidden=8192 if not experts else 4096)  # fmt: skip
+    asked = {"allow": ("int8", "int4")}
+    best = found(served, "a6000x1", **asked).best.latency_s(LOAD)
+    blocks = [b for b in served.block_elements() if b != "embeddings"]
+    for words in itertools.product(("bf16", "int8", "int4"), repeat=len(blocks)):
+        kept = found(served, "a6000x1", keep=tuple(zip(blocks, words)), **asked).best
+        assert best <= kept.latency_s(LOAD) * 1.001
 
 
 def test_offload_never_when_it_fits_as_a_result():
@@ -264,6 +311,18 @@ def test_nothing_lossy_unless_allowed():
     few = found(served, "a100x1", max_bits=8, keep=(("head", "bf16"),)).best.serving
     assert set(dict(few.weights)) == {"attention", "mlp"}
     assert set(dict(few.weights).values()) <= {"int8", "fp8"}
+
+
+@pytest.mark.parametrize("block", ["router", "embeddings"])
+def test_what_no_format_is_planned_for_is_not_kept_in_one(block):
+    assert ServeAsked(keep=((block, "bf16"),))
+    with pytest.raises(UsageError, match=f"--keep {block}=int8: it stays in bf16"):
+        ServeAsked(keep=((block, "int8"),))
+
+
+def test_less_than_none_is_not_too_many():
+    with pytest.raises(UsageError, match="--kv-window -3 is less than none"):
+        ServeAsked(kv_window=-3)
 
 
 def test_limits_that_cannot_be_met_say_by_how_much():

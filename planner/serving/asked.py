@@ -18,6 +18,7 @@ ENGINE = "native"
 KV_TIERS = ("gpu", "cpu")
 _WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": KV_PLANNED, "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
+OWN_FORMAT = ("router", "embeddings")  # blocks that stay in the model's own
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
 MOST_STEPS = 20_000  # that read one prompt: each is costed
 
@@ -75,7 +76,8 @@ class ServeAsked:
                                  why=f"expected 1 to {MOST:,}")  # fmt: skip
         for flag, value in (("--batch", self.batch), ("--kv-window", self.kv_window)):
             if not 0 <= value <= MOST:
-                raise UsageError(f"{flag} {value:.6g} is too many", why=f"at most {MOST:,}")
+                amount = "too many" if value > MOST else "less than none"
+                raise UsageError(f"{flag} {value:.6g} is {amount}", why=f"expected 0 to {MOST:,}")
         if policy_of(self.kv_policy)[0] and not self.kv_window:
             raise UsageError(f"--kv-policy {self.kv_policy} needs --kv-window",
                              why="which tokens are kept as they are",
@@ -96,6 +98,11 @@ class ServeAsked:
             if block not in BLOCKS:
                 raise UsageError(f"--keep {block}: there is no such block",
                                  why=f"known: {', '.join(BLOCKS)}")  # fmt: skip
+        for block, word in self.keep:
+            if block in OWN_FORMAT and word != self.precision:
+                raise UsageError(f"--keep {block}={word}: it stays in {self.precision}",
+                                 why="formats are planned for the matrices that tokens multiply",
+                                 hints=(f"leave --keep {block} out",))  # fmt: skip
         if self.max_bits and self.max_bits < min(BITS.values()):
             raise UsageError(f"--max-bits {self.max_bits}: no format has so few",
                              hints=("--max-bits 4, 8 or 16",))  # fmt: skip

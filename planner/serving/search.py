@@ -2,13 +2,13 @@
 
 All divisions of the GPUs that the model allows are predicted: the space is small enough to look at
 whole. Formats are chosen by block from the quickest to the fewest bytes. Where the weights do not
-fit, or the cache lets fewer run than were asked for, an integer program places blocks on the tiers
-below (`tiers.py`).
+fit, or the cache lets fewer run than were asked for, an integer program chooses formats and places
+blocks on the tiers below (`tiers.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import block_bytes
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
-from planner.serving.asked import ServeAsked, ServePins, check_steps
+from planner.serving.asked import OWN_FORMAT, ServeAsked, ServePins, check_steps
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import Prediction, predict
 from planner.serving.relief import NOTHING, relief
@@ -73,13 +73,17 @@ def predictions(
     seen: list[Prediction] = []
     refused: list[str] = []
     pools = considered(cluster, engine, pins)
+    open_ = formats_of(model, asked, pins)
     for s in space(model, cluster, asked, pins) if not pins.pools else ():
+        mixed: set[str] = set()  # formats of the cache whose weights' formats were left open
         for made in formats(model, cluster, engine, s, asked, pins, load):
             reason = unservable(engine.name, made, experts)
             if reason:
                 refused.append(reason)
                 continue
-            for p in _with_tiers(model, cluster, engine, made, load, pins):
+            words = {} if made.kv in mixed else open_
+            mixed.add(made.kv)
+            for p in _with_tiers(model, cluster, engine, made, load, pins, words):
                 reason = unservable(engine.name, p.serving, experts)
                 if reason:
                     refused.append(reason)
@@ -239,16 +243,24 @@ def _chunks(asked: ServeAsked, engine: ServingEngine, pins: ServePins) -> tuple[
     return (0, *(c for c in (512, 2048) if c < min(engine.chunk_tokens, asked.prompt)))
 
 
+def formats_of(
+    model: ServedModel, asked: ServeAsked, pins: ServePins
+) -> dict[str, tuple[str, ...]]:
+    """The formats that each block's weights may be in."""
+    kept = dict(asked.keep)
+    allowed = (pins.weights,) if pins.weights else asked.formats
+    blocks = (b for b in model.block_elements() if b not in OWN_FORMAT)
+    return {b: (kept[b],) if b in kept else allowed for b in blocks}
+
+
 def formats(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, asked: ServeAsked,
     pins: ServePins, load: ServeLoad,
 ) -> Iterator[Serving]:  # fmt: skip
     """The decisions with formats by block: the quickest ones, then block after block the fewest
     bytes, the one first that gives most bytes for its time; each with every format of the cache."""
-    kept = dict(asked.keep)
-    allowed = (pins.weights,) if pins.weights else asked.formats
-    blocks = [b for b in model.block_elements() if b not in ("router", "embeddings")]
-    options = {b: (kept[b],) if b in kept else allowed for b in blocks}
+    options = formats_of(model, asked, pins)
+    blocks = list(options)
     time = {(b, f): _block_s(model, cluster, engine, s, load, b, f)
             for b in blocks for f in options[b]}  # fmt: skip
     quickest = {b: min(options[b], key=lambda f: (time[b, f], -WEIGHT_BYTES[f])) for b in blocks}
@@ -303,10 +315,11 @@ def _block_s(
 
 def _with_tiers(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
-    pins: ServePins,
+    pins: ServePins, words: Mapping[str, tuple[str, ...]],
 ) -> list[Prediction]:  # fmt: skip
     """The plan with all on the GPUs and, where that does not fit or runs fewer than asked for, the
-    best with blocks, or the cache, below them."""
+    best with blocks, or the cache, below them; and, where words leave blocks' formats open, the
+    best in these."""
     found = []
     first = pins.kv_tier or "gpu"
     if first != "gpu":
@@ -316,21 +329,25 @@ def _with_tiers(
         found.append(predict(model, cluster, engine, s, load))
         if found[0].running >= s.batch and found[0].fits:
             return found
-    if pins.offload == () or not cluster.tiers:
-        return found
+    below = pins.offload if cluster.tiers else ()
+    programs = [words] if any(len(w) > 1 for w in words.values()) else []
+    programs += [{}] if below != () else []
     caches = ("gpu", "cpu") if any(t.name == "cpu" for t in cluster.tiers) else ("gpu",)
-    for kv_tier in caches if pins.kv_tier is None else (first,):
+    for kv_tier in caches if pins.kv_tier is None and below != () else (first,):
         kept = replace(s, kv_tier=kv_tier)
         if kv_tier != first and not pins.offload:
             found.append(predict(model, cluster, engine, kept, load))
             if found[-1].running >= s.batch and found[-1].fits:
                 continue
-        for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
-            lower = best_tiers(model, cluster, engine, replace(kept, batch=batch), load,
-                               pins.offload)  # fmt: skip
-            if lower is not None:
-                found.append(predict(model, cluster, engine, replace(lower, batch=s.batch), load))
-                break
+        fewer = dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp))
+        for program in programs:
+            for batch in fewer:
+                lower = best_tiers(model, cluster, engine, replace(kept, batch=batch), load, below,
+                                   program)  # fmt: skip
+                if lower is not None:
+                    made = replace(lower, batch=s.batch)
+                    found.append(predict(model, cluster, engine, made, load))
+                    break
     return found
 
 
