@@ -133,7 +133,11 @@ class ShareSearcher(Searcher):
             return
         domain = min(part.domain_ranks for part in parts)
         counts = [part.count for part in parts]
-        yield from shared_out(costs.chain, counts, domain, costs.workload, pins)
+        said = [dict(pins.shares or ())[name] for name in names] if asked else []
+        for mesh in shared_out(costs.chain, counts, domain, costs.workload, pins):
+            run = sum(n * m for n, m in zip(self.data_ranks(mesh), said))  # micro-batches, if said
+            if not said or run * mesh.micro_batch == costs.workload.global_batch:
+                yield mesh
 
     def data_ranks(self, mesh: Mesh) -> tuple[int, ...]:
         """Of each part."""

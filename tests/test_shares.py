@@ -156,6 +156,21 @@ def test_search_of_replicas_equals_enumeration(seed, tmp_path):
         assert every[mesh] is None or score_of(int(low), mesh) <= every[mesh]
 
 
+def test_meshes_that_a_pinned_division_does_not_fill_are_left_out(tmp_path):
+    """They have no division at all; to find that mesh by mesh took minutes where there is none."""
+    *_, workload, _, searcher = replicas_of(1, tmp_path)
+    meshes, names = list(searcher.meshes()), [part.name for part in searcher.clusters]
+    count = {True: 0, False: 0}
+    for said in itertools.product(range(1, 5), repeat=2):
+        pinned = replace(searcher, pins=Pins(shares=tuple(zip(names, said))))
+        kept = list(pinned.meshes())
+        for mesh in meshes:
+            one = pinned.division(mesh, [lambda m: m] * 2, [1, 1]).least_ps(10**9)
+            assert (one is not None) == (mesh in kept)
+            count[mesh in kept] += 1
+    assert min(count.values()) > 0 and workload.global_batch > 1
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_found_is_what_its_estimate_says(seed, tmp_path):
     graph, fleet, workload, _, searcher = replicas_of(seed, tmp_path)
