@@ -61,6 +61,15 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
 
     step: of the whole replica; attention replicas and pipeline stages have equal shares.
     """
+    total = busy_parts(costs, model, step)
+    # Ahead of the kernels, as far as it can.
+    beside = 0.0 if costs.device.family == CPU else sum(total.values())  # a CPU is its own host
+    total["host"] = total["host"] + np.maximum(launched_s(costs, model) - beside, 0.0)
+    return total
+
+
+def busy_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatArray]:
+    """The same without what launching the kernels takes longer than they."""
     s, engine = costs.serving, costs.engine
     whole, splits = step.of_fullest(s.attention_dp, s.pp), engine.handling.splits
     mine = whole.part(splits)
@@ -84,23 +93,25 @@ def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatA
         sent = collective_s(costs.cluster, "p2p", tokens * model.hidden * 2, 2)
         total["pp_comm"] = (s.pp - 1) * sent
     total = {part: splits * seconds for part, seconds in total.items()}
-    host = host_of(costs.device)
-    eager = engine.kernel_host_s > 0  # what an engine's own host does is its table's to say
-    own_s = host.token_s if eager else None
+    # What an engine's own host does is its table's to say.
+    own_s = host_of(costs.device).token_s if engine.kernel_host_s > 0 else None
     step_host_s = engine.step_host_s if own_s is None else own_s
     # Each replica of attention has a scheduler of its own.
     total["host"] = step_host_s + engine.sequence_host_s * step.sequences / s.attention_dp
     if s.tiers or s.kv_tier != "gpu":
         _add_below(total, below(costs, model, whole), costs)
-    # Ahead of the kernels, as far as it can.
-    launched = splits * engine.kernel_host_s * _launches(model)
-    if eager and host.op_s is not None:
-        launched = host.op_s * model.eager_ops
-    if host.piece_s is not None:
-        launched += host.piece_s * streamed_units(model, costs.serving)
-    beside = 0.0 if costs.device.family == CPU else sum(total.values())  # a CPU is its own host
-    total["host"] = total["host"] + np.maximum(launched - beside, 0.0)
     return total
+
+
+def launched_s(costs: Costs, model: ServedModel) -> float:
+    """What the host takes to launch a step's kernels, and the pieces that stream."""
+    engine, host = costs.engine, host_of(costs.device)
+    found = engine.handling.splits * engine.kernel_host_s * _launches(model)
+    if engine.kernel_host_s > 0 and host.op_s is not None:
+        found = host.op_s * model.eager_ops
+    if host.piece_s is not None:
+        found += host.piece_s * streamed_units(model, costs.serving)
+    return found
 
 
 def _add_below(total: dict[str, FloatArray], found: Below, costs: Costs) -> None:

@@ -11,7 +11,7 @@ from tiny_models import EXAMPLES, graph_of
 from cost_models import serving as costs
 from cost_models import serving_tiers as below_the_gpu
 from cost_models.hardware import load_hardware
-from cost_models.serving import memory_of, step_s
+from cost_models.serving import memory_of
 from cost_models.serving_decisions import WEIGHT_BYTES, Held, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_ops import Costs, step_of
@@ -20,6 +20,7 @@ from cost_models.serving_tiers import below, below_bytes, block_bytes, layers_of
 from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.serving import tiers
 from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
+from planner.serving.formats import block_seconds, in_formats, rows
 from planner.serving.predict import predict
 from planner.serving.relief import relief
 from planner.serving.tracing import plan_serving
@@ -107,17 +108,18 @@ def test_a_plan_says_that_unpacking_is_counted_not_measured(plan):
 
 
 def objective(served, cluster, engine, s, load=LOAD):
-    """What the program minimises, from the costs alone."""
-    bare = replace(s, tiers=(), kv_tier="gpu")
-    costs, total = Costs(cluster=cluster, engine=engine, serving=bare), 0.0
+    """What the program minimises: a wave's steps, as plans are costed, and what each block below
+    must earn of those on the GPU."""
     phases = ((step_of(1.0, load.prompt + load.output / 2), load.output),
               (step_of(0.0, 0.0, 1.0, load.prompt), 1))  # fmt: skip
-    for step, times in phases:
-        found = below(Costs(cluster=cluster, engine=engine, serving=s), served, step)
-        runs = float(step_s(costs, served, step).sum())
-        runs += float((found.fetched_s + found.on_host_s - found.saved_s).sum())
-        total += times * max(runs, float((found.stream_s + found.cached_s).sum()))
-    return total
+
+    def took(serving, parts):
+        of = Costs(cluster=cluster, engine=engine, serving=serving)
+        return sum(n * sum(float(v) for v in parts(of, served, step).values())
+                   for step, n in phases)  # fmt: skip
+
+    on_gpu = took(replace(s, tiers=(), kv_tier="gpu", weights=()), costs.busy_parts)
+    return took(s, costs.step_parts) + tiers.BLOCK_GAIN * len(s.tiers) * on_gpu
 
 
 def held_by(served, cluster, engine, s, load=LOAD):
@@ -130,13 +132,25 @@ def held_by(served, cluster, engine, s, load=LOAD):
     )
 
 
-@pytest.mark.parametrize("experts", [0, 8])
-@pytest.mark.parametrize("layers", [24, 48, 80])
-def test_the_program_of_tiers_finds_the_best_of_all(monkeypatch, layers, experts):
-    monkeypatch.setattr(tiers, "STEPS", 2)
+OPEN = {"attention": ("bf16", "int8"), "mlp": ("bf16", "int8", "int4"),
+        "routed_experts": ("bf16", "int8", "int4")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "formats", "engine", "kv_tier"),
+    [*itertools.product((24, 48, 80), (0, 8), (None,), ("native",), ("gpu",)),
+     (80, 0, OPEN, "native", "gpu"), (48, 8, OPEN, "native", "cpu"),
+     (48, 0, None, "flexgen", "cpu"), (48, 0, None, "zero-inference", "cpu")],
+)  # fmt: skip
+def test_the_program_of_tiers_finds_the_best_of_all(
+    monkeypatch, layers, experts, formats, engine, kv_tier
+):
+    """Of every place and, where they are open, every format of each block."""
+    monkeypatch.setattr(tiers, "STEPS", 2 if formats is None else 1)
     served = model(layers=layers, experts=experts, inter=28672 if not experts else 14336)
-    cluster, engine, s = load_hardware("a6000x1"), load_serving_engine("native"), Serving()
-    made = tiers.best_tiers(served, cluster, engine, s, LOAD)
+    cluster, engine = load_hardware("a6000x1"), load_serving_engine(engine)
+    s = Serving(kv_tier=kv_tier)
+    made = tiers.best_tiers(served, cluster, engine, s, LOAD, formats=formats)
     blocks = [b for b in served.block_elements() if b != "router"]
     ways = []
     for block in blocks:
@@ -145,26 +159,26 @@ def test_the_program_of_tiers_finds_the_best_of_all(monkeypatch, layers, experts
         for tier in ("cpu", "nvme"):
             for place in tiers._places(block, tier):
                 rows += [Held(block=block, tier=tier, place=place, resident=total * k // 2)
-                         for k in range(2)]  # fmt: skip
-        ways.append(list(dict.fromkeys(rows)))
+                         for k in range(tiers.STEPS)]  # fmt: skip
+        words = (formats or {}).get(block, ("bf16",))
+        ways.append([(row, block, word) for row in dict.fromkeys(rows) for word in words])
     best = np.inf
     for combination in itertools.product(*ways):
-        tried = replace(s, tiers=tuple(h for h in combination if h))
+        said = {block: word for _, block, word in combination}
+        tried = replace(in_formats(s, said), tiers=tuple(h for h, _, _ in combination if h))
         if held_by(served, cluster, engine, tried):
             best = min(best, objective(served, cluster, engine, tried))
     assert made is not None
     assert objective(served, cluster, engine, made) == pytest.approx(best, rel=1e-4)
 
 
-@pytest.mark.parametrize("kv_tier", ["gpu", "cpu"])
-@pytest.mark.parametrize("experts", [0, 8])
-def test_the_program_chooses_formats_and_places_together(monkeypatch, experts, kv_tier):
-    """Against all combinations; a cache on the host has its part of the link."""
+def test_the_stream_of_a_long_cache_is_beside_that_of_weights(monkeypatch):
+    """Against all combinations of formats and places, with 30,000 tokens on the host."""
     monkeypatch.setattr(tiers, "STEPS", 1)
-    served = model(layers=48, experts=experts, inter=28672 if not experts else 14336)
-    cluster, engine = load_hardware("a6000x1"), load_serving_engine("native")
+    served, cluster = model(layers=48), load_hardware("a6000x1")
+    engine = load_serving_engine("native")
     cluster = replace(cluster, tiers=tuple(t for t in cluster.tiers if t.name == "cpu"))
-    s, load = Serving(kv_tier=kv_tier), ServeLoad(prompt=30000, output=128)
+    s, load = Serving(kv_tier="cpu"), ServeLoad(prompt=30000, output=128)
     words = dict.fromkeys([b for b in served.block_elements() if b != "embeddings"],
                           ("bf16", "int8", "int4"))  # fmt: skip
     made = tiers.best_tiers(served, cluster, engine, s, load, None, words)
@@ -175,25 +189,54 @@ def test_the_program_chooses_formats_and_places_together(monkeypatch, experts, k
     ]  # fmt: skip
     best = np.inf
     for combination in itertools.product(*ways):
-        tried = replace(s, tiers=tuple(h for _, _, h in combination if h),
-                        weights=tuple((b, word) for b, word, _ in combination if word != "bf16"))
+        said = {block: word for block, word, _ in combination}
+        tried = replace(in_formats(s, said), tiers=tuple(h for _, _, h in combination if h))
         if held_by(served, cluster, engine, tried, load):
             best = min(best, objective(served, cluster, engine, tried, load))
     assert made is not None and held_by(served, cluster, engine, made, load)
     assert objective(served, cluster, engine, made, load) == pytest.approx(best, rel=1e-4)
 
 
-@pytest.mark.parametrize("experts", [0, 16])
-def test_no_pin_to_an_allowed_format_beats_the_plan(experts):
-    """Where bf16 does not fit, 8 bits streamed may be quicker than 4 that fit and are unpacked."""
-    served = model(layers=80 if not experts else 40, experts=experts,
-                   hidden=8192 if not experts else 4096)  # fmt: skip
-    asked = {"allow": ("int8", "int4")}
-    best = found(served, "a6000x1", **asked).best.latency_s(LOAD)
-    blocks = [b for b in served.block_elements() if b != "embeddings"]
-    for words in itertools.product(("bf16", "int8", "int4"), repeat=len(blocks)):
-        kept = found(served, "a6000x1", keep=tuple(zip(blocks, words)), **asked).best
-        assert best <= kept.latency_s(LOAD) * 1.001
+@pytest.mark.parametrize(("engine", "hardware", "batch", "experts"), [
+    ("native", "a6000x1", 1, 0), ("vllm", "h100x1", 16, 0), ("native", "a6000x1", 4, 8),
+])  # fmt: skip
+def test_no_formats_that_are_allowed_beat_those_of_the_plan(engine, hardware, batch, experts):
+    """Whatever else each block is kept in: where it fits, where some of it does not, with a batch
+    whose prompts count as its steps do."""
+    served = model(layers=40 if experts else 80, hidden=4096 if experts else 8192,
+                   inter=14336 if experts else 28672, experts=experts)  # fmt: skip
+    words = ("bf16", "int8", "int4")
+    asked = {"engine": engine, "batch": batch, "allow": words[1:]}
+    free = found(served, hardware, **asked).best
+    for formats in itertools.product(words, repeat=3):
+        blocks = ("attention", "routed_experts" if experts else "mlp", "head")
+        kept = tuple(zip(blocks, formats))
+        pinned = found(served, hardware, keep=kept, **asked).best
+        most = pinned.latency_s(LOAD) * (1 + tiers.BLOCK_GAIN * len(served.block_elements()))
+        assert free.latency_s(LOAD) <= most, kept
+
+
+def test_bytes_are_given_up_where_they_cost_least_time():
+    """From the quickest formats on each step costs no less a byte than the one before, and ends at
+    the fewest bits: the hull of all choices, by brute force."""
+    served, cluster = model(layers=8, experts=8, hidden=4096, inter=8192), load_hardware("h100x1")
+    engine, s, words = load_serving_engine("native"), Serving(batch=4), ("bf16", "int8", "int4")
+    ways = dict.fromkeys(("attention", "routed_experts", "head"), words)
+    quickest, smaller = rows(served, cluster, engine, s, LOAD, ways)
+    spent = block_seconds(served, cluster, engine, s, LOAD, ways)
+
+    def at(row):
+        seconds = sum(LOAD.output * spent[b, f][0] + 4 * spent[b, f][1] for b, f in row.items())
+        return costs.weight_bytes(served, in_formats(s, row)), seconds
+
+    chain = [at(row) for row in (quickest[0], *smaller)]
+    every = [at(dict(zip(ways, some))) for some in itertools.product(words, repeat=3)]
+    assert chain[0][1] == pytest.approx(min(seconds for _, seconds in every))
+    assert chain[-1][0] == min(size for size, _ in every)
+    for (size, seconds), (less, more) in itertools.pairwise(chain):
+        slope = (more - seconds) / (size - less)
+        for other, took in every:  # nothing lies below the line
+            assert took >= seconds + slope * (size - other) - 1e-9
 
 
 def test_offload_never_when_it_fits_as_a_result():

@@ -1,32 +1,32 @@
 """The search: every way to divide the GPUs, formats by block, tiers where memory binds.
 
 All divisions of the GPUs that the model allows are predicted: the space is small enough to look at
-whole. Formats are chosen by block from the quickest to the fewest bytes. Where the weights do not
-fit, or the cache lets fewer run than were asked for, an integer program chooses formats and places
-blocks on the tiers below (`tiers.py`).
+whole. Formats are chosen by block, the quickest first. Where the weights do not fit, or the cache
+lets fewer run than were asked for, from the quickest to the fewest bytes (`formats.py`), and an
+integer program chooses each block's format and what of it lies on the tiers below (`tiers.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cost_models.hardware import Cluster
-from cost_models.serving_decisions import KV_PLANNED, WEIGHT_BYTES, Pool, ServeLoad, Serving
+from cost_models.serving_decisions import WEIGHT_BYTES, Pool, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine, load_serving_engine
-from cost_models.serving_ops import Costs
 from cost_models.serving_shapes import ServedModel
-from cost_models.serving_tiers import block_bytes
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
-from planner.serving.asked import OWN_FORMAT, ServeAsked, ServePins, check_steps
+from planner.serving.asked import ServeAsked, ServePins, check_steps
+from planner.serving.formats import Row, caches, in_formats, open_to, rows
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import Prediction, predict
 from planner.serving.relief import NOTHING, relief
 from planner.serving.runnable import ExpertsOf, unservable
-from planner.serving.tiers import best_tiers
+from planner.serving.tiers import best_tiers, charged
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tried where the load leaves it open
 
@@ -73,22 +73,15 @@ def predictions(
     seen: list[Prediction] = []
     refused: list[str] = []
     pools = considered(cluster, engine, pins)
-    open_ = formats_of(model, asked, pins)
+    ways = open_to(model, asked, pins)
     for s in space(model, cluster, asked, pins) if not pins.pools else ():
-        mixed: set[str] = set()  # formats of the cache whose weights' formats were left open
-        for made in formats(model, cluster, engine, s, asked, pins, load):
+        for kv in caches(asked, pins):
+            made = replace(s, kv=kv)
             reason = unservable(engine.name, made, experts)
             if reason:
                 refused.append(reason)
-                continue
-            words = {} if made.kv in mixed else open_
-            mixed.add(made.kv)
-            for p in _with_tiers(model, cluster, engine, made, load, pins, words):
-                reason = unservable(engine.name, p.serving, experts)
-                if reason:
-                    refused.append(reason)
-                else:
-                    seen.append(p)
+            else:
+                seen += _held(model, cluster, engine, made, load, ways, pins)
         if progress and seen:
             progress(f"solving: {len(seen)} plans predicted")
     tried = len(seen)
@@ -124,7 +117,7 @@ def _with_pools(
             best[name] = ((*rank, _key(s)), s)
 
     for c in candidates(model, cluster, engine, load, bases, counts, pins,
-                        lambda s: formats(model, cluster, engine, s, asked, pins, load)):
+                        lambda s: _formats(model, cluster, engine, s, load, asked, pins)):
         tried += 1
         used = _used(c.seen.ttft_s, c.seen.tpot_s, asked)
         if c.missing_bytes:
@@ -142,12 +135,23 @@ def _with_pools(
     return [predict(model, cluster, engine, s, load) for s in chosen], tried
 
 
+def _formats(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
+    asked: ServeAsked, pins: ServePins,
+) -> Iterator[Serving]:  # fmt: skip
+    quickest, smaller = rows(model, cluster, engine, s, load, open_to(model, asked, pins))
+    for row, kv in itertools.product((*quickest, *smaller), caches(asked, pins)):
+        yield replace(in_formats(s, row), kv=kv)
+
+
 def best_first(
     rows: Sequence[Prediction], asked: ServeAsked, cluster: Cluster
 ) -> list[Prediction]:
-    """Plans by the objective; those alike by what is simplest."""
+    """Plans by the objective, in which what is below the GPU must earn a little; those alike by
+    what is simplest."""
     return sorted(rows, key=lambda p: (
-        _scored(p.ttft_s, p.tpot_s, p.tokens_per_s, p.serving.devices, asked), _key(p.serving)
+        charged(_scored(p.ttft_s, p.tpot_s, p.tokens_per_s, p.serving.devices, asked), p.serving),
+        _key(p.serving),
     ))  # fmt: skip
 
 
@@ -243,111 +247,44 @@ def _chunks(asked: ServeAsked, engine: ServingEngine, pins: ServePins) -> tuple[
     return (0, *(c for c in (512, 2048) if c < min(engine.chunk_tokens, asked.prompt)))
 
 
-def formats_of(
-    model: ServedModel, asked: ServeAsked, pins: ServePins
-) -> dict[str, tuple[str, ...]]:
-    """The formats that each block's weights may be in."""
-    kept = dict(asked.keep)
-    allowed = (pins.weights,) if pins.weights else asked.formats
-    blocks = (b for b in model.block_elements() if b not in OWN_FORMAT)
-    return {b: (kept[b],) if b in kept else allowed for b in blocks}
-
-
-def formats(
-    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, asked: ServeAsked,
-    pins: ServePins, load: ServeLoad,
-) -> Iterator[Serving]:  # fmt: skip
-    """The decisions with formats by block: the quickest ones, then block after block the fewest
-    bytes, the one first that gives most bytes for its time; each with every format of the cache."""
-    options = formats_of(model, asked, pins)
-    blocks = list(options)
-    time = {(b, f): _block_s(model, cluster, engine, s, load, b, f)
-            for b in blocks for f in options[b]}  # fmt: skip
-    quickest = {b: min(options[b], key=lambda f: (time[b, f], -WEIGHT_BYTES[f])) for b in blocks}
-    smallest = {b: min(options[b], key=lambda f: (WEIGHT_BYTES[f], time[b, f])) for b in blocks}
-
-    def pays(block: str) -> float:
-        saved = (WEIGHT_BYTES[quickest[block]] - WEIGHT_BYTES[smallest[block]]) * (
-            block_bytes(model, s, block)
-        )
-        more = time[block, smallest[block]] - time[block, quickest[block]]
-        return -saved / max(more, 1e-9)
-
-    now = dict(quickest)
-    rows = [dict(now)]
-    for block in sorted((b for b in blocks if quickest[b] != smallest[b]), key=pays):
-        now[block] = smallest[block]
-        rows.append(dict(now))
-    caches = (pins.kv,) if pins.kv else dict.fromkeys((
-        asked.precision if asked.precision in KV_PLANNED else "bf16", *asked.allow_kv
-    ))  # fmt: skip
-    for row in rows:
-        named = tuple((b, f) for b, f in row.items() if f != s.default)
-        for kv in caches:
-            yield replace(s, weights=named, kv=kv or "bf16")
-
-
-def _block_s(
+def _held(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
-    block: str, word: str,
-) -> float:  # fmt: skip
-    """Seconds that a block in a format takes of a request's steps, decode and prefill."""
-    costs = Costs(cluster=cluster, engine=engine, serving=replace(s, weights=((block, word),)))
-    one = np.ones(1)
-    each = max(s.batch / s.replicas / s.attention_dp / s.pp, 1.0)
-    found = 0.0
-    for tokens, times in ((each, load.output), (load.prompt, 1.0)):
-        if block == "head":
-            found += times * sum(float(costs.matrix_s(m, min(tokens, each) * one)[0])
-                                 for m in model.head)  # fmt: skip
-        for layer in model.layers:
-            here = [m for m in layer.matrices if m.block == block]
-            found += times * layer.count * sum(
-                float(costs.matrix_s(m, tokens * one)[0]) for m in here
-            )  # fmt: skip
-            if block == "routed_experts":
-                found += times * layer.count * sum(
-                    float(np.ravel(costs.experts_s(e, tokens * s.attention_dp * one))[0])
-                    for e in layer.experts
-                )  # fmt: skip
-    return found
-
-
-def _with_tiers(
-    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
-    pins: ServePins, words: Mapping[str, tuple[str, ...]],
+    ways: Mapping[str, tuple[str, ...]], pins: ServePins,
 ) -> list[Prediction]:  # fmt: skip
-    """The plan with all on the GPUs and, where that does not fit or runs fewer than asked for, the
-    best with blocks, or the cache, below them; and, where words leave blocks' formats open, the
-    best in these."""
-    found = []
+    """Plans of one division and one format of the cache: in the quickest formats and, where that
+    does not fit or runs fewer than asked for, in fewer bytes, the cache below, and with the formats
+    and places that an integer program chooses."""
+    found: list[Prediction] = []
     first = pins.kv_tier or "gpu"
     if first != "gpu":
         cluster.tier(first)
-        s = replace(s, kv_tier=first)
-    if not pins.offload:
-        found.append(predict(model, cluster, engine, s, load))
-        if found[0].running >= s.batch and found[0].fits:
-            return found
-    below = pins.offload if cluster.tiers else ()
-    programs = [words] if any(len(w) > 1 for w in words.values()) else []
-    programs += [{}] if below != () else []
-    caches = ("gpu", "cpu") if any(t.name == "cpu" for t in cluster.tiers) else ("gpu",)
-    for kv_tier in caches if pins.kv_tier is None and below != () else (first,):
+    lower = pins.offload != () and bool(cluster.tiers)
+    apart = lower and pins.kv_tier is None and any(t.name == "cpu" for t in cluster.tiers)
+    quickest, smaller = rows(model, cluster, engine, s, load, ways)
+    fewer = [*smaller]
+    for kv_tier in ("gpu", "cpu") if apart else (first,):
         kept = replace(s, kv_tier=kv_tier)
-        if kv_tier != first and not pins.offload:
-            found.append(predict(model, cluster, engine, kept, load))
-            if found[-1].running >= s.batch and found[-1].fits:
-                continue
-        fewer = dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp))
-        for program in programs:
-            for batch in fewer:
-                lower = best_tiers(model, cluster, engine, replace(kept, batch=batch), load, below,
-                                   program)  # fmt: skip
-                if lower is not None:
-                    made = replace(lower, batch=s.batch)
-                    found.append(predict(model, cluster, engine, made, load))
+
+        def whole(row: Row, kept: Serving = kept) -> bool:
+            found.append(predict(model, cluster, engine, in_formats(kept, row), load))
+            return found[-1].running >= s.batch and found[-1].fits
+
+        if not pins.offload:
+            every = [whole(row) for row in quickest]
+            if any(every):
+                if kv_tier == first:
                     break
+                continue
+            any(whole(row) for row in fewer)
+        if not lower and all(len(words) == 1 for words in ways.values()):
+            continue
+        base = in_formats(kept, quickest[0])
+        for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
+            best = best_tiers(model, cluster, engine, replace(base, batch=batch), load,
+                              pins.offload if lower else (), ways)  # fmt: skip
+            if best is not None:
+                found.append(predict(model, cluster, engine, replace(best, batch=s.batch), load))
+                break
     return found
 
 
