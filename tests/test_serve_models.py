@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import planner
 from cost_models.serving_decisions import Held
 from cost_models.serving_reading import served_model
-from ir.errors import PlanError
+from ir.errors import PlanError, UsageError
 from planner.routed import (
     no_expert_chain,
     no_expert_sum,
@@ -218,6 +218,35 @@ def test_codes_without_scales_are_no_weights(tmp_path, streamed, name, dtype):
     with pytest.raises(PlanError, match=f"{name} is in {word} in the file"):
         planner.serve(cases.bare(model), streamed, weights=tmp_path, folder=tmp_path / "own",
                       device="cpu")  # fmt: skip
+
+
+def test_a_loop_by_hand_ends_where_the_plan_does(tmp_path, streamed):
+    """Through the model's cache, a token at a time: the plan is for 32."""
+    model, ids = cases.whole("llama")
+    model.save_pretrained(tmp_path)
+    made = planner.serve(cases.bare(model), streamed, weights=tmp_path, device="cpu")
+    given, cache = ids, None
+    with pytest.raises(PlanError, match="33 tokens in a sequence, the plan has memory for 32"):
+        for _ in range(40):
+            out = made(given, past_key_values=cache, use_cache=True)
+            given, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    assert cache.get_seq_length() == 32
+
+
+def test_a_users_own_generate_is_limited_by_whatever_name_it_has_for_prompts():
+    model = cases.Looped(True).eval()
+    model.generate = lambda prompts: prompts
+    plan = planner.trace_serving(model, inputs, hardware="h100x1", precision="fp32", prompt=16,
+                                 output=16, batch=2)  # fmt: skip
+    made = planner.serve(model, plan, device="cpu")
+    assert made.generate(prompts=torch.zeros(2, 16, dtype=torch.long)).shape == (2, 16)
+    with pytest.raises(PlanError, match="17 tokens in a prompt, the plan has memory for 16"):
+        made.generate(prompts=torch.zeros(2, 17, dtype=torch.long))
+
+
+def test_a_device_that_torch_has_not_is_refused(streamed):
+    with pytest.raises(UsageError, match="device='gpu' is no device of torch"):
+        planner.serve(cases.whole("llama")[0], streamed, device="gpu")
 
 
 def test_a_disk_that_is_full_is_an_error_with_its_size(tmp_path, streamed):

@@ -14,7 +14,7 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.layout import expert_parameters
 from cost_models.serving_decisions import Held, Serving
 from cost_models.serving_reading import parts_of
-from ir.errors import PlanError
+from ir.errors import PlanError, UsageError
 from ir.graph import full_name
 from planner.plan import Plan
 from planner.routed import weights_of as expert_weights
@@ -55,6 +55,11 @@ def serve(
     require_blocks(plan)
     ranks = s.ranks * s.pp
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as fault:
+        raise UsageError(f"device={device!r} is no device of torch", why=str(fault).split(":")[0],
+                         hints=('device="cuda" or device="cpu"',)) from fault  # fmt: skip
     _as_planned(model, s)
     rule = laid_by(plan)
     limits = Limits(batch=max(1, -(-s.batch // s.replicas)), prompt=plan.asked.prompt,

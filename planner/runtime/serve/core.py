@@ -157,7 +157,7 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         ids = _first(args, kwargs)
         if ids is not None and ids.dim() >= 2:
-            served.limits.check(ids.shape[0], 0, ids.shape[1])
+            served.limits.check(ids.shape[0], 0, _behind(kwargs) + ids.shape[1])
         with torch.no_grad():
             return outputs_whole(forward(*args, **kwargs))
 
@@ -170,7 +170,7 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
 
     @functools.wraps(generate)
     def generated(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        ids = inputs if inputs is not None else _given(kwargs)
         if ids is not None:
             new = _new_tokens(model, ids, kwargs)
             if not served.limits.beams and int(_asked(model, kwargs, "num_beams") or 1) > 1:
@@ -196,6 +196,19 @@ def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
         if isinstance(x, Tensor):
             return x
     return None
+
+
+def _given(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The prompts of a call of `generate` by name, whatever a user's own calls them."""
+    named = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    rows = (x for x in kwargs.values() if isinstance(x, Tensor) and x.dim() >= 2)
+    return named if named is not None else next(rows, None)
+
+
+def _behind(kwargs: Mapping[str, Any]) -> int:
+    """Tokens that are in the cache of a call already."""
+    length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+    return int(length()) if length is not None else 0
 
 
 def _asked(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Any:
