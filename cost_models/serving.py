@@ -169,26 +169,59 @@ def memory_of(
     tokens = np.asarray(length)
     here, whole = (float(f(model, s, tokens)) for f in (kv_here_bytes, kv_bytes))
     lower = below_bytes(model, s)
-    on_cpu = cluster.device.family == CPU  # no driver's context, no graphs, no pools of kernels
+    weights = weight_bytes(model, s) - lower.total + lower.buffers
+    capacity = cluster.device.memory_bytes * engine.memory_share
+    rows = -(-s.batch // (s.replicas * s.attention_dp))
+    if cluster.device.family == CPU:  # no driver's context, no graphs, no pools of kernels
+        context, workspace = 0.0, values_bytes(model, engine, s, load, rows, WEIGHT_BYTES["fp32"])
+    else:
+        context = CONTEXT_BYTES
+        running = _running(model, engine, s, load, capacity - weights - context, here, rows)
+        workspace = workspace_bytes(model, engine, s, load, running)
     return Memory(
-        weights_bytes=weight_bytes(model, s) - lower.total + lower.buffers,
-        kv_bytes_per_sequence=here, kv_bytes_per_token=whole / length,
-        workspace_bytes=_cpu_values_bytes(model, s, load) if on_cpu else WORKSPACE_BYTES,
-        context_bytes=0.0 if on_cpu else CONTEXT_BYTES,
-        capacity_bytes=cluster.device.memory_bytes * engine.memory_share,
+        weights_bytes=weights, kv_bytes_per_sequence=here, kv_bytes_per_token=whole / length,
+        workspace_bytes=workspace, context_bytes=context, capacity_bytes=capacity,
         kv_below_bytes_per_sequence=whole * (s.kv_tier != "gpu"),
     )  # fmt: skip
 
 
-def _cpu_values_bytes(model: ServedModel, s: Serving, load: ServeLoad) -> float:
-    """Values of a prompt's pass on a CPU, which takes memory as it needs it: the residual stream
-    twice, what the widest matrix reads and writes, and in fp32 the logits of each sequence."""
+def _running(
+    model: ServedModel, engine: ServingEngine, s: Serving, load: ServeLoad, free_bytes: float,
+    kv_bytes_each: float, rows: int,
+) -> float:  # fmt: skip
+    """Of so many sequences those that there is room for with the values of their prompts."""
+    one, every = (workspace_bytes(model, engine, s, load, n) for n in (1, rows))
+    if every == WORKSPACE_BYTES or not kv_bytes_each:
+        return rows
+    values = every / rows  # of each: they are beyond what is reserved
+    fit = max(free_bytes / (kv_bytes_each + values), (free_bytes - every) / kv_bytes_each)
+    return min(max(min(fit, (free_bytes - one) / kv_bytes_each), 1.0), rows)
+
+
+def workspace_bytes(
+    model: ServedModel, engine: ServingEngine, s: Serving, load: ServeLoad, sequences: float
+) -> float:
+    """What an engine reserves on a GPU or, where it reads the prompts of so many sequences at once
+    and their values are more, these."""
+    if not engine.static:
+        return WORKSPACE_BYTES
+    width = WEIGHT_BYTES["fp32" if s.default == "fp32" else "bf16"]
+    return max(WORKSPACE_BYTES, values_bytes(model, engine, s, load, sequences, width))
+
+
+def values_bytes(
+    model: ServedModel, engine: ServingEngine, s: Serving, load: ServeLoad, sequences: float,
+    width_bytes: float,
+) -> float:  # fmt: skip
+    """Values of the pass that reads the prompts of so many sequences: the residual stream twice,
+    what the widest matrix reads and writes, and in fp32 the logits of each."""
     matrices = [m for layer in model.layers for m in layer.matrices]
     widest = max((m.columns(s.tp) + m.inner(s.tp) for m in matrices), default=0.0)
     experts = [e.topk * (e.hidden + 2 * e.inter) for layer in model.layers for e in layer.experts]
-    tokens = load.prompt * -(-s.batch // (s.replicas * s.attention_dp))
+    tokens = load.prompt * sequences / engine.handling.splits
+    tokens = min(tokens, s.prefill_chunk or engine.chunk_tokens)
     each = 2 * model.hidden + max([widest, *experts])
-    return tokens * each * WEIGHT_BYTES["fp32"] + s.batch * model.vocab * WEIGHT_BYTES["fp32"]
+    return tokens * each * width_bytes + sequences * model.vocab * WEIGHT_BYTES["fp32"]
 
 
 def admitted(

@@ -104,6 +104,30 @@ def test_a_plan_says_that_unpacking_is_counted_not_measured(plan):
     assert "unpacks" not in plan("trace", *args, "vllm")[1]
 
 
+def test_the_values_of_prompts_that_are_read_at_once_are_held():
+    """Ours reads a batch's prompts together, as `generate` does; vLLM so many tokens a step."""
+    served, cluster = model(layers=8), load_hardware("h100x1")
+    load = ServeLoad(prompt=8192, output=128)
+
+    def held(engine, batch, **more):
+        s = Serving(batch=batch, **more)
+        return memory_of(served, cluster, load_serving_engine(engine), s, load)
+
+    def workspace(engine, batch, **more):
+        return held(engine, batch, **more).workspace_bytes
+
+    assert workspace("native", 1) == workspace("vllm", 64) == costs.WORKSPACE_BYTES
+    assert workspace("llamacpp", 64) == costs.WORKSPACE_BYTES  # 512 tokens at a time
+    each = 8192 * (2 * 8192 + 8192 + 2 * 28672) * 2 + served.vocab * 4
+    for batch, replicas in ((16, 1), (64, 4)):
+        assert workspace("native", batch, replicas=replicas) == 16 * each
+    memory = held("native", 64)  # fewer run at once: those that there is room for, cache and all
+    free = memory.capacity_bytes - memory.weights_bytes - memory.context_bytes
+    most = free / (each + memory.kv_bytes_per_sequence)
+    assert 16 < most < 64 and memory.workspace_bytes == pytest.approx(most * each)
+    assert memory.room_bytes / memory.kv_bytes_per_sequence == pytest.approx(most)
+
+
 # --- the program of tiers ---------------------------------------------------------------------
 
 
@@ -272,21 +296,21 @@ def test_int4_helps_small_batches_and_not_large_ones():
 
 
 def test_the_cache_goes_below_where_more_then_run():
-    """Long contexts of many: what the cache frees is worth its stream where few would run."""
+    """Long answers to many: what the cache frees is worth its stream where few would run."""
     served = model(layers=32, hidden=4096, inter=14336)
-    asked = {"batch": 64, "prompt": 16384, "output": 64, "objective": "throughput"}
+    asked = {"batch": 64, "prompt": 1024, "output": 30720, "objective": "throughput"}
     kept = found(served, "a6000x1", ("offload=none",), **asked).best
     best = found(served, "a6000x1", **asked).best
     assert kept.running < 64 and kept.serving.kv_tier == "gpu"
     assert best.tokens_per_s >= kept.tokens_per_s
     below_ = predict(served, load_hardware("a6000x1"), load_serving_engine("native"),
-                     Serving(batch=64, kv_tier="cpu"), ServeLoad(prompt=16384, output=64))
+                     Serving(batch=64, kv_tier="cpu"), ServeLoad(prompt=1024, output=30720))
     assert below_.running == 64
-    size = 64 * (16384 + 32) * 32 * 8 * 256 * 2  # read once a step
+    size = 64 * (1024 + 15360) * 32 * 8 * 256 * 2  # read once a step
     assert dict(below_.parts)["stream"] == pytest.approx(
         size / 2.3e10 - (below_.decode_s - dict(below_.parts)["stream"]), rel=1e-6
     )
-    assert dict(below_.tiers)["cpu"] == pytest.approx(64 * (16384 + 64) * 32 * 8 * 256 * 2)
+    assert dict(below_.tiers)["cpu"] == pytest.approx(64 * (1024 + 30720) * 32 * 8 * 256 * 2)
 
 
 def test_where_the_cache_lies_is_pinned():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import Any
 
+from cost_models.serving import WORKSPACE_BYTES
 from cost_models.serving_decisions import Pool, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_pools import Pooled
@@ -166,6 +167,8 @@ def memory_basis(found: Prediction) -> str:
     m = found.memory
     size = format_bytes(round(m.reserved_bytes))
     held = f"{size} are workspace and context, a reserve"
+    if m.workspace_bytes > WORKSPACE_BYTES:
+        held = f"{size} are context, a reserve, and the values of prompts that are read at once"
     if not m.context_bytes:
         held = f"{size} for the values of a pass are an estimate"
     return (f"weights and cache are counted by the byte, {held}: no run of the data prints a"

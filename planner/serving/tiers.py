@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.hardware import Cluster
-from cost_models.serving import launched_s, memory_of, weight_bytes
+from cost_models.serving import launched_s, memory_of, weight_bytes, workspace_bytes
 from cost_models.serving_cpu import CPU
 from cost_models.serving_decisions import Held, ServeLoad, Serving
 from cost_models.serving_engines import ServingEngine
@@ -141,7 +141,10 @@ def best_tiers(
     for block, rows in ways.items():
         program.add_exactly_one(chosen[block, i] for i in range(len(rows)))
     pairs = [(chosen[block, i], row) for block, rows in ways.items() for i, row in enumerate(rows)]
-    need = memory.weights_bytes + memory.workspace_bytes + memory.context_bytes
+    need = memory.weights_bytes + memory.context_bytes
+    need += memory.workspace_bytes if cluster.device.family == CPU else workspace_bytes(
+        model, engine, s, load, each
+    )  # fmt: skip
     need += each * memory.kv_bytes_per_sequence - memory.capacity_bytes
     ring = program.new_int_var(0, 1 << 40, "ring")
     layered = [(v, c) for v, c in pairs if c.held and c.held.block != "head"]
