@@ -212,7 +212,8 @@ def test_a_limit_of_cost_gives_the_quickest_plan_that_keeps_it(seed):
             with pytest.raises(InfeasibleError) as fault:
                 plan_fleet(graph, options, fleet, Clock())
             assert f"the least costs {costs[0]:.4g}" in fault.value.why
-            assert fault.value.hints[0].startswith(f"--max-cost {costs[0]:.4g}")
+            least = float(fault.value.hints[0].split()[1].rstrip(":"))
+            assert costs[0] <= least <= 1.001 * costs[0]  # kept where it is typed
             continue
         assert found.estimate.step_time_ps == min(within)
         assert found.plan.solver.status == "OPTIMAL" and found.charges.least_usd <= limit
@@ -273,7 +274,7 @@ def test_a_report_says_what_its_proof_is_of(objective, word):
     options = asked_for(asked, objective=objective, prices=prices)
     plan = plan_fleet(graph, replace(options, effort=100), fleet, Clock()).plan
     for status, gap in (("OPTIMAL", 0), ("FEASIBLE", 20_000)):
-        solver = replace(plan.solver, status=status, gap_ppm=gap)
+        solver = replace(plan.solver, status=status, gap_ppm=gap, axis_gain_ppm=20_000)
         said = proof(Checked(plan=replace(plan, solver=solver), hardware=fleet,
                              estimate=recost(plan, fleet), inputs=(), stale=False))  # fmt: skip
         of = f" of {objective}" if objective != "time" else ""

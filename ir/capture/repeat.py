@@ -61,9 +61,10 @@ def _node(tracer: fx.Tracer, target: Any, args: tuple[Any, ...], value: object) 
 def _forwards() -> str:
     """The frames that torch notes of a node: of calls of `forward`, the innermost last."""
     lines = []
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and not code.co_filename.startswith("<"):  # in no file
+            lines.append(f'File "{code.co_filename}", line {frame.f_lineno}, in forward')
         frame = frame.f_back
-        if frame.f_code.co_name == "forward":
-            lines.append(f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in forward')
     return "\n".join(reversed(lines))
