@@ -8,7 +8,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from test_fleet import LLAMA, PIPED, TINY, tiny_fleet
+from test_fleet import LLAMA, PAIR, PIPED, TINY, tiny_fleet
 from test_why_fleet import every_objective
 from tiny_models import graph_of
 
@@ -288,13 +288,13 @@ def test_the_commands_plan_for_cost_and_say_it(plan, tmp_path):
     (tmp_path / "prices.toml").write_text(
         "[h100]\nusd_per_gpu_hour = 4.0\n[a100]\nusd_per_gpu_hour = 1.0\n"
     )
-    priced = ("--hardware", "h100x8+a100x8", *TINY, "--prices", "prices.toml")
+    priced = (*PAIR, "--prices", "prices.toml")
     code, out, err = plan("trace", LLAMA, *priced, "--objective", "cost")
-    assert code == 0 and "the plan uses a100x8" in out and "no cheaper plan" in out, err
+    assert code == 0 and "the plan uses a100x2" in out and "no cheaper plan" in out, err
     assert "on demand:" in out and "costs less by 2% an axis" in out
     assert "spot" not in out
     found = load("plan.json")
-    assert found.solver.objective == "cost" and found.decisions.gpus == 8
+    assert found.solver.objective == "cost" and found.decisions.gpus == 2
     assert json.loads((tmp_path / "plan.json").read_text())["solver"]["objective"] == "cost"
     assert json.loads(plan("show", "--json")[1])["solver"]["objective"] == "cost"
     assert plan("check")[0] == 0
@@ -317,7 +317,7 @@ def test_the_commands_plan_for_cost_and_say_it(plan, tmp_path):
 
 
 def test_a_plan_file_names_an_objective_that_there_is(plan, tmp_path):
-    assert plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *PIPED)[0] == 0
+    assert plan("trace", LLAMA, *PAIR, *PIPED)[0] == 0
     path = tmp_path / "plan.json"
     raw = json.loads(path.read_text())
     assert "objective" not in raw["solver"]
@@ -325,17 +325,16 @@ def test_a_plan_file_names_an_objective_that_there_is(plan, tmp_path):
     path.write_text(json.dumps(raw))
     code, _, err = plan("check")
     assert code == 1 and "solver.objective" in err and "cost" in err
-    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *PIPED)
+    code, out, err = plan("trace", LLAMA, *PAIR, *PIPED)
     code, out, err = plan("show", "--goodput")
     assert code == 0 and "useful" in out, err
 
 
 def test_cost_of_several_kinds_needs_the_price_of_each(plan, tmp_path):
     (tmp_path / "prices.toml").write_text("[h100]\nusd_per_gpu_hour = 4.0\n")
-    on = ("--hardware", "h100x8+a100x8", *TINY)
-    code, _, err = plan("trace", LLAMA, *on, "--objective", "cost")
+    code, _, err = plan("trace", LLAMA, *PAIR, "--objective", "cost")
     assert code == 64 and "--prices FILE" in err
-    code, _, err = plan("trace", LLAMA, *on, "--objective", "cost", "--prices", "prices.toml")
+    code, _, err = plan("trace", LLAMA, *PAIR, "--objective", "cost", "--prices", "prices.toml")
     assert code == 64 and "no price of a100" in err
 
 
@@ -343,21 +342,21 @@ SPOT = "spot_usd_per_gpu_hour = {}\nspot_preemptions_per_gpu_hour = 0.002\n"
 
 
 @pytest.mark.parametrize(("h100", "a100", "uses", "by"), [
-    (0.1, None, "h100x8", "by spot prices; on demand where a device has none"),
-    (0.1, 0.9, "h100x8", "by spot prices"),
-    (4.0, None, "a100x8", "by the lesser of on demand and spot; for this plan on demand"),
+    (0.1, None, "h100x2", "by spot prices; on demand where a device has none"),
+    (0.1, 0.9, "h100x2", "by spot prices"),
+    (4.0, None, "a100x2", "by the lesser of on demand and spot; for this plan on demand"),
 ])  # fmt: skip
 def test_which_price_decided_is_said(h100, a100, uses, by, plan, tmp_path):
     """Who pays on demand would have another plan: both lines that depend on it say so."""
     text = f"[h100]\nusd_per_gpu_hour = 4.0\n{SPOT.format(h100)}[a100]\nusd_per_gpu_hour = 1.0\n"
     (tmp_path / "prices.toml").write_text(text + (SPOT.format(a100) if a100 else ""))
     priced = ("--prices", "prices.toml", "--objective", "cost")
-    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *priced)
+    code, out, err = plan("trace", LLAMA, *PAIR, *priced)
     assert code == 0 and f"the plan uses {uses}" in out, err
     said = " ".join(out.split())
     assert f"is idle: no cheaper plan was found with it, {by}" in said
     assert f"--objective cost: counted {by}" in said
-    code, out, err = plan("trace", LLAMA, "--hardware", "h100x8", *TINY, "--prices", "prices.toml",
+    code, out, err = plan("trace", LLAMA, "--hardware", "h100x2", *TINY, "--prices", "prices.toml",
                           "--max-cost", "1000")  # fmt: skip
     word = "by spot prices" if h100 < 4 else "for this plan on demand"
     assert code == 0 and "--max-cost 1000: counted by" in out and word in " ".join(out.split()), err

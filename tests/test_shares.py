@@ -11,7 +11,7 @@ import test_fleet as fleets
 import test_runtime_experts as experts
 import test_runtime_pipeline as pipelines
 import test_verify_ledger as ledgers
-from test_fleet import LLAMA, TINY
+from test_fleet import LLAMA, PAIR
 
 from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions, Share, Workload
@@ -282,8 +282,6 @@ def test_a_batch_is_cut_by_shares():
 
 # --- commands ----------------------------------------------------------------------------------
 
-PAIR = ("--hardware", "h100x8+a100x8", *TINY)
-
 
 def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp_path):
     assert plan("trace", LLAMA, *PAIR)[0] == 0
@@ -295,11 +293,11 @@ def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp
     d = found.decisions
     counts = {name: row["microbatches"] for name, row in shares.items()}
     assert counts["h100"] > counts["a100"] and d.microbatches == counts["h100"]
-    assert sum(8 * n for n in counts.values()) * d.micro_batch == 32
+    assert sum(2 * n for n in counts.values()) * d.micro_batch == 32
     words = ",".join(f"{name}:{n}" for name, n in counts.items())
     code, shown, _ = plan("show")
     assert code == 0 and f"micro-batches {words} x {d.micro_batch}" in shown
-    assert f"8 h100: {8 * counts['h100'] * d.micro_batch} samples" in shown and "bubble" in shown
+    assert f"2 h100: {2 * counts['h100'] * d.micro_batch} samples" in shown and "bubble" in shown
     stage = plan("show", "--stage", "0")[1]
     assert "memory of pp rank 0 of h100" in stage and "memory of pp rank 0 of a100" in stage
     assert plan("check")[0] == plan("show", "--json")[0] == plan("diff", "plan.json")[0] == 0
@@ -323,15 +321,15 @@ def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp
     assert ops == counts and not any(e["ph"] == "s" for e in events)
     step = [e for e in events if e.get("cat") == "step"]
     last = max(e["ts"] + e["dur"] for e in step)
-    assert last == pytest.approx(recost(found, load_any("h100x8+a100x8")).step_time_ps / 1e6)
+    assert last == pytest.approx(recost(found, load_any("h100x2+a100x2")).step_time_ps / 1e6)
     code, _, err = plan("export", "plan.json", "--to", "megatron")
     assert code == 1 and "shares: every data rank" in err
     assert "hint: --hardware of one kind of GPU" in err
     for old, new, word in (
-        ('"a100": {"dp": 8', '"b200": {"dp": 8', "b200"),
-        ('"a100": {"dp": 8', '"a100": {"dp": 4', "data ranks"),
-        ('"a100": {"dp": 8', '"a100": {"dp": "8"', "decisions.shares.a100"),
-        ("h100x8+a100x8", "h100x16", "shares"),
+        ('"a100": {"dp": 2', '"b200": {"dp": 2', "b200"),
+        ('"a100": {"dp": 2', '"a100": {"dp": 4', "data ranks"),
+        ('"a100": {"dp": 2', '"a100": {"dp": "2"', "decisions.shares.a100"),
+        ("h100x2+a100x2", "h100x4", "shares"),
     ):
         assert old in text
         path.write_text(text.replace(old, new))

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pytest
-from test_fleet import LLAMA, PIPED, TINY, least_over_parts, over_parts, tiny_fleet
+from test_fleet import LLAMA, PAIR, PIPED, least_over_parts, over_parts, tiny_fleet
 from test_shares import every_share
 from tiny_models import graph_of, with_memory
 
@@ -142,7 +142,7 @@ def test_memory_binds_on_the_part_that_is_over(tmp_path):
 
 def test_the_command(plan, tmp_path):
     """One alternative, one layer: text of 80 columns, JSON with the part."""
-    assert plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, "--effort", "9")[0] == 0
+    assert plan("trace", LLAMA, *PAIR, "--effort", "9")[0] == 0
     raw = json.loads((tmp_path / "plan.json").read_text())
     counts = {name: row["microbatches"] for name, row in raw["decisions"]["shares"].items()}
     words = "shares=" + ",".join(f"{name}:{n}" for name, n in counts.items())
@@ -161,7 +161,7 @@ def test_the_command(plan, tmp_path):
 
 def test_a_layer_on_its_part_computed_again(plan, tmp_path):
     """What the step would be is what the plan so changed is costed at."""
-    code, _, err = plan("trace", LLAMA, "--hardware", "h100x8+a100x8", *TINY, *PIPED,
+    code, _, err = plan("trace", LLAMA, *PAIR, *PIPED,
                         "--fix", "schedule=1f1b", "--effort", "9")  # fmt: skip
     assert code == 0, err
     base = examine(load("plan.json"), tmp_path)

@@ -38,6 +38,9 @@ from planner.runtime.verify.record import Recorder, nbytes
 
 Axes = tuple[str, ...]  # what a process group may be, in the ledger's words
 Made = Callable[[int, int], Any]  # of (batch, seq_len)
+# what they hold of a parameter is as large as it: of a rank's part they are asked without DTensor,
+# whose ways to lay every operation of an update out take as long as a step
+BY_ELEMENT = (torch.optim.AdamW, torch.optim.SGD)
 
 
 @dataclass(slots=True)
@@ -86,7 +89,7 @@ def look_at(
         ends = set_checkpoint_early_stop(not d.compile)
         with _fake_group(d.gpus, _first_rank(d, pp_rank)), ends:
             seen = _run(_shortened(plan, count), model, inputs, targets, loss,
-                        between=d.microbatches - 2)  # fmt: skip
+                        between=d.microbatches - 2, updates=(count, times) == runs[-1])  # fmt: skip
         for key, found in seen.sent.items():
             total[key] += times * found
     seen.sent = Counter({key: count for key, count in total.items() if count})
@@ -139,9 +142,11 @@ def _shortened(plan: Plan, microbatches: int) -> Plan:
 
 
 def _run(
-    plan: Plan, model: nn.Module, inputs: Made, targets: Made | None, loss: LossFn, *, between: int
-) -> Seen:
-    """A step of this process's rank. between: what the second of three micro-batches counts."""
+    plan: Plan, model: nn.Module, inputs: Made, targets: Made | None, loss: LossFn, *,
+    between: int, updates: bool,
+) -> Seen:  # fmt: skip
+    """A step of this process's rank. between: what the second of three micro-batches counts.
+    updates: whether the optimizer's state is looked at too."""
     d, w = plan.decisions, plan.workload
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     ours = _without_memory(model, fake)
@@ -187,7 +192,7 @@ def _run(
         parallel.step(batch, target, watched)
     look()
     seen.gradients = sum(gradients)
-    seen.optimizer = _optimizer_bytes(parallel, fake)
+    seen.optimizer = _optimizer_bytes(parallel, fake) if updates else 0
     for phase, found in recorder.counts.items():
         times = between if phase == 2 and d.pp == 1 and d.microbatches == 3 else 1
         for sent, count in found.items():
@@ -246,9 +251,19 @@ def _optimizer_bytes(parallel: Parallel, fake: FakeTensorMode) -> int:
     """State after one step of the plan's optimizer, counters of steps left out."""
     optimizer = parallel.optimizer()
     with fake:
+        if type(optimizer) in BY_ELEMENT:
+            for group in optimizer.param_groups:
+                group["params"] = [_own_part(p) for p in group["params"]]
         optimizer.step()
     states = [v for state in optimizer.state.values() for v in state.values()]
     return sum(nbytes(_local(v)) for v in states if isinstance(v, Tensor) and v.dim())
+
+
+def _own_part(parameter: Tensor) -> nn.Parameter:
+    """What this rank holds of a parameter and of its gradient, as a parameter."""
+    own = nn.Parameter(_local(parameter).detach(), requires_grad=False)
+    own.grad = None if parameter.grad is None else _local(parameter.grad)
+    return own
 
 
 # --- over which axis ---------------------------------------------------------------------------
