@@ -67,7 +67,17 @@ def deepseek(**sizes):
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).eval()
 
 
-MODELS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
+def gemma(**sizes):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+             "sliding_window": 5, "max_position_embeddings": 64,
+             "layer_types": ["sliding_attention", "full_attention"] * 2} | sizes  # fmt: skip
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
+
+
+MODELS = {"llama": llama, "gemma": gemma, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
           "qwen3_moe": qwen3_moe, "deepseek": deepseek}  # fmt: skip
 
 
@@ -197,3 +207,38 @@ def served_looped(rank, path):
     model, ids = looped()
     made = planner.serve(model, planner.load(path), device="cpu")
     return made(ids), made.served.loaded.device_bytes, made.served.loaded.host_bytes
+
+
+def ways(model, ids):
+    """Greedy answers by every way to keep a cache, or none."""
+    from transformers import DynamicCache, StaticCache
+
+    def by_hand(cache):
+        given, found = ids, []
+        for _ in range(5):
+            out = model(given, past_key_values=cache, use_cache=True)
+            given, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            found.append(given)
+        return torch.cat(found, 1)
+
+    def twice():
+        cache = DynamicCache(config=model.config)
+        said = model.generate(ids[:, :4], max_new_tokens=3, past_key_values=cache, **greedy)
+        more = torch.cat([said, ids[:, :2]], 1)
+        return model.generate(more, max_new_tokens=3, past_key_values=cache, **greedy)
+
+    greedy = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        return {
+            "none given": by_hand(None), "one's own": by_hand(DynamicCache(config=model.config)),
+            "static": by_hand(StaticCache(config=model.config, max_cache_len=16)),
+            "static, named": answer(model, ids, cache_implementation="static"),
+            "positional": model(ids, None, None, DynamicCache()).logits.argmax(-1),
+            "no cache": answer(model, ids, use_cache=False), "a second call": twice(),
+            "looked up": answer(model, ids[:1], prompt_lookup_num_tokens=2),
+        }  # fmt: skip
+
+
+def served_ways(rank, kind, path, weights):
+    model, ids = whole(kind)
+    return ways(planner.serve(bare(model), planner.load(path), weights=weights, device="cpu"), ids)

@@ -75,6 +75,50 @@ def test_ranks_answer_what_the_whole_model_does(world, made, kind, pins, word):
             assert float((said - logits.detach()).abs().max()) < 0.05
 
 
+CACHES = {  # pins of two ranks; gemma's layers see windows
+    "llama": ("tp=2",), "gemma": ("pp=2",), "mixtral": ("attention_dp=2", "ep=2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_ranks_answer_alike_whatever_cache_a_call_has(world, tmp_path, kind):
+    """A loop by hand that brings none, one's own, one of a fixed size, none at all, one of an
+    earlier call: a stage has its own layers of it, a rank of tp its own heads."""
+    model, ids = cases.whole(kind)
+    model.save_pretrained(tmp_path)
+    plan = planner.trace_serving(model, inputs, hardware="h100x2", fix=CACHES[kind], batch=2,
+                                 precision="fp32", prompt=16, output=16)  # fmt: skip
+    plan.save(str(tmp_path / "plan.json"))
+    wanted = cases.ways(model, ids)
+    found = world.run(2, cases.served_ways, kind, str(tmp_path / "plan.json"), str(tmp_path))
+    assert [{way: torch.equal(told[way], wanted[way]) for way in wanted} for told in found] == [
+        dict.fromkeys(wanted, True)
+    ] * 2
+
+
+def test_a_cache_that_is_not_kept_as_planned_is_refused():
+    """A window, or fewer bits, holds for loops by hand too; another cache is no silent exchange."""
+    from transformers import DynamicCache
+
+    model, ids = cases.whole("llama")
+    plan = planner.trace_serving(model, inputs, hardware="h100x1", kv_window=4, precision="fp32",
+                                 fix=("kv=int8",), prompt=16, output=16, batch=2)  # fmt: skip
+    made = planner.serve(model, plan, device="cpu")
+    kept = made(ids).past_key_values
+    assert {type(layer).__name__ for layer in kept.layers} == {"Int8DynamicSlidingWindowLayer"}
+    assert made(ids[:, :1], past_key_values=kept).past_key_values is kept
+    assert made(ids, use_cache=False).past_key_values is None
+    said = "the plan keeps its cache in int8, as 4 tokens"
+    with pytest.raises(PlanError, match=f"past_key_values=DynamicCache, and {said}"):
+        made(ids, past_key_values=DynamicCache())
+    with pytest.raises(PlanError, match=f"past_key_values=DynamicCache, and {said}"):
+        cases.answer(made, ids, past_key_values=DynamicCache())
+    with pytest.raises(PlanError, match=f"cache_implementation='static', and {said}"):
+        cases.answer(made, ids, cache_implementation="static")
+    made.generation_config.cache_implementation = "static"  # a model's own, as Gemma's has it
+    assert cases.answer(made, ids).shape == (2, 15)
+
+
 TIERED = {
     "llama": (
         (Held(block="mlp", tier="cpu", place="stream", resident=1),),

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 import planner
 from cost_models.serving_engines import load_serving_engine
 from ir.errors import PlanError, UsageError
+from planner.runtime.serve import packed
 from planner.runtime.serve.bytes import Block, File, OnDisk, offsets_of
 from planner.runtime.serve.core import Limits, serve_here
 from planner.runtime.serve.kv import Kv, cache_of, kv_bytes
+from planner.runtime.serve.lent import Spec
 from planner.runtime.serve.loader import Laid
 from planner.runtime.serve.packed import FORMATS, Packed, pack
 from planner.runtime.serve.ring import Ring
@@ -356,3 +358,29 @@ def test_unpacking_rounds_once(word, dtype):
     parts = pack(torch.randn(3, 64, 256, dtype=dtype), word).parts
     wide = FORMATS[word].unpack(parts, torch.float32)
     assert torch.equal(FORMATS[word].unpack(parts, dtype), wide.to(dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that a call makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.bytes = max([self.bytes, *(x.untyped_storage().nbytes() for x in made)])
+        return found
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (3, 64, 128)])
+@pytest.mark.parametrize("word", FORMATS)
+def test_a_weight_is_packed_some_rows_at_a_time(monkeypatch, word, shape):
+    """Bits are those of the whole packed at once; nothing is as large as the weight but it."""
+    monkeypatch.setattr(packed, "ELEMENTS_AT_ONCE", 7 * 128)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spec = Spec.of(shape, w.dtype, word)
+    with Largest() as largest:
+        found = spec.parts_of(w)
+    assert largest.bytes <= w.nbytes
+    for part, wanted in zip(found, FORMATS[word].pack(w), strict=True):
+        assert part.dtype == wanted.dtype and torch.equal(part.float(), wanted.float())

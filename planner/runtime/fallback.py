@@ -88,6 +88,9 @@ class Whole(TorchFunctionMode):
             return embed(*args, **kwargs)
         if name in WHOLE:
             return self._whole(func, name, mesh, args, kwargs)
+        if _changes(name) and isinstance(args[0], Tensor) and not isinstance(args[0], DTensor):
+            # in place, into what every rank has whole: DTensor would write into a copy of its own
+            return self._whole(func, name, mesh, args, kwargs)
         here = _Here(mesh)
         args, kwargs = _tree(here, args), _tree(here, kwargs)
         if name in ("cat", "concat", "concatenate") and args:
@@ -119,7 +122,7 @@ class Whole(TorchFunctionMode):
         if fault is not None or any(not p.is_replicate() for x in leaves for p in x.placements):
             self.context.report.replicated[self.where, name] += 1
         inside, named = _tree(_local, args), _tree(_local, kwargs)
-        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        changes = _changes(name)
         if changes and isinstance(args[0], DTensor):
             inside = (inside[0].clone(), *inside[1:])
         try:
@@ -127,7 +130,9 @@ class Whole(TorchFunctionMode):
         except Exception as second:
             raise second from fault
         wrap = _Here(mesh)
-        if not changes or not isinstance(args[0], DTensor):
+        if changes and not isinstance(args[0], DTensor):
+            return out
+        if not changes:
             return _tree(wrap, out)
         args[0].copy_(wrap(inside[0] if out is None else out))
         return None if out is None else args[0]
@@ -170,6 +175,11 @@ class Whole(TorchFunctionMode):
         meshes = self.context.meshes
         samples = meshes.rank("dp") * meshes.cp.size() + meshes.rank("cp")
         return random.drawn_seed(samples, 1 + mesh.get_local_rank() if split else 0)
+
+
+def _changes(name: str) -> bool:
+    """Whether a function writes into its first argument."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _idle_dropout(name: str, args: Any, kwargs: Any) -> bool:

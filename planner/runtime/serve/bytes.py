@@ -7,6 +7,7 @@ wanted in; the page cache serves what is read again.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Sequence
@@ -31,6 +32,14 @@ def aligned(size_bytes: int) -> int:
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor's memory as uint8 of one dimension."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def give_back() -> None:
+    """Give the system what was freed of host memory: between weights that stay, glibc keeps what
+    they were read and packed in, up to the model's size again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 class Extent(Protocol):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ir.errors import PlanError
 from planner.runtime.load import matched
 from planner.runtime.parts import boxes_of, local_of
+from planner.runtime.serve.called import refuse_implementation, with_cache
 from planner.runtime.serve.experts import Absent
-from planner.runtime.serve.kv import Kv, cache_of, even_mask
+from planner.runtime.serve.kv import Kv, cache_of, even_mask, of_transformers
 from planner.runtime.serve.lent import Place
 from planner.runtime.serve.loader import Laid, Loader, Weight
-from planner.runtime.serve.pipe import layers_here, outputs_whole
+from planner.runtime.serve.pipe import outputs_whole
 from planner.runtime.serve.place import Loaded, member_of, place_all
 from planner.runtime.sources import Files, Source
 from planner.runtime.weights import Weights, materialize, named_weights
@@ -158,6 +159,7 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
         ids = _first(args, kwargs)
         if ids is not None and ids.dim() >= 2:
             served.limits.check(ids.shape[0], 0, _behind(kwargs) + ids.shape[1])
+        args, kwargs = with_cache(model, forward, served.kv, staged, args, kwargs)
         with torch.no_grad():
             return outputs_whole(forward(*args, **kwargs))
 
@@ -179,9 +181,13 @@ def _limit(model: nn.Module, served: Served, staged: bool) -> None:
                                 hints=("num_beams=1", "--fix attention_dp=1"))  # fmt: skip
             served.limits.check(ids.shape[0] * _beams(model, kwargs), ids.shape[1],
                                 ids.shape[1] + new)  # fmt: skip
-        if (staged or not served.kv.plain) and kwargs.get("past_key_values") is None:
-            cache = cache_of(model, served.kv)
-            kwargs["past_key_values"] = layers_here(cache) if staged else cache
+        if of_transformers(model):  # compiled steps would keep weights that move
+            kwargs.setdefault("disable_compile", True)
+        if not served.kv.plain and _asked(model, kwargs, "use_cache") is not False:
+            refuse_implementation(served.kv, kwargs.get("cache_implementation"))
+            kwargs["cache_implementation"] = None  # nor what the model's own configuration names
+            if kwargs.get("past_key_values") is None:
+                kwargs["past_key_values"] = cache_of(model, served.kv)
         if served.kv.block and ids is not None:
             kwargs["attention_mask"] = even_mask(ids, kwargs.get("attention_mask"))
         if inputs is not None:

@@ -23,6 +23,7 @@ from ir.errors import UsageError
 from planner.runtime.serve.packed import Packed, pack
 from planner.runtime.serve.retrieve import alike, read_by_blocks, retrieving_layer
 
+KEPT = "kept_as_planned"  # of a cache that `cache_of` made
 KV_FORMATS = ("bf16", "fp8", "int8")
 
 
@@ -52,7 +53,7 @@ class Kv:
 
 def cache_of(model: Any, kv: Kv) -> Any:
     """An empty cache for one call of `generate`. Raises UsageError for a model without one."""
-    if not _of_transformers(model):
+    if not of_transformers(model):
         raise UsageError(
             "the plan says how keys and values are kept, and the model keeps them its own way",
             hints=("--fix kv=bf16, and no --kv-window: then the model's own cache is used",),
@@ -80,10 +81,12 @@ def cache_of(model: Any, kv: Kv) -> Any:
                     hints=("--fix kv=bf16",),
                 )
             layer.__class__ = _packed_layer(type(layer), kv.word)
+    setattr(cache, KEPT, kv)
     return cache
 
 
-def _of_transformers(model: nn.Module) -> bool:
+def of_transformers(model: nn.Module) -> bool:
+    """Whether a model is of transformers, and so takes its caches."""
     if "transformers" not in sys.modules:
         return False
     from transformers import PreTrainedModel

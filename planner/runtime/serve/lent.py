@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.runtime.serve.bytes import aligned
-from planner.runtime.serve.packed import FORMATS, Packed
+from planner.runtime.serve.packed import FORMATS, Packed, pack_into
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,11 @@ class Spec:
     def parts_of(self, value: Tensor) -> tuple[Tensor, ...]:
         """A value as the tensors that it is held as."""
         value = value.to(self.dtype)
-        return FORMATS[self.word].pack(value) if self.word else (value.contiguous(),)
+        if not self.word:
+            return (value.contiguous(),)
+        parts = tuple(value.new_empty(shape, dtype=dtype) for shape, dtype in self.parts)
+        pack_into(parts, value.detach(), self.word)
+        return parts
 
     def made_of(self, parts: Sequence[Tensor]) -> Tensor:
         """The weight that the user's forward reads."""

@@ -22,6 +22,7 @@ aten = torch.ops.aten
 Parts = tuple[Tensor, ...]
 INT4_GROUPS = (128, 64, 32)  # elements that share a scale and a zero: the largest that divides
 KEEP = "keep it in another format: --fix weights=int8, fp8 or bf16"
+ELEMENTS_AT_ONCE = 1 << 20  # packed at a time, as a weight is loaded
 FP4_GROUP = 16  # nvfp4: elements that share a scale, itself in fp8 (NVIDIA, 2025)
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1
 
@@ -30,11 +31,13 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1
 class Format:
     """How a weight (.., n, k) is packed along k. pack: the weight -> its parts, each with the same
     leading dimensions; unpack: parts, dtype -> the weight; product: x (m, k), parts -> x @ w.T,
-    or None where no kernel serves and the weight is unpacked for it."""
+    or None where no kernel serves and the weight is unpacked for it. whole: the last of the parts
+    that `pack` is then given with some of the rows, where a matrix has one that is of no row."""
 
-    pack: Callable[[Tensor], Parts]
+    pack: Callable[..., Parts]
     unpack: Callable[[Parts, torch.dtype], Tensor]
     product: Callable[[Tensor, Parts], Tensor | None] = lambda x, parts: None
+    whole: Callable[[Tensor], Tensor] | None = None
 
 
 def _row_scale(wide: Tensor, most: float) -> Tensor:
@@ -108,13 +111,18 @@ def _int4_unpack(parts: Parts, dtype: torch.dtype) -> Tensor:
     return found.flatten(-2)
 
 
-def _fp4_pack(w: Tensor) -> Parts:
+def _fp4_whole(w: Tensor) -> Tensor:
+    """What brings the largest scale of each matrix to fp8's largest."""
+    most = torch.maximum(w.amax((-1, -2)), -w.amin((-1, -2))).float()
+    return (most / (6 * torch.finfo(torch.float8_e4m3fn).max)).clamp(min=1e-30)
+
+
+def _fp4_pack(w: Tensor, whole: Tensor | None = None) -> Parts:
     if w.shape[-1] % FP4_GROUP:
         raise UsageError(f"fp4 packs groups of {FP4_GROUP}, a weight has {w.shape[-1]} columns",
                          hints=(KEEP,))  # fmt: skip
     grouped = w.float().unflatten(-1, (-1, FP4_GROUP))
-    top = torch.finfo(torch.float8_e4m3fn).max
-    whole = (grouped.abs().amax((-1, -2, -3)) / (6 * top)).clamp(min=1e-30)
+    whole = _fp4_whole(w) if whole is None else whole
     scale = (grouped.abs().amax(-1) / (6 * whole[..., None, None])).to(torch.float8_e4m3fn)
     each = scale.float() * whole[..., None, None]
     steps = grouped / each.clamp(min=1e-30)[..., None]
@@ -136,7 +144,7 @@ FORMATS: Mapping[str, Format] = {
     "int8": Format(pack=_int8_pack, unpack=_scaled_unpack, product=_int8_product),
     "fp8": Format(pack=_fp8_pack, unpack=_scaled_unpack),
     "int4": Format(pack=_int4_pack, unpack=_int4_unpack),
-    "fp4": Format(pack=_fp4_pack, unpack=_fp4_unpack),
+    "fp4": Format(pack=_fp4_pack, unpack=_fp4_unpack, whole=_fp4_whole),
 }
 
 
@@ -201,6 +209,21 @@ def pack(w: Tensor, word: str) -> Packed:
     if w.dim() < 2:
         raise UsageError(f"a weight of {w.dim()} dimensions has no rows to pack")
     return Packed(FORMATS[word].pack(w.detach()), word, w.shape, w.dtype)
+
+
+def pack_into(parts: Sequence[Tensor], w: Tensor, word: str) -> None:
+    """Write the bits of a weight (.., n, k), some rows at a time: packing takes fp32 several times
+    over, and of a whole matrix that would be more than the model."""
+    if w.dim() > 2:
+        for row in range(w.shape[0]):
+            pack_into([p[row] for p in parts], w[row], word)
+        return
+    form, step = FORMATS[word], max(1, ELEMENTS_AT_ONCE // w.shape[1])
+    given = () if form.whole is None else (form.whole(w),)
+    for first in range(0, w.shape[0], step):
+        some = form.pack(w[first : first + step], *given)
+        for at, (into, part) in enumerate(zip(parts, some, strict=True)):
+            (into if given and at == len(parts) - 1 else into[first : first + step]).copy_(part)
 
 
 def _same(w: Packed, *_: Any, **__: Any) -> Packed:

@@ -24,6 +24,7 @@ from planner.runtime.pipeline import Left, Stage
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 _MOST_DIMENSIONS = 6
+NAMES = ("past_key_values", "cache_params")  # what forwards call their cache
 
 
 def answer_calls(stage: Stage, forward: Callable[..., Any], context: Context) -> None:
@@ -49,7 +50,8 @@ def answer_calls(stage: Stage, forward: Callable[..., Any], context: Context) ->
                 _send(local, rank + 1, context)
         finally:
             stage.received = []
-        return _shared(outputs, ranks - 1, kwargs.get("past_key_values"), context)
+        cache = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+        return _shared(outputs, ranks - 1, cache, context)
 
     stage.module.forward = run
 
@@ -127,11 +129,21 @@ def _stand(leaf: Any) -> Any:
 
 def layers_here(cache: Any) -> Any:
     """A cache whose length is that of this rank's own layers: a stage never fills the others."""
-    lengths = type(cache)
+    if not getattr(cache, "of_stage", False):
+        made: Any = type(cache)
+        cache.__class__ = _of_stage(made)
+    return cache
 
-    class Here(lengths):  # type: ignore[misc, valid-type]
+
+@functools.cache
+def _of_stage(lengths: type) -> type:
+    class Here(lengths):  # type: ignore[misc]
+        of_stage = True
+        layers: list[Any]
+
         def _own(self, layer_idx: int) -> int:
-            filled = [i for i, layer in enumerate(self.layers) if layer.is_initialized]
+            filled = [i for i, layer in enumerate(self.layers)
+                      if getattr(layer, "is_initialized", False)]  # recurrent ones have no length
             if layer_idx in filled or not filled:
                 return layer_idx
             wanted = getattr(self.layers[layer_idx], "is_sliding", False)
@@ -145,5 +157,13 @@ def layers_here(cache: Any) -> Any:
             found: tuple[int, int] = super().get_mask_sizes(query_length, self._own(layer_idx))
             return found
 
-    cache.__class__ = Here
-    return cache
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            every = self.layers
+            self.layers = [x for x in every if getattr(x, "is_initialized", True)]
+            try:
+                super().crop(*args, **kwargs)
+            finally:
+                self.layers = every
+
+    Here.__name__ = lengths.__name__
+    return Here

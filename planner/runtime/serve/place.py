@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ir.errors import UsageError
-from planner.runtime.serve.bytes import Block, Extent, block_of
+from planner.runtime.serve.bytes import Block, Extent, block_of, give_back
 from planner.runtime.serve.lent import Place, lent, parameter, views
 from planner.runtime.serve.loader import Loader, Weight
 from planner.runtime.serve.ring import Ring
@@ -196,6 +196,7 @@ def place_all(
     placing = _Placing(loader, device, tied)
     for path, module, weights in units:
         placing.unit(path, module, weights)
+        give_back()
     loaded = placing.loaded
     if placing.streams:
         loaded.rings.append(_stream(placing.streams, device, slots))

@@ -41,6 +41,10 @@ def divide_batch(module: nn.Module, context: Context) -> None:
         if ids is None:
             raise PlanError("a model that is divided over replicas of attention is called with"
                             " tokens (batch, length)")  # fmt: skip
+        if kwargs.get("labels") is not None:
+            raise PlanError("a loss, and the plan divides sequences over replicas of attention",
+                            why="each would return that of its own sequences",
+                            hints=("take it of the logits, which come back whole",))  # fmt: skip
         batch = ids.shape[0]
         shares = shares_of(batch, ways)
         first = sum(shares[:rank]) if shares[rank] else 0
