@@ -7,8 +7,9 @@ so a plan's step is the same number wherever it is asked for.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +57,12 @@ from ir.graph import Graph, Unit, full_name
 
 Groups = tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]
 Assignments = dict[tuple[Unit, bool], Assignment]  # (unit, is a layer) -> its assignment
+# of decisions, all that a row is a function of but what of layers alone is kept, moved or repeated
+_OF_ENDS = operator.attrgetter(*(
+    f.name for f in fields(Decisions)
+    if f.name not in ("offload", "keep", "stages", "recompute")
+))  # fmt: skip
+MOST_ENDS = 8  # states whose rows are remembered: of a mesh few are asked for by turns
 
 
 @dataclass(kw_only=True)
@@ -82,6 +89,7 @@ class Costs:
     _updates: dict[int, float] = field(default_factory=dict, init=False)
     _groups: dict[tuple[int, ...], Groups] = field(default_factory=dict, init=False)
     layered: dict[tuple[object, ...], tuple[Step, dict[str, Any]]] = field(default_factory=dict)
+    _ends: dict[object, dict[tuple[object, ...], Row]] = field(default_factory=dict, init=False)
 
     @cached_property
     def chain(self) -> Chain:
@@ -265,6 +273,22 @@ class Costs:
         return self.points.index((d.micro_batch, d.cp))
 
     def _row(
+        self, d: Decisions, unit: Unit, is_layer: bool, earlier: frozenset[str], a: Assignment
+    ) -> Row:
+        if (unit, is_layer) in self.layer_kinds:
+            return self._made_row(d, unit, is_layer, earlier, a)
+        # what no pipeline divides is alike whatever layers keep or move, which is asked in a row
+        tiers = tuple(dict.fromkeys(d.tiers.values())) if "optimizer" in d.tiers else ()
+        same = _OF_ENDS(d), tuple(way for way in d.offload if way[0] != "activations"), tiers
+        if same not in self._ends and len(self._ends) >= MOST_ENDS:
+            self._ends.clear()
+        rows = self._ends.setdefault(same, {})
+        key = unit, is_layer, earlier, a
+        if key not in rows:
+            rows[key] = self._made_row(d, *key)
+        return rows[key]
+
+    def _made_row(
         self, d: Decisions, unit: Unit, is_layer: bool, earlier: frozenset[str], a: Assignment
     ) -> Row:
         cost = self.at(d, unit, is_layer, a)

@@ -40,6 +40,7 @@ class Tiny:
     features: tuple[int, ...] = ()
     by_layer: bool = False
     units: tuple[int, ...] = ()  # ranks in a unit of each level of the network, but the outermost
+    known: dict | None = None  # objectives of its plans that another enumeration found, if shared
 
     @property
     def gpus(self) -> int:
@@ -392,6 +393,18 @@ def programmed(p: Tiny, d: Decisions, laid, steps: dict[tuple, Step]):
     return stage_problem(p.costs, p.costs.rescheduled(steps[key], d), levels=recomputed(p, d))
 
 
+def objectives_of(p: Tiny, way: Decisions, laid, steps, below: bool) -> tuple[int | None, ...]:
+    """The least of all stages of a way; below: and with the optimizer below of some layers."""
+    known = {} if p.known is None else p.known
+    if (way, below) not in known:
+        problem = programmed(p, way, laid, steps)
+        known[way, below] = (best_of_problem(problem),)
+        if below:
+            above = programmed(p, without_state(way), laid, steps)
+            known[way, below] += (best_with_below(above, problem),)
+    return known[way, below]
+
+
 def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None]:
     """The least objective of every mesh among what has the pinned values, and none of the refused
     (key, value), nor all that is refused to lie below the device, alone or beside more; None:
@@ -423,11 +436,7 @@ def least_by_mesh(p: Tiny, refused: tuple = (), **pins) -> dict[Mesh, int | None
                 if moves(p, made, pins):  # activations of so many layers on the host, by stage
                     ways.append(replace(made, offload=(*made.offload, ("activations", "cpu:"))))
                 for way in ways:
-                    problem = programmed(p, way, laid, steps)
-                    objectives.append(best_of_problem(problem))
-                    if some_below(p, way, pins):
-                        above = programmed(p, without_state(way), laid, steps)
-                        objectives.append(best_with_below(above, problem))
+                    objectives += objectives_of(p, way, laid, steps, some_below(p, way, pins))
         found[mesh] = min((x for x in objectives if x is not None), default=None)
     return found
 
