@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.fx.proxy
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-import torch.utils._traceback
 from torch import nn
 from torch._export.utils import _compiling_state_context
 
@@ -265,24 +267,40 @@ def _export(step: nn.Module, given: tuple[Any, ...], where: str) -> Any:
 
 @contextlib.contextmanager
 def _lines_unread() -> Iterator[None]:
-    """torch notes where each node was made: of some hundred frames, the few of the model. Read the
-    source of those alone; what is noted is the same.
+    """torch notes where each node was made, of some hundred frames the few of the model: have it
+    walk them here, each made into words once, and its source read if it is the model's. What is
+    noted is the same; torch's own way was a fifth of a trace.
     """
+    known: dict[tuple[str, int, str], traceback.FrameSummary] = {}
 
-    def extract(found: list[dict[str, Any]], skip: int) -> traceback.StackSummary:
-        frames = traceback.StackSummary()
-        for f in reversed(found[skip:]):
-            where = f["filename"], f["line"], f["name"]
-            frames.append(traceback.FrameSummary(*where, lookup_line=False))
-        return frames
+    class Walked:
+        """In place of torch's CapturedTraceback, as far as a tracer of nodes asks it."""
 
-    module: Any = torch.utils._traceback
-    theirs = module._extract_symbolized_tb
-    module._extract_symbolized_tb = extract
+        def __init__(self, frames: list[traceback.FrameSummary]) -> None:
+            self._frames = frames
+
+        def summary(self) -> traceback.StackSummary:
+            return traceback.StackSummary(self._frames)
+
+        @staticmethod
+        def extract() -> Walked:
+            found = []
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                code = frame.f_code
+                where = code.co_filename, frame.f_lineno, code.co_name
+                if where not in known:
+                    known[where] = traceback.FrameSummary(*where, lookup_line=False)
+                found.append(known[where])
+                frame = frame.f_back
+            return Walked(found[::-1])
+
+    module: Any = torch.fx.proxy
+    theirs, module.CapturedTraceback = module.CapturedTraceback, Walked
     try:
         yield
     finally:
-        module._extract_symbolized_tb = theirs
+        module.CapturedTraceback = theirs
 
 
 @contextlib.contextmanager
