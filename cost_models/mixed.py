@@ -69,8 +69,10 @@ class PartCosts(Costs):
 
     def on_tp(self, d: Decisions) -> Decisions:
         """The mesh with this part's tp, and no word of parts."""
+        if not d.parts and not d.tp_by_part:
+            return d
         own = dict(d.tp_by_part).get(self.cluster.name)
-        return replace(d if own is None else d.with_tp(own), parts=(), tp_by_part=())
+        return replace(d if own in (None, d.tp) else d.with_tp(own), parts=(), tp_by_part=())
 
     def own(self, d: Decisions) -> Decisions:
         """The mesh as far as this part has it: its own stages."""

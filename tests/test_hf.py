@@ -17,7 +17,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from ir.capture import hf, hf_patches, torch_ops  # noqa: E402
+from ir.capture import export, hf, hf_patches, torch_ops  # noqa: E402
 from ir.capture.load import Source, load  # noqa: E402
 from ir.errors import PlanError, UsageError  # noqa: E402
 
@@ -76,7 +76,7 @@ def source(config: dict[str, Any], **args: str) -> Source:
 
 def trace(model: Source, batch: int, seq_len: int) -> list[str]:
     """The operators of a trace, in order."""
-    with model.tracing():
+    with model.tracing(), export._lines_unread(), export._source_unwritten():
         program = torch.export.export(
             model.model, (), kwargs=model.inputs(batch, seq_len), strict=False
         )

@@ -236,8 +236,8 @@ from planner.objectives import run
 from planner.workload import Asked
 for name in ("llama", "moe"):
     options = TraceOptions(
-        model=f"{sys.argv[1]}/{name}.py", hardware="h100x16", args=(("size", "tiny"),),
-        cache=False, asked=Asked(global_batch=16),
+        model=f"{sys.argv[1]}/{name}.py", hardware="h100x4", args=(("size", "tiny"),),
+        cache=False, asked=Asked(global_batch=8),
     )
     run(options).plan.save(f"{name}.json")
 """
