@@ -7,7 +7,8 @@ a prompt's own steps behind what is queued before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,7 +36,7 @@ STEPS_AT_ONCE = 1024  # of a prompt that is read in chunks: costed as one array
 class Memory:
     """Bytes of the fullest rank. kv_bytes_per_sequence, at the load's full length: what of its
     cache is on the GPU; below: of its cache, where that is not on the GPU; per_token: of all of the
-    cache, wherever it lies."""
+    cache, wherever it lies. below_room_bytes: what a cache below the GPU may take of its tier."""
 
     weights_bytes: float
     kv_bytes_per_sequence: float
@@ -44,6 +45,7 @@ class Memory:
     context_bytes: float
     capacity_bytes: float
     kv_below_bytes_per_sequence: float = 0.0
+    below_room_bytes: float = math.inf
 
     @property
     def reserved_bytes(self) -> float:
@@ -54,6 +56,16 @@ class Memory:
     def room_bytes(self) -> float:
         """What the cache may take."""
         return self.capacity_bytes - self.weights_bytes - self.reserved_bytes
+
+    @property
+    def sequences(self) -> int | None:
+        """Those of the load's full length that there is room for; None where they take none."""
+        if not self.kv_bytes_per_sequence:
+            return None
+        found = max(0.0, self.room_bytes) // self.kv_bytes_per_sequence
+        if self.kv_below_bytes_per_sequence:
+            found = min(found, max(0.0, self.below_room_bytes) // self.kv_below_bytes_per_sequence)
+        return int(found)
 
 
 def step_parts(costs: Costs, model: ServedModel, step: Step) -> dict[str, FloatArray]:
@@ -144,7 +156,8 @@ def step_s(costs: Costs, model: ServedModel, step: Step) -> FloatArray:
 
 
 def weight_bytes(model: ServedModel, s: Serving) -> float:
-    """Bytes of weights on the fullest rank."""
+    """Bytes of weights on the fullest rank: the first stage has the embeddings, the last the
+    head."""
 
     def size(block: str) -> float:
         return WEIGHT_BYTES[s.format_of(block)]
@@ -154,11 +167,15 @@ def weight_bytes(model: ServedModel, s: Serving) -> float:
         experts = sum(e.elements for e in layer.experts)
         return found + experts / (s.ep * s.expert_tp) * size("routed_experts")
 
-    body = sum(layer.count * layer_bytes(layer) for layer in model.layers) / s.pp
-    ends = model.embedding_elements / s.tp * size("embeddings")
+    each, stages = [layer_bytes(layer) for layer in model.layers], model.stages(s.pp)
+    held = [sum(n * own for n, own in zip(counts, each, strict=True)) for counts in stages]
+    table = model.embedding_elements / s.tp * size("embeddings")
+    held[0] += table
     if not model.tied:
-        ends += sum(m.held(s.tp) for m in model.head) * size("head")
-    return body + ends + 2.0 * model.other_elements
+        held[-1] += sum(m.held(s.tp) for m in model.head) * size("head")
+    elif s.pp > 1:  # a copy of what it is tied to
+        held[-1] += table
+    return max(held) + 2.0 * model.other_elements
 
 
 def memory_of(
@@ -182,7 +199,15 @@ def memory_of(
         weights_bytes=weights, kv_bytes_per_sequence=here, kv_bytes_per_token=whole / length,
         workspace_bytes=workspace, context_bytes=context, capacity_bytes=capacity,
         kv_below_bytes_per_sequence=whole * (s.kv_tier != "gpu"),
+        below_room_bytes=_below_room_bytes(cluster, s, dict(lower.tiers)),
     )  # fmt: skip
+
+
+def _below_room_bytes(cluster: Cluster, s: Serving, taken: Mapping[str, float]) -> float:
+    """What the cache of a rank may take below its GPU, beside the weights there."""
+    if s.kv_tier == "gpu":
+        return math.inf
+    return cluster.tier(s.kv_tier).bytes / sharers(cluster, s) - taken.get(s.kv_tier, 0.0)
 
 
 def _running(
@@ -214,21 +239,23 @@ def values_bytes(
     width_bytes: float,
 ) -> float:  # fmt: skip
     """Values of the pass that reads the prompts of so many sequences: the residual stream twice,
-    what the widest matrix reads and writes, and in fp32 the logits of each."""
+    what the widest matrix reads and writes, in fp32 the logits of each, and of several the mask."""
     matrices = [m for layer in model.layers for m in layer.matrices]
     widest = max((m.columns(s.tp) + m.inner(s.tp) for m in matrices), default=0.0)
     experts = [e.topk * (e.hidden + 2 * e.inter) for layer in model.layers for e in layer.experts]
     tokens = load.prompt * sequences / engine.handling.splits
     tokens = min(tokens, s.prefill_chunk or engine.chunk_tokens)
     each = 2 * model.hidden + max([widest, *experts])
-    return tokens * each * width_bytes + sequences * model.vocab * WEIGHT_BYTES["fp32"]
+    mask = engine.handling.mask_bytes * load.prompt**2 * sequences * (sequences > 1)
+    return tokens * each * width_bytes + sequences * model.vocab * WEIGHT_BYTES["fp32"] + mask
 
 
 def admitted(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad
 ) -> float:
     """Sequences of one replica that the cache has room for at once; 0 where weights do not fit."""
-    room = memory_of(model, cluster, engine, s, load).room_bytes
+    memory = memory_of(model, cluster, engine, s, load)
+    room = memory.room_bytes
     written = load.output if engine.reserves else load.output / 2
     tokens = np.asarray(load.prompt + written)
     each = float(kv_bytes(model, s, tokens))
@@ -236,9 +263,7 @@ def admitted(
         return float("inf") if room >= 0 else 0.0
     most = room / float(kv_here_bytes(model, s, tokens))
     if s.kv_tier != "gpu":
-        left = cluster.tier(s.kv_tier).bytes / sharers(cluster, s)
-        left -= dict(below_bytes(model, s).tiers).get(s.kv_tier, 0.0)
-        most = min(most, left / each)
+        most = min(most, memory.below_room_bytes / each)
     return max(np.floor(most), 0.0) * s.attention_dp
 
 
@@ -387,7 +412,7 @@ def serve(
     ttft_s = request_s + first * burst_s + (1 - first) * steady_s
     if engine.static:
         tpot_s, ttft_s = decode_s, request_s + batch_s
-    residence_s = ttft_s + output * tpot_s
+    residence_s = ttft_s + (output - 1) * tpot_s
     ttft_s = ttft_s + (each - running) / running * residence_s
     rate = s.replicas * running * output / residence_s
     return Served(

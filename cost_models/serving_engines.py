@@ -33,8 +33,9 @@ class ServingEngine:
     launched one by one (no CUDA graph has their shapes) while the device waits; none where one
     kernel does all that experts do (`Costs.routed_host_s`).
     kernel_host_s: host time to launch a kernel where steps are no CUDA graphs; 0 where they are.
-    chunk_tokens: tokens of prompts a step at most. mixes: such a step decodes too; else decoding
-    waits. static: requests come as one batch, read and decoded to the end together.
+    chunk_tokens: tokens of prompts a step at most; chunks: whether a flag says how many. mixes:
+    such a step decodes too; else decoding waits. static: requests come as one batch, read and
+    decoded to the end together.
     wait_prompts: prompts that are read between a request's arrival and its own, in a steady
     state: arrivals come in groups.
     memory_share: of the device's memory that it takes. reserves: a sequence is admitted with room
@@ -58,6 +59,7 @@ class ServingEngine:
     routed_op_host_s: float
     kernel_host_s: float
     chunk_tokens: int
+    chunks: bool
     mixes: bool
     static: bool
     wait_prompts: float

@@ -27,6 +27,8 @@ class Handling:
     cache_bytes: traffic of an element of the cache in a decode step beside attention's own reading.
     cache_unpack_bytes: more of it, until an element that is kept in fewer bits is written out; 0:
     attention reads it as it lies.
+    mask_bytes: memory of each pair of tokens of prompts that are read together: those of several
+    lengths are told apart by a mask, which attention reads as numbers.
     repeats_heads: keys and values are written out for each query head, then read.
     splits: parts that a batch is computed in, layer by layer: each reads all weights, which come
     once, beside the first of them.
@@ -42,6 +44,7 @@ class Handling:
     unpack_bytes: tuple[tuple[str, float], ...] = ()
     cache_bytes: float = 0.0
     cache_unpack_bytes: float = 0.0
+    mask_bytes: float = 0.0
     repeats_heads: bool = False
     splits: int = 1
     attends: bool = False

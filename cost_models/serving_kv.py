@@ -14,6 +14,7 @@ blocks picked by a key each.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -92,15 +93,22 @@ def beside_bytes(attend: Attend, s: Serving, tokens: FloatArray) -> FloatArray:
 
 
 def kv_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatArray:
-    """Bytes that sequences of so many tokens keep of one rank, wherever: caches and states."""
-    found = np.zeros(np.shape(tokens))
+    """Bytes that sequences of so many tokens keep of one rank of the stage that keeps most,
+    wherever: caches and states."""
+    each = []
     for layer in model.layers:
+        found = np.zeros(np.shape(tokens))
         for attend in layer.attention:
-            held = kept(attend, tokens)
-            found = found + layer.count * held * attend.cached(s.tp) * KV_BYTES[s.kv]
-        for one in layer.recurrences:
-            found = found + layer.count * one.state_bytes / s.tp
-    return found / s.pp
+            found = found + kept(attend, tokens) * attend.cached(s.tp) * KV_BYTES[s.kv]
+        each.append(found + sum(one.state_bytes / s.tp for one in layer.recurrences))
+    return _of_fullest(model, s, each)
+
+
+def _of_fullest(model: ServedModel, s: Serving, each: Sequence[FloatArray]) -> FloatArray:
+    """The most that a stage has, where a layer of each class has that."""
+    stages = [sum(n * own for n, own in zip(counts, each, strict=True))
+              for counts in dict.fromkeys(model.stages(s.pp))]  # fmt: skip
+    return np.asarray(functools.reduce(np.maximum, stages))
 
 
 def retrieves(model: ServedModel) -> bool:
@@ -116,15 +124,15 @@ def kv_here_bytes(model: ServedModel, s: Serving, tokens: FloatArray) -> FloatAr
     share = min(1.0, LAYERS_HERE * s.pp / model.layer_count)
     if not retrieves(model):
         return whole * share
-    found = np.zeros(np.shape(tokens))
+    each = []
     for layer in model.layers:
+        found = np.zeros(np.shape(tokens))
         for attend in layer.attention:
-            each = layer.count * attend.cached(s.tp) * KV_BYTES[s.kv] / s.pp
+            entry = attend.cached(s.tp) * KV_BYTES[s.kv]
             if not attend.top:
-                found = found + share * kept(attend, tokens) * each
+                found = found + share * kept(attend, tokens) * entry
                 continue
             stays = tokens - _blocks(attend, tokens) * (attend.block - _key_share(attend))
-            found = found + (stays + share * picked(attend, tokens)) * each
-        for one in layer.recurrences:
-            found = found + share * layer.count * one.state_bytes / s.tp / s.pp
-    return found
+            found = found + (stays + share * picked(attend, tokens)) * entry
+        each.append(found + share * sum(one.state_bytes / s.tp for one in layer.recurrences))
+    return _of_fullest(model, s, each)

@@ -73,6 +73,7 @@ def served_model(graph: Graph) -> ServedModel:
     return ServedModel(
         name=graph.name, hidden=hidden, vocab=vocab, tied=tied, layers=layers, head=head,
         embedding_elements=table, other_elements=max(round(total - known), 0),
+        order=tuple([*counts].index(link.unit.name) for link in chain.links if link.is_layer),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ cache), its experts, its recurrent state and its elementwise kernels; the loss i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 BLOCKS = (
@@ -145,7 +146,9 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model as served: its layer classes, embedding and head. other_elements: norms, biases."""
+    """A model as served: its layer classes, embedding and head. other_elements: norms, biases.
+    order: the class of each layer, by its place in `layers`; without it classes are spread evenly.
+    """
 
     name: str
     hidden: int
@@ -155,6 +158,7 @@ class ServedModel:
     head: tuple[Matrix, ...]
     embedding_elements: int
     other_elements: int
+    order: tuple[int, ...] = ()
 
     @property
     def eager_ops(self) -> int:
@@ -165,6 +169,11 @@ class ServedModel:
     @property
     def layer_count(self) -> int:
         return sum(layer.count for layer in self.layers)
+
+    def stages(self, pp: int) -> tuple[tuple[float, ...], ...]:
+        """Of each pipeline stage how many layers of each class: as even as layers come, the first
+        stages have more."""
+        return _stages(tuple(layer.count for layer in self.layers), self.order, pp)
 
     @property
     def routed_ops(self) -> int:
@@ -182,3 +191,20 @@ class ServedModel:
                 found[m.block] += float(layer.count * m.elements)
             found["routed_experts"] += sum(layer.count * e.elements for e in layer.experts)
         return {block: number for block, number in found.items() if number}
+
+
+@functools.lru_cache(maxsize=256)
+def _stages(
+    counts: tuple[int, ...], order: tuple[int, ...], pp: int
+) -> tuple[tuple[float, ...], ...]:
+    layers = sum(counts)
+    found, first = [], 0
+    for stage in range(pp):
+        size = layers // pp + (stage < layers % pp)
+        here = order[first : first + size]
+        first += size
+        found.append(tuple(
+            float(here.count(k)) if order else count * size / layers
+            for k, count in enumerate(counts)
+        ))  # fmt: skip
+    return tuple(found)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import planner
 from cost_models.serving_engines import load_serving_engine
+from cost_models.serving_shapes import Attend
 from ir.errors import PlanError, UsageError
 from planner.runtime.serve import packed
 from planner.runtime.serve.bytes import Block, File, OnDisk, offsets_of
@@ -337,7 +338,7 @@ class Traffic(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in str(func):
             passed = [x for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)]
-            self.bytes += sum(x.nbytes for x in passed)
+            self.bytes += sum(x.held_bytes if isinstance(x, Packed) else x.nbytes for x in passed)
         return found
 
 
@@ -349,6 +350,19 @@ def test_unpacking_moves_the_bytes_that_plans_for_gpus_count(word):
         packed.whole()
     counted = load_serving_engine("native").handling.unpacks(word)
     assert ops.bytes / whole.numel() == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("word", ["bf16", "fp8"])
+def test_a_cache_that_grows_moves_the_bytes_that_plans_for_gpus_count(saved, word):
+    """It is written anew with each token; in fewer bits so, and then as values."""
+    layer = cache_of(saved["llama"][0], Kv(word=word)).layers[0]
+    past, new = (torch.randn(1, 8, n, 128, dtype=torch.bfloat16) for n in (2048, 1))
+    layer.update(past, past)
+    with Traffic() as ops:
+        layer.update(new, new)
+    attend = Attend(heads=32, kv_heads=8, dim_qk=128, dim_v=128)
+    counted = load_serving_engine("native").handling.cache_moved_bytes(attend, word, 1)
+    assert ops.bytes / 2048 == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

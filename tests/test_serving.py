@@ -171,6 +171,27 @@ def test_weights_of_all_ranks_are_the_model(name: str) -> None:
     assert 2 * weight_bytes(model, Serving(tp=2)) == pytest.approx(whole + 2 * repeated)
 
 
+def test_the_fullest_stage_is_counted() -> None:
+    """Three dense layers and five with experts over three stages: 3 (all dense), 3, 2. The first
+    has the embeddings, the last the head."""
+    one = model_of("gpt_oss").layers[0]
+    dense = replace(one, count=3, experts=())
+    model = replace(model_of("gpt_oss"), layers=(dense, replace(one, count=5)), tied=False,
+                    order=(0, 0, 0, 1, 1, 1, 1, 1), other_elements=0)  # fmt: skip
+    matrices = sum(m.elements for m in one.matrices)
+    experts = sum(e.elements for e in one.experts)
+    head = sum(m.elements for m in model.head)
+    stages = (3 * matrices + model.embedding_elements, 3 * (matrices + experts),
+              2 * (matrices + experts) + head)  # fmt: skip
+    assert weight_bytes(model, Serving(pp=3)) == 2 * max(stages)
+    assert weight_bytes(model, Serving()) == 2 * (8 * matrices + 5 * experts
+                                                  + model.embedding_elements + head)  # fmt: skip
+    kept = [float(kv_bytes(model, Serving(pp=pp), np.asarray(100.0))) for pp in (1, 3, 8)]
+    assert kept[1:] == pytest.approx([kept[0] * 3 / 8, kept[0] / 8])
+    config = model_of("deepseek")  # its first layer has no experts
+    assert [*config.order] == [0] + [1] * (config.layer_count - 1)
+
+
 def test_formats_count_by_block() -> None:
     model = model_of("gpt_oss")
     experts = model.block_elements()["routed_experts"]
@@ -241,7 +262,7 @@ def test_a_loop_obeys_littles_law_and_queues_beyond_its_room() -> None:
     batch = np.array([1.0, 16.0, 64.0, 128.0])
     shape = np.ones(4)
     out = serve(costs, model, 1000 * shape, 200 * shape, batch, 64 * shape)
-    in_flight = out.tokens_per_s / 200 * (out.ttft_s + 200 * out.tpot_s)
+    in_flight = out.tokens_per_s / 200 * (out.ttft_s + 199 * out.tpot_s)
     assert in_flight == pytest.approx(batch)
     assert out.running.tolist() == [1, 16, 64, 64]
     assert out.tpot_s[3] == out.tpot_s[2] and out.ttft_s[3] > 2 * out.ttft_s[2]

@@ -169,7 +169,8 @@ def test_a_cpu_is_not_charged_a_gpu_s_context(measured):
     serving, engine = Serving(default="fp32", batch=2), load_serving_engine("native")
     found = memory_of(model, measured, engine, serving, load)
     assert found.context_bytes == 0
-    values = 2 * 64 * (2 * 1024 + 2048) * 4 + 2 * 256 * 4  # of a prompt's pass, and logits
+    # of the pass of prompts, logits, and the mask that tells their lengths apart
+    values = 2 * 64 * (2 * 1024 + 2048) * 4 + 2 * 256 * 4 + 2 * 64 * 64 * 3
     assert found.workspace_bytes == values
     assert memory_of(model, load_hardware("t4x1"), engine, serving, load).context_bytes == 1.5e9
 

@@ -61,8 +61,9 @@ def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
     assert "does not fit a100x4" in one_node
     assert 4 < seconds(with_host)[1] / seconds(two_nodes)[1] < 5
     assert gigabytes(with_host, "cpu") > 50
-    # 700B dense: it runs, seconds a token; no faster than a GPU's link and its host's CPU read it
-    assert 3 < seconds(dense)[1] < 10 and 30 < seconds(dense)[0] < 40
+    # 700B dense: it runs, seconds a token, a first after 25; no faster than a GPU's link and its
+    # host's CPU read it
+    assert 3 < seconds(dense)[1] < 10 and 24.5 < seconds(dense)[0] < 25.5
     # 1.3T: below a second a token from RAM and from NVMe, the first after a third of a minute, or
     # over a minute
     assert seconds(ram)[1] < seconds(nvme)[1] < 1 and 20 < seconds(ram)[0] < 60 < seconds(nvme)[0]
@@ -75,7 +76,7 @@ def test_the_page_says_what_comes_out_and_its_verdicts_hold(said):
         assert size * 16384 == pytest.approx(per_token[0] * 3072, rel=0.01)
     here = float(re.search(r"([\d.]+) kB of it on the GPU", fetched)[1])
     assert here < per_token[2] and gigabytes(fetched, "cpu") > 2
-    assert 1.1 < seconds(fetched)[1] / seconds(whole)[1] < 1.15
+    assert 0.96 < seconds(fetched)[1] / seconds(whole)[1] < 0.98
     assert seconds(means)[1] < seconds(whole)[1] and seconds(means)[0] >= seconds(whole)[0]
     for text in (window, means, fetched):
         assert gigabytes(text, "gpu") > 0.9 * gigabytes(whole, "gpu")

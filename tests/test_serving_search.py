@@ -23,6 +23,8 @@ from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
 from planner.serving.formats import block_seconds, in_formats, rows
 from planner.serving.predict import predict
 from planner.serving.relief import relief
+from planner.serving.search import CHUNKS, search
+from planner.serving.show import estimate_json
 from planner.serving.tracing import plan_serving
 
 LOAD = ServeLoad(prompt=512, output=128)
@@ -118,7 +120,7 @@ def test_the_values_of_prompts_that_are_read_at_once_are_held():
 
     assert workspace("native", 1) == workspace("vllm", 64) == costs.WORKSPACE_BYTES
     assert workspace("llamacpp", 64) == costs.WORKSPACE_BYTES  # 512 tokens at a time
-    each = 8192 * (2 * 8192 + 8192 + 2 * 28672) * 2 + served.vocab * 4
+    each = 8192 * (2 * 8192 + 8192 + 2 * 28672) * 2 + served.vocab * 4 + 3 * 8192**2  # a mask
     for batch, replicas in ((16, 1), (64, 4)):
         assert workspace("native", batch, replicas=replicas) == 16 * each
     memory = held("native", 64)  # fewer run at once: those that there is room for, cache and all
@@ -364,6 +366,68 @@ def test_what_binds_is_the_largest_part_and_its_relief_is_open():
     one = found(served, "rtx-4090x1", (), **own).best
     assert one.bottleneck == "memory bandwidth"
     assert "packed (--engine vllm)" in relief(one, ServeAsked(**own))
+
+
+@pytest.mark.parametrize("engine, hardware, batch, objective", [
+    ("llamacpp", "rtx-3090x1", 4, "latency"), ("vllm", "h100x4", 32, "throughput"),
+    ("sglang", "h100x2", 16, "latency"),
+])  # fmt: skip
+def test_no_chunk_of_prompts_that_is_pinned_beats_the_plan(engine, hardware, batch, objective):
+    served = model(layers=32, hidden=4096, inter=14336)
+    asked = {"engine": engine, "batch": batch, "objective": objective, "prompt": 3000}
+    load = ServeLoad(prompt=3000, output=128)
+
+    def score(*pins):
+        best = found(served, hardware, pins, **asked).best
+        return best.latency_s(load) if objective == "latency" else -best.tokens_per_s
+
+    own = load_serving_engine(engine).chunk_tokens
+    assert score() <= min(score(f"prefill_chunk={c}") for c in (own, *CHUNKS))
+
+
+@pytest.mark.parametrize("engine", ["gpt-fast", "flexgen", "zero-inference"])
+def test_an_engine_without_a_flag_for_chunks_has_no_such_plan(engine):
+    with pytest.raises(UsageError, match="--fix prefill_chunk=512: no flag of"):
+        found(model(), "h100x4", ("prefill_chunk=512",), engine=engine)
+
+
+def test_relief_knows_what_is_pinned():
+    served = model(layers=32, hidden=4096, inter=14336)
+
+    def said(hardware, *pins, **asked):
+        best = found(served, hardware, pins, **asked).best
+        return relief(best, ServeAsked(**{"batch": 1, **asked}), pins)
+
+    assert "--fix weights=int8" in said("rtx-4090x1", "weights=bf16", engine="vllm")
+    assert "--allow int8,int4" in said("rtx-4090x1", engine="vllm")
+    wider = said("h100x4", "tp=2", batch=2, engine="vllm", allow=("int8", "int4"))
+    assert wider == "a wider tp than is pinned (--fix tp=2)"
+    below = said("h100x1", "offload=mlp:nvme")
+    assert below.startswith("leaving where it lies to the search (without --fix offload=mlp:nvme)")
+
+
+def test_a_block_that_the_model_lacks_is_not_kept():
+    for block in ("routed_experts", "shared_experts"):
+        with pytest.raises(UsageError, match=f"--keep {block}=int8: toy has no {block}") as fault:
+            found(model(), "h100x4", keep=((block, "int8"),))
+        assert fault.value.why == "its blocks: attention, mlp, embeddings, head"
+
+
+def test_a_cache_on_the_host_is_bounded_by_it():
+    """80 GB of a host, 4 GB a GPU of it weights: so many whole caches, not those of two layers."""
+    served = model(layers=32, hidden=4096, inter=14336)
+    cluster = load_hardware("rtx-4090x1")
+    host = next(t for t in cluster.tiers if t.name == "cpu")
+    asked = ServeAsked(prompt=8000, output=192, batch=4)
+    small = replace(cluster, tiers=tuple(
+        replace(t, bytes=20 << 30) if t is host else t for t in cluster.tiers
+    ))  # fmt: skip
+    best = search(served, small, asked, parse_serve_pins(("kv_tier=cpu", "offload=none"))).best
+    each = 8192 * 32 * 2 * 8 * 128 * 2
+    assert best.memory.kv_below_bytes_per_sequence == each
+    assert estimate_json(best, asked)["max_concurrency"] == (20 << 30) // each < (
+        best.memory.room_bytes // best.memory.kv_bytes_per_sequence
+    )  # fmt: skip
 
 
 def test_nothing_lossy_unless_allowed():

@@ -53,7 +53,7 @@ def subtitle(plan: ServingPlan) -> str:
 def verdict(checked: CheckedServing) -> Html:
     """What requests see, whether it fits, what binds."""
     plan, p = checked.plan, checked.found
-    helps = relief(p, plan.asked)
+    helps = relief(p, plan.asked, plan.solver.pins)
     fits = "It fits" if p.fits else f"It does not fit: {p.missing}"
     missed = _missed(checked)
     request = format_seconds(p.latency_s(load_of(plan)))

@@ -92,7 +92,7 @@ def _other(checked: CheckedServing, o: Prediction, most: float, name: str) -> Ht
              tip=f"{name}: then one every {format_seconds(o.tpot_s)}"),
     ]  # fmt: skip
     words = f"{format_rate(o.tokens_per_s)} tokens/s; {o.bottleneck} binds"
-    words += f": {relief(o, checked.plan.asked)}"
+    words += f": {relief(o, checked.plan.asked, checked.plan.solver.pins)}"
     return el("div", row(name, bar(marks), format_seconds(whole)),
               el("p", words, class_="because"), class_="reasoned")  # fmt: skip
 

@@ -9,7 +9,6 @@ from cost_models.hardware import Cluster
 from cost_models.serving_engines import engines_with_pools, load_serving_engine
 from ir.errors import InfeasibleError, PlanError
 from planner.plan import constants_hash, load_cluster
-from planner.serving.asked import ServeAsked
 from planner.serving.plan import ServingPlan, require_blocks
 from planner.serving.predict import Prediction
 from planner.serving.relief import NOTHING, relief
@@ -80,11 +79,11 @@ def require_fit(checked: CheckedServing) -> None:
                               ("--max-tpot", p.tpot_s, asked.max_tpot_s)):  # fmt: skip
         if most is not None and value > most:
             raise InfeasibleError(f"the plan misses {flag} {most:g}s: {value:.4f} s",
-                                  why=f"{p.bottleneck} binds", hints=_hints(p, asked))
+                                  why=f"{p.bottleneck} binds", hints=_hints(p, checked.plan))
 
 
-def _hints(p: Prediction, asked: ServeAsked) -> tuple[str, ...]:
-    found = relief(p, asked)
+def _hints(p: Prediction, plan: ServingPlan) -> tuple[str, ...]:
+    found = relief(p, plan.asked, plan.solver.pins)
     return () if found == NOTHING else (found,)
 
 

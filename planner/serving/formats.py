@@ -14,6 +14,7 @@ from cost_models.serving_engines import ServingEngine
 from cost_models.serving_ops import Costs, Step, step_of
 from cost_models.serving_shapes import ServedModel
 from cost_models.serving_tiers import block_bytes
+from ir.errors import UsageError
 from planner.serving.asked import OWN_FORMAT, ServeAsked, ServePins
 
 Row = dict[str, str]  # block: format
@@ -21,8 +22,13 @@ LEAST_S = 1e-12
 
 
 def open_to(model: ServedModel, asked: ServeAsked, pins: ServePins) -> dict[str, tuple[str, ...]]:
-    """The formats that each block may have."""
+    """The formats that each block may have. Raises UsageError where one is kept that the model has
+    not."""
     kept = dict(asked.keep)
+    for block, word in kept.items():
+        if block not in model.block_elements():
+            raise UsageError(f"--keep {block}={word}: {model.name} has no {block}",
+                             why=f"its blocks: {', '.join(model.block_elements())}")  # fmt: skip
     allowed = (pins.weights,) if pins.weights else asked.formats
     return {b: (kept[b],) if b in kept else allowed
             for b in model.block_elements() if b not in OWN_FORMAT}  # fmt: skip

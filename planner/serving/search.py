@@ -20,14 +20,16 @@ from cost_models.serving_engines import ServingEngine, load_serving_engine
 from cost_models.serving_shapes import ServedModel
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
-from planner.serving.asked import ServeAsked, ServePins, check_steps
+from planner.serving.asked import MOST_STEPS, ServeAsked, ServePins, check_steps, serve_pins_said
 from planner.serving.formats import Row, caches, in_formats, open_to, rows
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import Prediction, predict
 from planner.serving.relief import NOTHING, relief
-from planner.serving.runnable import ExpertsOf, unservable
+from planner.serving.runnable import NATIVE, ExpertsOf, unservable
 from planner.serving.tiers import best_tiers, charged
 
+CHUNKS = tuple(512 << k for k in range(7))  # tokens of prompts a step: powers of two to 32768
+CHUNKED = 8  # divisions, the best first, that other chunks are tried in
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tried where the load leaves it open
 
 
@@ -51,9 +53,28 @@ def search(
         raise _nothing_fits(cluster, model, seen, asked)
     within = [p for p in fits if limits_used(p, asked) <= 1]
     if not within:
-        raise _limits(fits, asked)
+        raise _limits(fits, asked, pins)
     ordered = best_first(within, asked, cluster)
     return Found(best=ordered[0], others=_apart(ordered), tried=tried)
+
+
+def _in_chunks(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, asked: ServeAsked,
+    seen: list[Prediction],
+) -> list[Prediction]:  # fmt: skip
+    """The best plans with prompts in other chunks than the engine's own."""
+    fits = [p for p in seen if p.fits]
+    within = [p for p in fits if limits_used(p, asked) <= 1] or fits
+    if not engine.chunks or not within:
+        return []
+    ordered = best_first(within, asked, cluster)
+    rows = [p.serving for p in (ordered[0], *_apart(ordered, CHUNKED))]
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+    return [
+        predict(model, cluster, engine, replace(s, prefill_chunk=chunk), load)
+        for s in rows for chunk in CHUNKS
+        if chunk != (s.prefill_chunk or engine.chunk_tokens) and asked.prompt <= chunk * MOST_STEPS
+    ]  # fmt: skip
 
 
 def predictions(
@@ -65,6 +86,10 @@ def predictions(
     the pins, or what the engine runs, leave no way to divide the GPUs."""
     engine = load_serving_engine(asked.engine)
     check_steps(asked, pins.prefill_chunk or 0)
+    if pins.prefill_chunk and not engine.chunks and engine.name != NATIVE:
+        raise UsageError(f"--fix prefill_chunk={pins.prefill_chunk}: no flag of {engine.title} says"
+                         " how many tokens of prompts a step reads",
+                         hints=("leave it out",))  # fmt: skip
     load = ServeLoad(prompt=asked.prompt, output=asked.output)
     experts = replace(
         experts or ExpertsOf(routed=any(layer.experts for layer in model.layers)),
@@ -94,7 +119,10 @@ def predictions(
             why="; ".join(dict.fromkeys(refused)) or "tp divides the heads, ep the experts, and"
             " tp*attention_dp*pp*replicas the GPUs",
         )
-    return seen, tried
+    if pins.prefill_chunk is not None:
+        return seen, tried
+    others = _in_chunks(model, cluster, engine, asked, seen)
+    return [*seen, *others], tried + len(others)
 
 
 def _with_pools(
@@ -155,13 +183,13 @@ def best_first(
     ))  # fmt: skip
 
 
-def _apart(ordered: list[Prediction]) -> tuple[Prediction, ...]:
-    """The best of every other division of the GPUs, the best first."""
+def _apart(ordered: list[Prediction], most: int = 6) -> tuple[Prediction, ...]:
+    """The best of every other division of the GPUs, the best first: one less than `most`."""
     rows: dict[tuple[object, ...], Prediction] = {}
     for p in ordered:
         s = p.serving
         rows.setdefault((s.tp, s.pp, s.ep, s.attention_dp, s.replicas, s.prefill), p)
-    return tuple(rows.values())[1:6]
+    return tuple(rows.values())[1:most]
 
 
 def _scored(
@@ -312,7 +340,7 @@ def _nothing_fits(
     )
 
 
-def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
+def _limits(fits: list[Prediction], asked: ServeAsked, pins: ServePins) -> InfeasibleError:
     """By how much the limits are missed, and the nearest that can be met."""
     near = min(fits, key=lambda p: limits_used(p, asked))
     said, flags = [], []
@@ -322,10 +350,10 @@ def _limits(fits: list[Prediction], asked: ServeAsked) -> InfeasibleError:
             said.append(f"{flag} {most * 1e3:g}ms: the nearest plan takes {value * 1e3:.4g} ms"
                         f" ({value / most - 1:+.0%})")  # fmt: skip
             flags.append(f"{flag} {_above(value * 1e3)}ms")
+    helps = relief(near, asked, serve_pins_said(pins))
     return InfeasibleError(
         "no plan meets the limits", why="\n".join((*said, f"{near.bottleneck} binds that plan")),
-        hints=(" ".join(flags) + " can be met",
-               *(word for word in (relief(near, asked),) if word != NOTHING)),
+        hints=(" ".join(flags) + " can be met", *([helps] if helps != NOTHING else [])),
     )
 
 

@@ -37,7 +37,7 @@ def document(
         "hardware": plan.hardware,
         "workload": workload_json(plan.asked),
         "decisions": decisions_json(plan) | {"blocks": block_records(plan.serving)},
-        "estimate": estimate_json(found, plan.asked),
+        "estimate": estimate_json(found, plan.asked, plan.solver.pins),
         "lossy": list(plan.lossy),
         "solver": {"status": plan.solver.status, "gap": plan.solver.gap_ppm / 1e6,
                    "meshes": plan.solver.meshes,
@@ -55,7 +55,9 @@ def document(
     return made
 
 
-def estimate_json(p: Prediction, asked: ServeAsked) -> dict[str, Any]:
+def estimate_json(
+    p: Prediction, asked: ServeAsked, pinned: Sequence[str] = ()
+) -> dict[str, Any]:
     """What requests see, seconds, bytes and rates."""
     m = p.memory
     return {
@@ -67,10 +69,10 @@ def estimate_json(p: Prediction, asked: ServeAsked) -> dict[str, Any]:
         "capacity_bytes": round(m.capacity_bytes),
         "kv_bytes_per_token": round(m.kv_bytes_per_token),
         "kv_gpu_bytes_per_sequence": round(m.kv_bytes_per_sequence),
-        "max_concurrency": int(max(0.0, m.room_bytes) // m.kv_bytes_per_sequence
-                               * p.serving.attention_dp * p.serving.replicas)
-        if m.kv_bytes_per_sequence else None,
-        "bottleneck": p.bottleneck, "relief": relief(p, asked),
+        "max_concurrency": None if m.sequences is None else (
+            m.sequences * p.serving.attention_dp * p.serving.replicas
+        ),
+        "bottleneck": p.bottleneck, "relief": relief(p, asked, pinned),
         "tiers": {name: round(size) for name, size in p.tiers},
         **({} if p.pools is None else {"pools": pools_json(p.pools)}),
     }  # fmt: skip
@@ -137,7 +139,7 @@ def summary(
         share = size / capacity if name == "gpu" else None
         lines.append(_bar(name, format_bytes(round(size)), share))
     lines += [_row("", line) for line in wrap(memory_basis(found), WIDTH - 12)]
-    lines += ["", _row("binds", f"{found.bottleneck}: {relief(found, asked)}")]
+    lines += ["", _row("binds", f"{found.bottleneck}: {relief(found, asked, plan.solver.pins)}")]
     predicted = many(plan.solver.meshes, "plan") + " predicted"
     lines += _packed("search", [*status_words(plan).split(", "), predicted])
     for at, p in enumerate(others[:3]):

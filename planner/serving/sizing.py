@@ -19,7 +19,7 @@ from cost_models.serving_host import host_of
 from cost_models.serving_shapes import ServedModel
 from ir.errors import InfeasibleError, UsageError
 from planner.options import Progress
-from planner.serving.asked import ServeAsked, ServePins
+from planner.serving.asked import ServeAsked, ServePins, serve_pins_said
 from planner.serving.predict import Prediction
 from planner.serving.relief import NOTHING, relief
 from planner.serving.runnable import ExpertsOf
@@ -211,7 +211,8 @@ class ServeSizer:
                 flags += [f"--max-tpot {math.ceil(p.tpot_s * 1e3)}ms"] * (
                     asked.max_tpot_s is not None)  # fmt: skip
                 hints.insert(0, " ".join(flags) + " can be met")
-            hints += [word for word in (relief(p, asked),) if word != NOTHING]
+            helps = relief(p, asked, serve_pins_said(self.pins))
+            hints += [helps] if helps != NOTHING else []
         return InfeasibleError(
             f"none of {len(devices)} devices serves {asked.batch} requests at once within the"
             f" limits on {self.most_gpus} GPUs or fewer", why=why, hints=tuple(hints),
