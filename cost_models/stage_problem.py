@@ -217,6 +217,16 @@ def neighbours(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
                 yield (*stages[:k], a, b, *stages[k + 2 :])
 
 
+def moved(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Cuts with a layer less on a stage and one more on any other."""
+    for give, take in itertools.permutations(range(len(stages)), 2):
+        if stages[give] > 1:
+            cut = list(stages)
+            cut[give] -= 1
+            cut[take] += 1
+            yield tuple(cut)
+
+
 def evaluate(
     problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]
 ) -> tuple[int, tuple[int, ...], bool]:

@@ -7,7 +7,7 @@ near where the bound says that it must lie, or its bound is raised as far as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
@@ -20,12 +20,18 @@ from planner.stage_planes import Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 3_200  # linear programs at most, some ms each
+PROGRAMS = 4_800  # linear programs at most, some ms each, or as much of trees
+BEYOND = 1_600  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
-FIRST = 24  # of one stage program when it is asked
-CHEAP = 2  # times that this was no use; from then on twice as many each time
-NEAR = 100  # a bound is that near to the best, one part in so many, before that is asked about
-WITHIN = 2_000  # a bound is raised until it is so near to where it was not: one part in so many
+FIRST = 24  # of one stage program when it is asked; then these and the first node of a tree; then
+MORE = 100  # so many, and a tree of so many nodes, twice as many each time that it was no use
+NODES = 100
+MOST = 6  # times that it is asked with more
+TREES = 48  # stages of a program that is asked in whole numbers, at most
+GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
+NEAR = 6  # at once where it is no further than so many times that, else by three quarters
+WITHIN = 2_000  # what is nearer is raised until it is so near to where it was not
+ENDLESS = 1 << 62  # picoseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +44,16 @@ class Unsettled:
     decisions: Decisions
     assignments: Assignments
     problem: StageProblem
+    stages: tuple[int, ...] = ()  # of a choice that was the best plan when it was found
 
     def raised(self, bound_ps: int, gain_ppm: int) -> Unsettled:
         score = score_of(bound_ps, self.decisions, gain_ppm)
         return replace(self, bound=score, bound_ps=bound_ps)
+
+
+def _by_planes(one: Unsettled) -> bool:
+    """Whether cutting planes bound it."""
+    return one.problem.chunks > 1 and applies(one.problem)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,17 +71,20 @@ class Proof:
     certified: int = 0
     shapes: Shapes = field(default_factory=Shapes)
     known: Refuted = field(default_factory=Refuted)
-    asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often it was
-    # no use, and the least step that was not refuted
+    asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often more
+    # effort was needed, and the least step that this much did not refute
+    looked: set[int] = field(default_factory=set)  # orders: a better plan was looked for
 
     def run(self) -> list[Unsettled]:
-        """Least bound first, while that raises the whole; returns what is left."""
+        """Least bound first, while that raises the whole; returns what is left. Before that the
+        best plan is made better, which all others are held against."""
+        for own in [u for u in self.left if u.stages and _by_planes(u)][-1:]:
+            self._look(own, [own.stages])
         while self.left and not self.stopped():
             weakest = min(self.left, key=lambda u: (u.bound, u.order))
             if weakest.bound >= min(self.untried, self.best):
                 break
-            planes = weakest.problem.chunks > 1 and applies(weakest.problem)
-            raised = self._by_planes(weakest) if planes else self._by_solver(weakest)
+            raised = self._raised(weakest) if _by_planes(weakest) else self._by_solver(weakest)
             if raised is weakest:
                 break
             self.left.remove(weakest)
@@ -87,43 +102,56 @@ class Proof:
         proved = max(known.bound_ps, certify(one.problem, incumbent_ps=known.step_ps))
         return one.raised(max(one.bound_ps, proved), self.gain_ppm)
 
-    def _by_planes(self, one: Unsettled) -> Unsettled | None:
+    def _limit(self, one: Unsettled) -> int:
+        """The least objective of it that is no better than the best plan."""
+        return objective_below(self.best, one.decisions, self.gain_ppm)
+
+    def _raised(self, one: Unsettled) -> Unsettled | None:
         """None where no choice of it is better than the best plan; itself where it is stuck."""
-        limit = objective_below(self.best, one.decisions, self.gain_ppm)
+        limit = self._limit(one)
         if one.bound_ps >= limit:
             return None
-        asked, high = self.asked.get(one.order, (0, limit + 1))
-        near_by = limit - one.bound_ps <= limit // NEAR
-        target = limit if high > limit and near_by else (one.bound_ps + 3 * min(high, limit)) // 4
-        if high - one.bound_ps <= limit // WITHIN or self.programs <= 0:
+        asked, high = self.asked.get(one.order, (0, ENDLESS))
+        far = one.bound_ps < limit - limit // GOAL
+        top = limit - limit // GOAL if far else limit
+        if high - one.bound_ps <= limit // (GOAL if far else WITHIN):
+            asked, high = asked + 1, ENDLESS  # as near as so much effort comes
+        if asked > MOST or self.programs <= (0 if far else BEYOND):
             return one
-        most = FIRST << max(0, asked - CHEAP)
-        refuted, cuts = self._refuted(one.problem, target, most)
-        if refuted:  # what more programs would raise it to is asked anew
-            self.asked[one.order] = asked, limit + 1
+        target = top
+        if high <= top or limit - one.bound_ps > NEAR * limit // GOAL:
+            target = (one.bound_ps + 3 * min(high, limit)) // 4
+        refuted, cuts = self._refuted(one.problem, target, asked)
+        if refuted:
+            self.asked[one.order] = asked, high
             return None if target == limit else one.raised(target, self.gain_ppm)
-        self.asked[one.order] = asked + 1, target
-        better = near(one.problem, cuts, incumbent_ps=limit)
-        if better.stages:
-            self.best = self.found(one, better)
+        self.asked[one.order] = (asked, target) if asked else (1, high)
+        if asked and one.order not in self.looked:
+            self.looked.add(one.order)
+            self._look(one, cuts)
         return replace(one)
 
+    def _look(self, one: Unsettled, cuts: Sequence[tuple[int, ...]]) -> None:
+        """A better plan, near these cuts."""
+        better = near(one.problem, cuts, incumbent_ps=self._limit(one))
+        if better.stages:
+            self.best = self.found(one, better)
+
     def _refuted(
-        self, p: StageProblem, target: int, each: int
+        self, p: StageProblem, target: int, asked: int
     ) -> tuple[bool, list[tuple[int, ...]]]:
-        """As `refute`, with so many programs at most. Of what is refuted without a limit to memory
-        other programs are too, so that is asked first, with few."""
+        """As `refute`, with more effort the more often that was no use. Of what is refuted without
+        a limit to memory other programs are too, so that is asked first, with few."""
         if self.known.covers(p, target):
             return True, []
         paths, free = self.shapes.of(p), unlimited(p)
         others = len(self.left) > 1 and free != p
-        asked = [free] if others and self.known.promising(free, target) else []
+        first = [free] if others and self.known.promising(free, target) else []
         cuts: list[tuple[int, ...]] = []
         counts = -(-p.count // STAGES)
-        for one in (*asked, p):
-            most = each if one is p else FIRST
-            given = max(0, min(most, -(-self.programs // counts)))
-            effort = Effort(programs=given)
+        for one in (*first, p):
+            effort = self._effort(asked, p.count) if one is p else Effort(programs=FIRST)
+            given = effort.programs = max(0, min(effort.programs, -(-self.programs // counts)))
             refuted, cuts = refute(one, target, paths, effort)
             self.programs -= counts * (given - effort.programs)
             if refuted:
@@ -132,3 +160,12 @@ class Proof:
             if one is free:
                 self.known.failed(free, target)
         return False, cuts
+
+    @staticmethod
+    def _effort(asked: int, stages: int) -> Effort:
+        """Of a program that was asked so often in vain."""
+        if stages > TREES:
+            return Effort(programs=FIRST << asked)
+        if asked < 2:
+            return Effort(programs=FIRST, nodes=asked)
+        return Effort(programs=MORE, nodes=NODES << asked - 2)

@@ -381,6 +381,7 @@ class Searcher(Space):
             unsettled.append(Unsettled(
                 bound=self._score(proved, d), bound_ps=proved,
                 order=out.solved, decisions=d, assignments=laid, problem=problem,
+                stages=found.stages,
             ))  # fmt: skip
         return over is None
 

@@ -20,6 +20,7 @@ from cost_models.stage_problem import (
     Nearest,
     Pair,
     StageProblem,
+    moved,
     neighbours,
     step_ps,
 )
@@ -179,20 +180,43 @@ def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Cand
 def search_near(
     p: StageProblem, cuts: Sequence[tuple[int, ...]], below: int, operations: int
 ) -> Found:
-    """The best step found from these cuts on; it proves nothing of the others."""
-    return _some(p, Chunks(p), 0, below, operations, cuts)
+    """The best step found from these cuts on, a layer moved from any stage to any other while it
+    pays; it proves nothing of the others."""
+    chunks, found, seen = Chunks(p), Found(), set(cuts)
+    simulated = 2 * p.microbatches * p.count
+    starts = (_candidate(p, chunks, cut) for cut in dict.fromkeys(cuts))
+    for here in sorted(c for c in starts if c is not None):
+        least = step_ps(p, here.stages, here.pairs)
+        while True:
+            if least < below:
+                below = least
+                found = Found(stages=here.stages, recompute=here.pairs, step_ps=least)
+            more = [cut for cut in moved(here.stages) if cut not in seen]
+            operations -= simulated + len(more) * p.count
+            if operations <= 0:
+                return found
+            seen.update(more)
+            after = here
+            pool = (_candidate(p, chunks, cut) for cut in more)
+            for one in sorted(c for c in pool if c is not None and c.bound_ps < least):
+                if one.bound_ps >= least or operations <= 0:
+                    break
+                operations -= simulated
+                step = step_ps(p, one.stages, one.pairs)
+                if step < least:
+                    least, after = step, one
+            if after is here:
+                break
+            here = after
+    return found
 
 
-def _some(
-    p: StageProblem, chunks: Chunks, bound: int, below: int, operations: int,
-    starts: Sequence[tuple[int, ...]] = (),
-) -> Found:  # fmt: skip
-    """Near-even cuts, balanced, or those given; then single layers moved between neighbours while
-    it pays.
+def _some(p: StageProblem, chunks: Chunks, bound: int, below: int, operations: int) -> Found:
+    """Near-even cuts, balanced; then single layers moved between neighbours while it pays.
 
     That nothing fits is found by moving layers off the fullest rank; it is not proved.
     """
-    starts = list(dict.fromkeys(starts or _near_even(p, chunks)))
+    starts = list(dict.fromkeys(_near_even(p, chunks)))
     pool = sorted(c for c in (_candidate(p, chunks, s) for s in starts) if c is not None)
     if not pool:
         relieved = [_relieved(p, chunks, stages) for stages in starts[:2]]

@@ -5,8 +5,8 @@ The relaxation: how many layers of each class a stage has and recomputes, in fra
 of the chain as far as lines tell it (`stage_order`); each rank's memory at its peaks; the paths
 that were violated so far. It is asked whether any choice has a step below some time: first in
 fractions; then the most layers that each rank can take in that time are rounded down, until all
-together cannot take the model's layers; then by halves of a number that is not whole: of a rank's
-layers, of a stage's, of a class on a stage or of what is recomputed of it.
+together cannot take the model's layers; then in whole numbers, by branch and cut
+(`stage_whole`), again with each path that its solution violates.
 Paths are of the schedule's shape alone, so programs of one shape share them.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,23 @@ from planner.stage_arcs import Array
 from planner.stage_order import hulls
 from planner.stage_paths import Known
 from planner.stage_ranks import bound_ps, tables
+from planner.stage_whole import solve_whole
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
 WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
 JOIN = 3  # paths that join a program at once
+ITERATIONS = 16  # of the simplex in a tree, that take as long as a linear program
+ROOT = 10  # nodes that take as long as a tree's first, with its cuts
 COLUMNS = 4_000  # programs with more variables are not bounded so
 
 
 @dataclass(slots=True, kw_only=True)
 class Effort:
-    """Linear programs that may still be solved."""
+    """Linear programs that may still be solved, and the nodes of one in whole numbers after
+    them."""
 
     programs: int = 300
+    nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,6 @@ class Point:
     tail_ps: float
     ranks: list[float]
     stages: list[float]
-    columns: list[float]
 
 
 def applies(p: StageProblem) -> bool:
@@ -110,7 +114,6 @@ class _Planes:
         self.number = [self.solver.NumVar(p.chunks, most, "") for _ in range(p.pp)]
         self.span, self.tail = (self.solver.NumVar(0, 1 + TOLERANCE, "") for _ in range(2))
         self.columns: list[tuple[int, int, int, Any]] = []  # stage, class, level, variable
-        self.stages: list[Any] = []  # rows of the layers of each
         self._add_columns()
         self._add_order()
         self._add_memory()
@@ -171,7 +174,6 @@ class _Planes:
             row.SetCoefficient(x, -1)
         for stage in range(p.count):
             some = s.Constraint(1, p.layers)
-            self.stages.append(some)
             for k, n in enumerate(counts):
                 if not self._may_be(stage, k):
                     continue
@@ -294,17 +296,20 @@ class _Planes:
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved
             self.effort.programs = 0
             return Point(
-                times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[], columns=[]
+                times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[]
             )
-        values = np.array([c[3].solution_value() for c in self.columns])
+        return self._point(np.array([x.solution_value() for x in self.solver.variables()]))
+
+    def _point(self, values: Array) -> Point:
+        """A solution of the program, by its variables' indices."""
+        columns = values[[c[3].index() for c in self.columns]]
         layers = np.zeros(self.p.count)
         own = self.at[2] == 0
-        np.add.at(layers, self.at[0][own], values[own])
+        np.add.at(layers, self.at[0][own], columns[own])
         return Point(
-            times=self.fixed.reshape(-1) + self.adds @ values,
-            tail_ps=self.tail.solution_value() * self.unit,
-            ranks=[x.solution_value() for x in self.number], stages=layers.tolist(),
-            columns=values.tolist(),
+            times=self.fixed.reshape(-1) + self.adds @ columns,
+            tail_ps=float(values[self.tail.index()]) * self.unit,
+            ranks=values[[x.index() for x in self.number]].tolist(), stages=layers.tolist(),
         )  # fmt: skip
 
     def _holds(self, point: Point) -> bool:
@@ -338,7 +343,7 @@ class _Planes:
                 return point
 
     def empty(self) -> bool:
-        """Whether nothing is left: told by the ranks' numbers, or of both halves of one."""
+        """Whether nothing is left: told by the ranks' numbers, or in whole numbers."""
         point = self._least(self.span, False)
         while point is not None and self.effort.programs > 0:
             before = [x.ub() for x in self.number]
@@ -349,65 +354,59 @@ class _Planes:
                 found = self._least(x, True)
                 if found is None:
                     return True
+                point = found
                 if self.effort.programs <= 0:
-                    self._guess(found)
-                    return False
+                    break
                 x.SetUb(min(x.ub(), math.floor(found.ranks[rank] + WHOLE)))
                 if sum(y.ub() for y in self.number) < self.p.layers or x.ub() < x.lb():
                     return True
-            point = self._least(self.span, False)
+            else:
+                point = self._least(self.span, False)
             if before == [x.ub() for x in self.number]:
                 break
         if point is None:
             return True
         self._guess(point)
-        return self.effort.programs > 0 and self._halves(point)
+        return self.effort.nodes > 0 and bool(point.stages) and self._whole()
 
     def _guess(self, point: Point) -> None:
         """A cut near a point where the time may be kept, unless the solver gave up."""
         if point.stages:
             self.cuts.append(_rounded(point.stages, self.p.layers))
 
-    def _halves(self, point: Point) -> bool:
-        """Both halves of a number that is not whole: of layers of a rank; where those are whole of
-        a stage; then of a class on a stage, or of those that are recomputed."""
-        found = self._broken(point)
-        if found is None:
+    def _whole(self) -> bool:
+        """Whether nothing is left in whole numbers: of layers by stage and class, and of ranks."""
+        objective = self.solver.Objective()
+        objective.Clear()
+        objective.SetOptimizationDirection(False)
+        for x in (self.span, self.tail):
+            objective.SetCoefficient(x, 1)
+        whole = [x.index() for x in (*self.number, *(c[3] for c in self.columns), *self._sums())]
+        while self.effort.nodes > 0:
+            found = solve_whole(self.solver, whole, self.effort.nodes)
+            self.effort.nodes -= ROOT + found.nodes
+            self.effort.programs -= 1 + found.iterations // ITERATIONS
+            if found.values is None:
+                return found.complete
+            point = self._point(found.values)
             self._guess(point)
-            return False
-        x, value, of_ranks = found
-        at = math.floor(value)
-        kept = [(y.lb(), y.ub()) for y in self.number]
-        own = x.lb(), x.ub()
-        for low, high in ((own[0], at), (at + 1, own[1])):
-            x.SetBounds(low, high)
-            refuted = low > high or (self.empty() if of_ranks else self._nothing())
-            for y, bounds in zip(self.number, kept):
-                y.SetBounds(*bounds)
-            x.SetBounds(*own)
-            if not refuted:
-                return False
-        return True
+            if self._holds(point):
+                break
+        return False
 
-    def _broken(self, point: Point) -> tuple[Any, float, bool] | None:
-        """What is the least whole, and whether it is of a rank; None where all are whole."""
-        groups = (
-            (self.number, point.ranks), (self.stages, point.stages),
-            ([c[3] for c in self.columns], point.columns),
-        )  # fmt: skip
-        for rows, values in groups:
-            part = [abs(n - round(n)) for n in values]
-            most = max(range(len(part)), key=lambda i: (part[i], -i))
-            if part[most] > WHOLE:
-                return rows[most], values[most], rows is self.number
-        return None
-
-    def _nothing(self) -> bool:
-        """As `empty`, where the most layers that each rank can take are whole."""
-        point = self._least(self.span, False)
-        if point is None:
-            return True
-        return self.effort.programs > 0 and self._halves(point)
+    def _sums(self) -> Iterator[Any]:
+        """Of each rank how many layers of a class it has, and recomputes: a tree that parts these
+        is smaller than one that parts what is on each of its stages."""
+        p, s = self.p, self.solver
+        groups: dict[tuple[int, int, int], list[Any]] = {}
+        for stage, kind, level, x in self.columns:
+            groups.setdefault((p.rank_of(stage), kind, level), []).append(x)
+        for some in groups.values():
+            total, row = s.NumVar(0, p.layers, ""), s.Constraint(0, 0)
+            row.SetCoefficient(total, -1)
+            for x in some:
+                row.SetCoefficient(x, 1)
+            yield total
 
 
 def _rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:

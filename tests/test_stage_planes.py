@@ -19,7 +19,8 @@ from planner.interrupts import held, interruptible
 from planner.proving import Proof, Unsettled
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
-from planner.stages import evaluate, lower_bound_ps, solve
+from planner.stage_whole import solve_whole
+from planner.stages import evaluate, lower_bound_ps, near, solve
 
 
 def taken(paths, times, sends):
@@ -60,8 +61,8 @@ def test_nothing_is_refuted_that_exists(schedule):
         if best is None:
             continue
         known, low = Known.of(p), lower_bound_ps(p)
-        assert not refute(p, best + 1, known, Effort(programs=50))[0], seed
-        while low < best and refute(p, low + best // 20, known, Effort(programs=50))[0]:
+        assert not refute(p, best + 1, known, Effort(programs=50, nodes=200))[0], seed
+        while low < best and refute(p, low + best // 20, known, Effort(programs=50, nodes=200))[0]:
             low += best // 20
         assert low <= best
         shares.append(low / best)
@@ -123,7 +124,7 @@ def test_a_proof_raises_bounds_and_finds_what_they_point_at():
 
     one = Unsettled(bound=low * 51 // 50, bound_ps=low, order=0, decisions=d,
                     assignments={}, problem=p)  # fmt: skip
-    proof = Proof(best=2 * low, untried=1 << 62, left=[one], found=found, programs=200)
+    proof = Proof(best=2 * low, untried=1 << 62, left=[one], found=found, programs=2_000)
     left = proof.run()
     assert seen and proof.best == seen[-1] * 51 // 50
     assert seen == sorted(seen, reverse=True)
@@ -165,7 +166,9 @@ def test_an_interrupt_that_a_solver_answered_is_passed_on(monkeypatch):
 
 def test_layers_by_turns_and_whole_stages_are_refuted_to_the_optimum():
     """Light and heavy layers by turns: no stage has light ones alone, nor a part of a layer. A time
-    just below the best of all cuts is refuted; one that exists is not."""
+    just below the best of all cuts is refuted; one that exists is not. Fractions of layers do not
+    tell it, and a layer moved at a time leads to that best."""
+    undecided = 0
     for heavy, m, pp in ((50, 4, 2), (90, 8, 2), (70, 4, 4)):
         p = large(schedule="interleaved", virtual_stages=2, pp=pp, microbatches=m,
                   capacity_bytes=10**15, levels=("none",), last=Extra())  # fmt: skip
@@ -177,5 +180,27 @@ def test_layers_by_turns_and_whole_stages_are_refuted_to_the_optimum():
                 for at in itertools.combinations(range(1, 11), count - 1)]  # fmt: skip
         best = min(evaluate(p, cut, ((0, 0),) * count)[0] for cut in cuts)
         known = Known.of(p)
-        assert refute(p, best * 999 // 1000, known, Effort(programs=2_000))[0], (heavy, m, pp)
-        assert not refute(p, best + 1, known, Effort(programs=2_000))[0], (heavy, m, pp)
+        undecided += not refute(p, best * 999 // 1000, known, Effort(programs=200))[0]
+        assert refute(p, best * 999 // 1000, known, Effort(programs=200, nodes=10_000))[0], (heavy, m, pp)
+        assert not refute(p, best + 1, known, Effort(programs=200, nodes=10_000))[0], (heavy, m, pp)
+        assert near(p, [cuts[0]], incumbent_ps=1 << 62).step_ps == best
+        assert near(p, [cuts[0]], incumbent_ps=best).status == "CUTOFF"
+    assert undecided
+
+
+def test_whole_numbers_are_solved_or_said_to_be_open():
+    """2x + 3y of whole numbers is not 1,
+    and what is solved is solved the same again."""
+    solver = pywraplp.Solver.CreateSolver("GLOP")
+    x, y = solver.NumVar(0, 5, ""), solver.NumVar(0, 5, "")
+    row = solver.Constraint(7, 7)
+    row.SetCoefficient(x, 2)
+    row.SetCoefficient(y, 3)
+    solver.Objective().SetCoefficient(y, 1)
+    first, again = (solve_whole(solver, [0, 1], 100) for _ in range(2))
+    assert first.complete and first.values.tolist() == again.values.tolist() == [2, 1]
+    assert (first.nodes, first.iterations) == (again.nodes, again.iterations)
+    row.SetBounds(1, 1)
+    none = solve_whole(solver, [0, 1], 100)
+    assert none.complete and none.values is None
+    assert solve_whole(solver, [0], 100).values.tolist() == [0, 1 / 3]
