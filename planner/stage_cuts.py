@@ -29,6 +29,7 @@ from planner.stage_bounds import mean_tail_ps, sure_extra
 from planner.stage_chunks import Chunks
 
 ALL_CUTS = 1000  # so many cuts are all looked at
+PROMISING = 8  # a cut is bettered if its step is within one part in so many of the best
 
 
 def bound_all(p: StageProblem) -> int:
@@ -187,7 +188,7 @@ def search_near(
     starts = (_candidate(p, chunks, cut) for cut in dict.fromkeys(cuts))
     for here in sorted(c for c in starts if c is not None):
         least = step_ps(p, here.stages, here.pairs)
-        while True:
+        while least < below + below // PROMISING:
             if least < below:
                 below = least
                 found = Found(stages=here.stages, recompute=here.pairs, step_ps=least)

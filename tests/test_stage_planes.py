@@ -181,8 +181,11 @@ def test_layers_by_turns_and_whole_stages_are_refuted_to_the_optimum():
         best = min(evaluate(p, cut, ((0, 0),) * count)[0] for cut in cuts)
         known = Known.of(p)
         undecided += not refute(p, best * 999 // 1000, known, Effort(programs=200))[0]
-        assert refute(p, best * 999 // 1000, known, Effort(programs=200, nodes=10_000))[0], (heavy, m, pp)
-        assert not refute(p, best + 1, known, Effort(programs=200, nodes=10_000))[0], (heavy, m, pp)
+        below, above = (
+            refute(p, time, known, Effort(programs=200, nodes=10_000))[0]
+            for time in (best * 999 // 1000, best + 1)
+        )
+        assert below and not above, (heavy, m, pp)
         assert near(p, [cuts[0]], incumbent_ps=1 << 62).step_ps == best
         assert near(p, [cuts[0]], incumbent_ps=best).status == "CUTOFF"
     assert undecided
