@@ -71,6 +71,13 @@ def shared_shardings():
     import shared_shardings  # noqa: F401
 
 
+@pytest.fixture
+def no_baselines(monkeypatch):
+    """Plans without the recipes that they are compared with: a third of planning what is pinned,
+    where no recipe is a plan to start from."""
+    monkeypatch.setattr("planner.tracing._baselines", lambda *_: ([], False))
+
+
 @pytest.fixture(scope="session")
 def cache():
     """The folder of traced graphs that all of the session's processes share."""

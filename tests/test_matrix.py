@@ -9,6 +9,7 @@ import matrix
 import pytest
 
 
+@pytest.mark.usefixtures("no_baselines")
 @pytest.mark.parametrize("cell", matrix.subset(), ids=lambda cell: cell.name)
 def test_what_is_planned_runs_and_computes_the_same(world, cell):
     found = matrix.run(world, cell, "aot_eager")  # as `make matrix` with inductor, but sooner

@@ -27,7 +27,7 @@ from planner.runtime.verify.ledger import LedgerResult, Row, check_ledger
 from planner.tracing import Clock
 from planner.workload import Asked, precision_of
 
-pytestmark = pytest.mark.usefixtures("shared_shardings")
+pytestmark = pytest.mark.usefixtures("shared_shardings", "no_baselines")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
