@@ -27,6 +27,7 @@ FIRST = 24  # of one stage program when it is asked; then these and the first no
 MORE = 100  # so many, and a tree of so many nodes, twice as many each time that it was no use
 NODES = 100
 MOST = 6  # times that it is asked with more
+MOST_LINES = 2  # where its stages are too many for a tree
 TREES = 48  # stages of a program that is asked in whole numbers, at most
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
@@ -116,7 +117,8 @@ class Proof:
         top = limit - limit // GOAL if far else limit
         if high - one.bound_ps <= limit // (GOAL if far else WITHIN):
             asked, high = asked + 1, ENDLESS  # as near as so much effort comes
-        if asked > MOST or self.programs <= (0 if far else BEYOND):
+        most = MOST if one.problem.count <= TREES else MOST_LINES
+        if asked > most or self.programs <= (0 if far else BEYOND):
             return one
         target = top
         if high <= top or limit - one.bound_ps > NEAR * limit // GOAL:
