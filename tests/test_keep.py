@@ -236,3 +236,22 @@ def test_the_commands_say_it(plan):
     code, out, _ = plan("why", "a.json", "--not", "keep=attention/attention")
     assert code == 0 and "keep=" in out
     assert plan(*common, "--engine", "torchtitan", "--fix", "keep=none", "-o", "c.json")[0] == 64
+
+
+def test_rows_that_are_remembered_are_those_of_the_decisions():
+    """Whatever was asked before: of another state, of layers that keep or move more, by turns."""
+
+    def fresh():
+        return Searcher(costs=costs_of(graph_of("llama", n_layers=3), "h100x2", global_batch=4))
+
+    asked = fresh()
+    least = Decisions(dp=2, shard=2, microbatches=2, compile=True)
+    laid, rungs = asked.assign(1, False), [(), asked.keeps(1, False)[0]]
+    states = [{"zero": 1}, {"zero": 3}, {"zero": 3, "grad_dtype": "bf16"}]
+    moved = [(), (("activations", "cpu"),), (("optimizer", "cpu"), ("activations", "cpu")),
+             (("optimizer", "cpu:1"),)]  # fmt: skip
+    every = [replace(least, keep=keep, offload=way, **state)
+             for keep in rungs for state in states for way in moved]  # fmt: skip
+    for d in every:
+        steps = [each.costs.step(d, laid) for each in (asked, fresh())]
+        assert (steps[0].rows, steps[0].glue) == (steps[1].rows, steps[1].glue), d
