@@ -84,6 +84,10 @@ class Chunks:
         self.sums = np.concatenate(
             (np.zeros((4, 1), dtype=np.int64), np.cumsum(np.array(kinds), axis=1)), axis=1
         )
+        tails = np.subtract(p.tail_comm_ps, p.tail_hide_ps), p.tail_own_ps
+        self.tails = np.concatenate(
+            (np.zeros((2, 1), dtype=np.int64), np.cumsum(np.array(tails), axis=1)), axis=1
+        )
         self.split = p.schedule in SPLIT_BACKWARD
         self.of_rank = [p.stages_of(rank) for rank in range(p.pp)]
         crossing = [p.rank_of(k) != p.rank_of(k + 1) for k in range(p.count - 1)]
@@ -95,6 +99,10 @@ class Chunks:
              max((e.gathered_bytes for e in m), default=0))
             for m in more
         ]  # by stage: (kept, state, working, gathered) bytes beside its layers
+        self.tails_beside = np.array([
+            [sum(e.tail_comm_ps - e.tail_hide_ps for e in m) for m in more],
+            [sum(e.tail_own_ps for e in m) for m in more],
+        ])  # fmt: skip
         self.moments = [np.array(p.in_flight(rank)).T for rank in range(p.pp)]
         self._kept: dict[int, list[tuple[int, int, int, Pair]]] = {}
         self.exact = True  # whether every combination of pairs asked for was looked at
@@ -138,14 +146,29 @@ class Chunks:
         once = int(before[-1] + behind[-1] + 2 * cross[-1])
         found = max(once, int(np.maximum(np.maximum(head + load + home, after_first),
                                          to_last).max()))  # fmt: skip
-        return found + tail_ps(self.p, stages)
+        return found + self.tail(stages)
 
-    def pairs(self, rank: int, stages: Sequence[int]) -> tuple[Pairs, ...]:
-        """Recomputations of a rank that fit and are not worse in every chunk; none if none fits."""
-        key, spans = self._key(rank, stages, starts_of(stages))
-        if key not in self._pairs:
-            self._pairs[key] = self._fitting(rank, spans)
-        return self._pairs[key]
+    def tail(self, stages: Sequence[int]) -> int:
+        """`tail_ps`, of all ranks at once where they are alike."""
+        if self.p.ranks:
+            return tail_ps(self.p, stages)
+        cuts = np.concatenate(([0], np.cumsum(stages)))
+        each = self.tails[:, cuts[1:]] - self.tails[:, cuts[:-1]] + self.tails_beside
+        comm, own = each[:, self.profile.stage].sum(axis=2)
+        return int((np.maximum(comm, 0) + own).max())
+
+    def choices(self, stages: Sequence[int]) -> list[tuple[Pairs, ...]]:
+        """By rank the recomputations that fit and are not worse in every chunk, up to one that has
+        none."""
+        starts, found = starts_of(stages), []
+        for rank in range(self.p.pp):
+            key, spans = self._key(rank, stages, starts)
+            if key not in self._pairs:
+                self._pairs[key] = self._fitting(rank, spans)
+            found.append(self._pairs[key])
+            if not found[-1]:
+                break
+        return found
 
     def _key(
         self, rank: int, stages: Sequence[int], starts: Sequence[int]

@@ -112,7 +112,7 @@ def _every(
     """Weigh all cuts with all their recomputations, least bound first, while effort lasts."""
     rows = []
     for stages in cuts:
-        choices = [chunks.pairs(rank, stages) for rank in range(p.pp)]
+        choices = chunks.choices(stages)
         if all(choices):
             least = {k: min(one.extra_ps[c] for one in choices[r])
                      for r in range(p.pp) for c, k in enumerate(p.stages_of(r))}  # fmt: skip
@@ -170,7 +170,7 @@ class Candidate:
 
 
 def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Candidate | None:
-    choices = [chunks.pairs(rank, stages) for rank in range(p.pp)]
+    choices = chunks.choices(stages)
     if not all(choices):
         return None
     chosen = [min(some, key=lambda one: (sum(one.extra_ps), one.extra_ps)) for some in choices]

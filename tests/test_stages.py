@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
-from cost_models.stage_problem import Lowered
+from cost_models.stage_problem import Lowered, tail_ps
 from ir.errors import UsageError
 from planner.by_layer import best_count
 from planner.stage_bounds import filled_ps, forced_ps
@@ -354,8 +354,8 @@ def test_a_stage_of_like_layers_costs_alike_wherever_it_begins():
         for cut in cuts(p.layers, p.count):
             fresh, ranks = Chunks(p), range(p.pp)
             assert known.least_bytes(cut) == [fresh.least(r, cut).bytes for r in ranks]
+            assert known.choices(cut) == fresh.choices(cut)
             for rank in ranks:
-                assert known.pairs(rank, cut) == fresh.pairs(rank, cut)
                 assert known.least(rank, cut) == Chunks(p).least(rank, cut)
 
 
@@ -380,3 +380,11 @@ def test_the_best_count_of_optimizers_below_equals_enumeration():
         assert best == min(fit, key=lambda n: (fit[n], n), default=None)
         found += best is not None
     assert found > 10
+
+
+def test_the_tail_of_all_ranks_at_once_is_the_longest_of_theirs():
+    for seed in range(40):
+        p = tiny(seed, "interleaved")
+        chunks = Chunks(p)
+        for stages in cuts(p.layers, p.count):
+            assert chunks.tail(stages) == tail_ps(p, stages), (seed, stages)
