@@ -27,7 +27,7 @@ FIRST = 24  # of one stage program when it is asked; then these and the first no
 MORE = 100  # so many, and a tree of so many nodes, twice as many each time that it was no use
 NODES = 100
 MOST = 6  # times that it is asked with more
-MOST_LINES = 2  # where its stages are too many for a tree
+MOST_LINES = 1  # where its stages are too many for a tree
 TREES = 48  # stages of a program that is asked in whole numbers, at most
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
@@ -57,6 +57,11 @@ def _by_planes(one: Unsettled) -> bool:
     return one.problem.chunks > 1 and applies(one.problem)
 
 
+def _in_trees(one: Unsettled) -> bool:
+    """Whether that is in whole numbers too."""
+    return _by_planes(one) and one.problem.count <= TREES
+
+
 @dataclass(slots=True, kw_only=True)
 class Proof:
     """best: the score of the best plan. untried: the least bound of what is not in `left`.
@@ -79,7 +84,8 @@ class Proof:
     def run(self) -> list[Unsettled]:
         """Least bound first, while that raises the whole; returns what is left. Before that the
         best plan is made better, which all others are held against."""
-        for own in [u for u in self.left if u.stages and _by_planes(u)][-1:]:
+        own = next((u for u in reversed(self.left) if u.stages), None)
+        if own is not None and _in_trees(own):
             self._look(own, [own.stages])
         while self.left and not self.stopped():
             weakest = min(self.left, key=lambda u: (u.bound, u.order))
@@ -117,7 +123,7 @@ class Proof:
         top = limit - limit // GOAL if far else limit
         if high - one.bound_ps <= limit // (GOAL if far else WITHIN):
             asked, high = asked + 1, ENDLESS  # as near as so much effort comes
-        most = MOST if one.problem.count <= TREES else MOST_LINES
+        most = MOST if _in_trees(one) else MOST_LINES
         if asked > most or self.programs <= (0 if far else BEYOND):
             return one
         target = top
@@ -128,7 +134,7 @@ class Proof:
             self.asked[one.order] = asked, high
             return None if target == limit else one.raised(target, self.gain_ppm)
         self.asked[one.order] = (asked, target) if asked else (1, high)
-        if asked and one.order not in self.looked:
+        if asked and far and one.order not in self.looked:
             self.looked.add(one.order)
             self._look(one, cuts)
         return replace(one)
