@@ -208,23 +208,27 @@ def starts_of(stages: Sequence[int]) -> list[int]:
     return starts
 
 
+def shifted(stages: Sequence[int], give: int, take: int) -> tuple[int, ...]:
+    """The cut with a layer less on one stage and one more on another."""
+    cut = list(stages)
+    cut[give] -= 1
+    cut[take] += 1
+    return tuple(cut)
+
+
 def neighbours(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Cuts with one boundary moved by a layer, the last boundary first."""
     for k in range(len(stages) - 2, -1, -1):
-        for step in (1, -1):
-            a, b = stages[k] + step, stages[k + 1] - step
-            if a >= 1 and b >= 1:
-                yield (*stages[:k], a, b, *stages[k + 2 :])
+        for give, take in ((k + 1, k), (k, k + 1)):
+            if stages[give] > 1:
+                yield shifted(stages, give, take)
 
 
 def moved(stages: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Cuts with a layer less on a stage and one more on any other."""
     for give, take in itertools.permutations(range(len(stages)), 2):
         if stages[give] > 1:
-            cut = list(stages)
-            cut[give] -= 1
-            cut[take] += 1
-            yield tuple(cut)
+            yield shifted(stages, give, take)
 
 
 def evaluate(

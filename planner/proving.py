@@ -45,7 +45,7 @@ class Unsettled:
     decisions: Decisions
     assignments: Assignments
     problem: StageProblem
-    stages: tuple[int, ...] = ()  # of a choice that was the best plan when it was found
+    stages: tuple[int, ...] = ()  # of a choice found that beats the best, if tiers have room
 
     def raised(self, bound_ps: int, gain_ppm: int) -> Unsettled:
         score = score_of(bound_ps, self.decisions, gain_ppm)

@@ -24,7 +24,7 @@ from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
 from planner.outcome import Misfit, Outcome, Program, Tried, decided, less_over, nearer
-from planner.proving import FIRST, Proof, Unsettled
+from planner.proving import ENDLESS, FIRST, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.relaid import relaid
 from planner.room import least_bytes, over_below, state_bytes
@@ -52,7 +52,6 @@ PROBE = 6  # linear programs without a limit to memory, where paths that matter 
 SHARPENED = 8  # meshes whose bounds are sharpened count one
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 CLOSEST = 3  # and so many states, the least over by what they hold at least, of other pp each
-ENDLESS = 1 << 62  # picoseconds
 
 
 @dataclass(kw_only=True)

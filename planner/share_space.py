@@ -27,8 +27,8 @@ from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
 from planner.outcome import Outcome, Tried, decided
-from planner.proving import Unsettled
-from planner.search import ENDLESS, Searcher
+from planner.proving import ENDLESS, Unsettled
+from planner.search import Searcher
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
 

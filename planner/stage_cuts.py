@@ -22,6 +22,7 @@ from cost_models.stage_problem import (
     StageProblem,
     moved,
     neighbours,
+    shifted,
     step_ps,
 )
 from planner.stage_arcs import INF, Array
@@ -279,7 +280,7 @@ def _balanced(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
     def spread_of(cut: Sequence[int]) -> list[int]:
         return sorted(loads(cut), reverse=True)
 
-    now, cut = spread_of(stages), list(stages)
+    now, cut = spread_of(stages), stages
     for _ in range(p.layers):
         at = loads(cut)
         busy, idle = at.index(max(at)), at.index(min(at))
@@ -287,13 +288,11 @@ def _balanced(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
         take = min(p.stages_of(idle), key=lambda k: (cut[k], k))
         if cut[give] == 1:
             break
-        then = list(cut)
-        then[give] -= 1
-        then[take] += 1
+        then = shifted(cut, give, take)
         if spread_of(then) >= now:
             break
         now, cut = spread_of(then), then
-    return tuple(cut)
+    return cut
 
 
 def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple[int, ...]:
@@ -305,10 +304,8 @@ def _relieved(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> tuple
         for give in p.stages_of(full):
             for take in p.stages_of(free):
                 if cut[give] > 1 and give != take:
-                    then = list(cut)
-                    then[give] -= 1
-                    then[take] += 1
-                    trials.append((chunks.least_bytes(then), tuple(then)))
+                    then = shifted(cut, give, take)
+                    trials.append((chunks.least_bytes(then), then))
         best = min(trials, key=lambda t: (max(t[0]), t[1]), default=None)
         if best is None or max(best[0]) >= max(now):
             break

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.highs import Rows, model_of
 from planner.interrupts import held
 from planner.stage_arcs import Array
 
@@ -28,38 +29,25 @@ def solve_whole(solver: Any, whole: list[int], nodes: int) -> Whole:
     """The program of a linear solver with its objective, the variables of these indices in whole
     numbers, to so many nodes of the tree at most."""
     from ortools.linear_solver import linear_solver_pb2
-    from ortools.math_opt import model_pb2
     from ortools.math_opt.python import mathopt
 
-    source = linear_solver_pb2.MPModelProto()
-    solver.ExportModelToProto(source)
-    proto = model_pb2.ModelProto()
-    count = len(source.variable)
-    proto.variables.ids.extend(range(count))
-    proto.variables.lower_bounds.extend([v.lower_bound for v in source.variable])
-    proto.variables.upper_bounds.extend([v.upper_bound for v in source.variable])
-    integers = [False] * count
-    for i in whole:
-        integers[i] = True
-    proto.variables.integers.extend(integers)
-    rows = [r for r in source.constraint
-            if r.lower_bound > -math.inf or r.upper_bound < math.inf]  # fmt: skip
-    some = proto.linear_constraints
-    some.ids.extend(range(len(rows)))
-    some.lower_bounds.extend([r.lower_bound for r in rows])
-    some.upper_bounds.extend([r.upper_bound for r in rows])
-    matrix = proto.linear_constraint_matrix
-    for at, row in enumerate(rows):
-        columns = np.array(row.var_index, dtype=np.int64)
-        order = np.argsort(columns, kind="stable")
-        matrix.row_ids.extend([at] * len(columns))
-        matrix.column_ids.extend(columns[order].tolist())
-        matrix.coefficients.extend(np.array(row.coefficient)[order].tolist())
-    objective = [(i, v.objective_coefficient) for i, v in enumerate(source.variable)
-                 if v.objective_coefficient]  # fmt: skip
-    proto.objective.linear_coefficients.ids.extend([i for i, _ in objective])
-    proto.objective.linear_coefficients.values.extend([c for _, c in objective])
-    model = mathopt.Model.from_model_proto(proto)
+    proto = linear_solver_pb2.MPModelProto()
+    solver.ExportModelToProto(proto)
+    given, rows = proto.variable, [r for r in proto.constraint if r.lower_bound > -math.inf
+                                   or r.upper_bound < math.inf]  # fmt: skip
+    integers = set(whole)
+    model = model_of(
+        [v.lower_bound for v in given], [v.upper_bound for v in given],
+        [i in integers for i in range(len(given))],
+        np.array([v.objective_coefficient for v in given]),
+        [Rows(
+            row=np.repeat(np.arange(len(rows)), [len(r.var_index) for r in rows]),
+            column=np.concatenate([r.var_index for r in rows]).astype(np.int64),
+            value=np.concatenate([r.coefficient for r in rows]),
+            lower=np.array([r.lower_bound for r in rows]),
+            upper=np.array([r.upper_bound for r in rows]),
+        )],
+    )  # fmt: skip
     params = mathopt.SolveParameters(node_limit=nodes)
     # the same answer on any number of cores, and no solution that presolving put out of place
     params.highs.string_options.update(parallel="off", presolve="off")

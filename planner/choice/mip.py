@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from planner.choice.core import Core
 from planner.choice.problem import Floats, Ints
+from planner.highs import Rows, model_of
 
 ROUNDS = 40  # of rows that join
 SCALE = 1e4  # the largest cost that HiGHS sees
@@ -50,17 +51,6 @@ class Relaxed:
 
     share: Floats
     multipliers: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Sparse rows: lower <= sum of values * variables <= upper."""
-
-    row: Ints
-    column: Ints
-    value: Floats
-    lower: Floats
-    upper: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,34 +202,15 @@ def _highs(
     program: Program, joined: tuple[Rows, ...], *, limits: Limits, relaxed: bool = False,
     hint: NDArray[np.bool_] | None = None,
 ) -> Found:  # fmt: skip
-    from ortools.math_opt import model_pb2
     from ortools.math_opt.python import mathopt
 
     cost, states = program.cost, program.states
     scale = SCALE / max(float(np.abs(cost).max(initial=0)), 1.0)
-    proto = model_pb2.ModelProto()
-    variables = proto.variables
-    variables.ids.extend(range(len(cost)))
-    variables.lower_bounds.extend([0.0] * len(cost))
-    variables.upper_bounds.extend([1.0] * len(cost))
-    variables.integers.extend([k < states and not relaxed for k in range(len(cost))])
-    some = np.flatnonzero(cost)
-    proto.objective.linear_coefficients.ids.extend(some.tolist())
-    proto.objective.linear_coefficients.values.extend((cost[some] * scale).tolist())
-    parts = (program.table, *joined)
-    first = np.cumsum([0, *(len(part.lower) for part in parts)])
-    constraints = proto.linear_constraints
-    constraints.ids.extend(range(int(first[-1])))
-    constraints.lower_bounds.extend(np.concatenate([p.lower for p in parts]).tolist())
-    constraints.upper_bounds.extend(np.concatenate([p.upper for p in parts]).tolist())
-    row = np.concatenate([p.row + at for p, at in zip(parts, first)])
-    column = np.concatenate([p.column for p in parts])
-    order = np.lexsort((column, row))
-    matrix = proto.linear_constraint_matrix
-    matrix.row_ids.extend(row[order].tolist())
-    matrix.column_ids.extend(column[order].tolist())
-    matrix.coefficients.extend(np.concatenate([p.value for p in parts])[order].tolist())
-    model = mathopt.Model.from_model_proto(proto)
+    model = model_of(
+        [0.0] * len(cost), [1.0] * len(cost),
+        [k < states and not relaxed for k in range(len(cost))], cost * scale,
+        (program.table, *joined),
+    )  # fmt: skip
     params = mathopt.SolveParameters()
     if limits.seconds is not None:
         params.time_limit = timedelta(seconds=max(limits.seconds, 0.01))
@@ -261,9 +232,10 @@ def _highs(
     bound = result.termination.objective_bounds.dual_bound / scale
     if not result.has_primal_feasible_solution() or (relaxed and not complete):
         return Found(values=None, bound=bound, complete=complete, duals=np.zeros(0))
-    duals = np.zeros(int(first[-1] - first[1]))
+    own = len(program.table.lower)
+    duals = np.zeros(sum(len(rows.lower) for rows in joined))
     if relaxed and result.has_dual_feasible_solution():
-        rows = [model.get_linear_constraint(k) for k in range(int(first[1]), int(first[-1]))]
+        rows = [model.get_linear_constraint(k) for k in range(own, own + len(duals))]
         duals = np.maximum(-np.array(result.dual_values(rows), dtype=np.float64), 0) / scale
     return Found(
         values=np.array(result.variable_values(list(model.variables()))), bound=bound,
