@@ -42,9 +42,10 @@ class Probe:
 
     op: gemm [m, n, k]; attention and attention_backward [batch, heads, seq, head_dim], causal;
     copy, add, norm [elements]; launch; host_to_device, device_to_host (pinned), unpinned,
-    host_copy, disk_read, disk_write; a collective [ranks]; of the host product [rows, columns,
-    inner], fetch, piece, token and request [layers, ops]. flop: executed. moved_bytes: read and
-    written, or sent (collectives: the full tensor). seconds: one value a repeat.
+    host_copy, disk_read, disk_fetch, disk_write; a collective [ranks]; of the host product and
+    cached [rows, columns, inner], fetch, piece, token [layers, ops, columns of its products] and
+    request [layers, ops]. flop: executed. moved_bytes: read and written, or sent (collectives: the
+    full tensor). seconds: one value a repeat.
     """
 
     op: str

@@ -22,7 +22,8 @@ from cost_models.hardware import Cluster, Device, describe, recognise
 CPU = "cpu"
 CPU_POWER_W = 200.0  # of a server socket, nominal: a CPU is not costed by its power
 UNKNOWN_GPU_POWER_W = 400.0  # likewise: reference and board are the same, so nothing depends on it
-_RATES = {"row_bytes_per_s": "B/s", "read_bytes_per_s": "B/s", "flop_per_s": "FLOP/s"}
+_RATES = {"row_bytes_per_s": "B/s", "read_bytes_per_s": "B/s", "cached_bytes_per_s": "B/s",
+          "disk_bytes_per_s": "B/s", "flop_per_s": "FLOP/s", "column_s": "s"}  # fmt: skip
 # Sources of tables that were not fitted.
 _TOLD = {
     "cache": "as the driver or the system tells it",

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from cost_models.calibrate import MOST_ERROR, FittedTable, Measured, Probe
 from cost_models.fit.least_squares import fit
-from cost_models.serving_host import PRODUCT_KEYS, Products, assumed_products
+from cost_models.serving_host import FITTED_KEYS, Products, assumed_products
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-_LEAST_PRODUCTS = 5  # of four constants
-# Spread (natural logarithm) of what is started from: the rates of the smallest and the largest
-# product, and 1.5, between limits that add and limits that overlap.
-_SD = np.array([0.5, 0.5, 0.5, 0.5])
-_SMOOTHNESS = 1.5
+_LEAST_PRODUCTS = 6  # of five constants
+# Spread (natural logarithm) of what is started from: the best rates of all products; 50 ns, half
+# of what memory answers in; and 1.5, between limits that add and limits that overlap.
+_SD = np.array([0.5, 0.5, 1.0, 0.5, 0.5])
+_COLUMN_S, _SMOOTHNESS = 5e-8, 1.5
 
 
 def fit_host(run: Measured) -> tuple[FittedTable, ...]:
@@ -32,12 +32,16 @@ def fit_host(run: Measured) -> tuple[FittedTable, ...]:
 def _host(run: Measured, fp32: Products | None) -> tuple[FittedTable, ...]:
     samples = list(run.of("fetch", "piece"))
     values = [(f"{p.op}_s", p.median_s) for p in samples]
+    fetched = run.of("disk_fetch")
+    values += [("disk_bytes_per_s", p.bytes_per_s) for p in fetched]
+    samples += fetched
     tokens = sorted(run.of("token"), key=lambda p: p.shape)
     if len(tokens) == 2 and (not any(p.moved_bytes for p in tokens) or fp32):
         few, many = tokens
         # On a CPU products are a part of a token, not on a GPU, which is behind its host.
         few_s, many_s = (
-            p.median_s - (float(fp32.seconds(p.moved_bytes, p.flop, 1)) if fp32 else 0.0)
+            p.median_s
+            - (float(fp32.seconds(p.moved_bytes, p.flop, 1, p.shape[2])) if fp32 else 0.0)
             for p in tokens
         )
         op_s = (many_s - few_s) / (many.shape[1] - few.shape[1])
@@ -67,22 +71,24 @@ def _products(run: Measured, dtype: str) -> tuple[FittedTable, Products] | None:
         float(_errors(_solve(probes[:i] + probes[i + 1 :]), probes[i : i + 1])[0])
         for i in range(len(probes))
     ]
+    cached = [("cached_bytes_per_s", p.bytes_per_s) for p in run.of("cached") if p.dtype == dtype]
     made = FittedTable(
         name=f"host.{dtype}", samples=len(probes), median_error=float(np.median(off)),
         left_out=left,
-        values=tuple((key, getattr(best, key)) for key in PRODUCT_KEYS),
+        values=(*((key, getattr(best, key)) for key in FITTED_KEYS), *cached),
     )  # fmt: skip
     if made.median_error <= MOST_ERROR:
         return made, best
     before = assumed_products(run.rate("host_copy") or best.read_bytes_per_s)
     kept = float(np.median(_errors(before, probes)))
-    return replace(made, values=(), refused=PRODUCT_KEYS, base_error=kept), best
+    return replace(made, values=(), refused=FITTED_KEYS, base_error=kept), best
 
 
 def _solve(probes: tuple[Probe, ...]) -> Products:
     measured = np.log([p.median_s for p in probes])
-    few, many = (choose(probes, key=lambda p: p.flop) for choose in (min, max))
-    start = np.log([few.bytes_per_s, few.bytes_per_s, many.flop_per_s, _SMOOTHNESS])
+    read, multiplied = (max(getattr(p, rate) for p in probes)
+                        for rate in ("bytes_per_s", "flop_per_s"))  # fmt: skip
+    start = np.log([read, read, _COLUMN_S, multiplied, _SMOOTHNESS])
 
     def residuals(x: FloatArray) -> FloatArray:
         return np.asarray(np.log(_seconds(_made(x), probes)) - measured)
@@ -91,14 +97,15 @@ def _solve(probes: tuple[Probe, ...]) -> Products:
 
 
 def _made(x: FloatArray) -> Products:
-    row, read, flop, smooth = (float(v) for v in np.exp(x))
-    return Products(row_bytes_per_s=row, read_bytes_per_s=read, flop_per_s=flop,
+    row, read, column, flop, smooth = (float(v) for v in np.exp(x))
+    return Products(row_bytes_per_s=row, read_bytes_per_s=read, column_s=column, flop_per_s=flop,
                     smoothness=max(smooth, 1.0))  # fmt: skip
 
 
 def _seconds(products: Products, probes: tuple[Probe, ...]) -> FloatArray:
     moved, flop = (np.array([getattr(p, key) for p in probes]) for key in ("moved_bytes", "flop"))
-    return products.seconds(moved, flop, np.array([p.shape[0] for p in probes]))
+    rows, columns = (np.array([p.shape[i] for p in probes]) for i in (0, 1))
+    return products.seconds(moved, flop, rows, columns)
 
 
 def _errors(products: Products, probes: tuple[Probe, ...]) -> FloatArray:

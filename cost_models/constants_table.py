@@ -27,7 +27,9 @@ _FORMATS = ("fp32", "tf32", "fp8", "int8", "nvfp4", "int4")  # a file may bring 
 # file has none (`serving_host.py`).
 _HOST = (
     *(f"host.{dtype}.{key}" for dtype in ("fp32", "bf16")
-      for key in ("row_bytes_per_s", "read_bytes_per_s", "flop_per_s", "smoothness")),
+      for key in ("row_bytes_per_s", "read_bytes_per_s", "column_s", "flop_per_s", "smoothness",
+                  "cached_bytes_per_s")),
+    "host.disk_bytes_per_s",
     *(f"host.{key}_s" for key in ("fetch", "piece", "op", "token", "request")),
 )  # fmt: skip
 # Words that say how well a table was fitted; they may stand in any of them.

@@ -130,7 +130,8 @@ def _add_below(total: dict[str, FloatArray], found: Below, costs: Costs) -> None
     """What streams is exposed where it takes longer than all that runs beside it: weights beside
     the first part of a batch that is computed in parts, of the cache a part beside each."""
     tiers, splits = costs.serving.tiers, costs.engine.handling.splits
-    routed = any(h.block == "routed_experts" and h.place == "compute" for h in tiers)
+    on_cpu = costs.device.family == CPU
+    routed = any(h.block == "routed_experts" and (on_cpu or h.place == "compute") for h in tiers)
     part = "moe" if routed else "gemm"
     spared = np.minimum(found.saved_s, total[part])
     total[part] = total[part] - spared

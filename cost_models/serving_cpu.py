@@ -32,11 +32,12 @@ def _wide(serving: Serving) -> str:
 
 
 def _seconds(
-    device: Device, serving: Serving, moved: FloatArray, flop: FloatArray, rows: FloatArray
-) -> FloatArray:
+    device: Device, serving: Serving, moved: FloatArray, flop: FloatArray, rows: FloatArray,
+    columns: float = 0.0,
+) -> FloatArray:  # fmt: skip
     measured = host_of(device).measured(_wide(serving))
     if measured is not None:
-        return measured.seconds(moved, flop, rows)
+        return measured.seconds(moved, flop, rows, columns)
     return np.asarray(load_kernels(device).roofline(_wide(serving)).at(flop, moved))
 
 
@@ -50,7 +51,7 @@ def product_s(
     moved = weights * WEIGHT_BYTES[name] + rows * (columns + inner) * wide
     if WEIGHT_BYTES[name] < 2 and name != "int8":
         moved = moved + 2 * weights * wide
-    return _seconds(device, serving, moved, 2 * rows * weights, rows)
+    return _seconds(device, serving, moved, 2 * rows * weights, rows, columns)
 
 
 def experts_s(
@@ -97,6 +98,23 @@ def prefill_s(
         share = kernels.constants.number("attention.forward_efficiency")
         one = measured.seconds(moved, flop / share)
     return np.where(prompts * new > 0, one, 0.0)
+
+
+def copied_s(
+    device: Device, serving: Serving, experts: Experts, size_bytes: float
+) -> float:
+    """What an expert's products are spared that are copied just before them, into a cache."""
+    measured, kernels = host_of(device).measured(_wide(serving)), load_kernels(device)
+    if measured is None or size_bytes > kernels.constants.number("cache.l2_bytes"):
+        return 0.0
+    each = experts.elements / experts.experts / serving.expert_tp
+    return measured.saved_s(size_bytes, each / experts.hidden)
+
+
+def shared_s(device: Device, streamed_bytes: FloatArray) -> FloatArray:
+    """What copies beside the kernels take from them: they read and write the memory that kernels
+    read, which a GPU's link is too slow to be felt in."""
+    return np.asarray(2 * streamed_bytes / device.memory_bandwidth_bytes_per_s)
 
 
 def light_s(device: Device, serving: Serving, light: Light, tokens: FloatArray) -> FloatArray:

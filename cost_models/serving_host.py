@@ -5,7 +5,11 @@
     host.DTYPE.row_bytes_per_s    weights that a product of one row reads
     host.DTYPE.read_bytes_per_s   weights that a product of more rows reads, and packs
     host.DTYPE.flop_per_s         products of many rows
+    host.DTYPE.column_s           a column of a product: its weights lie by themselves, and nothing
+                                  fetches them ahead of their first bytes
     host.DTYPE.smoothness         how one limit gives way to the other: 1 is one after the other
+    host.DTYPE.cached_bytes_per_s weights that a product of one row reads in the last-level cache
+    host.disk_bytes_per_s         a piece of a file that is fetched on demand: not read ahead
     host.fetch_s                  a piece that is fetched on demand, before its first byte
     host.piece_s                  a unit's streamed weights: asked for, waited for, put in place
     host.op_s                     an op of a layer, run eagerly: Python, dispatch, allocation
@@ -31,7 +35,9 @@ from cost_models.hardware import Device
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-PRODUCT_KEYS = ("row_bytes_per_s", "read_bytes_per_s", "flop_per_s", "smoothness")
+FITTED_KEYS = ("row_bytes_per_s", "read_bytes_per_s", "column_s", "flop_per_s", "smoothness")
+PRODUCT_KEYS = (*FITTED_KEYS, "cached_bytes_per_s")
+_LATER_KEYS = {"column_s", "cached_bytes_per_s"}  # files lack them that are older
 DESKTOP_BYTES_PER_S = 1.1e11  # two channels of DDR5: what few cores of one socket can draw
 _TABLE = Path(__file__).with_name("serving_host.toml")
 
@@ -44,16 +50,18 @@ class Products:
 
     row_bytes_per_s: float
     read_bytes_per_s: float
+    column_s: float = 0.0
     flop_per_s: float
     smoothness: float
+    cached_bytes_per_s: float | None = None
 
     def seconds(
         self, moved_bytes: FloatArray | float, flop: FloatArray | float,
-        rows: FloatArray | float = np.inf,
+        rows: FloatArray | float = np.inf, columns: FloatArray | float = 0.0,
     ) -> FloatArray:  # fmt: skip
-        """Of a product of so many rows that reads so many bytes once."""
+        """Of a product of so many rows and columns that reads so many bytes once."""
         rate = np.where(np.asarray(rows) <= 1, self.row_bytes_per_s, self.read_bytes_per_s)
-        read_s = np.asarray(moved_bytes, dtype=np.float64) / rate
+        read_s = np.asarray(moved_bytes, dtype=np.float64) / rate + columns * self.column_s
         multiply_s = np.asarray(flop, dtype=np.float64) / self.flop_per_s
         if np.isinf(self.smoothness):
             return np.asarray(np.maximum(read_s, multiply_s))
@@ -61,13 +69,24 @@ class Products:
         return np.asarray((read_s**p + multiply_s**p) ** (1 / p))
 
 
+    def saved_s(self, weight_bytes: float, columns: float) -> float:
+        """What a product does not take whose weights were copied just before, and lie in a cache;
+        0 where that was not measured."""
+        if self.cached_bytes_per_s is None:
+            return 0.0
+        read_s = weight_bytes / self.row_bytes_per_s + columns * self.column_s
+        return max(0.0, read_s - weight_bytes / self.cached_bytes_per_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One host. products: by dtype, those that were measured. piece_s, op_s, token_s, request_s:
-    None where an engine's own numbers stand. assumed: what was not measured, and its source."""
+    """One host. products: by dtype, those that were measured. disk_bytes_per_s: None where that was
+    not. piece_s, op_s, token_s, request_s: None where an engine's own numbers stand. assumed: what
+    was not measured, and its source."""
 
     products: tuple[tuple[str, Products], ...]
     fetch_s: float
+    disk_bytes_per_s: float | None
     piece_s: float | None
     op_s: float | None
     token_s: float | None
@@ -117,17 +136,18 @@ def host_of(device: Device) -> Host:
     table = load_constants(device.constants)
     products = []
     for dtype in ("fp32", "bf16"):
-        names = [f"host.{dtype}.{key}" for key in PRODUCT_KEYS]
-        if all(table.has(name) for name in names):
-            numbers = (table.number(name) for name in names)
-            products.append((dtype, Products(**dict(zip(PRODUCT_KEYS, numbers)))))
-    keys = ("fetch_s", "piece_s", "op_s", "token_s", "request_s")
+        names = {key: f"host.{dtype}.{key}" for key in PRODUCT_KEYS}
+        numbers = {key: table.number(name) for key, name in names.items() if table.has(name)}
+        if numbers.keys() >= {*PRODUCT_KEYS} - _LATER_KEYS:
+            products.append((dtype, Products(**numbers)))
+    keys = ("fetch_s", "disk_bytes_per_s", "piece_s", "op_s", "token_s", "request_s")
     measured = {k: table.number(f"host.{k}") for k in keys if table.has(f"host.{k}")}
     unmeasured = ("read_share", "read_share_desktop", "flop_per_byte") if not products else ()
     lacking = [*unmeasured, *(() if "fetch_s" in measured else ("fetch_s",))]
     return Host(
         products=tuple(products), fetch_s=measured.get("fetch_s", _assumed("fetch_s").number),
-        piece_s=measured.get("piece_s"), op_s=measured.get("op_s"), token_s=measured.get("token_s"),
+        disk_bytes_per_s=measured.get("disk_bytes_per_s"), piece_s=measured.get("piece_s"),
+        op_s=measured.get("op_s"), token_s=measured.get("token_s"),
         request_s=measured.get("request_s"),
         assumed=tuple(
             Constant(name=f"host.{name}", value=_assumed(name).number, source=_assumed(name).source)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cost_models.hardware import Cluster
+from cost_models.serving_cpu import CPU, copied_s, shared_s
 from cost_models.serving_decisions import KV_BYTES, WEIGHT_BYTES, Held, Serving
 from cost_models.serving_host import Products, host_of
 from cost_models.serving_kv import picked, seen
@@ -29,8 +30,8 @@ RING_SLOTS = 2  # blocks of a layer on the GPU: one in use, one on its way
 class Below:
     """Seconds a step that what lies below the GPU takes. stream: of the link, in the background,
     for weights; cached: for the cache. fetched: of what the GPU waits for: experts on demand, what
-    the host first copies to pinned pages. on_host: of the CPU. saved: of kernels that the GPU does
-    not run for it."""
+    the host first copies to pinned pages, what copies take from kernels of the same memory.
+    on_host: of the CPU. saved: of kernels that the GPU does not run for it, or sooner."""
 
     stream_s: FloatArray
     cached_s: FloatArray
@@ -69,7 +70,7 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
     """What one pass through all stages waits for, and what it is spared; `step` of one rank."""
     s, cluster, handling = costs.serving, costs.cluster, costs.engine.handling
     zero = np.zeros(np.shape(step.sequences))
-    stream = cached = fetched = on_host = saved = zero
+    stream = cached = fetched = on_host = saved = beside_bytes = zero
     tokens = step.tokens
     for held in s.tiers:
         rate = rate_bytes_per_s(cluster, s, held.tier)
@@ -84,15 +85,17 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
             fetched = fetched + np.minimum(tokens / model.vocab, 1.0) * size / s.pp / rate
         elif held.place == "stream":
             stream = stream + (tokens > 0) * size / rate
+            beside_bytes = beside_bytes + (tokens > 0) * size
             if "weights" in handling.pageable and held.tier == "cpu":
                 fetched = fetched + (tokens > 0) * size / handling.pageable_bytes_per_s
         else:
             found = [(count * share, m) for count, m in _matrices(model, held.block)]
             kernels = sum((count * costs.matrix_s(m, tokens) for count, m in found), zero)
             flop = 2 * tokens * sum(count * m.held(s.tp) for count, m in found)
+            columns = sum(count * m.columns(s.tp) for count, m in found)
             written = sum(_written_bytes(costs, s.format_of(m.part), count * m.held(s.tp))
                           for count, m in found)  # fmt: skip
-            here = _host_s(costs, size + written, flop, tokens)
+            here = _host_s(costs, size + written, flop, tokens, columns)
             brought = (tokens > 0) * size / rate
             fetched = fetched + np.where(brought + kernels < here, brought, 0.0)
             on_host = on_host + np.where(brought + kernels < here, 0.0, here)
@@ -107,8 +110,11 @@ def below(costs: Costs, model: ServedModel, step: Step) -> Below:
         elif "cache" in handling.pageable and s.kv_tier == "cpu":
             fetched = fetched + step.sequences * ahead / handling.pageable_bytes_per_s
         cached = cached + step.sequences * ahead / rate
+        beside_bytes = beside_bytes + step.sequences * ahead
         waits_s = times * host_of(costs.device).fetch_s
         fetched = fetched + step.sequences * asked / rate + (step.sequences > 0) * waits_s
+    if costs.device.family == CPU:
+        fetched = fetched + shared_s(costs.device, beside_bytes)
     return Below(stream_s=stream, cached_s=cached, fetched_s=fetched, on_host_s=on_host,
                  saved_s=saved)  # fmt: skip
 
@@ -130,12 +136,15 @@ def _cached_bytes(
 
 
 def _host_s(
-    costs: Costs, size_bytes: FloatArray | float, flop: FloatArray, rows: FloatArray
-) -> FloatArray:
-    """A GPU's share of the CPU, reading so many bytes once and multiplying so many rows."""
+    costs: Costs, size_bytes: FloatArray | float, flop: FloatArray, rows: FloatArray,
+    columns: FloatArray | float,
+) -> FloatArray:  # fmt: skip
+    """A GPU's share of the CPU, reading so many bytes once and multiplying so many rows by so many
+    columns."""
     share = sharers(costs.cluster, costs.serving)
     found = _products(costs.cluster, costs.serving)
-    return np.where(flop > 0, found.seconds(size_bytes * share, flop * share, rows), 0.0)
+    spent = found.seconds(size_bytes * share, flop * share, rows, columns * share)
+    return np.where(flop > 0, spent, 0.0)
 
 
 def _written_bytes(costs: Costs, name: str, elements: FloatArray | float) -> FloatArray | float:
@@ -152,6 +161,8 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
     zero = np.zeros(np.shape(tokens))
     fetched = on_host = saved = zero
     rate = rate_bytes_per_s(costs.cluster, s, held.tier)
+    apart = host_of(costs.device).disk_bytes_per_s if held.tier != "cpu" else None
+    apart = min(rate, apart / sharers(costs.cluster, s)) if apart else rate
     width = WEIGHT_BYTES[s.format_of("routed_experts")]
     fetch_s, handling = host_of(costs.device).fetch_s, costs.engine.handling
     for layer in model.layers:
@@ -163,15 +174,22 @@ def _experts(costs: Costs, model: ServedModel, held: Held, tokens: FloatArray) -
             chosen = 1 - (1 - cold) ** np.asarray(tokens)[..., None]
             hit = chosen.sum(-1) / s.ep
             fetches = np.minimum(hit, 1.0) if handling.fetches_layers else hit
-            brought = hit * each * width / rate + fetches * fetch_s
+            # Read ahead are those whose neighbour in the file is wanted too.
+            together = chosen.mean(-1) if len(cold) else zero
+            each_s = each * width * (together / rate + (1 - together) / apart)
+            brought = hit * each_s + fetches * fetch_s
             if held.place == "stream":
                 fetched = fetched + layer.count * brought
+                if costs.device.family == CPU:
+                    copied = copied_s(costs.device, s, one, each * width)
+                    saved = saved + layer.count * hit * copied
                 continue
             flop = 2 * tokens * cold.sum() / s.ep * each
             kernels = cold.sum() / one.topk * costs.experts_s(one, tokens)
             moved = hit * each * width
             moved = moved + _written_bytes(costs, s.format_of("routed_experts"), hit * each)
-            here = _host_s(costs, moved, flop, tokens * cold.sum() / s.ep / hit)
+            rows, columns = tokens * cold.sum() / s.ep / hit, hit * each / one.hidden
+            here = _host_s(costs, moved, flop, rows, columns)
             quicker = (brought + kernels < here) & (np.asarray(tokens) > handling.host_tokens)
             fetched = fetched + layer.count * np.where(quicker, brought, 0.0)
             on_host = on_host + layer.count * np.where(quicker, 0.0, here)

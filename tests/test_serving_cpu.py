@@ -14,9 +14,10 @@ from cost_models.serving_decisions import WEIGHT_BYTES, Held, ServeLoad, Serving
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_host import Products, host_of
 from cost_models.serving_ops import Costs, step_of
-from cost_models.serving_shapes import Attend, LayerShape, Light, Matrix, ServedModel
+from cost_models.serving_shapes import Attend, Experts, LayerShape, Light, Matrix, ServedModel
 from cost_models.serving_tiers import rows_on_host
 from ir.errors import UsageError
+from planner.runtime.probe_host import PRODUCTS
 from planner.runtime.probe_timer import undisturbed
 
 FLOP_PER_S, BYTES_PER_S = 1e11, 2e10
@@ -56,35 +57,39 @@ def test_weights_without_a_kernel_are_written_out():
     assert int4 > 3 * int8
 
 
-ROW, READ, MULTIPLY, SMOOTH = 20e9, 16e9, 9e10, 1.3
+ROW, READ, COLUMN_S, MULTIPLY, SMOOTH = 20e9, 16e9, 8e-8, 9e10, 1.3
+CACHED, MEMORY, COPIED, DISK, APART = 5e10, 3e10, 1.5e10, 2e9, 8e8
 HOST = {"fetch_s": 2e-6, "piece_s": 1e-4, "op_s": 6e-6, "token_s": 2e-4, "request_s": 1e-3}
 
 
 def probes():
     """What a host of those numbers would be timed at; 36 ops a layer."""
-    true = Products(row_bytes_per_s=ROW, read_bytes_per_s=READ, flop_per_s=MULTIPLY,
-                    smoothness=SMOOTH)  # fmt: skip
-    made = []
-    for rows in (1, 2, 8, 32, 128, 256):
-        moved, flop = 4 * (1024 * 1024 + 2.0 * rows * 1024), 2.0 * rows * 1024 * 1024
-        one = float(true.seconds(moved, flop, rows))
-        made.append(Probe(op="product", dtype="fp32", shape=(rows, 1024, 1024), flop=flop,
+    true = Products(row_bytes_per_s=ROW, read_bytes_per_s=READ, column_s=COLUMN_S,
+                    flop_per_s=MULTIPLY, smoothness=SMOOTH)  # fmt: skip
+    made = [Probe(op="cached", dtype="fp32", moved_bytes=1e6, seconds=(1e6 / CACHED,) * 3)]
+    for rows, columns, inner in PRODUCTS:
+        moved = 4 * (columns * inner + rows * (columns + inner))
+        flop = 2.0 * rows * columns * inner
+        one = float(true.seconds(moved, flop, rows, columns))
+        made.append(Probe(op="product", dtype="fp32", shape=(rows, columns, inner), flop=flop,
                           moved_bytes=moved, seconds=(one,) * 3))  # fmt: skip
     for layers in (4, 8):
         moved = 1e7 * layers
         token = HOST["token_s"] + 36 * layers * HOST["op_s"]
-        token += float(true.seconds(moved, moved / 2, 1))
+        columns = 4000 * layers
+        token += float(true.seconds(moved, moved / 2, 1, columns))
         shape = (layers, 36 * layers)
-        made.append(Probe(op="token", shape=shape, moved_bytes=moved, flop=moved / 2,
+        made.append(Probe(op="token", shape=(*shape, columns), moved_bytes=moved, flop=moved / 2,
                           seconds=(token,) * 3))  # fmt: skip
         made.append(Probe(op="request", shape=shape, seconds=(HOST["request_s"],) * 3))
     made += [Probe(op=op, seconds=(HOST[f"{op}_s"],) * 3) for op in ("fetch", "piece")]
     gemm = Probe(op="gemm", dtype="fp32", shape=(768,) * 3, flop=9e8, moved_bytes=7e6,
                  seconds=(0.01,) * 3)  # fmt: skip
     copies = [Probe(op=op, moved_bytes=1e8, seconds=(1e8 / rate,) * 3)
-              for op, rate in (("copy", 3e10), ("host_copy", 1.5e10))]
+              for op, rate in (("copy", MEMORY), ("host_copy", COPIED), ("disk_read", DISK),
+                               ("disk_write", DISK), ("disk_fetch", APART))]  # fmt: skip
     machine = Machine(name="a CPU", kind="cpu", count=1, memory_bytes=8 << 30, sm_count=1,
-                      host_ram_bytes=8 << 30, disk_bytes=0, cache_bytes=0)  # fmt: skip
+                      host_ram_bytes=8 << 30, disk_bytes=1 << 40, cache_bytes=32 << 20)  # fmt: skip
     return Measured(machine=machine, probes=(gemm, *copies, *made), steady_flop_per_s=(9e10,) * 8,
                     first=gemm, last=gemm)  # fmt: skip
 
@@ -102,7 +107,10 @@ def test_a_calibrated_host_has_the_numbers_that_it_was_timed_with(measured):
     found = host.measured("fp32")
     assert found.row_bytes_per_s == pytest.approx(ROW, rel=0.1)
     assert found.read_bytes_per_s == pytest.approx(READ, rel=0.1)
+    assert found.column_s == pytest.approx(COLUMN_S, rel=0.1)
     assert found.flop_per_s == pytest.approx(MULTIPLY, rel=0.1)
+    assert found.cached_bytes_per_s == pytest.approx(CACHED)
+    assert host.disk_bytes_per_s == pytest.approx(APART)
     for key, value in HOST.items():
         assert getattr(host, key) == pytest.approx(value, rel=0.05), key
     assert host.assumed == () and host.measured("bf16") is None
@@ -147,8 +155,8 @@ def parts(cluster, **decisions):
 
 def test_a_step_on_a_cpu_is_its_bytes_and_its_calls(measured):
     found = parts(measured)
-    weights = 8 * 4 * (1 << 20) + 4 * (1 << 18)
-    assert found["gemm"] == pytest.approx(weights / ROW, rel=0.2)
+    weights, columns = 8 * 4 * (1 << 20) + 4 * (1 << 18), 8 * 1024 + 256
+    assert found["gemm"] == pytest.approx(weights / ROW + columns * COLUMN_S, rel=0.2)
     # the cache is added to twice an attention, keys and values
     assert found["host"] == pytest.approx(HOST["token_s"] + 8 * 38 * HOST["op_s"], rel=0.05)
     ring = parts(measured, tiers=(Held(block="mlp", tier="cpu", place="stream", resident=3),))
@@ -159,9 +167,59 @@ def test_the_cpu_multiplies_at_the_rate_that_was_measured(measured):
     held = (Held(block="mlp", tier="cpu", place="compute"),)
     found = parts(measured, tiers=held)
     size = 8 * 4 * (1 << 20)
-    assert found["cpu"] == pytest.approx(size / ROW, rel=0.2)
+    assert found["cpu"] == pytest.approx(size / ROW + 8 * 1024 * COLUMN_S, rel=0.2)
     rows = rows_on_host(measured, Serving(default="fp32", tiers=held), 4.0)
     assert rows == pytest.approx(4 / 1.5e10 * MULTIPLY / 2, rel=0.1)
+
+
+def test_columns_that_lie_apart_cost_each_their_first_bytes(measured):
+    """As many weights in four times as many columns."""
+    made = Costs(cluster=measured, engine=load_serving_engine("native"),
+                 serving=Serving(default="fp32"))  # fmt: skip
+    few, many = (
+        float(made.matrix_s(
+            Matrix(block="mlp", k=k, parts=(((1 << 20) // k, 0),), split="column"), np.asarray(1.0)
+        )) for k in (1024, 256)
+    )  # fmt: skip
+    assert many - few == pytest.approx(3 * 1024 * COLUMN_S, rel=0.15)
+
+
+def test_streams_take_of_the_memory_that_kernels_read(measured):
+    """Read once, written once; the stream itself is the shorter of the two here."""
+    held = (Held(block="mlp", tier="cpu", place="stream"),)
+    found, plain = parts(measured, tiers=held), parts(measured)
+    assert found["stream"] == pytest.approx(2 * 8 * 4 * (1 << 20) / MEMORY, rel=0.05)
+    assert found["gemm"] == plain["gemm"]
+
+
+def routed():
+    """Four layers of eight experts, a token picking two."""
+    one = Experts(experts=8, topk=2, hidden=512, inter=512.0)
+    layer = replace(one_layer().layers[0], count=4, matrices=(), experts=(one,))
+    return replace(one_layer(), layers=(layer,))
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("tokens", [1.0, 512.0])
+def test_experts_that_are_fetched_are_read_one_by_one_or_in_a_row(measured, tier, tokens):
+    """From the disk at its rate where the neighbour is wanted too, else without reading ahead; and
+    products of what was just copied read it in the cache."""
+    made = Costs(cluster=measured, engine=load_serving_engine("native"), serving=Serving(
+        default="fp32", tiers=(Held(block="routed_experts", tier=tier, place="stream"),)))
+    plain = Costs(cluster=measured, engine=made.engine, serving=Serving(default="fp32"))
+    step = step_of(tokens, 0.0)
+    found, held = (
+        {name: float(np.ravel(value)[0]) for name, value in step_parts(c, routed(), step).items()}
+        for c in (made, plain)
+    )
+    size, share = 3 * 512 * 512 * 4, 1 - 0.75**tokens
+    hit = 4 * 8 * share
+    ahead = COPIED if tier == "cpu" else DISK
+    apart = COPIED if tier == "cpu" else APART
+    each_s = size * (share / ahead + (1 - share) / apart) + HOST["fetch_s"]
+    assert found["stream"] == pytest.approx(hit * each_s, rel=0.05)
+    spared = size / ROW + 3 * 512 * COLUMN_S - size / CACHED
+    assert held["moe"] - found["moe"] == pytest.approx(hit * spared, rel=0.1)
 
 
 def test_a_cpu_is_not_charged_a_gpu_s_context(measured):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import tempfile
 import time
@@ -20,7 +19,8 @@ COPY_BYTES = 1 << 28  # 256 MiB: far beyond what a copy's start costs, and beyon
 PIECE_BYTES = 1 << 24  # of a copy within the host: about what a layer streams
 DISK_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 24  # 16 MiB a read: what an NVMe disk streams at
-REPEATS = 3
+REPEATS, READS, PAUSE_S = 3, 7, 2e-3
+FETCHED_BYTES = 1 << 22  # about an expert
 
 
 def copies(timer: Timer, large: float, left_out: list[str]) -> Iterator[Probe]:
@@ -51,14 +51,11 @@ def copies(timer: Timer, large: float, left_out: list[str]) -> Iterator[Probe]:
 
 
 def disk(folder: Path, large: float, left_out: list[str]) -> Iterator[Probe]:
-    """Write a file, read it again, past the page cache; both to the disk itself.
-
-    Writes end with fsync. Reads open with O_DIRECT; where the file system refuses that, what the
-    page cache holds of the file is dropped first, and the check of the rate has the last word.
-    """
+    """Write a file, and read it again as the runtime reads its files: through the page cache, which
+    was asked to drop it; the check of the rate has the last word. Writes end with fsync.
+    "disk_fetch": pieces of it as experts are that are wanted at once, which nothing reads ahead."""
     size = max(int(DISK_BYTES * large * large) // BLOCK_BYTES, 4) * BLOCK_BYTES
-    block = mmap.mmap(-1, BLOCK_BYTES)  # aligned to pages, as O_DIRECT asks
-    block.write(os.urandom(BLOCK_BYTES))
+    block = memoryview(bytearray(os.urandom(BLOCK_BYTES)))
     try:
         handle, name = tempfile.mkstemp(prefix=".plan-calibrate-", dir=folder)
     except OSError as fault:
@@ -68,7 +65,8 @@ def disk(folder: Path, large: float, left_out: list[str]) -> Iterator[Probe]:
     path = Path(name)
     try:
         writes = tuple(_write_s(path, block, size) for _ in range(REPEATS))
-        reads = tuple(_read_s(path, block, left_out) for _ in range(REPEATS))
+        reads = tuple(_read_s(path, block) for _ in range(READS))
+        fetches = _fetches_s(path, block[:FETCHED_BYTES], size)
     except OSError as fault:
         left_out.append(f"disk: {fault.strerror}")
         return
@@ -77,9 +75,10 @@ def disk(folder: Path, large: float, left_out: list[str]) -> Iterator[Probe]:
             path.unlink()
     yield Probe(op="disk_write", moved_bytes=float(size), seconds=writes)
     yield Probe(op="disk_read", moved_bytes=float(size), seconds=reads)
+    yield Probe(op="disk_fetch", moved_bytes=float(FETCHED_BYTES), seconds=fetches)
 
 
-def _write_s(path: Path, block: mmap.mmap, size: int) -> float:
+def _write_s(path: Path, block: memoryview, size: int) -> float:
     start = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
         for _ in range(size // BLOCK_BYTES):
@@ -88,25 +87,34 @@ def _write_s(path: Path, block: mmap.mmap, size: int) -> float:
     return time.perf_counter() - start
 
 
-def _read_s(path: Path, block: mmap.mmap, left_out: list[str]) -> float:
-    handle = _open_direct(path, left_out)
-    try:
+def _read_s(path: Path, block: memoryview) -> float:
+    with _dropped(path) as handle:
         start = time.perf_counter()
         while os.readv(handle, [block]):
             pass
         return time.perf_counter() - start
+
+
+def _fetches_s(path: Path, block: memoryview, size: int) -> tuple[float, ...]:
+    """From the file's end to its start, so that no system takes them for a stream; the disk idles
+    before each, as it does while layers run."""
+    found = []
+    with _dropped(path) as handle:
+        for at in reversed(range(0, size, 2 * len(block))):
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            os.preadv(handle, [block], at)
+            found.append(time.perf_counter() - start)
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _dropped(path: Path) -> Iterator[int]:
+    """A file, open, of which the page cache holds nothing."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):  # on Linux
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        yield handle
     finally:
         os.close(handle)
-
-
-def _open_direct(path: Path, left_out: list[str]) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        handle = os.open(path, os.O_RDONLY)
-        words = "disk: this file system refuses O_DIRECT; the page cache was asked to drop the file"
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        if words not in left_out:
-            left_out.append(words)
-        return handle

@@ -23,8 +23,14 @@ from planner.runtime.serve.bytes import InMemory, as_bytes, block_of
 from planner.runtime.serve.lent import Place, Spec, lent, parameter, views
 from planner.runtime.serve.ring import Ring
 
-ROWS = (1, 2, 8, 32, 128, 256)  # a token, few requests, prompts
-SIDE = 1024  # of a weight: a call takes ten times what it costs to make
+# [rows, columns, inner]: a token, few requests, prompts; and as many weights in many short columns,
+# in few long ones. A call takes ten times what it costs to make.
+WEIGHTS = 1 << 20
+PRODUCTS = (
+    *((rows, 1024, 1024) for rows in (1, 2, 8, 32, 128, 256)),
+    (1, 4096, 256), (8, 4096, 256), (1, 256, 4096), (8, 256, 4096),
+)  # fmt: skip
+CACHED = ("cached", (1, 1024, 1024))
 ROTATED_BYTES = 1 << 28  # of all copies, several times a last-level cache
 FETCHED_BYTES = 1 << 12
 PIECES, PIECE_WEIGHTS = 6, 3  # blocks of a ring; weights of one, as a gated MLP has
@@ -45,18 +51,19 @@ def host_probes(timer: Timer, large: float, left_out: list[str]) -> Iterator[Pro
 
 
 def products(timer: Timer, rotated_bytes: int) -> Iterator[Probe]:
-    """Rows times a weight on the CPU: "product" [rows, columns, inner]."""
+    """Rows times a weight on the CPU: "product" [rows, columns, inner]; "cached", one weight again
+    and again."""
     for dtype in ("fp32", "bf16"):
-        size = SIDE * SIDE * WIDTH[dtype]
-        weights = [torch.randn(SIDE, SIDE).to(TYPES[dtype]) for _ in range(rotated_bytes // size)]
-        for rows in ROWS:
-            x, turn = torch.randn(rows, SIDE).to(TYPES[dtype]), cycle(weights)
-            seconds = timer.repeats(partial(_product, x, turn))
+        width = WIDTH[dtype]
+        held = [torch.randn(WEIGHTS).to(TYPES[dtype])
+                for _ in range(rotated_bytes // (WEIGHTS * width))]  # fmt: skip
+        for op, (rows, columns, inner) in (*(("product", p) for p in PRODUCTS), CACHED):
+            x = torch.randn(rows, inner).to(TYPES[dtype])
+            turn = cycle([w.view(columns, inner) for w in held[: 1 if op == "cached" else None]])
             yield Probe(
-                op="product", dtype=dtype, shape=(rows, SIDE, SIDE),
-                flop=2.0 * rows * SIDE * SIDE, moved_bytes=float(size + 2 * rows * SIDE
-                                                                 * WIDTH[dtype]),
-                seconds=seconds,
+                op=op, dtype=dtype, shape=(rows, columns, inner), flop=2.0 * rows * WEIGHTS,
+                moved_bytes=float((WEIGHTS + rows * (columns + inner)) * width),
+                seconds=timer.repeats(partial(_product, x, turn)),
             )  # fmt: skip
 
 
@@ -107,7 +114,8 @@ def pieces(timer: Timer) -> Probe:
 def calls(timer: Timer, left_out: list[str]) -> Iterator[Probe]:
     """"token" and "request" [layers, ops]: seconds of a greedy token of small fp32 models, and of a
     call of `generate` before its first step; and the ops that their layers run, views apart.
-    flop, moved_bytes: of a token's products, where they are a part of the seconds."""
+    flop, moved_bytes and a third number, columns: of a token's products, where they are a part of
+    the seconds."""
     try:
         import transformers
     except ImportError:
@@ -127,11 +135,11 @@ def calls(timer: Timer, left_out: list[str]) -> Iterator[Probe]:
             start, steps = token_times(model, ids, TOKENS)
             starts.append(start)
             others += steps[2:]  # the first ones allocate
-        weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-        weights -= model.model.embed_tokens.weight.numel()
+        products = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        weights, columns = (sum(f(w) for w in products) for f in (torch.numel, len))
         shape = (layers, _layer_ops(model, ids))
         yield Probe(
-            op="token", shape=shape, flop=2.0 * weights * on_cpu,
+            op="token", shape=(*shape, columns * on_cpu), flop=2.0 * weights * on_cpu,
             moved_bytes=4.0 * weights * on_cpu,
             seconds=undisturbed(others) if on_cpu else tuple(others),
         )  # fmt: skip
