@@ -134,7 +134,8 @@ class Proof:
             self.asked[one.order] = asked, high
             return None if target == limit else one.raised(target, self.gain_ppm)
         self.asked[one.order] = (asked, target) if asked else (1, high)
-        if asked and far and one.order not in self.looked:
+        worth = far or _in_trees(one)  # else looking takes longer than it gains
+        if asked and worth and one.order not in self.looked:
             self.looked.add(one.order)
             self._look(one, cuts)
         return replace(one)

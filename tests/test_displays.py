@@ -15,13 +15,13 @@ NOTEBOOK = Path(__file__).parent.parent / "examples" / "three_minutes.ipynb"
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """The cells with what they print, and their values by their place, after running the code in
-    order in one namespace."""
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    """The file's document, the names that its code made, run in order in one namespace, and by the
+    place of a cell its value and what it printed."""
+    document = json.loads(NOTEBOOK.read_text())
     names, found = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("notebook"))
-        for place, cell in enumerate(cells):
+        for place, cell in enumerate(document["cells"]):
             if cell["cell_type"] == "code":
                 *body, last = "".join(cell["source"]).rsplit("\n", 1)
                 try:
@@ -30,26 +30,27 @@ def notebook(tmp_path_factory):
                     body, value = [*body, last], None
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     exec("\n".join(body), names)
-                    found[place] = eval(value, names) if value else None
-                cell["printed"] = printed.getvalue()
-    return cells, names, found
+                    shown = eval(value, names) if value else None
+                found[place] = shown, printed.getvalue()
+    return document, names, found
 
 
-def test_the_notebook_shows_what_it_computes(notebook):
-    cells, _, found = notebook
+def test_the_notebook_shows_what_it_computes(notebook, update_golden):
+    document, _, found = notebook
     shown = printed = 0
-    for place, value in found.items():
-        for output in cells[place]["outputs"]:
+    for place, (value, text) in found.items():
+        for output in document["cells"][place]["outputs"]:
             if output["output_type"] == "stream":
-                assert "".join(output["text"]) == cells[place]["printed"]
+                output["text"] = text.splitlines(keepends=True)
                 printed += 1
             data = output.get("data", {})
             if "text/html" in data:
-                assert "".join(data["text/html"]) == value._repr_html_()
+                data["text/html"] = value._repr_html_().splitlines(keepends=True)
                 shown += 1
             if "text/plain" in data:
-                assert "".join(data["text/plain"]) == repr(value)
+                data["text/plain"] = repr(value).splitlines(keepends=True)
     assert (shown, printed) == (2, 2)
+    update_golden(NOTEBOOK, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def test_figures_of_a_plan_are_those_of_its_estimate(notebook):
