@@ -58,12 +58,20 @@ class Without(Searcher):
                      if not any(_includes(way, some) for some in away))  # fmt: skip
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
-        """Also without the refused ways to hold state."""
+        """Also without the refused ways to hold state: an optimizer whose tier is refused lies on
+        the next slower one."""
         keys = ("zero", "shard", "reshard", "dp_outer")
         away = [(key, value) for key, value in self.refused if key in keys]
         for d in super().variants(mesh):
-            if not any(getattr(d, key) == value for key, value in away) and not self._lies_below(d):
-                yield d
+            if not any(getattr(d, key) == value for key, value in away):
+                left = self.lower(d) if self._lies_below(d) else d
+                if left is not None:
+                    yield left
+
+    def lower(self, d: Decisions) -> Decisions | None:
+        """Also not on a refused tier: on the next after it."""
+        found = super().lower(d)
+        return self.lower(found) if found is not None and self._lies_below(found) else found
 
     def by_count(self, d: Decisions) -> Decisions | None:
         """Also not where activations are refused a place below beside what else lies there, or a

@@ -241,8 +241,11 @@ class Searcher(Space):
             target = self._below(out.best, mesh) if out.best else ENDLESS
             some = [*programs_below(self, ways, laid, known, least, target)]
             self._solve_all(some, mesh, laid, out, unsettled)
-            next_tier = (lower(d, self.pins, self.costs.cluster) for d in full)
-            ways = [*dict.fromkeys(filter(None, next_tier))]
+            ways = [*dict.fromkeys(filter(None, map(self.lower, full)))]
+
+    def lower(self, d: Decisions) -> Decisions | None:
+        """The same with the optimizer on the next slower tier that is searched."""
+        return lower(d, self.pins, self.costs.cluster)
 
     def _by_count(
         self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,

@@ -86,6 +86,30 @@ def test_recomputation_is_refused_by_kind(tmp_path):
     assert every.schedule == "1f1b" or every.pp > 1
 
 
+def test_an_optimizer_without_its_tier_lies_on_the_next(tmp_path):
+    """Also where the search itself would not lay it there, as the refused one has room."""
+    problem, base = best_of("offload", tmp_path)
+    cpu = problem.costs.cluster.tier("cpu")
+    slower = [
+        replace(cpu, name=name, read_bytes_per_s=rate, write_bytes_per_s=rate)
+        for name, rate in (("near", 5e10), ("far", 1e10))
+    ]
+    hardware = replace(base.hardware, tiers=(cpu, *slower))
+    why = Why(replace(base, hardware=hardware))
+    for away, tier in ((["cpu"], "near"), (["cpu", "near"], "far"), (["cpu", "far"], "near")):
+        refused = parse_refused([f"offload=optimizer:{name}" for name in away])
+        found = why.alternative(refused, 10**9)
+        assert dict(found.decisions.offload) == {"optimizer": tier}
+        assert found.estimate.fits and found.solver.status == "OPTIMAL"
+    # a full cpu: the plan's own tier is refused, and not taken again
+    full = replace(hardware, tiers=(replace(cpu, bytes=10 * 10**9), *slower))
+    pinned = best_of("offload", tmp_path, offload=(("optimizer", "cpu"),))[1]
+    decisions = replace(pinned.plan.decisions, offload=(("optimizer", "near"),))
+    pinned = replace(pinned, plan=replace(pinned.plan, decisions=decisions), hardware=full)
+    found = Why(pinned).alternative(parse_refused(["offload=optimizer:near"]), 10**9)
+    assert found.decisions is not None and found.decisions.tiers.get("optimizer") != "near"
+
+
 def test_memory_binds_where_more_of_it_gains(tmp_path):
     """The told plan is over by what is told, and would be quicker; else twice gains nothing."""
     seen = set()
