@@ -77,8 +77,20 @@ def gemma(**sizes):
     return Gemma3ForCausalLM(Gemma3TextConfig(**sizes)).eval()
 
 
+def llama4(**sizes):
+    """Experts that are one bmm over all of them: no other way to run them can be set."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 96,
+             "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 96, "num_local_experts": 4,
+             "num_experts_per_tok": 1, "pad_token_id": 0,
+             "max_position_embeddings": 64} | sizes  # fmt: skip
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes)).eval()
+
+
 MODELS = {"llama": llama, "gemma": gemma, "mixtral": mixtral, "gpt2": gpt2, "gpt_oss": gpt_oss,
-          "qwen3_moe": qwen3_moe, "deepseek": deepseek}  # fmt: skip
+          "qwen3_moe": qwen3_moe, "deepseek": deepseek, "llama4": llama4}  # fmt: skip
 
 
 class Mixture(torch.nn.Module):

@@ -20,6 +20,7 @@ from planner.serving.text import to_text
 DIVISIONS = {
     "llama": (("tp=2",), ("tp=4",), ("pp=2",), ("tp=2", "pp=2")),
     "mixtral": (("tp=2", "ep=2"), ("pp=3",)),
+    "llama4": (("tp=2", "ep=2"),),
 }
 
 
@@ -31,7 +32,7 @@ def inputs(batch, seq_len):
 def made(tmp_path_factory):
     """A plan file of a division of a model, and the model's weights."""
     folders = {}
-    for kind in ("llama", "mixtral"):
+    for kind in DIVISIONS:
         folders[kind] = tmp_path_factory.mktemp(kind)
         cases.whole(kind)[0].save_pretrained(folders[kind])
 
@@ -58,7 +59,7 @@ def made(tmp_path_factory):
 def test_ranks_answer_what_the_whole_model_does(world, made, kind, pins, word):
     sizes = dict(pin.split("=") for pin in pins)
     ranks = int(sizes.get("tp", 1)) * int(sizes.get("pp", 1))
-    blocks = ("attention", "mlp") if kind == "llama" else ("attention", "routed_experts")
+    blocks = ("attention", "routed_experts" if kind == "mixtral" else "mlp")
     weights = tuple((b, word) for b in blocks) if word != "fp32" else ()
     path, folder = made(kind, pins, ranks, weights=weights, replicas=1)
     model, ids = cases.whole(kind)

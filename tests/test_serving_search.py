@@ -465,6 +465,18 @@ def test_limits_that_cannot_be_met_say_by_how_much():
     assert again.best.tpot_s <= float(hint[1].removesuffix("ms")) / 1e3
 
 
+@pytest.mark.parametrize("tpot_s", [None, 2.0])
+def test_where_weights_lie_gives_one_phase_for_the_limit_of_the_other(tpot_s):
+    """What the CPU multiplies for each token is slower for prompts than what streams."""
+    served, load = model(layers=48), {"batch": 4, "prompt": 2048, "output": 16}
+    free = found(served, "a6000x1", **load).best
+    limited = found(served, "a6000x1", max_ttft_s=7.9, max_tpot_s=tpot_s, **load).best
+    assert free.ttft_s > 8.5 and limited.ttft_s <= 7.9 and free.tpot_s < limited.tpot_s < 2
+    with pytest.raises(InfeasibleError) as fault:
+        found(served, "a6000x1", max_ttft_s=1.0, **load)
+    assert float(fault.value.hints[0].split()[1].removesuffix("ms")) < 7900
+
+
 def test_too_little_of_every_tier_is_infeasible():
     with pytest.raises(InfeasibleError, match="does not fit") as fault:
         found(model(layers=3000), "t4x1")

@@ -32,11 +32,12 @@ def apply(sites: Sequence[Site], stage: nn.Module, context: Context) -> None:
 
 
 def use_grouped_matmuls(stage: nn.Module) -> None:
-    """Transformers' experts may run as a loop or as grouped matmuls, by its configuration."""
+    """Transformers' experts may run as a loop or as grouped matmuls, by its configuration; a model
+    that has one way alone (Llama 4) refuses to be asked."""
     for module in stage.modules():
-        choose = getattr(module, "set_experts_implementation", None)
-        if choose is not None:
-            choose("grouped_mm")
+        able = getattr(module, "_can_set_experts_implementation", None)
+        if able is not None and able():
+            module.set_experts_implementation("grouped_mm")  # type: ignore[operator]
 
 
 def lay_out(site: Site, context: Context) -> None:

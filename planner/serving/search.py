@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
 from planner.serving.asked import MOST_STEPS, ServeAsked, ServePins, check_steps, serve_pins_said
 from planner.serving.formats import Row, caches, in_formats, open_to, rows
+from planner.serving.meeting import for_limits, limits_used, used
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import Prediction, predict
 from planner.serving.relief import NOTHING, relief
@@ -106,7 +108,7 @@ def predictions(
             if reason:
                 refused.append(reason)
             else:
-                seen += _held(model, cluster, engine, made, load, ways, pins)
+                seen += _held(model, cluster, engine, made, asked, ways, pins)
         if progress and seen:
             progress(f"solving: {len(seen)} plans predicted")
     tried = len(seen)
@@ -147,11 +149,11 @@ def _with_pools(
     for c in candidates(model, cluster, engine, load, bases, counts, pins,
                         lambda s: _formats(model, cluster, engine, s, load, asked, pins)):
         tried += 1
-        used = _used(c.seen.ttft_s, c.seen.tpot_s, asked)
+        share = used(c.seen.ttft_s, c.seen.tpot_s, asked)
         if c.missing_bytes:
             keep("lacks", c.serving, c.missing_bytes)
-        elif used > 1:
-            keep("near", c.serving, used)
+        elif share > 1:
+            keep("near", c.serving, share)
         else:
             score = _scored(c.seen.ttft_s, c.seen.tpot_s, c.seen.tokens_per_s, c.serving.devices,
                             asked)
@@ -207,15 +209,6 @@ def _key(s: Serving) -> tuple[object, ...]:
     return (len(s.tiers), s.prefill is not None, s.tp > 1, s.pp > 1, s.attention_dp > 1, s.ep > 1,
             s.devices, s.tp, s.pp, s.ep, s.batch, s.prefill_chunk, s.weights, s.kv, p.tp, p.pp,
             p.ep, p.replicas)  # fmt: skip
-
-
-def limits_used(p: Prediction, asked: ServeAsked) -> float:
-    """The greater of TTFT and TPOT over its limit; 1 is just met, 0 where there is none."""
-    return _used(p.ttft_s, p.tpot_s, asked)
-
-
-def _used(ttft_s: float, tpot_s: float, asked: ServeAsked) -> float:
-    return max(ttft_s / (asked.max_ttft_s or np.inf), tpot_s / (asked.max_tpot_s or np.inf))
 
 
 # --- the space --------------------------------------------------------------------------------
@@ -276,12 +269,13 @@ def _chunks(asked: ServeAsked, engine: ServingEngine, pins: ServePins) -> tuple[
 
 
 def _held(
-    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, asked: ServeAsked,
     ways: Mapping[str, tuple[str, ...]], pins: ServePins,
 ) -> list[Prediction]:  # fmt: skip
     """Plans of one division and one format of the cache: in the quickest formats and, where that
     does not fit or runs fewer than asked for, in fewer bytes, the cache below, and with the formats
     and places that an integer program chooses."""
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
     found: list[Prediction] = []
     first = pins.kv_tier or "gpu"
     if first != "gpu":
@@ -307,13 +301,29 @@ def _held(
         if not lower and all(len(words) == 1 for words in ways.values()):
             continue
         base = in_formats(kept, quickest[0])
-        for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
-            best = best_tiers(model, cluster, engine, replace(base, batch=batch), load,
-                              pins.offload if lower else (), ways)  # fmt: skip
-            if best is not None:
-                found.append(predict(model, cluster, engine, replace(best, batch=s.batch), load))
-                break
+        found.extend(
+            _below(model, cluster, engine, base, asked, pins.offload if lower else (), ways)
+        )
     return found
+
+
+def _below(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, asked: ServeAsked,
+    pinned: tuple[tuple[str, str], ...] | None, ways: Mapping[str, tuple[str, ...]],
+) -> list[Prediction]:  # fmt: skip
+    """Plans with the formats and places that an integer program chooses."""
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+
+    def solved(batch: int, tilt: int) -> Prediction | None:
+        best = best_tiers(model, cluster, engine, replace(s, batch=batch), load, pinned, ways, tilt)
+        if best is None:
+            return None
+        return predict(model, cluster, engine, replace(best, batch=s.batch), load)
+
+    for batch in dict.fromkeys((s.batch, max(1, s.batch // 4), s.replicas * s.attention_dp)):
+        if (first := solved(batch, 0)) is not None:
+            return [first, *for_limits(first, asked, partial(solved, batch))]
+    return []
 
 
 # --- where nothing does -----------------------------------------------------------------------

@@ -20,10 +20,11 @@ from cost_models.serving_shapes import ServedModel
 from ir.errors import InfeasibleError, UsageError
 from planner.options import Progress
 from planner.serving.asked import ServeAsked, ServePins, serve_pins_said
+from planner.serving.meeting import limits_used
 from planner.serving.predict import Prediction
 from planner.serving.relief import NOTHING, relief
 from planner.serving.runnable import ExpertsOf
-from planner.serving.search import best_first, limits_used, predictions
+from planner.serving.search import best_first, predictions
 from planner.sizing import PAST, Left, counts
 
 MOST_GPUS = 64  # by default: eight nodes of most devices

@@ -31,6 +31,7 @@ BLOCK_GAIN = 0.001  # of the time that each block below the GPU, and the cache, 
 # with fewer is simpler to run, and ties are many where a link has time left
 _US, _KIB = 1e6, 1 << 10  # integers of microseconds, and of KiB
 _LONGEST = 1 << 42  # microseconds: 50 days
+_MOST_WEIGHT = 1 << 18  # of a step in what is minimised
 
 
 def charged(score: float, s: Serving) -> float:
@@ -111,11 +112,12 @@ def _pair(values: list[np.ndarray]) -> tuple[float, float]:
 def best_tiers(
     model: ServedModel, cluster: Cluster, engine: ServingEngine, s: Serving, load: ServeLoad,
     pinned: tuple[tuple[str, str], ...] | None = None,
-    formats: Mapping[str, tuple[str, ...]] | None = None,
+    formats: Mapping[str, tuple[str, ...]] | None = None, tilt: int = 0,
 ) -> Serving | None:  # fmt: skip
     """The decisions with the best place, and format, for every block, `s.batch` sequences being
     run; None where no tiers hold them. pinned: blocks and the tier that each lies on, the others
-    on the GPU. formats: what blocks may be in, others as they are."""
+    on the GPU. formats: what blocks may be in, others as they are. tilt: a decode step counts for
+    2^tilt of a wave's, or where it is negative a prompt for so many."""
     costs = Costs(cluster=cluster, engine=engine, serving=s)
     from ortools.sat.python import cp_model  # late: who reads a plan needs no solver
 
@@ -161,7 +163,7 @@ def best_tiers(
         used = [v * (int(c.below_bytes / _KIB) + 1) for v, c in pairs
                 if c.held and c.held.tier == tier.name]  # fmt: skip
         program.add(sum(used) <= share)
-    weights = (max(1, round(load.output)), max(1, round(each)))
+    weights = _weights(load.output * 2.0 ** max(tilt, 0), each * 2.0 ** max(-tilt, 0))
     spans, least, bare = [], 0, replace(costs, serving=replace(s, kv_tier="gpu", tiers=()))
     held = sum(v for v, c in pairs if c.held)
     for phase, own_s in enumerate(busy_s(bare, model, steps)):
@@ -196,6 +198,13 @@ def best_tiers(
     if formats is not None:
         s = in_formats(s, {b: c.word for b, c in zip(ways, taken) if b in formats})
     return replace(s, tiers=tuple(c.held for c in taken if c.held))
+
+
+def _weights(*counts: float) -> tuple[int, ...]:
+    """What a phase's step counts for, whole: small enough that times the longest step none is
+    beyond the solver's integers."""
+    share = min(1.0, _MOST_WEIGHT / max(counts))
+    return tuple(max(1, round(n * share)) for n in counts)
 
 
 def _us(seconds: np.ndarray | float) -> int:
