@@ -16,6 +16,8 @@ WEIGHT_BYTES = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0,
     "int4": 0.53, "int4_64": 0.5625, "int4_32": 0.625, "fp4": 0.5625, "mxfp4": 0.53125,
 }  # fmt: skip
+# what plans are made in; the others are what engines ran that were measured
+WEIGHTS_PLANNED = ("fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "fp4")
 PLACES = ("stream", "compute")
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4_64": 0.5625}
 KV_PLANNED = ("bf16", "fp16", "fp8", "int8")  # what engines that plans are made for can keep

@@ -191,10 +191,10 @@ def _training_keys() -> dict[str, tuple[str, list[str]]]:
 def _serving_keys() -> dict[str, tuple[str, list[str]]]:
     from dataclasses import fields
 
-    from cost_models.serving_decisions import KV_PLANNED, WEIGHT_BYTES
+    from cost_models.serving_decisions import KV_PLANNED, WEIGHTS_PLANNED
     from planner.serving.asked import KV_TIERS, ServePins, parse_serve_pins
 
-    words = (*WEIGHT_BYTES, *KV_PLANNED, *KV_TIERS, "none", "any")
+    words = (*WEIGHTS_PLANNED, *KV_PLANNED, *KV_TIERS, "none", "any")
     return {f.name: ("", _taken(f.name, words, parse_serve_pins)) for f in fields(ServePins)}
 
 

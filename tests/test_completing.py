@@ -45,7 +45,7 @@ def bash(monkeypatch, capsys):
         (["trace", "m", "--fix", "=", "recompute", "=", "f"], ["full", "full:12"]),
         (["trace", "m", "--fix", "zero", "="], ["0", "1", "2", "3"]),
         (["trace", "m", "--task", "serve", "--fix", "weights", "=", "in"],
-         ["int8", "int4", "int4_64", "int4_32"]),
+         ["int8", "int4"]),
         (["trace", "m", "--task", "serve", "--engine", "vl"], ["vllm", "vllm-2025"]),
         (["trace", "m", "--fix", "tp", "=", "4", "--objective", "en"], ["energy"]),
         (["size", "m", "--hardware", "h100,b2"], ["h100,b200"]),

@@ -23,6 +23,7 @@ from planner.serving.asked import ServeAsked, ServePins, parse_serve_pins
 from planner.serving.formats import block_seconds, in_formats, rows
 from planner.serving.predict import predict
 from planner.serving.relief import relief
+from planner.serving.runnable import NATIVE, ExpertsOf, unservable
 from planner.serving.search import CHUNKS, search
 from planner.serving.show import estimate_json
 from planner.serving.tracing import plan_serving
@@ -442,6 +443,27 @@ def test_nothing_lossy_unless_allowed():
     few = found(served, "a100x1", max_bits=8, keep=(("head", "bf16"),)).best.serving
     assert set(dict(few.weights)) == {"attention", "mlp"}
     assert set(dict(few.weights).values()) <= {"int8", "fp8"}
+
+
+@pytest.mark.parametrize("word", ["mxfp4", "int4_64", "int4_32"])
+def test_formats_that_only_measured_engines_have_are_no_plans(word):
+    for given in ({"allow": (word,)}, {"keep": (("mlp", word),)}):
+        with pytest.raises(UsageError, match=f"unknown format '{word}' of weights"):
+            ServeAsked(**given)
+    with pytest.raises(UsageError, match="no value of that pin"):
+        parse_serve_pins((f"weights={word}",))
+
+
+def test_what_is_not_packed_stays_in_the_models_own_format():
+    for given in ({"allow": ("fp16",)}, {"keep": (("mlp", "fp32"),)}):
+        with pytest.raises(UsageError, match="stays in bf16"):
+            ServeAsked(**given)
+    with pytest.raises(UsageError, match="weights in fp16: what is not packed stays in bf16"):
+        found(model(), "h100x4", ("weights=fp16",))
+    assert ServeAsked(max_bits=16).formats == ("bf16",)
+    assert ServeAsked(max_bits=16, precision="fp16").formats == ("fp16",)
+    assert unservable(NATIVE, Serving(weights=(("mlp", "mxfp4"),)), ExpertsOf(routed=False))
+    assert not unservable(NATIVE, Serving(weights=(("mlp", "int4"),)), ExpertsOf(routed=False))
 
 
 @pytest.mark.parametrize("block", ["router", "embeddings"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from cost_models.serving_decisions import KV_PLANNED, WEIGHT_BYTES, policy_of
+from cost_models.serving_decisions import KV_PLANNED, WEIGHTS_PLANNED, policy_of
 from cost_models.serving_engines import load_serving_engine
 from cost_models.serving_shapes import BLOCKS
 from ir.errors import UsageError
@@ -14,9 +14,10 @@ from ir.errors import UsageError
 OBJECTIVES = ("latency", "throughput", "cost")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
         "fp4": 4}  # fmt: skip
+WIDE = 16  # bits of what is not packed
 ENGINE = "native"
 KV_TIERS = ("gpu", "cpu")
-_WORDS = {"weights": tuple(WEIGHT_BYTES), "kv": KV_PLANNED, "kv_tier": KV_TIERS}
+_WORDS = {"weights": WEIGHTS_PLANNED, "kv": KV_PLANNED, "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes
 OWN_FORMAT = ("router", "embeddings")  # blocks that stay in the model's own
 MOST = 100_000_000  # tokens, requests: beyond that a number is a slip
@@ -87,9 +88,10 @@ class ServeAsked:
                              why=f"known: {', '.join(OBJECTIVES)}")  # fmt: skip
         load_serving_engine(self.engine)
         for word in (*self.allow, *(word for _, word in self.keep)):
-            if word not in WEIGHT_BYTES:
+            if word not in WEIGHTS_PLANNED:
                 raise UsageError(f"unknown format {word!r} of weights",
-                                 why=f"known: {', '.join(WEIGHT_BYTES)}")  # fmt: skip
+                                 why=f"known: {', '.join(WEIGHTS_PLANNED)}")  # fmt: skip
+            self.check_format(word)
         for word in self.allow_kv:
             if word not in KV_PLANNED:
                 raise UsageError(f"unknown format {word!r} of the cache",
@@ -111,12 +113,19 @@ class ServeAsked:
                              f" {','.join(self.allow)} has so few",
                              hints=("allow one that has, or leave --allow out",))  # fmt: skip
 
+    def check_format(self, word: str) -> None:
+        """Raise UsageError for a format that is neither the model's own nor one of fewer bits."""
+        if word != self.precision and BITS[word] >= WIDE:
+            raise UsageError(f"weights in {word}: what is not packed stays in {self.precision}",
+                             hints=(f"--precision {word} is of the whole model",))  # fmt: skip
+
     @property
     def formats(self) -> tuple[str, ...]:
         """What a block that is not kept may be in, the model's own first."""
         if not self.max_bits:
             return tuple(dict.fromkeys((self.precision, *self.allow)))
-        few = [word for word, bits in BITS.items() if bits <= self.max_bits]
+        few = [word for word, bits in BITS.items()
+               if bits <= self.max_bits and (bits < WIDE or word == self.precision)]  # fmt: skip
         named = [word for word in self.allow if word in few]
         return tuple(named or [w for w in few if BITS[w] == BITS[few[0]] and w != "fp8_block"])
 

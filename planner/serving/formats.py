@@ -29,6 +29,8 @@ def open_to(model: ServedModel, asked: ServeAsked, pins: ServePins) -> dict[str,
         if block not in model.block_elements():
             raise UsageError(f"--keep {block}={word}: {model.name} has no {block}",
                              why=f"its blocks: {', '.join(model.block_elements())}")  # fmt: skip
+    if pins.weights:
+        asked.check_format(pins.weights)
     allowed = (pins.weights,) if pins.weights else asked.formats
     return {b: (kept[b],) if b in kept else allowed
             for b in model.block_elements() if b not in OWN_FORMAT}  # fmt: skip

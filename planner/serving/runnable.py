@@ -19,6 +19,8 @@ from planner.routed import (
 )
 
 NATIVE = "native"
+# formats of weights that it packs, and as which
+PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,9 @@ class Rule:
 
 
 RULES = (
+    Rule(refused=lambda s, e: any(word not in (*PACKED, s.default) for _, word in s.weights),
+         reason=f"native packs weights in {', '.join(PACKED)}, the others stay in the model's own"
+         " format"),
     Rule(refused=lambda s, e: s.attention_dp > 1 and not e.routed,
          reason="native replicas of attention share experts, and the model has none: whole"
          " replicas are jobs of their own"),

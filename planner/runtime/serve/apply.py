@@ -29,10 +29,9 @@ from planner.runtime.serve.replicas import divide_batch
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.runnable import NATIVE, experts_of, unservable
+from planner.serving.runnable import NATIVE, PACKED, experts_of, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
 
 
 def serve(

@@ -19,10 +19,9 @@ from ir.capture.real import Recipe
 from ir.errors import PlanError
 from ir.graph import Graph
 from ir.text import format_graph, graph_hash
-from planner.runtime.serve.apply import PACKED
 from planner.runtime.verify.twin import capture_twin, cut_models, misplaced, words_for
 from planner.serving.plan import ServingPlan
-from planner.serving.runnable import NATIVE, experts_of, unservable
+from planner.serving.runnable import NATIVE, PACKED, experts_of, unservable
 
 BATCH, PROMPT, OUTPUT = 2, 12, 16  # sequences, and tokens of each: more than a twin's window
 ROWS = 8  # tokens that the twin's host multiplies at most: a step's 2, not a prompt's 24
