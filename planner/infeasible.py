@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -296,11 +296,13 @@ class Questions:
         changes: dict[str, Any] = {**changed}
         return self.answer(self.pins, workload=replace(self.asked.workload, **changes))
 
-    def _told(self, found: Answer, keys: Sequence[str], fits: str = "it fits") -> str:
+    def _told(self, found: Answer, keys: Iterable[str], fits: str = "it fits") -> str:
         """Memory and step of the plan that was found, and what it has for the keys."""
         if found.outcome.best is None:
             return "there are plans, but none was found that fits"
         made: Estimate = found.estimate()
+        if "offload" in keys and found.decisions.below is not None:  # of layers that stages count
+            keys = dict.fromkeys((*keys, "pp", *(["stages"] if found.decisions.pp > 1 else [])))
         chosen = ", ".join(chosen_words(found.decisions, key) for key in keys if key != "place")
         return (
             f"{fits}: " + f"{chosen}, " * bool(chosen)

@@ -16,6 +16,7 @@ from planner.asking import Asking
 from planner.decisions import Pins, parse_pins
 from planner.infeasible import Constraint, Questions, constraints, infeasible, needs
 from planner.mesh import meshes
+from planner.pin_checks import check_pins
 from planner.room import least_bytes, state_bytes
 from planner.search import Searcher
 
@@ -135,6 +136,17 @@ def test_hints_are_plans_that_fit():
             count = load_hardware(more[1]).count
             assert small(8_000, "recompute=none", "offload=none", count=count).run().best
     assert fault.hints and infeasible(searcher, searcher.run()).lines() == fault.lines()
+
+
+def test_what_a_hint_says_can_be_pinned():
+    """Of layers below also which stages count them."""
+    searcher = small(8_000, "offload=none", "tp=1")
+    hint = infeasible(searcher, searcher.run()).hints[0]
+    said = re.findall(r"(\w+=\S+),", hint.partition(" it fits: ")[2])
+    assert "offload=optimizer:cpu:2" in said
+    pins = parse_pins(said)
+    check_pins(pins, searcher.costs.workload, gpus=4, layers=2)
+    assert searcher.under(pins).run().best is not None
 
 
 def test_two_cores_are_left_together():
