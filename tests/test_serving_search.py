@@ -24,7 +24,7 @@ from planner.serving.formats import block_seconds, in_formats, rows
 from planner.serving.predict import predict
 from planner.serving.relief import relief
 from planner.serving.runnable import NATIVE, ExpertsOf, unservable
-from planner.serving.search import CHUNKS, search
+from planner.serving.search import BATCHES, CHUNKS, search
 from planner.serving.show import estimate_json
 from planner.serving.tracing import plan_serving
 
@@ -497,6 +497,25 @@ def test_where_weights_lie_gives_one_phase_for_the_limit_of_the_other(tpot_s):
     with pytest.raises(InfeasibleError) as fault:
         found(served, "a6000x1", max_ttft_s=1.0, **load)
     assert float(fault.value.hints[0].split()[1].removesuffix("ms")) < 7900
+
+
+@pytest.mark.parametrize("objective", ["throughput", "cost"])
+def test_requests_that_are_left_open_are_as_many_as_the_limit_allows(objective):
+    """No number of them that is said does better, by more than one request."""
+    served, load = model(layers=16, hidden=4096, inter=14336), {"engine": "vllm", "batch": 0}
+    limits = {"objective": objective, "max_tpot_s": 0.009}
+    best = found(served, "h100x2", ("pools=none",), **load | limits).best
+    assert best.serving.batch not in BATCHES
+
+    def score(p):
+        return p.tokens_per_s / (p.serving.devices if objective == "cost" else 1)
+
+    for batch in range(best.serving.batch // 2, 2 * best.serving.batch, 8):
+        try:
+            said = found(served, "h100x2", ("pools=none",), **load | limits | {"batch": batch}).best
+        except InfeasibleError:
+            continue
+        assert score(said) <= score(best) * 1.01
 
 
 def test_too_little_of_every_tier_is_infeasible():

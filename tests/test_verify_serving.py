@@ -17,6 +17,7 @@ CONFIG = {
     "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 160, "num_local_experts": 4,
     "num_experts_per_tok": 2, "sliding_window": None, "max_position_embeddings": 64,
+    "use_mtp": True,  # as MiniMax-M2.5's; transformers' model has no layers that draft
 }  # fmt: skip
 LOAD = ("--prompt", 16, "--output", 16, "--batch", 2)
 

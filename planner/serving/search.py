@@ -32,6 +32,7 @@ from planner.serving.tiers import best_tiers, charged
 
 CHUNKS = tuple(512 << k for k in range(7))  # tokens of prompts a step: powers of two to 32768
 CHUNKED = 8  # divisions, the best first, that other chunks are tried in
+BISECTED = 24  # divisions, the best first, in which numbers of requests between these are tried
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tried where the load leaves it open
 
 
@@ -79,6 +80,31 @@ def _in_chunks(
     ]  # fmt: skip
 
 
+def _in_batches(
+    model: ServedModel, cluster: Cluster, engine: ServingEngine, asked: ServeAsked,
+    seen: list[Prediction],
+) -> list[Prediction]:  # fmt: skip
+    """The best divisions with more requests, where the load leaves them open: as many below twice
+    theirs as the limits allow, by bisection."""
+    fits = [p for p in seen if p.fits and limits_used(p, asked) <= 1]
+    if asked.batch or asked.objective == "latency" or not fits:
+        return []
+    load = ServeLoad(prompt=asked.prompt, output=asked.output)
+    ordered, found = best_first(fits, asked, cluster), []
+    for s in (p.serving for p in (ordered[0], *_apart(ordered, BISECTED))):
+        each = s.replicas * s.attention_dp
+        low, high = s.batch // each, min(2 * s.batch, BATCHES[-1] + 1) // each
+        while high - low > 1:
+            n = (low + high) // 2
+            p = predict(model, cluster, engine, replace(s, batch=n * each), load)
+            if p.fits and limits_used(p, asked) <= 1:
+                low = n
+                found.append(p)
+            else:
+                high = n
+    return found
+
+
 def predictions(
     model: ServedModel, cluster: Cluster, asked: ServeAsked, pins: ServePins,
     progress: Callable[[str], None] | None = None, experts: ExpertsOf | None = None,
@@ -121,9 +147,9 @@ def predictions(
             why="; ".join(dict.fromkeys(refused)) or "tp divides the heads, ep the experts, and"
             " tp*attention_dp*pp*replicas the GPUs",
         )
-    if pins.prefill_chunk is not None:
-        return seen, tried
-    others = _in_chunks(model, cluster, engine, asked, seen)
+    others = _in_batches(model, cluster, engine, asked, seen)
+    if pins.prefill_chunk is None:
+        others += _in_chunks(model, cluster, engine, asked, [*seen, *others])
     return [*seen, *others], tried + len(others)
 
 

@@ -178,6 +178,8 @@ def _generated(
 ) -> tuple[Tensor, Tensor]:
     """By the model's own `generate`, through its cache; text: the tokens that it is made to say."""
     kwargs: dict[str, Any] = {}
+    if getattr(getattr(model, "generation_config", None), "use_mtp", None):  # no plan drafts
+        kwargs["use_mtp"] = False
     if not kv.plain:
         kwargs["past_key_values"] = cache_of(model, kv)
     if kv.block:
