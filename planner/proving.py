@@ -16,7 +16,7 @@ from cost_models.step import Assignments
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.stage_paths import Shapes
-from planner.stage_planes import Effort, applies, refute
+from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
@@ -129,16 +129,27 @@ class Proof:
         target = top
         if high <= top or limit - one.bound_ps > NEAR * limit // GOAL:
             target = (one.bound_ps + 3 * min(high, limit)) // 4
-        refuted, cuts = self._refuted(one.problem, target, asked)
-        if refuted:
+        answer = self._refuted(one.problem, target, asked)
+        if answer.refuted:
             self.asked[one.order] = asked, high
             return None if target == limit else one.raised(target, self.gain_ppm)
-        self.asked[one.order] = (asked, target) if asked else (1, high)
+        told = answer.least_ps > one.bound_ps  # by a tree: another time would tell no more
+        again = asked and not told
+        self.asked[one.order] = (asked, target) if again else (asked + 1, ENDLESS)
         worth = far or _in_trees(one)  # else looking takes longer than it gains
         if asked and worth and one.order not in self.looked:
             self.looked.add(one.order)
-            self._look(one, cuts)
-        return replace(one)
+            self._look(one, [*answer.cuts, *self._tight(one.problem, answer.least_ps)])
+        return one.raised(answer.least_ps, self.gain_ppm) if told else replace(one)
+
+    def _tight(self, p: StageProblem, least_ps: int) -> list[tuple[int, ...]]:
+        """Cuts that may have a step little above this: the tighter, the more they are alike."""
+        if not least_ps:
+            return []
+        effort = Effort(programs=FIRST)
+        found = refute(p, least_ps + least_ps // GOAL, self.shapes.of(p), effort)
+        self.programs -= -(-p.count // STAGES) * (FIRST - effort.programs)
+        return found.cuts
 
     def _look(self, one: Unsettled, cuts: Sequence[tuple[int, ...]]) -> None:
         """A better plan, near these cuts."""
@@ -146,29 +157,28 @@ class Proof:
         if better.stages:
             self.best = self.found(one, better)
 
-    def _refuted(
-        self, p: StageProblem, target: int, asked: int
-    ) -> tuple[bool, list[tuple[int, ...]]]:
+    def _refuted(self, p: StageProblem, target: int, asked: int) -> Answer:
         """As `refute`, with more effort the more often that was no use. Of what is refuted without
         a limit to memory other programs are too, so that is asked first, with few."""
         if self.known.covers(p, target):
-            return True, []
+            return Answer(refuted=True, least_ps=target, cuts=[])
         paths, free = self.shapes.of(p), unlimited(p)
         others = len(self.left) > 1 and free != p
         first = [free] if others and self.known.promising(free, target) else []
-        cuts: list[tuple[int, ...]] = []
+        answer = Answer(refuted=False, least_ps=0, cuts=[])
         counts = -(-p.count // STAGES)
         for one in (*first, p):
             effort = self._effort(asked, p.count) if one is p else Effort(programs=FIRST)
             given = effort.programs = max(0, min(effort.programs, -(-self.programs // counts)))
-            refuted, cuts = refute(one, target, paths, effort)
+            answer = refute(one, target, paths, effort)
             self.programs -= counts * (given - effort.programs)
-            if refuted:
-                self.known.add(one, target)
-                return True, []
+            if answer.least_ps:
+                self.known.add(one, answer.least_ps)
+            if answer.refuted:
+                return answer
             if one is free:
                 self.known.failed(free, target)
-        return False, cuts
+        return answer
 
     @staticmethod
     def _effort(asked: int, stages: int) -> Effort:

@@ -404,7 +404,7 @@ class Searcher(Space):
         paths, free = self._shapes.of(problem), problem.capacity_bytes == UNLIMITED
         most = PROBE if free and paths.useful else FIRST
         effort = Effort(programs=most)
-        refuted, _ = refute(problem, best, paths, effort)
+        refuted = refute(problem, best, paths, effort).refuted
         out.spent += 1 + (most - effort.programs) * problem.count // 256
         if refuted:
             self._known.add(problem, best)

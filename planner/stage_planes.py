@@ -49,6 +49,16 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """least_ps: no choice has a step below it. refuted: none has one below the time that was asked
+    about. cuts: else some that may have, best guess first."""
+
+    refuted: bool
+    least_ps: int
+    cuts: list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """A solution: times by kind and stage in ps, the tail, layers by rank and by stage."""
 
@@ -74,18 +84,17 @@ def _rows(p: StageProblem) -> list[tuple[int, ...]]:
     ))  # fmt: skip
 
 
-def refute(
-    p: StageProblem, below_ps: int, known: Known, effort: Effort
-) -> tuple[bool, list[tuple[int, ...]]]:
-    """Whether no choice has a step below this; if not, cuts that may have, best guess first."""
+def refute(p: StageProblem, below_ps: int, known: Known, effort: Effort) -> Answer:
+    """Whether no choice has a step below this."""
     if bound_ps(p) >= below_ps:
-        return True, []
+        return Answer(refuted=True, least_ps=below_ps, cuts=[])
     planes = _Planes(p, below_ps, known, effort)
     for path in known.useful:  # a program of the same shape mostly needs the same
         planes._join(path)
     refuted = planes.empty()
     known.used(planes.joined)
-    return refuted, [] if refuted else planes.cuts
+    least = below_ps if refuted else min(below_ps, math.floor(planes.least * below_ps))
+    return Answer(refuted=refuted, least_ps=least, cuts=[] if refuted else planes.cuts)
 
 
 class _Planes:
@@ -102,6 +111,7 @@ class _Planes:
         self.warm.SetIntegerParam(self.warm.PRESOLVE, self.warm.PRESOLVE_OFF)
         self.warm.SetIntegerParam(self.warm.LP_ALGORITHM, self.warm.DUAL)
         self.cuts: list[tuple[int, ...]] = []
+        self.least = 0.0  # no choice takes less, as a share of the time that is asked about
         self.joined: set[int] = set()
         rows = _rows(p)
         self.kinds = sorted(set(rows), key=rows.index)
@@ -386,8 +396,11 @@ class _Planes:
             found = solve_whole(self.solver, whole, self.effort.nodes)
             self.effort.nodes -= ROOT + found.nodes
             self.effort.programs -= 1 + found.iterations // ITERATIONS
+            if found.values is None and found.complete:
+                return True
+            self.least = max(self.least, found.least - 2 * TOLERANCE)
             if found.values is None:
-                return found.complete
+                break
             point = self._point(found.values)
             self._guess(point)
             if self._holds(point):

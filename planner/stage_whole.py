@@ -12,15 +12,18 @@ from planner.highs import Rows, model_of
 from planner.interrupts import held
 from planner.stage_arcs import Array
 
+HEURISTICS = ("rens", "rins", "root_reduced_cost")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
     """What a program in whole numbers came to. values: of each variable, where a solution was
     found. complete: it was solved to its end, so that without values there is no solution.
-    nodes: of the tree. iterations: of the simplex."""
+    least: no solution has a lower objective. nodes: of the tree. iterations: of the simplex."""
 
     values: Array | None
     complete: bool
+    least: float
     nodes: int
     iterations: int
 
@@ -51,6 +54,8 @@ def solve_whole(solver: Any, whole: list[int], nodes: int) -> Whole:
     params = mathopt.SolveParameters(node_limit=nodes)
     # the same answer on any number of cores, and no solution that presolving put out of place
     params.highs.string_options.update(parallel="off", presolve="off")
+    # mostly there is none: what looks for one in programs of its own takes longer than the tree
+    params.highs.bool_options.update({f"mip_heuristic_run_{name}": False for name in HEURISTICS})
     with held():
         result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
     reason = mathopt.TerminationReason
@@ -59,5 +64,6 @@ def solve_whole(solver: Any, whole: list[int], nodes: int) -> Whole:
     stats = result.solve_stats
     return Whole(
         values=np.array(result.variable_values(list(model.variables()))) if found else None,
-        complete=ended, nodes=max(1, stats.node_count), iterations=stats.simplex_iterations,
+        complete=ended, least=result.termination.objective_bounds.dual_bound,
+        nodes=max(1, stats.node_count), iterations=stats.simplex_iterations,
     )  # fmt: skip

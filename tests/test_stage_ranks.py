@@ -72,7 +72,7 @@ def test_whole_layers_on_ranks_short_of_memory():
     found, effort = solve(p), Effort(programs=40)
     assert lower_bound_ps(p) < 0.76 * found.step_ps
     assert 0.93 * found.step_ps < bound_ps(p) <= found.step_ps
-    assert refute(p, bound_ps(p), Known.of(p), effort) == (True, [])
+    assert refute(p, bound_ps(p), Known.of(p), effort).refuted
     assert effort.programs == 40
 
 
