@@ -16,6 +16,7 @@ from cost_models.constants_table import FIT_WORDS
 from cost_models.serving_handling import Handling, told
 from ir.errors import UsageError
 
+NATIVE = "native"  # our own runtime, which runs the model's own forward
 _TABLE = Path(__file__).with_name("serving_engines.toml")
 
 

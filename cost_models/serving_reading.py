@@ -12,6 +12,7 @@ from math import prod
 from cost_models.chain import chain_of
 from cost_models.kernels import LOOKUPS, chains
 from cost_models.layout import expert_parameters
+from cost_models.serving_engines import NATIVE
 from cost_models.serving_light import eager_elements, edges, has_tokens
 from cost_models.serving_shapes import (
     Attend,
@@ -34,8 +35,13 @@ _ADDING = ("add", "sub")
 _MIXERS = frozenset({"attention", "scan", "delta_rule", "linear_attention", "causal_conv1d"})
 
 
-def served_model(graph: Graph) -> ServedModel:
-    """Read a graph's layers. Raises PlanError for work that a cache cannot serve, naming it."""
+def served_model(graph: Graph, engine: str = NATIVE) -> ServedModel:
+    """Read a graph's layers. Raises PlanError for work that a cache cannot serve, naming it.
+
+    A product of all tokens with every expert of a stack (Llama 4's) is one matrix to our own
+    runtime, which runs the forward; the kernels of other engines take a token's own experts alone.
+    """
+    routes = engine != NATIVE
     chain = chain_of(graph)
     counts: dict[str, int] = {}
     for link in chain.links:
@@ -47,13 +53,15 @@ def served_model(graph: Graph) -> ServedModel:
             why="a server caches what layers keep for each token",
             hints=("give a model whose layers are in a container",),
         )
-    layers = tuple(_layer(graph.unit_by_name[name], count) for name, count in counts.items())
+    layers = tuple(
+        _layer(graph.unit_by_name[name], count, routes) for name, count in counts.items()
+    )
     table, vocab = 0, 0
     head: tuple[Matrix, ...] = ()
     for name in dict.fromkeys(link.unit.name for link in chain.links if not link.is_layer):
         unit = graph.unit_by_name[name]
         table += sum(p.tensor.numel() for p in unit.parameters if _looked_up(unit, p.name))
-        found = _Walk(unit).matrices
+        found = _Walk(unit, routes).matrices
         if found:
             head = tuple(replace(m, block="head", split="column") for m in found)
             vocab = max(m.n for m in head)
@@ -77,8 +85,8 @@ def served_model(graph: Graph) -> ServedModel:
     )  # fmt: skip
 
 
-def _layer(unit: Unit, count: int) -> LayerShape:
-    walk = _Walk(unit)
+def _layer(unit: Unit, count: int, routes: bool) -> LayerShape:
+    walk = _Walk(unit, routes)
     return LayerShape(
         count=count, matrices=walk.matrices, attention=walk.attends(), experts=walk.experts(),
         recurrences=walk.recurrences(), light=walk.light(), reductions=tuple(walk.reductions),
@@ -102,7 +110,7 @@ def parts_of(graph: Graph) -> dict[str, dict[str, Part]]:
         unit = link.unit
         if unit.name in found:
             continue
-        walk, experts = _Walk(unit), expert_parameters(unit)
+        walk, experts = _Walk(unit, routes=False), expert_parameters(unit)
         rows = {p.name: Part() for p in unit.parameters}
         for name, linear in walk.linears.items():
             block = walk.blocks[name] if link.is_layer else "head"
@@ -140,26 +148,29 @@ class _Found:
 
 
 class _Walk:
-    """One pass over a unit's nodes.
+    """One pass over a unit's nodes. routes: stacks of experts are routed ones.
 
     roots: the heavy nodes that a value came from through light ones. placed: "R" whole on every
     rank, "S" split over tp, "P" a partial sum.
     """
 
-    def __init__(self, unit: Unit):
-        self.unit = unit
+    def __init__(self, unit: Unit, routes: bool):
+        self.unit, self.routes = unit, routes
         self.weights = _of_parameters(unit)
         self.roots: dict[str, frozenset[str]] = {}
         self.linears: dict[str, _Found] = {}
         self.attention: list[tuple[Node, frozenset[str], frozenset[str]]] = []
         self.scans: list[Node] = []
         self.grouped: list[Node] = []
+        self.stacked: list[Node] = []  # of those, one product over all experts
+        self.picked = 0  # experts of a token
         self.inside_experts: set[str] = set()
         self.placed: dict[str, str] = {}
         self.reductions: list[str] = []
         self.norm_reductions = 0
         for node in unit.nodes:
             self._visit(node)
+        self.unrolled = self._unrolled()
         self.mixers = {n.name for n, _, _ in self.attention} | {n.name for n in self.scans}
         for node in unit.nodes:
             state = self._place(node, [self.placed.get(r, "R") for r in node.inputs])
@@ -179,6 +190,8 @@ class _Walk:
         if heavy or picking:
             for name in everything & self.linears.keys():
                 self.linears[name].feeds.add("picked" if picking else node.op)
+        if node.op == "topk":
+            self.picked = self._sizes(node.refs()[0])[-1]
         if kind == "gemm":
             self._linear(node, everything)
         elif kind == "attention":
@@ -213,10 +226,32 @@ class _Walk:
         sizes = dict(zip(spec.inputs[1], self._sizes(node.inputs[1])))
         k = prod(size for x, size in sizes.items() if x in given and x not in out)
         n = prod(size for x, size in sizes.items() if x not in given)
+        stack = prod(size for x, size in sizes.items() if x in given and x in out)
+        if self.routes and stack > 1:
+            self.grouped.append(node)
+            self.stacked.append(node)
+            return
+        rows = unit.values[node.inputs[0]].numel(1, 1) // (k * stack)
         self.linears[node.name] = _Found(
-            node=node, k=k, n=n, rows=max(unit.values[node.inputs[0]].numel(1, 1) // k, 1),
-            read=node.inputs[0], parents=parents,
+            node=node, k=k, n=n * stack, rows=max(rows, 1), read=node.inputs[0], parents=parents,
         )  # fmt: skip
+
+    def _unrolled(self) -> set[str]:
+        """Values that have every token for every expert of a stack: kernels that route make
+        none."""
+        if not self.stacked:
+            return set()
+        last = self.stacked[-1]
+        count, wide = self._sizes(last.inputs[1])[0], self._sizes(last.name)[-1]
+        inside = {r for n in self.unit.nodes for r in n.refs()
+                  if has_tokens(self.unit.values[r])
+                  and self.unit.values[r].numel(1, 1) == count * wide}  # fmt: skip
+        between = self.unit.nodes[self.unit.nodes.index(self.stacked[0]):
+                                  self.unit.nodes.index(last)]  # fmt: skip
+        names = {n.name for n in self.stacked}
+        inside |= {r for n in between for r in n.refs() if self.roots[r] & names}
+        self.inside_experts |= inside
+        return inside
 
     def _reduced(self, node: Node) -> None:
         """A norm over all features of what matrices made, and not one of each head's."""
@@ -231,6 +266,8 @@ class _Walk:
     def _place(self, node: Node, ins: list[str]) -> str:
         if node.name in self.linears:
             return self._place_linear(self.linears[node.name], ins[0])
+        if node in self.stacked:
+            return "P" if node is self.stacked[-1] else "S"
         if rule(node).kind in ("attention", "scan"):
             return "S" if "S" in ins[:3] else "R"
         if rule(node).kind == "combine":
@@ -335,12 +372,13 @@ class _Walk:
         if not self.grouped:
             return ()
         last = self.grouped[-1]
-        rows, inner = self._sizes(last.inputs[0])
-        up = sum(self._sizes(n.name)[1] for n in self.grouped[:-1])
+        given = self._sizes(last.inputs[0])
+        up = sum(self._sizes(n.name)[-1] for n in self.grouped[:-1])
         return (
             Experts(
-                experts=self._sizes(last.inputs[1])[0], topk=rows,
-                hidden=self._sizes(last.name)[1], inter=(up + inner) / 3,
+                experts=self._sizes(last.inputs[1])[0],
+                topk=self.picked if self.stacked else given[0],
+                hidden=self._sizes(last.name)[-1], inter=(up + given[-1]) / 3,
             ),
         )  # fmt: skip
 
@@ -372,7 +410,8 @@ class _Walk:
                 continue
             if any(self.roots[n.name] and self.roots[n.name] <= routers for n in run):
                 continue
-            moving = [r for r in edges(self.unit, run) if has_tokens(self.unit.values[r])]
+            moving = [r for r in edges(self.unit, run)
+                      if has_tokens(self.unit.values[r]) and r not in self.unrolled]  # fmt: skip
             kernels += bool(moving)
             for r in moving:
                 tensor = self.unit.values[r]  # an engine's own kernels keep 16 bits

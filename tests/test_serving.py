@@ -53,6 +53,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
                "linear_key_head_dim": 32, "linear_value_head_dim": 32, "num_experts": 8,
                "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                "shared_expert_intermediate_size": 64},
+    "llama4": {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", **_SIZES,
+               "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128,
+               "intermediate_size_mlp": 512, "num_local_experts": 8, "num_experts_per_tok": 1,
+               "interleave_moe_layer_step": 2},
 }  # fmt: skip
 
 
@@ -95,6 +99,10 @@ def test_blocks_are_what_their_modules_are(name: str) -> None:
         "shared_experts": ("shared_expert",), "embeddings": ("embed_tokens",),
         "attention": ("attn",), "head": ("lm_head",),
     }  # fmt: skip
+    if name == "llama4":  # one product of all experts with all tokens, as its forward is
+        words = {"router": ("router.w",), "embeddings": ("embed_tokens",), "head": ("lm_head",),
+                 "mlp": ("experts.", "shared_expert", "forward.gate", "forward.up", "forward.down"),
+                 }  # fmt: skip
     found = model_of(name).block_elements()
     for block, parts in words.items():
         named = sum(
@@ -103,6 +111,30 @@ def test_blocks_are_what_their_modules_are(name: str) -> None:
             and "conv1d" not in full and "bias" not in full
         )  # fmt: skip
         assert found.get(block, 0) == named, block
+
+
+def test_a_stack_of_experts_is_routed_by_engines_that_do() -> None:
+    """Llama 4's forward multiplies every token with every expert; others' kernels with its own."""
+    graph = graph_of("llama4")
+    plain, routed = served_model(graph), served_model(graph, "vllm")
+    stack = 2 * 8 * 3 * 256 * 128  # of two layers of four
+    before, after = plain.block_elements(), routed.block_elements()
+    assert after["routed_experts"] == stack and "routed_experts" not in before
+    assert after["shared_experts"] == stack / 8
+    assert before["mlp"] == after["mlp"] + stack + stack / 8
+    (one,) = next(layer for layer in routed.layers if layer.experts).experts
+    assert (one.experts, one.topk, one.hidden, one.inter) == (8, 1, 256, 128)
+    own = next(layer for layer in plain.layers if layer.matrices[3].n == 8 * 2 * 128)
+    up, down = own.matrices[3:5]
+    assert (up.split, down.split, up.rows, down.rows) == ("column", "row", 1, 1)
+    assert down.held(2) == 8 * 256 * 128 / 2
+    alike = next(layer for layer in routed.layers if layer.experts)
+    assert alike.reductions == own.reductions == ("attention", "mlp")
+    # for each expert, of each token: what it reads is written, its gate and up are read and their
+    # product written, what it makes is read and summed
+    more = [getattr(own.light, key) - getattr(alike.light, key)
+            for key in ("whole_bytes", "split_bytes")]  # fmt: skip
+    assert more == [2 * 8 * 2 * 256, 2 * 8 * 3 * 128]
 
 
 def test_splits_of_tensor_parallelism_are_megatrons() -> None:

@@ -59,8 +59,8 @@ def size_serving(
                              hints=("--batch 32 --prompt 1024 --output 1024",))  # fmt: skip
         graph = capture(options, replace(able[0], count=1), progress=report)
         sizer = ServeSizer(
-            model=served_model(graph), asked=asked, pins=pins, experts=experts_of(graph),
-            prices=priced, most_gpus=most, every=every, progress=report,
+            model=served_model(graph, asked.engine), asked=asked, pins=pins,
+            experts=experts_of(graph), prices=priced, most_gpus=most, every=every, progress=report,
         )  # fmt: skip
         found = sizer.run(able)
     of = Served(

@@ -65,7 +65,7 @@ def _experts(p: ServingPlan) -> Flags:
         return []
     if held.resident == 0:
         return [("--cpu-moe",)]
-    model = served_model(p.graph)
+    model = served_model(p.graph, p.asked.engine)
     experts, layers = layers_of(model, "routed_experts"), sum(
         layer.count for layer in model.layers if layer.experts
     )

@@ -65,7 +65,8 @@ def keeps_formats(p: ServingPlan) -> bool:
 
 def offloaded_gib(p: ServingPlan) -> float:
     """GiB of weights a GPU that lie on the host, rounded up."""
-    below = dict(below_bytes(served_model(p.graph), p.serving).tiers).get("cpu", 0.0)
+    model = served_model(p.graph, p.asked.engine)
+    below = dict(below_bytes(model, p.serving).tiers).get("cpu", 0.0)
     return math.ceil(below / _GIB * _HUNDREDTHS) / _HUNDREDTHS
 
 

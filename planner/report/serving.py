@@ -281,7 +281,7 @@ def _parts(name: str, parts: Sequence[tuple[str, float]], total: float, scale_s:
 def placement(checked: CheckedServing) -> Section:
     """Every block class of the model: its bytes a GPU, its format and tier."""
     plan, s = checked.plan, checked.plan.serving
-    model = served_model(plan.graph)
+    model = served_model(plan.graph, plan.asked.engine)
     said = {record["block"]: record for record in block_records(s)}
     rows, lines = [], []
     blocks = [b for b in model.block_elements() if block_bytes(model, s, b) > 0]

@@ -43,7 +43,8 @@ def others_of(checked: CheckedServing) -> tuple[Prediction, ...] | str:
     """The best plans of other divisions, the best first; or why there are none."""
     plan = checked.plan
     try:
-        found = search(served_model(plan.graph), checked.cluster, plan.asked, ServePins())
+        model = served_model(plan.graph, plan.asked.engine)
+        found = search(model, checked.cluster, plan.asked, ServePins())
     except PlanError as fault:
         return f"{fault.what}."
     mine = division(checked.found)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from cost_models.serving_decisions import KV_PLANNED, WEIGHTS_PLANNED, policy_of
-from cost_models.serving_engines import load_serving_engine
+from cost_models.serving_engines import NATIVE, load_serving_engine
 from cost_models.serving_shapes import BLOCKS
 from ir.errors import UsageError
 
@@ -15,7 +15,7 @@ OBJECTIVES = ("latency", "throughput", "cost")
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "fp8_block": 8, "int8": 8, "int4": 4,
         "fp4": 4}  # fmt: skip
 WIDE = 16  # bits of what is not packed
-ENGINE = "native"
+ENGINE = NATIVE
 KV_TIERS = ("gpu", "cpu")
 _WORDS = {"weights": WEIGHTS_PLANNED, "kv": KV_PLANNED, "kv_tier": KV_TIERS}
 FORCED = (0, 0)  # of `ServePins.pools`: pools of any sizes

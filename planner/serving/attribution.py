@@ -115,7 +115,8 @@ def _facts(c: CheckedServing) -> dict[str, Any]:
     found = {"model": c.plan, "hardware": c.cluster}
     found |= {name: getattr(c.plan.asked, name) for name in _LOAD}
     found |= {name: getattr(s, name) for name in _PLAIN}
-    if not any(layer.experts for layer in served_model(c.plan.graph).layers):
+    model = served_model(c.plan.graph, c.plan.asked.engine)
+    if not any(layer.experts for layer in model.layers):
         found |= {"ep": 1, "etp": 0}  # of no experts: they say nothing
         if s.prefill:
             found["prefill"] = replace(s.prefill, ep=1, etp=0)
@@ -150,7 +151,7 @@ def _predicted(old: CheckedServing, facts: Mapping[str, Any]) -> Prediction | No
         require_possible(plan, facts["hardware"])
     except PlanError:
         return None
-    model = served_model(plan.graph)
+    model = served_model(plan.graph, plan.asked.engine)
     pools = [Pool(**{f.name: getattr(s, f.name) for f in fields(Pool)}), s.prefill]
     if not all(_divides(model, pool) for pool in pools if pool):
         return None

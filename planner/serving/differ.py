@@ -89,7 +89,8 @@ def _error(old: CheckedServing, new: CheckedServing) -> float:
 
 def _decided(plan: ServingPlan) -> dict[str, str]:
     """In words; of experts where the model has some: else etp goes with tp, and says nothing."""
-    experts = any(layer.experts for layer in served_model(plan.graph).layers)
+    model = served_model(plan.graph, plan.asked.engine)
+    experts = any(layer.experts for layer in model.layers)
     return {key: _plain(value) for key, value in decisions_json(plan).items()
             if experts or key not in ("ep", "etp")}  # fmt: skip
 

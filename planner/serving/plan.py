@@ -114,7 +114,7 @@ def make_serving_plan(
 
 def require_blocks(plan: ServingPlan) -> None:
     """Raise PlanError where the plan says how a block lies, or its format, that the model lacks."""
-    there = served_model(plan.graph).block_elements()
+    there = served_model(plan.graph, plan.asked.engine).block_elements()
     for block in (*(held.block for held in plan.serving.tiers),
                   *(block for block, _ in plan.serving.weights)):  # fmt: skip
         if block not in there:

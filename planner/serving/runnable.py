@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cost_models.layout import expert_parameters
 from cost_models.serving_decisions import Serving, policy_of
-from cost_models.serving_engines import engines_with_pools
+from cost_models.serving_engines import NATIVE, engines_with_pools
 from ir.graph import Graph
 from planner.routed import (
     no_expert_chain,
@@ -18,7 +18,6 @@ from planner.routed import (
     weights_of,
 )
 
-NATIVE = "native"
 # formats of weights that it packs, and as which
 PACKED = {"int8": "int8", "int4": "int4", "fp8": "fp8", "fp8_block": "fp8", "fp4": "fp4"}
 

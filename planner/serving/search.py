@@ -17,7 +17,7 @@ import numpy as np
 
 from cost_models.hardware import Cluster
 from cost_models.serving_decisions import WEIGHT_BYTES, Pool, ServeLoad, Serving
-from cost_models.serving_engines import ServingEngine, load_serving_engine
+from cost_models.serving_engines import NATIVE, ServingEngine, load_serving_engine
 from cost_models.serving_shapes import ServedModel
 from ir.errors import InfeasibleError, UsageError
 from planner.mesh import divisors
@@ -27,7 +27,7 @@ from planner.serving.meeting import for_limits, limits_used, used
 from planner.serving.pools import candidates, considered
 from planner.serving.predict import Prediction, predict
 from planner.serving.relief import NOTHING, relief
-from planner.serving.runnable import NATIVE, ExpertsOf, unservable
+from planner.serving.runnable import ExpertsOf, unservable
 from planner.serving.tiers import best_tiers, charged
 
 CHUNKS = tuple(512 << k for k in range(7))  # tokens of prompts a step: powers of two to 32768

@@ -40,7 +40,7 @@ def plan_serving(
 ) -> tuple[ServingPlan, Prediction, tuple[Prediction, ...]]:  # fmt: skip
     """Plan a graph that is captured. Raises InfeasibleError, UsageError as the search does."""
     check_sizes(graph, 1, asked.prompt + asked.output)
-    model = served_model(graph)
+    model = served_model(graph, asked.engine)
     found = search(model, cluster, asked, pins, progress, experts_of(graph))
     s = found.best.serving
     rows = 0
@@ -59,4 +59,5 @@ def recosted(plan: ServingPlan, cluster: Cluster, serving: Serving | None = None
     """The plan's decisions with today's hardware data and constants."""
     load = ServeLoad(prompt=plan.asked.prompt, output=plan.asked.output)
     engine = load_serving_engine(plan.asked.engine)
-    return predict(served_model(plan.graph), cluster, engine, serving or plan.serving, load)
+    model = served_model(plan.graph, engine.name)
+    return predict(model, cluster, engine, serving or plan.serving, load)

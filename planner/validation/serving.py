@@ -109,7 +109,7 @@ def models_of(
             progress(f"tracing {config.stem}")
         try:
             options = TraceOptions(model=str(config), hardware="h100x8")
-            found[config] = served_model(capture(options))
+            found[config] = served_model(capture(options), "vllm")  # or any that routes
         except PlanError as fault:
             faults[config] = f"{config.name} is no model that is served: {fault.what}"
     return found, faults

@@ -58,7 +58,8 @@ def model_of(shape: dict[str, Any]) -> ServedModel:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(shape), encoding="utf-8")
-        return served_model(capture(TraceOptions(model=str(path), hardware="h100x8")))
+        graph = capture(TraceOptions(model=str(path), hardware="h100x8"))
+        return served_model(graph, "vllm")  # or any that routes
 
 
 def predicted(raw: dict[str, Any], model: ServedModel, source: str) -> Point:

@@ -13,6 +13,7 @@ from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.layout import expert_parameters
 from cost_models.serving_decisions import Held, Serving
+from cost_models.serving_engines import NATIVE
 from cost_models.serving_reading import parts_of
 from ir.errors import PlanError, UsageError
 from ir.graph import full_name
@@ -29,7 +30,7 @@ from planner.runtime.serve.replicas import divide_batch
 from planner.runtime.site import check_parameters
 from planner.runtime.weights import weights_of
 from planner.serving.plan import ServingPlan, require_blocks
-from planner.serving.runnable import NATIVE, PACKED, experts_of, unservable
+from planner.serving.runnable import PACKED, experts_of, unservable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

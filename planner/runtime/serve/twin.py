@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from cost_models.chain import chain_of
 from cost_models.layout import expert_parameters
 from cost_models.serving_decisions import Held, Serving, policy_of
+from cost_models.serving_engines import NATIVE
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import BLOCKS, ServedModel
 from cost_models.serving_tiers import layers_of
@@ -21,7 +22,7 @@ from ir.graph import Graph
 from ir.text import format_graph, graph_hash
 from planner.runtime.verify.twin import capture_twin, cut_models, misplaced, words_for
 from planner.serving.plan import ServingPlan
-from planner.serving.runnable import NATIVE, PACKED, experts_of, unservable
+from planner.serving.runnable import PACKED, experts_of, unservable
 
 BATCH, PROMPT, OUTPUT = 2, 12, 16  # sequences, and tokens of each: more than a twin's window
 ROWS = 8  # tokens that the twin's host multiplies at most: a step's 2, not a prompt's 24
@@ -105,13 +106,13 @@ def _contradicts(graph: Graph, s: Serving) -> str:
     layers = len(chain_of(graph).layers)
     if layers < s.pp:
         return f"the twin has {layers} layers for {s.pp} stages"
-    odd = [e.experts for layer in served_model(graph).layers for e in layer.experts
+    odd = [e.experts for layer in served_model(graph, NATIVE).layers for e in layer.experts
            if e.experts % s.ep]  # fmt: skip
     return f"{odd[0]} experts of the twin do not divide by {s.ep}" if odd else ""
 
 
 def _twin_plan(plan: ServingPlan, graph: Graph, small: Serving) -> ServingPlan:
-    whole, mine = served_model(plan.graph), served_model(graph)
+    whole, mine = (served_model(g, NATIVE) for g in (plan.graph, graph))
     tiers = tuple(_held(h, whole, mine) for h in small.tiers if layers_of(mine, h.block))
     return replace(
         plan, graph=graph, graph_hash=graph_hash(format_graph(graph)), shardings=(),
