@@ -227,7 +227,7 @@ class _Walk:
         k = prod(size for x, size in sizes.items() if x in given and x not in out)
         n = prod(size for x, size in sizes.items() if x not in given)
         stack = prod(size for x, size in sizes.items() if x in given and x in out)
-        if self.routes and stack > 1:
+        if self.routes and stack > 1 and self.picked:  # else heads of their own
             self.grouped.append(node)
             self.stacked.append(node)
             return
