@@ -22,7 +22,7 @@ from cost_models.hardware import Cluster, Device, describe, recognise
 CPU = "cpu"
 CPU_POWER_W = 200.0  # of a server socket, nominal: a CPU is not costed by its power
 UNKNOWN_GPU_POWER_W = 400.0  # likewise: reference and board are the same, so nothing depends on it
-_RATES = {"row_bytes_per_s": "B/s", "read_bytes_per_s": "B/s", "cached_bytes_per_s": "B/s",
+_UNITS = {"row_bytes_per_s": "B/s", "read_bytes_per_s": "B/s", "cached_bytes_per_s": "B/s",
           "disk_bytes_per_s": "B/s", "flop_per_s": "FLOP/s", "column_s": "s"}  # fmt: skip
 # Sources of tables that were not fitted.
 _TOLD = {
@@ -160,7 +160,7 @@ def _moved(
             unit = "s" if key.endswith("_s") and not key.endswith("per_s") else ""
             basis = {"clock": "load", "cache": "told"}.get(fitted.name, _basis(fitted))
             unit = "B" if key.endswith("_bytes") else unit
-            unit = _RATES.get(key, unit)
+            unit = _UNITS.get(key, unit)
             rows.append(_row(name, old, value, unit, basis))
     tiers = {tier.name: tier for tier in known.tiers} if known else {}
     for name, read, write in _tier_rates(run):

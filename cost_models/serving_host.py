@@ -68,7 +68,6 @@ class Products:
         p = self.smoothness
         return np.asarray((read_s**p + multiply_s**p) ** (1 / p))
 
-
     def saved_s(self, weight_bytes: float, columns: float) -> float:
         """What a product does not take whose weights were copied just before, and lie in a cache;
         0 where that was not measured."""

@@ -30,7 +30,7 @@ PRODUCTS = (
     *((rows, 1024, 1024) for rows in (1, 2, 8, 32, 128, 256)),
     (1, 4096, 256), (8, 4096, 256), (1, 256, 4096), (8, 256, 4096),
 )  # fmt: skip
-CACHED = ("cached", (1, 1024, 1024))
+CACHED = (1, 1024, 1024)
 ROTATED_BYTES = 1 << 28  # of all copies, several times a last-level cache
 FETCHED_BYTES = 1 << 12
 PIECES, PIECE_WEIGHTS = 6, 3  # blocks of a ring; weights of one, as a gated MLP has
@@ -57,9 +57,10 @@ def products(timer: Timer, rotated_bytes: int) -> Iterator[Probe]:
         width = WIDTH[dtype]
         held = [torch.randn(WEIGHTS).to(TYPES[dtype])
                 for _ in range(rotated_bytes // (WEIGHTS * width))]  # fmt: skip
-        for op, (rows, columns, inner) in (*(("product", p) for p in PRODUCTS), CACHED):
+        asked = [*(("product", shape, held) for shape in PRODUCTS), ("cached", CACHED, held[:1])]
+        for op, (rows, columns, inner), weights in asked:
             x = torch.randn(rows, inner).to(TYPES[dtype])
-            turn = cycle([w.view(columns, inner) for w in held[: 1 if op == "cached" else None]])
+            turn = cycle([w.view(columns, inner) for w in weights])
             yield Probe(
                 op=op, dtype=dtype, shape=(rows, columns, inner), flop=2.0 * rows * WEIGHTS,
                 moved_bytes=float((WEIGHTS + rows * (columns + inner)) * width),
