@@ -6,6 +6,7 @@ from cost_models.chain import Chain
 from cost_models.decisions import Decisions
 from cost_models.offload import host_note
 from cost_models.step import Costs
+from ir.stacks import as_written, stacks
 
 STATISTICS = ("samples", "median_error", "p90_error", "held_out_median_error")
 
@@ -23,7 +24,7 @@ def statistic(name: str) -> bool:
 def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
     """What the user should know the numbers rest on."""
     engine = costs.engine
-    notes = [*costs.graph.notes]
+    notes = [*costs.graph.notes, *_stacks(costs)]
     notes += [
         f"{c.name}: {c.source}" for c in costs.kernels.provenance()
         if any(w in c.source for w in ("assumed", "transferred")) and not statistic(c.name)
@@ -34,6 +35,23 @@ def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
     if is_moe(costs.chain):
         notes.append(_expert_load(costs.workload.expert_imbalance, d.ep))
     return tuple(dict.fromkeys(notes))
+
+
+def _stacks(costs: Costs) -> list[str]:
+    """Of forwards that multiply every token with every expert: what the engine does instead, or
+    that it does so too."""
+    graph, engine, found = costs.graph, costs.engine, list[str]()
+    for experts, own in dict.fromkeys(s for u in as_written(graph).units for s in stacks(u)):
+        written = f"experts: the model's forward multiplies every token with all {experts} experts"
+        source = dict(engine.sources)["routes_experts"]
+        if graph.written is not None:
+            found.append(f"{written}; {engine.name} with its own {own} alone ({source})")
+        else:
+            found.append(
+                f"{written}, of which {own} of a token's own count, and is costed as it is written"
+                f" ({source if not engine.routes_experts else 'not read as routed experts'})"
+            )
+    return found
 
 
 def _expert_load(imbalance: float, ep: int) -> str:

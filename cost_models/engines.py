@@ -87,6 +87,8 @@ class Engine:
     loss_bytes: a logit at the loss, in all of its copies; 0 where the op rules say it.
     split_loss_bytes: the same where tensor parallelism splits them; 0: the same.
     selective: what selective recomputation keeps, "matmuls" or "alternate" (every second one).
+    routes_experts: it has layers of its own that give an expert its own tokens alone, whatever the
+    forward of the model does with a stack of experts; False: it runs the model's forward.
     recompute_grain: what a plan chooses to recompute, whole layers and that in part ("layer"), or
     in part operation by operation too ("op").
     """
@@ -151,6 +153,7 @@ class Engine:
     combine_saves: bool
     selective: str
     recompute_grain: str
+    routes_experts: bool
     zero_modes: tuple[ZeroMode, ...]
     switches: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
     sources: tuple[tuple[str, str], ...]

@@ -26,6 +26,7 @@ from cost_models.serving_shapes import (
 from ir.errors import PlanError
 from ir.graph import FLOATS, ITEM_BYTES, Graph, Node, Unit
 from ir.ops import rule
+from ir.stacks import as_written, routed
 
 # Reductions over features: a matrix whose result is normalised whole is not split, unless heads
 # of attention follow (then the norm's sums are exchanged).
@@ -41,7 +42,7 @@ def served_model(graph: Graph, engine: str = NATIVE) -> ServedModel:
     A product of all tokens with every expert of a stack (Llama 4's) is one matrix to our own
     runtime, which runs the forward; the kernels of other engines take a token's own experts alone.
     """
-    routes = engine != NATIVE
+    graph = as_written(graph) if engine == NATIVE else routed(as_written(graph))
     chain = chain_of(graph)
     counts: dict[str, int] = {}
     for link in chain.links:
@@ -53,15 +54,13 @@ def served_model(graph: Graph, engine: str = NATIVE) -> ServedModel:
             why="a server caches what layers keep for each token",
             hints=("give a model whose layers are in a container",),
         )
-    layers = tuple(
-        _layer(graph.unit_by_name[name], count, routes) for name, count in counts.items()
-    )
+    layers = tuple(_layer(graph.unit_by_name[name], count) for name, count in counts.items())
     table, vocab = 0, 0
     head: tuple[Matrix, ...] = ()
     for name in dict.fromkeys(link.unit.name for link in chain.links if not link.is_layer):
         unit = graph.unit_by_name[name]
         table += sum(p.tensor.numel() for p in unit.parameters if _looked_up(unit, p.name))
-        found = _Walk(unit, routes).matrices
+        found = _Walk(unit).matrices
         if found:
             head = tuple(replace(m, block="head", split="column") for m in found)
             vocab = max(m.n for m in head)
@@ -85,8 +84,8 @@ def served_model(graph: Graph, engine: str = NATIVE) -> ServedModel:
     )  # fmt: skip
 
 
-def _layer(unit: Unit, count: int, routes: bool) -> LayerShape:
-    walk = _Walk(unit, routes)
+def _layer(unit: Unit, count: int) -> LayerShape:
+    walk = _Walk(unit)
     return LayerShape(
         count=count, matrices=walk.matrices, attention=walk.attends(), experts=walk.experts(),
         recurrences=walk.recurrences(), light=walk.light(), reductions=tuple(walk.reductions),
@@ -110,7 +109,7 @@ def parts_of(graph: Graph) -> dict[str, dict[str, Part]]:
         unit = link.unit
         if unit.name in found:
             continue
-        walk, experts = _Walk(unit, routes=False), expert_parameters(unit)
+        walk, experts = _Walk(unit), expert_parameters(unit)
         rows = {p.name: Part() for p in unit.parameters}
         for name, linear in walk.linears.items():
             block = walk.blocks[name] if link.is_layer else "head"
@@ -148,29 +147,26 @@ class _Found:
 
 
 class _Walk:
-    """One pass over a unit's nodes. routes: stacks of experts are routed ones.
+    """One pass over a unit's nodes.
 
     roots: the heavy nodes that a value came from through light ones. placed: "R" whole on every
     rank, "S" split over tp, "P" a partial sum.
     """
 
-    def __init__(self, unit: Unit, routes: bool):
-        self.unit, self.routes = unit, routes
+    def __init__(self, unit: Unit):
+        self.unit = unit
         self.weights = _of_parameters(unit)
         self.roots: dict[str, frozenset[str]] = {}
         self.linears: dict[str, _Found] = {}
         self.attention: list[tuple[Node, frozenset[str], frozenset[str]]] = []
         self.scans: list[Node] = []
         self.grouped: list[Node] = []
-        self.stacked: list[Node] = []  # of those, one product over all experts
-        self.picked = 0  # experts of a token
         self.inside_experts: set[str] = set()
         self.placed: dict[str, str] = {}
         self.reductions: list[str] = []
         self.norm_reductions = 0
         for node in unit.nodes:
             self._visit(node)
-        self.unrolled = self._unrolled()
         self.mixers = {n.name for n, _, _ in self.attention} | {n.name for n in self.scans}
         for node in unit.nodes:
             state = self._place(node, [self.placed.get(r, "R") for r in node.inputs])
@@ -190,8 +186,6 @@ class _Walk:
         if heavy or picking:
             for name in everything & self.linears.keys():
                 self.linears[name].feeds.add("picked" if picking else node.op)
-        if node.op == "topk":
-            self.picked = self._sizes(node.refs()[0])[-1]
         if kind == "gemm":
             self._linear(node, everything)
         elif kind == "attention":
@@ -227,31 +221,10 @@ class _Walk:
         k = prod(size for x, size in sizes.items() if x in given and x not in out)
         n = prod(size for x, size in sizes.items() if x not in given)
         stack = prod(size for x, size in sizes.items() if x in given and x in out)
-        if self.routes and stack > 1 and self.picked:  # else heads of their own
-            self.grouped.append(node)
-            self.stacked.append(node)
-            return
         rows = unit.values[node.inputs[0]].numel(1, 1) // (k * stack)
         self.linears[node.name] = _Found(
             node=node, k=k, n=n * stack, rows=max(rows, 1), read=node.inputs[0], parents=parents,
         )  # fmt: skip
-
-    def _unrolled(self) -> set[str]:
-        """Values that have every token for every expert of a stack: kernels that route make
-        none."""
-        if not self.stacked:
-            return set()
-        last = self.stacked[-1]
-        count, wide = self._sizes(last.inputs[1])[0], self._sizes(last.name)[-1]
-        inside = {r for n in self.unit.nodes for r in n.refs()
-                  if has_tokens(self.unit.values[r])
-                  and self.unit.values[r].numel(1, 1) == count * wide}  # fmt: skip
-        between = self.unit.nodes[self.unit.nodes.index(self.stacked[0]):
-                                  self.unit.nodes.index(last)]  # fmt: skip
-        names = {n.name for n in self.stacked}
-        inside |= {r for n in between for r in n.refs() if self.roots[r] & names}
-        self.inside_experts |= inside
-        return inside
 
     def _reduced(self, node: Node) -> None:
         """A norm over all features of what matrices made, and not one of each head's."""
@@ -266,8 +239,6 @@ class _Walk:
     def _place(self, node: Node, ins: list[str]) -> str:
         if node.name in self.linears:
             return self._place_linear(self.linears[node.name], ins[0])
-        if node in self.stacked:
-            return "P" if node is self.stacked[-1] else "S"
         if rule(node).kind in ("attention", "scan"):
             return "S" if "S" in ins[:3] else "R"
         if rule(node).kind == "combine":
@@ -377,7 +348,7 @@ class _Walk:
         return (
             Experts(
                 experts=self._sizes(last.inputs[1])[0],
-                topk=self.picked if self.stacked else given[0],
+                topk=given[0],
                 hidden=self._sizes(last.name)[-1], inter=(up + given[-1]) / 3,
             ),
         )  # fmt: skip
@@ -410,8 +381,7 @@ class _Walk:
                 continue
             if any(self.roots[n.name] and self.roots[n.name] <= routers for n in run):
                 continue
-            moving = [r for r in edges(self.unit, run)
-                      if has_tokens(self.unit.values[r]) and r not in self.unrolled]  # fmt: skip
+            moving = [r for r in edges(self.unit, run) if has_tokens(self.unit.values[r])]
             kernels += bool(moving)
             for r in moving:
                 tensor = self.unit.values[r]  # an engine's own kernels keep 16 bits

@@ -191,7 +191,8 @@ class Graph:
     or "?Name" of an object; its own parameters are named in full. `tied`: pairs (alias, owner) of
     full parameter names. `layers`: module paths of the repeated units, the ones a pipeline
     divides; `chain_reason` says why the pipeline cannot cut between units, if it cannot. `notes`:
-    what the user must know.
+    what the user must know. `written`: of a graph that is another engine's forward (`ir.stacks`),
+    the model's own, which is what files hold.
     """
 
     name: str
@@ -202,6 +203,7 @@ class Graph:
     notes: tuple[str, ...] = ()
     max_seq_len: int | None = None
     seq_in_input: bool = True
+    written: Graph | None = None
 
     @cached_property
     def unit_by_name(self) -> dict[str, Unit]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.fleet import Hardware
+from cost_models.forward import forward_of
 from cost_models.ledger import Estimate
 from ir.errors import PlanError
 from planner.check import Checked, require_legal
@@ -150,7 +151,8 @@ def _costed(old: Checked, new: Checked, keys: Collection[str], cost: Coster) -> 
     if sum(d.stages) != len(chain_of(model.graph).layers):
         return None
     plan = replace(
-        a, graph=model.graph, graph_hash=model.graph_hash, workload=workload,
+        a, graph=forward_of(model.graph, workload.engine), graph_hash=model.graph_hash,
+        workload=workload,
         decisions=replace(d, microbatches=batches),
         shardings=placed.shardings if d.tp > 1 else (),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import GateError, InfeasibleError, PlanError
 from ir.graph import Graph, Unit
+from ir.stacks import as_written
 from planner.legality import inconsistent, tp_fault
 from planner.plan import Plan, Solver, constants_hash, load_cluster, recost, step_time_us
 
@@ -157,14 +158,15 @@ def require_model(plan: Plan | ServingPlan, traced: Graph, model: str) -> None:
     """
     from ir.text import format_graph, graph_hash
 
-    text = format_graph(replace(traced, name=plan.graph.name))
+    known = as_written(plan.graph)
+    text = format_graph(replace(traced, name=known.name))
     if graph_hash(text) == plan.graph_hash:
         return
-    if unplaced(text) == unplaced(format_graph(plan.graph)):
+    if unplaced(text) == unplaced(format_graph(known)):
         return
     raise GateError(
         f"the plan is for another model than {model}",
-        why="\n".join(_differences(plan.graph, traced)),
+        why="\n".join(_differences(known, traced)),
         hints=(f"plan trace {model} --hardware {plan.hardware}",),
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import GateError, UsageError
 from ir.graph import Graph
+from ir.stacks import as_written
 from ir.text import format_graph
 from planner.attribution import Coster, Effect, effects
 from planner.check import Checked
@@ -198,6 +199,7 @@ def other_model(old: Graph, new: Graph, renamed: Mapping[str, str]) -> tuple[str
     """A word where two models compute different things: neither names nor lines of a file do."""
     from planner.check import unplaced
 
+    old, new = as_written(old), as_written(new)
     if renamed or unplaced(format_graph(replace(old, name=new.name))) == unplaced(
         format_graph(new)
     ):  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import replace
 from cost_models.decisions import Workload
 from cost_models.estimate import estimate
 from cost_models.fleet import Fleet, used_parts
+from cost_models.forward import forward_of
 from cost_models.ledger import Estimate
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
@@ -91,6 +92,7 @@ def attempt_fleet(
             hints=("--prices FILE", "docs/size.md has the format"),
         )
     workload, echo = resolve(graph, fleet, options.asked, options.pins)
+    graph = forward_of(graph, workload.engine)
     worth = worth_of(graph, options, fleet, workload)
     found = FleetSearch(fleet=fleet, workload=workload, worth=worth)
     every = _sizes(fleet, options.limits.gpus)
@@ -202,7 +204,8 @@ def _infeasible(graph: Graph, options: TraceOptions, found: FleetSearch) -> Infe
     ]  # fmt: skip
     usable = tuple(capped(part, options.limits.memory_bytes) for part in found.fleet.parts)
     asked = FleetAsking(
-        graph=graph, fleet=replace(found.fleet, parts=usable), workload=found.workload,
+        graph=forward_of(graph, found.workload.engine),
+        fleet=replace(found.fleet, parts=usable), workload=found.workload,
         gain_ppm=options.gain_ppm,
     )
     answer = found.answer()

@@ -18,6 +18,7 @@ from cost_models.sharding import Sharding
 from ir.errors import GateError, PlanError, UsageError
 from ir.files import is_stream, may_wait
 from ir.graph import Graph
+from ir.stacks import as_written
 from planner.score import AXIS_GAIN_PPM
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Solver:
 class Plan:
     """Decisions for a graph, under the hashes of what they were made for.
 
+    graph: of the forward that the workload's engine runs (`forward_of`); the hash, and the file
+    beside the plan, are of the model as it is written.
     hardware: the name as `--hardware` takes it. shardings: (unit class, placements) pairs, none
     where tp = 1. step_time_us and peak_memory_bytes are the estimate as it was written.
     """
@@ -105,7 +108,8 @@ class Plan:
             return
         path = Path(target)
         if not embed:
-            write_whole(path.with_suffix(".graph"), format_graph(self.graph))
+            text_of_graph = format_graph(as_written(self.graph))
+            write_whole(path.with_suffix(".graph"), text_of_graph)
         write_whole(path, text)
 
 
@@ -179,7 +183,7 @@ def make_plan(
 
     return Plan(
         graph=graph,
-        graph_hash=graph_hash(format_graph(graph)),
+        graph_hash=graph_hash(format_graph(as_written(graph))),
         hardware=hardware_name(spec),
         hardware_hash=hardware.digest,
         constants_hash=constants_hash(hardware),

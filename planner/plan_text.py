@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names
 from cost_models.formats import NARROW
+from cost_models.forward import forward_of
 from cost_models.schedule import rank_of
 from ir.check import check_sizes
 from ir.errors import PlanError
 from ir.graph import Graph
+from ir.stacks import as_written
 from planner.decisions_json import decisions_from_json, decisions_json
 from planner.formats import fault, settled
 from planner.keep_checks import check_keep
@@ -83,7 +85,7 @@ def to_text(plan: Plan, *, embed: bool = False) -> str:
     if embed:
         from ir.text import format_graph
 
-        sections["graph"] = format_graph(graph).splitlines()
+        sections["graph"] = format_graph(as_written(graph)).splitlines()
     lines = [f'"schema": "{SCHEMA}", "planner": "{PLANNER_VERSION}"']
     lines += [f'"{key}": {section(value)}' for key, value in sections.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -158,6 +160,7 @@ def _parse(raw: dict[str, Any], graph: Graph) -> Plan:
     inputs = object_at(raw, "inputs", ("graph", "hardware", "constants"))
     hardware, _, digest = typed(inputs, "hardware", str, "inputs.").rpartition(" ")
     workload = _workload(raw)
+    graph = forward_of(graph, workload.engine)
     stages = _stages(raw, graph)
     decisions = decisions_from_json(
         object_at(raw, "decisions"), stages, _recompute(raw, graph, stages)

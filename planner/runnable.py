@@ -14,10 +14,11 @@ from typing import Protocol
 from cost_models.chain import chain_of
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import load_engine
-from ir.errors import UsageError
+from ir.errors import PlanError, UsageError
 from ir.graph import Graph, full_name
 from planner.cuts import stub_fault
 from planner.decisions import Pins
+from planner.plan import Plan
 from planner.routed import no_expert_axis, no_expert_tensor_axis, no_shared_tokens
 from planner.token_flow import flow_of
 
@@ -163,6 +164,18 @@ def whole_recomputation_fault(graph: Graph, workload: Workload, compiled: bool) 
         return None
     routed = any(n.op == "grouped_matmul" for u in graph.units for n in u.nodes)
     return "compiled experts under tp cannot be computed again whole" if routed else None
+
+
+def require_own_forward(plan: Plan) -> None:
+    """Raise PlanError for a plan of an engine that has experts of its own in the model's place: the
+    runtime runs the model's forward."""
+    if plan.graph.written is not None:
+        raise PlanError(
+            f"the plan is for {plan.workload.engine}, which routes tokens to experts where the"
+            " model's forward multiplies all tokens with all experts",
+            why="Meshwright's runtime runs the model's own forward",
+            hints=("plan trace --engine native-compiled plans for it",),
+        )
 
 
 def may_compile(workload: Workload, pins: Pins) -> bool:

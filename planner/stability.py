@@ -29,6 +29,7 @@ from cost_models.estimate import read_assignments, stage_problem, whole_step_ps
 from cost_models.schedule import rank_of
 from cost_models.stage_problem import Pair, StageProblem, evaluate
 from cost_models.step import Assignments, Costs, Step
+from ir.stacks import as_written
 from planner.decisions import ANY, Pins
 from planner.legality import illegal, inconsistent
 from planner.mesh import Mesh
@@ -150,7 +151,8 @@ class Steadying:
         """Whether the old plan is of this graph."""
         from ir.text import format_graph, graph_hash
 
-        return graph_hash(format_graph(self.searcher.costs.graph)) == self.old.graph_hash
+        graph = as_written(self.searcher.costs.graph)
+        return graph_hash(format_graph(graph)) == self.old.graph_hash
 
     def offer(self, tried: Tried, moved: bool = False) -> None:
         """Keep a plan that is nearer, or as near and quicker. moved: parameters on tp."""

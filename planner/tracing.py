@@ -16,6 +16,7 @@ from cost_models.decisions import Workload
 from cost_models.engines import load_engine
 from cost_models.estimate import estimate_step, whole_step_ps
 from cost_models.fleet import Hardware, load_any
+from cost_models.forward import forward_of
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.step import Costs
@@ -64,6 +65,7 @@ def attempt(
     """The fastest plan within the limit of memory, or None where none fits; and the search."""
     check_mesh(options.pins, cluster.count)  # before a batch is named that suits the pins alone
     workload, echo = resolve(graph, cluster, options.asked, options.pins)
+    graph = forward_of(graph, workload.engine)
     for key in ("shares", "tp_by_part"):
         if getattr(options.pins, key):
             raise UsageError(f"--fix {options.pins.said(key)} is for hardware of several kinds,"

@@ -135,6 +135,7 @@ def size(
     Which hardware, and how much of it: devices and counts compared, and the Pareto front.
     """
     from cost_models.fleet import parts_of
+    from cost_models.forward import forward_of
     from cost_models.hardware import catalogue
     from cost_models.operations import parse_operations
     from cost_models.prices import load_prices
@@ -193,6 +194,7 @@ def size(
         first = replace(parts_of(able[0])[0], count=1)
         graph = capture(options, first, progress=report)
         workload, echo = resolve(graph, first, asked, Pins())
+        graph = forward_of(graph, workload.engine)
         question = Question(
             graph=graph, workload=workload, target=goal, tokens=total,
             limits=Limits(

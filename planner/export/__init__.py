@@ -3,6 +3,7 @@ imported when it is asked for, so that a shell completes their names at once."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -77,6 +78,10 @@ def export(plan: Plan | ServingPlan, target: str, source: str) -> Exported:
             f"--to {target} is no target of this version", why=f"known: {', '.join(TARGETS)}",
             hints=tuple(f"--to {name}" for name in near),
         )  # fmt: skip
+    if isinstance(plan, Plan) and TARGETS[target].engine:
+        from cost_models.forward import forward_of
+
+        plan = replace(plan, graph=forward_of(plan.graph, TARGETS[target].engine))
     module, _, function = TARGETS[target].by.partition(".")
     made: Exported = getattr(import_module(f"planner.export.{module}"), function)(plan, source)
     return made

@@ -8,6 +8,7 @@ from typing import Any
 
 from cost_models.engines import load_engine
 from cost_models.fleet import Hardware
+from cost_models.forward import forward_of
 from cost_models.ledger import Estimate
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import PlanError
@@ -37,13 +38,14 @@ def with_memory(made: Exported, plan: Plan, target: str, engine: str, folder: Pa
         mine = recost(plan, hardware)
         written, doubts = as_written(made, plan, target)
         if alike:  # one engine, of which the plan may have another version
-            written = replace(written, workload=replace(
+            written = replace(written, graph=plan.graph, workload=replace(
                 written.workload, engine=plan.workload.engine))  # fmt: skip
         other = _changed(plan, written)
         laid = any(row.decision == "placements" for row in made.lost)
         if alike and not other and not laid:
             return made
-        anew = laid or plan.decisions.sequence_parallel != written.decisions.sequence_parallel
+        shared = plan.decisions.sequence_parallel == written.decisions.sequence_parallel
+        anew = laid or written.graph is not plan.graph or not shared
         theirs = (_laid_out(written, hardware) if anew and written.decisions.tp > 1
                   else recost(written, hardware))  # fmt: skip
     except PlanError as fault:
@@ -91,7 +93,10 @@ def as_written(made: Exported, plan: Plan, target: str) -> tuple[Plan, tuple[str
     }
     workload = replace(plan.workload, engine=setup.engine, precision=precision, **asked)
     decisions = replace(plan.decisions, **said)
-    return replace(plan, decisions=decisions, workload=workload), tuple(settings.doubts)
+    graph = forward_of(plan.graph, setup.engine)
+    return replace(plan, graph=graph, decisions=decisions, workload=workload), tuple(
+        settings.doubts
+    )  # fmt: skip
 
 
 def _changed(plan: Plan, written: Plan) -> list[str]:

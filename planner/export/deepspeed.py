@@ -38,7 +38,7 @@ def export(plan: object, source: str) -> Exported:
         made["tensor_parallel"] = {"autotp_size": d.tp}
     if d.cp > 1:
         made["sequence_parallel_size"] = d.cp
-    if d.ep * d.etp > 1:
+    if d.ep * d.etp > 1 or p.graph.written is not None:  # else it runs the model's own forward
         made["expert_parallel"] = {
             "enabled": True, "autoep_size": d.ep, "expert_tensor_parallel_size": d.etp,
         }  # fmt: skip

@@ -20,6 +20,7 @@ from planner.export.target import CHECKED_TORCH, Exported, training
 from planner.names import fold_text
 from planner.placements import edge_rules, parameter_rules
 from planner.plan import Plan
+from planner.runnable import require_own_forward
 
 _DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
@@ -28,6 +29,8 @@ def export(given: object, source: str) -> Exported:
     """A file `parallel_NAME.py` with `parallelize(model)` and `train_step(...)`."""
     plan = training(given, "pytorch")
     reasons = beyond_torch(plan.decisions)
+    if reasons:
+        require_own_forward(plan)
     body = _with_runtime(plan, source, reasons) if reasons else _with_torch(plan)
     name = "".join(c if c.isalnum() else "_" for c in plan.graph.name)
     return Exported(

@@ -14,6 +14,7 @@ from cost_models.serving_reading import parts_of as parts_of_model
 from cost_models.serving_reading import served_model
 from cost_models.serving_tiers import below_bytes
 from ir.errors import PlanError
+from ir.stacks import routed
 from planner.mesh import facts_of
 from planner.plan import Plan, load_cluster
 from planner.serving.plan import ServingPlan
@@ -37,7 +38,7 @@ def serving(plan: object, target: str) -> ServingPlan:
 
 def has_experts(p: ServingPlan) -> bool:
     """Whether the model routes tokens to experts."""
-    return bool(facts_of(chain_of(p.graph)).experts)
+    return bool(facts_of(chain_of(routed(p.graph))).experts)
 
 
 def online_fp8(p: ServingPlan) -> bool:

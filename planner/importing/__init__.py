@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from cost_models.chain import chain_of
+from cost_models.engines import engine_names
 from cost_models.fleet import Fleet, load_any
+from cost_models.forward import forward_of
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
 from planner.classic import classic_places
@@ -114,6 +116,8 @@ def run(
     clock = Clock()
     options = replace(options, asked=replace(options.asked, precision=precision))
     graph = capture(options, hardware, clock, progress)
+    if engine in engine_names():
+        graph = forward_of(graph, engine)
     setup = source.decide(settings, facts(graph, precision, hardware.count))
     known = pinned(source.pinned(path))
     against = partial(contradicted, engine=engine, settings=settings, known=known)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ir.errors import PlanError
 from planner.plan import Plan
+from planner.runnable import require_own_forward
 from planner.runtime import (
     compiled,
     context_parallel,
@@ -63,6 +64,7 @@ def begin(
             "there is no process group",
             hints=("torch.distributed.init_process_group() first", "start with torchrun"),
         )
+    require_own_forward(plan)
     settle_at_exit()
     device = device or ("cuda" if dist.get_backend() == "nccl" else "cpu")
     meshes = make_meshes(plan.decisions, device)

@@ -11,6 +11,7 @@ from cost_models.chain import chain_of
 from cost_models.compute import Kernels
 from cost_models.decisions import Decisions
 from cost_models.estimate import estimate_step, stage_problem, whole_step_ps
+from cost_models.forward import forward_of
 from cost_models.ledger import Estimate
 from cost_models.stage_problem import step_ps
 from cost_models.step import Assignments, Costs
@@ -57,7 +58,7 @@ def trace(case: Case) -> Graph:
     """The case's graph, from the cache if it was traced before."""
     options = TraceOptions(model=str(MODELS), args=case.args, hardware=case.cluster.spec)
     options = replace(options, asked=replace(options.asked, precision=case.workload.precision))
-    return capture(options, case.cluster)
+    return forward_of(capture(options, case.cluster), case.engine.name)
 
 
 def prepare(case: Case) -> Prepared:

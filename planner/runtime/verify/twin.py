@@ -27,11 +27,12 @@ from ir.capture.real import (
 )
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph, Tensor, Unit
+from ir.stacks import as_written
 from ir.text import format_graph, graph_hash, parse_graph
 from planner.mesh import cp_reason, facts_of
 from planner.plan import Plan
 from planner.routed import lists_of
-from planner.runnable import drops, refusals
+from planner.runnable import drops, refusals, require_own_forward
 from planner.runtime.verify import scale
 from planner.runtime.verify.sample import without_dropout
 
@@ -63,17 +64,30 @@ def make_twins(
     model, args: as the plan was traced. changes: `--twin k=v`. Raises UsageError where the model
     says no way to cut it, PlanError where what is left does not hold the plan's decisions.
     """
+    plan, more = _of_own_forward(plan)
     recipes = cut_models(plan.graph, scale.least_layers(plan.decisions), model, args, changes)
     reasons: list[str] = []
     for recipe in recipes:
         made, notes = _fitted(plan, recipe, plan.decisions, most_ranks)
         if made is not None:
-            return (Twin(plan=made, recipe=recipe, notes=notes),)
+            return (Twin(plan=made, recipe=recipe, notes=(*notes, *more)),)
         reasons += notes
-    return tuple(
-        _pair(plan, recipes, part, most_ranks, reasons[0], model)
-        for part in scale.pairs(plan.decisions)
-    )
+    pairs = (_pair(plan, recipes, part, most_ranks, reasons[0], model)
+             for part in scale.pairs(plan.decisions))  # fmt: skip
+    return tuple(replace(twin, notes=(*twin.notes, *more)) for twin in pairs)
+
+
+def _of_own_forward(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of the model's own forward, which is what the twin runs, and what that is not of the
+    engine's. Raises PlanError where the plan's placements are of the engine's."""
+    d = plan.decisions
+    if plan.graph.written is None:
+        return plan, ()
+    if max(d.tp, d.ep, d.etp) > 1:
+        require_own_forward(plan)
+    note = (f"the twin runs every token through every expert, as the model is written;"
+            f" {plan.workload.engine} routes them")  # fmt: skip
+    return replace(plan, graph=as_written(plan.graph)), (note,)
 
 
 def _pair(
