@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cost_models.units import parse_bytes
-from ir.errors import UsageError
+from ir.errors import UsageError, known_words
 from ir.files import may_wait
 
 MOST = 10**18  # of a whole number: an exabyte, an exaflop a second
@@ -88,17 +88,20 @@ def typed(value: Any, kind: type, where: str, key: str) -> Any:
     return value
 
 
-def table(raw: Any, keys: Mapping[str, type], where: str, path: str) -> dict[str, Any]:
-    """The table `raw` checked against `keys`: all of them, none else. Names the bad key."""
+def table(
+    raw: Any, keys: Mapping[str, type], where: str, path: str, also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The table `raw` checked against `keys`: all of them, none else. Names the bad key. also:
+    further keys that may stand there, and were taken out."""
     if not isinstance(raw, dict):
         raise UsageError(f"{path} is not a table", where=where)
     for key in raw:
         if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
+            near = difflib.get_close_matches(str(key), [*keys, *also], n=1)
             raise UsageError(
                 f"unknown key {path}{key}",
                 where=where,
-                why=f"known: {', '.join(keys)}",
+                why=known_words(str(key), [*keys, *also]),
                 hints=tuple(f"did you mean {path}{name}?" for name in near),
             )
     missing = [key for key in keys if key not in raw]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ir.errors import UsageError
+from ir.errors import UsageError, known_words
 
 _FOLDER = Path(__file__).with_name("constants")
 _COMMON = "common"
@@ -176,7 +176,8 @@ def own_constants(raw: Any, base: str, where: str) -> OwnConstants:
         if key not in known and key.rsplit(".", 1)[-1] not in FIT_WORDS:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             hints = tuple(f"did you mean constants.{name}?" for name in near)
-            raise UsageError(f"unknown key constants.{key}", where=where, hints=hints)
+            raise UsageError(f"unknown key constants.{key}", where=where,
+                             why=known_words(key, sorted(known), most=8), hints=hints)  # fmt: skip
         values = item.value if isinstance(item.value, tuple) else (item.value,)
         if key in _HOST and not item.value:
             raise UsageError(f"constants.{key} is 0", where=where, why="expected more than 0")

@@ -235,12 +235,12 @@ def _device(name: str, raw: Any, where: str, constants: Any) -> Device:
 
 
 def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
-    top = table({"sources": {}, "constants": {}, **raw}, _FILE_KEYS, where, "")
+    top = table({"sources": {}, "constants": {}, **raw}, _FILE_KEYS, where, "", ("base", "count"))
     given = {"uplink_gpus": 1, **top["cluster"]}
     listed = given.pop("levels", None)
     if listed:
         given["inter"] = {}
-    body = table(given, CLUSTER_KEYS, where, "cluster.")
+    body = table(given, CLUSTER_KEYS, where, "cluster.", ("levels",))
     if body["uplink_gpus"] < 1:
         raise UsageError(f"cluster.uplink_gpus is {body['uplink_gpus']}", where=where,
                          why="GPUs that share one link to the host: 1 or more")  # fmt: skip
@@ -361,8 +361,21 @@ def _load_file(path: Path) -> Cluster:
     check_network(raw, str(path))
     if base is not None:
         name = canonical(typed(base, str, str(path), "base"))
+        own = raw.get("cluster")
         raw = merged({**read_toml(_CATALOGUE / f"{name}.toml"), "name": path.stem}, raw)
+        made = _cluster(raw, number, str(path))
+        stated = not isinstance(own, dict) or "host_ram_bytes" in own or "tiers" not in own
+        return made if stated else _of_own_host(made)
     return _cluster(raw, number, str(path))
+
+
+def _of_own_host(cluster: Cluster) -> Cluster:
+    """A cluster whose file has tiers of its own and says no more of the host: its memory is what
+    they have of it, and not what the base's node has."""
+    found = [tier for tier in cluster.tiers if tier.name == "cpu"]
+    nodes = [cluster.node_size / (tier.gpus or cluster.node_size) for tier in found]
+    size = sum(round(tier.bytes * count) for tier, count in zip(found, nodes))
+    return replace(cluster, host_ram_bytes=size) if found else cluster
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Any
 
 from cost_models.checked_toml import read_toml
 from cost_models.hardware import aliases, catalogue
-from ir.errors import UsageError
+from ir.errors import UsageError, known_words
 
 KEYS = ("usd_per_gpu_hour", "spot_usd_per_gpu_hour", "spot_preemptions_per_gpu_hour")
 
@@ -66,7 +66,7 @@ def _price(device: str, table: str, values: dict[str, Any], path: str) -> Price:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
             raise UsageError(f"unknown key {table}.{key}", where=path,
-                             why=f"known: {', '.join(KEYS)}",
+                             why=known_words(key, KEYS),
                              hints=tuple(f"did you mean {name}?" for name in near))  # fmt: skip
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:

@@ -28,7 +28,8 @@ class Tier:
 def read_tier(raw: Any, where: str, path: str) -> Tier:
     """A row of `cluster.tiers`. Raises UsageError with the key's path."""
     pool = isinstance(raw, dict) and "gpus" in raw
-    return Tier(**table(raw, {**TIER_KEYS, "gpus": int} if pool else TIER_KEYS, where, path))
+    keys = {**TIER_KEYS, "gpus": int} if pool else TIER_KEYS
+    return Tier(**table(raw, keys, where, path, () if pool else ("gpus",)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

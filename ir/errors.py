@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
 
 class PlanError(Exception):
     """A fault of the input, not of ours. Printed without a traceback; `exit_code` is the shell's.
@@ -23,6 +26,20 @@ class PlanError(Exception):
         lines = [f"error: {self.what}"]
         lines += [f"  {line}" for text in (self.where, self.why) for line in text.splitlines()]
         return lines + [f"hint: {hint}" for hint in self.hints]
+
+
+def known_words(word: str, words: Iterable[str], most: int = 0) -> str:
+    """What of a message says which words there are, the nearest to what was found first; `most`: so
+    many of them, 0 for all."""
+    alike = SequenceMatcher(b=word)  # it remembers its second
+
+    def near(other: str) -> float:
+        alike.set_seq1(other)
+        return -alike.ratio()
+
+    every = sorted(words, key=near)
+    more = f" and {len(every) - most} more" if most and most < len(every) else ""
+    return f"known: {', '.join(every[: most or None])}{more}"
 
 
 class UsageError(PlanError):

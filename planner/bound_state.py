@@ -102,7 +102,8 @@ class States:
         depends on there being a pipeline."""
         pins, found = self.pins, {}  # type: ignore[var-annotated]
         held = [*itertools.product(
-            offloads(pins, self.costs.cluster), grad_dtypes(pins, self.costs.engine)
+            offloads(pins, self.costs.cluster),
+            grad_dtypes(pins, self.costs.engine, self.costs.cluster),
         )]  # fmt: skip
         for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
             for reshard in (False, True) if zero == 3 and not pipeline else (False,):

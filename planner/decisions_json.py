@@ -8,7 +8,7 @@ from typing import Any
 from cost_models.decisions import Decisions
 from cost_models.formats import GROUPS
 from cost_models.schedule import SCHEDULES
-from ir.errors import PlanError
+from ir.errors import PlanError, known_words
 from planner.decisions import (
     COUNTED,
     COUNTED_TIER,
@@ -55,7 +55,7 @@ def decisions_from_json(
     for key in [*template, *raw]:
         where = f"decisions.{key}"
         if key not in template:
-            raise PlanError(f"unknown key {where}", why=f"known: {', '.join(template)}")
+            raise PlanError(f"unknown key {where}", why=known_words(key, template))
         if key not in raw:
             raise PlanError(f"missing key {where}")
         expected, value = template[key], raw[key]

@@ -49,26 +49,28 @@ class FleetAsking:
 
     def ask(
         self, pins: Pins, *, hardware: Hardware | None = None, workload: Workload | None = None,
-        effort: int,
+        effort: int, refused: Refused = (),
     ) -> Answer | None:  # fmt: skip
-        """A plan that fits, of the first parts that have one. Parts alone share so much effort, and
-        so do several together. None: nothing legal is left."""
+        """A plan that fits, of the first parts that have one, with none of what is refused. Parts
+        alone share so much effort, and so do several together. None: nothing legal is left."""
         workload = workload or self.workload
         found = FleetSearch(fleet=self.fleet, workload=workload)
-        for searcher in _dealt(self._searchers(pins, hardware, workload), effort):
+        for searcher in _dealt(self._searchers(pins, hardware, workload, refused), effort):
             found.search(searcher)
             if found.best is not None:
                 break
         return found.answer()
 
     def _searchers(
-        self, pins: Pins, hardware: Hardware | None, workload: Workload
+        self, pins: Pins, hardware: Hardware | None, workload: Workload, refused: Refused = ()
     ) -> Iterator[Searcher]:
         fleet = hardware or self.fleet
         assert isinstance(fleet, Fleet)
         options = TraceOptions(model="", pins=pins, gain_ppm=self.gain_ppm)
         try:
-            yield from searchers(self.graph, fleet, workload, options, shelf=self._shelf)
+            yield from searchers(
+                self.graph, fleet, workload, options, refused=refused, shelf=self._shelf
+            )
         except PlanError:  # the pins suit no parts
             return
 

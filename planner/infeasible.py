@@ -27,6 +27,7 @@ from planner.mesh import divisors, splits_something
 from planner.names import many
 from planner.outcome import Misfit, Outcome
 from planner.search import Searcher
+from planner.share_words import share_words
 
 if TYPE_CHECKING:  # it plans a part as `tracing` does, which asks here
     from planner.fleet_asking import FleetAsking
@@ -145,13 +146,17 @@ class Questions:
             hope = self.legal or self.asked.can_fit(pins, hardware=hardware, workload=workload)
             self._answers[key] = self.asked.ask(
                 pins, hardware=hardware, workload=workload,
-                effort=EFFORT * (LEGAL_TIMES if self.legal else 1),
+                effort=self._effort,
             ) if hope else None  # fmt: skip
         found = self._answers[key]
         if found is None:
             return None
         legal = self.legal and found.outcome.misfit is not None
         return found if found.outcome.best is not None or legal else None
+
+    @property
+    def _effort(self) -> int:
+        return EFFORT * (LEGAL_TIMES if self.legal else 1)
 
     def core(self) -> Core:
         """What binds, and what would help."""
@@ -207,8 +212,18 @@ class Questions:
             found = self.answer(_without(self.pins, away))
         if found is None:
             return []
+        if any(c.key == "shares" for c in away):
+            found = self._replicas(_without(self.pins, away)) or found
         words = " and ".join(c.said(self.pins) for c in away)
         return [f"without {words} {self._told(found, tuple(c.key for c in away))}"]
+
+    def _replicas(self, pins: Pins) -> Answer | None:
+        """Where replicas on several parts were asked for: those of other counts that fit, before
+        plans of another kind."""
+        if not self.pins.shares or isinstance(self.asked, Asking):
+            return None
+        found = self.asked.ask(pins, effort=self._effort, refused=(("shares", ()),))
+        return found if found is not None and found.outcome.best is not None else None
 
     def _wider_tp(self, pins: Pins) -> str:
         """The least tp beyond one domain with which something fits."""
@@ -321,6 +336,8 @@ def constraints(pins: Pins) -> tuple[Constraint, ...]:
 
 def chosen_words(d: Decisions, key: str) -> str:
     """What a plan decides for a key, as a pin says it."""
+    if key == "shares":
+        return f"shares={share_words(d.shares)}"
     value = summarise_recompute(d) if key == "recompute" else getattr(d, key, None)
     if value is None:
         return key

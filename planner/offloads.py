@@ -57,10 +57,11 @@ def lower(d: Decisions, pins: Pins, cluster: Cluster) -> Decisions | None:
     return d.on(order[at]) if at < len(order) else None
 
 
-def grad_dtypes(pins: Pins, engine: Engine) -> tuple[str, ...]:
-    """The formats of gradients that are searched: one, unless any is allowed; fp32 first."""
+def grad_dtypes(pins: Pins, engine: Engine, *clusters: Cluster) -> tuple[str, ...]:
+    """The formats of gradients that are searched: one, unless any is allowed; fp32 first, and no
+    other where a device has none."""
     if pins.grad_dtype == ANY:
-        return ("fp32", "bf16")
+        return ("fp32", *(["bf16"] if all(c.device.has("bf16") for c in clusters) else []))
     return (pins.grad_dtype or engine.grad_dtype,)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from ir.errors import PlanError
+from ir.errors import PlanError, known_words
 from planner.limits import MOST_COUNT
 from planner.plan import Solver
 from planner.score import AXIS_GAIN_PPM
@@ -25,14 +25,14 @@ def section(value: Any) -> str:
     return "[\n" + ",\n".join(json.dumps(record) for record in value) + "\n]"
 
 
-def object_at(raw: dict[str, Any], key: str, known: Sequence[str] = ()) -> dict[str, Any]:
-    """The object at `key`, with the keys `known` and no other."""
+def object_at(raw: dict[str, Any], key: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The object at `key`, with these keys and no other."""
     value: Any = raw[key]
     if not isinstance(value, dict):
         raise PlanError(f"{key} is not an object")
-    for name in [*known, *value] if known else ():
-        if name not in known:
-            raise PlanError(f"unknown key {key}.{name}", why=f"known: {' '.join(known)}")
+    for name in [*keys, *value] if keys else ():
+        if name not in keys:
+            raise PlanError(f"unknown key {key}.{name}", why=known_words(name, keys))
         if name not in value:
             raise PlanError(f"missing key {key}.{name}")
     return dict(value)

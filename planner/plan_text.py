@@ -18,7 +18,7 @@ from cost_models.formats import NARROW
 from cost_models.forward import forward_of
 from cost_models.schedule import rank_of
 from ir.check import check_sizes
-from ir.errors import PlanError
+from ir.errors import PlanError, known_words
 from ir.graph import Graph
 from ir.stacks import as_written
 from planner.decisions_json import decisions_from_json, decisions_json
@@ -215,10 +215,11 @@ def _document(text: str, source: str) -> dict[str, Any]:
             why=f"this is version {PLANNER_VERSION}, which reads {SCHEMA}",
             hints=("upgrade meshwright to read it",),
         )  # fmt: skip
-    known = SERVING_SECTIONS if _of_serving(raw) else SECTIONS
-    for key in [*known, *raw]:
-        if key not in known and key != "graph":
-            raise PlanError(f"unknown key {key}", where=source, why=f"known: {' '.join(known)}")
+    sections = SERVING_SECTIONS if _of_serving(raw) else SECTIONS
+    for key in [*sections, *raw]:
+        if key not in sections and key != "graph":
+            raise PlanError(f"unknown key {key}", where=source,
+                            why=known_words(key, [*sections, "graph"]))  # fmt: skip
         if key not in raw:
             raise PlanError(f"missing key {key}", where=source)
     try:

@@ -46,7 +46,8 @@ def size_text(found: Sizing, asked: Question, *, every: bool = False) -> str:
     lines = [*_head(found, asked), "", in_columns([(name, width) for name, width, _ in columns])]
     lines += [in_columns([(cell(row), width) for _, width, cell in columns]) for row in shown]
     searched = f"{found.searched} searched, {len(found.rows)} reach the target"
-    left = left_out(found.left, asked.without, LEFT, searched, found.on_front)
+    sums = [row.hardware.spec for row, on in rows if not on and isinstance(row.hardware, Fleet)]
+    left = left_out(found.left, asked.without, LEFT, searched, found.on_front, sums)
     return "\n".join([*lines, "", *_best(found), *left, *_assumed(found, asked)])
 
 
@@ -139,14 +140,22 @@ def _best(found: Sizing) -> list[str]:
 
 def left_out(
     left: Sequence[Left], without: Without, words: Mapping[str, str], searched: str,
-    on_front: Sequence[bool],
+    on_front: Sequence[bool], sums: Sequence[str] = (),
 ) -> list[str]:
-    """How many were searched, and why the others were not. words: of each reason."""
+    """How many were searched, and why the others were not. words: of each reason. sums: of several
+    kinds, which were asked for by name, those that are beaten; those that are left out are named
+    too."""
     reasons = Counter(one.reason for one in left)
-    said = [f"{count} {words[reason]}" for reason, count in sorted(reasons.items())]
+    joint = {reason: [one.hardware for one in left if one.reason == reason and "+" in one.hardware]
+             for reason in reasons}  # fmt: skip
+    said = [
+        f"{count} {words[reason]}" + (f" ({', '.join(joint[reason])})" if joint[reason] else "")
+        for reason, count in sorted(reasons.items())
+    ]
     said += [f"{len(names)} {why}: {', '.join(names)}" for why, names in without if names]
     off = len(on_front) - sum(on_front)
     searched += f", {off} of them beaten in everything (--all)" if off else ""
+    searched += f": {', '.join(sums)}" if sums else ""
     return [*named("searched", searched), *(named("left out", "; ".join(said)) if said else [])]
 
 

@@ -188,7 +188,7 @@ class Space:
         outers = outside(mesh, self.costs.cluster, pins.dp_outer)
         zeros = (0, 1, 2, 3) if pins.zero is None else (pins.zero,)
         held = [*itertools.product(
-            offloads(pins, *self.clusters), grad_dtypes(pins, engine)
+            offloads(pins, *self.clusters), grad_dtypes(pins, engine, *self.clusters)
         )]  # fmt: skip
         for zero, outer in itertools.product(zeros, outers):
             for shard in self.shards(mesh, zero, outer):

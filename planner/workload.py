@@ -59,6 +59,11 @@ def resolve(
         raise UsageError(f"--engine {engine.name} does not compute in {precision}",
                          why=f"it has {', '.join(engine.precisions)}",
                          hints=(f"--engine {' or '.join(others)}", *beside))  # fmt: skip
+    if pins.grad_dtype == "bf16":
+        for part in parts_of(hardware):
+            if not part.device.has("bf16"):
+                raise UsageError(f"--fix {pins.said('grad_dtype')}: {part.device.name} has no bf16",
+                                 hints=("--fix grad_dtype=fp32",))  # fmt: skip
     seq_len, seq_notes = _seq_len(graph, asked)
     widest = max(part.count for part in parts_of(hardware))
     batch, batch_notes = _batch(graph, widest, asked, pins, seq_len)

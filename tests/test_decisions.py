@@ -9,11 +9,13 @@ from toy_plan import DECISIONS, WORKLOAD, toy_graph
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.engines import engine_names, load_engine
+from cost_models.fleet import load_any
 from cost_models.hardware import load_hardware
 from cost_models.schedule import SCHEDULES
 from ir.errors import UsageError
 from planner.decisions import (
     ALL_LAYERS,
+    ANY,
     VOCABULARY,
     Pins,
     Recompute,
@@ -23,6 +25,7 @@ from planner.decisions import (
 )
 from planner.decisions_json import decisions_from_json, decisions_json
 from planner.legality import RULES, case_of, illegal, inconsistent
+from planner.offloads import grad_dtypes
 from planner.pin_checks import check_pins
 from planner.workload import Asked, resolve
 
@@ -41,6 +44,22 @@ def test_pins_are_read():
         offload=(("optimizer", "cpu"),), place=(("layers.{0..3}.q.weight", "S(0)"),),
         sequence_parallel=True,
     )  # fmt: skip
+
+
+def test_gradients_are_in_no_format_that_a_device_has_not():
+    """`any` is what the devices have; bf16 where one has none is refused."""
+    engine, v100 = load_engine("native"), load_hardware("v100x8")
+    free = Pins(grad_dtype=ANY)
+    assert grad_dtypes(free, engine, H100) == ("fp32", "bf16")
+    assert grad_dtypes(free, engine, v100) == grad_dtypes(free, engine, H100, v100) == ("fp32",)
+    asked = Asked(seq_len=2048, global_batch=16)
+    pinned = Pins(grad_dtype="bf16")
+    resolve(toy_graph(), H100, asked, pinned)
+    for hardware in (v100, load_any("h100x8+v100x8")):
+        with pytest.raises(UsageError) as caught:
+            resolve(toy_graph(), hardware, asked, pinned)
+        assert "grad_dtype=bf16: v100-16gb has no bf16" in said(caught)
+        resolve(toy_graph(), hardware, asked, free)
 
 
 def test_what_is_offloaded():

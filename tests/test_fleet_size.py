@@ -16,7 +16,8 @@ from planner.charges import charges
 from planner.decisions import Pins
 from planner.fleet_asking import FleetAsking
 from planner.limits import Limits
-from planner.sizing import Target
+from planner.show_size import LEFT, left_out
+from planner.sizing import Left, Target
 from planner.sizing_options import parse_devices
 
 AXES = ("time", "cost", "energy", "gpus")
@@ -68,6 +69,9 @@ def test_the_command_compares_a_sum(plan, tmp_path):
     assert code == 0 and row["hardware"] == "h100x2+a100x2" and row["gpus"] in (2, 4)
     code, out, err = plan(*asked, "--hardware", "h100x2+a100x2")
     assert "to plan it: plan trace" in err and "--hardware h100x2+a100x2" in err
+    code, out, _ = plan(*asked[:-1], 3, "--hardware", "a100,h100x2+a100x2")
+    said = " ".join(out.split())
+    assert code == 0 and "have more GPUs than may be (h100x2+a100x2)" in said
     (tmp_path / "prices.toml").write_text("[h100]\nusd_per_gpu_hour = 4.0\n")
     priced = ("--hardware", "h100,h100x2+a100x2", "--prices", "prices.toml")
     code, out, err = plan(*asked, *priced)  # the sum has no price, and is there for other numbers
@@ -75,3 +79,14 @@ def test_the_command_compares_a_sum(plan, tmp_path):
     code, _, err = plan("size", LLAMA, "--task", "serve", "--batch", "4", "--hardware",
                         "h100x2+a100x2")  # fmt: skip
     assert code == 64 and "--hardware h100,a100" in err
+
+
+def test_a_sum_that_is_beaten_is_named():
+    """It was asked for by name, as a device is that has a row."""
+    beaten = left_out((), (), LEFT, "5 searched", (True, False, False), ["h100x2+a100x2"])
+    assert " ".join("".join(beaten).split()) == (
+        "searched 5 searched, 2 of them beaten in everything (--all): h100x2+a100x2"
+    )
+    slow = [Left(hardware=name, reason="slow") for name in ("h100x8", "a100x4+h100x4", "a100x8")]
+    (words,) = left_out(slow, (), LEFT, "1 searched", (True,))[1:]
+    assert words.split(maxsplit=2)[2] == "3 too slow (a100x4+h100x4)"

@@ -12,6 +12,7 @@ from cost_models.checked_toml import parse_toml
 from cost_models.compute import load_kernels
 from cost_models.constants_table import load_constants
 from cost_models.engines import engine_names, load_engine
+from cost_models.units import format_bytes
 from ir.errors import UsageError
 from planner.show_hardware import catalogue_text, cluster_text
 
@@ -317,6 +318,44 @@ def test_digests_tell_clusters_apart() -> None:
     assert len(digests) == len(hw.catalogue())
     assert hw.load_hardware("h100x64").digest != hw.load_hardware("h100x128").digest
     assert hw.load_hardware("H100x64").digest == hw.load_hardware("h100-sxmx64").digest
+
+
+def test_a_files_own_tier_says_what_its_host_has(tmp_path) -> None:
+    """The base's host memory is another machine's; what a file says of it stays."""
+    tier = ('[[cluster.tiers]]\nname = "cpu"\nbytes = "512GiB"\nread_bytes_per_s = 2e10\n'
+            "write_bytes_per_s = 2e10\n")  # fmt: skip
+    path = tmp_path / "mine.toml"
+    cases = (
+        (tier, 512), (tier + "gpus = 4\n", 1024),  # two such in a node of 8
+        ("[cluster]\nuplink_gpus = 1\n", 2048),
+        ('[cluster]\nhost_ram_bytes = "768GiB"\n' + tier, 768),
+        (tier.replace('"cpu"', '"pool"'), 2048),
+    )  # fmt: skip
+    for text, gib in cases:
+        path.write_text(f'base = "h100"\ncount = 8\n{text}')
+        found = hw.load_hardware(str(path))
+        assert found.host_ram_bytes == gib * 2**30, text
+        host = next(line for line in cluster_text(found).split("\n") if " host " in line)
+        assert format_bytes(gib * 2**30) in host
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("conut = 8\n", "known: count, "),
+        ("[device]\nmemory_byte = 3\n", "known: memory_bytes, memory_bandwidth_bytes_per_s, "),
+        ("[cluster]\nlevel = []\n", "known: levels, "),
+        ('[[cluster.tiers]]\nname = "cpu"\ngpu = 8\n', "known: gpus, "),
+        ("[constants]\ngemm.bf16.overhead = 1e-6\n", "known: gemm.bf16.overhead_s, "),
+    ],
+)
+def test_an_unknown_key_is_told_which_there_are_the_nearest_first(tmp_path, text, words) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'base = "h100"\ncount = 8\n{text}')
+    with pytest.raises(UsageError, match="unknown key") as caught:
+        hw.load_hardware(str(path))
+    assert caught.value.why.startswith(words), caught.value.why
+    assert len(caught.value.why) < 500
 
 
 def test_tiers_are_known_by_name() -> None:

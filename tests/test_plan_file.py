@@ -132,6 +132,22 @@ FAULTS = {
 }  # fmt: skip
 
 
+def test_an_unknown_key_is_told_which_there_are_the_nearest_first():
+    raw = json.loads(to_text(toy_plan()))
+    cases = (
+        (raw, "unit", "known: units, "),
+        (raw["decisions"], "microbatch", "known: micro_batch, microbatches, "),
+        (raw["workload"], "seq_length", "known: seq_len, "),
+        (raw["inputs"], "hardwares", "known: hardware, "),
+    )  # fmt: skip
+    for table, key, words in cases:
+        table[key] = 1
+        with pytest.raises(PlanError, match="unknown key") as caught:
+            parse_text(json.dumps(raw), toy_graph())
+        assert caught.value.why.startswith(words), caught.value.why
+        del table[key]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_named(fault):
     change, words = FAULTS[fault]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -281,6 +282,14 @@ def test_a_batch_is_cut_by_shares():
 
 
 # --- commands ----------------------------------------------------------------------------------
+
+
+def test_replicas_of_other_counts_are_hinted_at(plan):
+    """Where those that are pinned divide no batch: not that there be none."""
+    code, _, err = plan("trace", LLAMA, *PAIR, "--fix", "shares=h100:20,a100:1")
+    hint = next(line for line in err.split("\n") if "hint: without shares" in line)
+    found = re.search(r"it fits: shares=h100:(\d+),a100:(\d+), ", hint)
+    assert code == 3 and found and int(found[1]) > int(found[2])
 
 
 def test_replicas_are_written_read_shown_checked_compared_and_exported(plan, tmp_path):

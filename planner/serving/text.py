@@ -8,7 +8,7 @@ from typing import Any
 
 from cost_models.serving_decisions import Held, Pool, Serving
 from ir.check import check_sizes
-from ir.errors import PlanError, UsageError
+from ir.errors import PlanError, UsageError, known_words
 from ir.graph import Graph
 from planner.placements import edge_rules, parameter_rules, parse_placements
 from planner.plan import PLANNER_VERSION
@@ -130,12 +130,12 @@ def parse(raw: dict[str, Any], graph: Graph) -> ServingPlan:
 def _asked(given: dict[str, Any]) -> ServeAsked:
     given = dict(given)
     given.pop("task", None)
-    known = {f.name: f for f in fields(ServeAsked)}
+    keys = {f.name: f for f in fields(ServeAsked)}
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in known:
-            raise PlanError(f"unknown key workload.{name}", why=f"known: {' '.join(known)}")
-        kind = str(known[name].type)
+        if name not in keys:
+            raise PlanError(f"unknown key workload.{name}", why=known_words(name, keys))
+        kind = str(keys[name].type)
         if name == "keep":
             if not isinstance(value, dict):
                 raise _odd(f"workload.{name}", value, "an object of blocks and formats")
@@ -160,17 +160,17 @@ def _asked(given: dict[str, Any]) -> ServeAsked:
 
 
 def _serving(given: dict[str, Any], blocks: Any) -> Serving:
-    known = {f.name: f for f in fields(Serving) if f.name not in _APART}
+    asked = {f.name: f for f in fields(Serving) if f.name not in _APART}
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in known:
-            raise PlanError(f"unknown key decisions.{name}", why=f"known: {' '.join(known)}")
+        if name not in asked:
+            raise PlanError(f"unknown key decisions.{name}", why=known_words(name, asked))
         if name == "prefill":
             sizes = object_at(given, name, tuple(f.name for f in fields(Pool)))
             values[name] = Pool(**{k: _whole(v, f"decisions.prefill.{k}")
                                    for k, v in sizes.items()})  # fmt: skip
             continue
-        word = str(known[name].type) == "str"
+        word = str(asked[name].type) == "str"
         if word and not isinstance(value, str):
             raise _odd(f"decisions.{name}", value, "a word")
         values[name] = value if word else _whole(value, f"decisions.{name}")
