@@ -100,13 +100,17 @@ class _Walk:
 
 
 def _routed(unit: Unit) -> Unit | None:
-    """The unit with its stack routed; None where it has none, or one that is not read."""
-    for node in unit.nodes:
-        if node.op == "topk" and node.number("dim", -1) in (-1, 1):
-            given = unit.values[node.inputs[0]].shape
-            if len(given) == 2 and any(count == given[1].at(1, 1) for count, _ in stacks(unit)):
-                walk = _Walk(unit=unit, topk=node, experts=given[1].at(1, 1), tokens=given[0])
-                return _walked(walk)
+    """The unit with its stack routed; None where it has none, or one that is not read. Of several
+    choices among as many (of groups, of experts) it is the one that the scores are of."""
+    counts = {count for count, _ in stacks(unit)}
+    for node in unit.nodes if counts else ():
+        given = unit.values[node.inputs[0]].shape if node.op == "topk" else ()
+        if len(given) == 2 and node.number("dim", -1) in (-1, 1) and given[1].at(1, 1) in counts:
+            made = _walked(_Walk(
+                unit=unit, topk=node, experts=given[1].at(1, 1), tokens=given[0]
+            ))  # fmt: skip
+            if made is not None:
+                return made
     return None
 
 

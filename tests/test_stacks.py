@@ -131,6 +131,19 @@ def test_what_is_not_read_stays_as_it_is_written():
     assert not any(stacks(u) for u in routed(graph).units)
 
 
+def test_the_choice_is_that_of_the_scores():
+    """Another choice among as many, which no scores are of, is left as it is."""
+    graph = graph_of()
+    unit = next(u for u in graph.units if stacks(u))
+    at = next(i for i, n in enumerate(unit.nodes) if n.op == "topk")
+    before = replace(unit.nodes[at], name="feed_forward.router/before")
+    changed = replace(unit, nodes=(*unit.nodes[:at], before, *unit.nodes[at:]))
+    tried = replace(graph, units=tuple(changed if u is unit else u for u in graph.units))
+    found = routed(tried).unit_by_name[unit.name]
+    dispatch = next(n for n in found.nodes if n.op == "dispatch")
+    assert dispatch.inputs[1] == f"{unit.nodes[at].name}:1"
+
+
 def test_models_of_other_experts_are_not_touched():
     from tiny_models import graph_of as example
 
