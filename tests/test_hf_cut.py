@@ -68,6 +68,25 @@ def test_every_kind_of_layer_stays():
     assert cut(GEMMA)["sliding_window"] < 32
 
 
+def test_layers_are_chosen_by_all_that_is_said_of_each():
+    """Llama 4: of experts or not, rotary or not, in chunks or not; which layers have experts is a
+    list of numbers, as long as there are layers where all do."""
+    llama4 = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
+              "num_hidden_layers": 48, "hidden_size": 5120, "num_attention_heads": 40,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048,
+              "intermediate_size": 8192, "intermediate_size_mlp": 16384}  # fmt: skip
+    scout, maverick = (
+        cut({**llama4, "num_local_experts": n, "interleave_moe_layer_step": step}, layers=3)
+        for n, step in ((16, 1), (128, 2))
+    )
+    chunks = ["chunked_attention", "chunked_attention", "full_attention"]
+    for small, routed in ((scout, [0, 1, 2]), (maverick, [1, 2])):
+        assert small["layer_types"] == chunks and small["no_rope_layers"] == [1, 1, 0]
+        assert small["moe_layers"] == routed
+    kinds = [*zip(maverick["no_rope_layers"], (i in maverick["moe_layers"] for i in range(3)))]
+    assert kinds == [(1, False), (1, True), (0, True)]
+
+
 def test_nothing_is_dropped_and_a_key_can_be_set_by_hand():
     assert cut(GPT)["resid_pdrop"] == 0.0
     assert cut(GPT, n_layer="3")["n_layer"] == 3

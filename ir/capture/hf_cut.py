@@ -77,6 +77,7 @@ SIZES: dict[str, Callable[[int], int]] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), lambda i: 0),
     **dict.fromkeys(("image_token_id", "image_token_index", "video_token_id"), _most(255)),
 }  # fmt: skip
+NUMBERS = ("mlp_only_layers", "moe_layers")  # lists of layers' numbers
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -107,30 +108,41 @@ def cut(
 def _cut(whole: dict[str, Any], layers: int, heads: int) -> dict[str, Any]:
     """One configuration, and those inside it."""
     small = copy.deepcopy(whole)
-    depth = next((whole[key] for key in DEPTHS if isinstance(whole.get(key), int)), None)
+    depth = next((whole[key] for key in DEPTHS if isinstance(whole.get(key), int)), 0)
+    by_layer = [k for k, v in whole.items()
+                if isinstance(v, list) and len(v) == depth > 1 and k not in NUMBERS]  # fmt: skip
+    chosen = _kinds(whole, by_layer, depth, layers)
     for key, value in whole.items():
         if isinstance(value, dict):
             small[key] = _cut(value, layers, heads)
-        elif isinstance(value, list) and depth and len(value) == depth and depth > 1:
-            small[key] = _kinds(value, layers)
+        elif key in by_layer:
+            small[key] = [value[i] for i in chosen]
+        elif key in NUMBERS and isinstance(value, list):
+            small[key] = [new for new, i in enumerate(chosen) if i in value]
         elif key in DEPTHS and isinstance(value, int):
             small[key] = layers
         elif key in SIZES and isinstance(value, int) and not isinstance(value, bool):
             small[key] = SIZES[key](value)
         elif isinstance(value, float) and "drop" in key:
             small[key] = 0.0
-        elif key in ("mlp_only_layers", "eos_token_id") and isinstance(value, list):
+        elif key == "eos_token_id" and isinstance(value, list):
             small[key] = [i for i in value if i < layers]
     _cut_heads(whole, small, heads)
     _cut_rotations(whole, small)
     return small
 
 
-def _kinds(values: list[Any], count: int) -> list[Any]:
-    """The first values of a list with one a layer; kinds that come later replace the last."""
-    kept = values[:count]
-    missing = [x for i, x in enumerate(values) if x not in kept and x not in values[:i]]
-    return [*kept[: count - len(missing)], *missing[:count]] if missing else kept
+def _kinds(whole: dict[str, Any], by_layer: list[str], depth: int, count: int) -> list[int]:
+    """The layers that the twin has: the first ones; kinds of which the first is later replace the
+    last. A kind is what all lists say of a layer, but for those that say more than there is room
+    for: no kinds."""
+    lists = [[repr(x) for x in whole[key]] for key in by_layer]
+    lists += [[repr(i in whole[key]) for i in range(depth)]
+              for key in NUMBERS if isinstance(whole.get(key), list)]  # fmt: skip
+    kinds = [*zip(*(x for x in lists if len({*x}) <= count))] or [()] * depth
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    later = [i for i in first if i >= count]
+    return [*range(min(count - len(later), depth)), *later][:count]
 
 
 def _cut_heads(whole: dict[str, Any], small: dict[str, Any], most: int) -> None:
