@@ -25,6 +25,7 @@ from cost_models.rank_ledger import (
     tail_parts,
     tier_uses,
 )
+from cost_models.rooms import rooms_of
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.sharding import Sharding
 from cost_models.shares import SharedCosts, kinds_of, side_by_side
@@ -189,6 +190,7 @@ def _layers(costs: Costs, step: Step, split: bool, base: int, counted: bool) -> 
         "gathered_bytes": each(lambda rows: max(wide(r.state.gathered_bytes) for r in rows)),
         "tail_comm_ps": total(lambda r: r.tail_comm_ps),
         "tail_hide_ps": total(lambda r: r.tail_hide_ps), "tail_own_ps": total(_own_ps),
+        "rooms": rooms_of(costs.cluster, step, each),
         "first": _extra(step, range(chain.layers[0]), split),
         "last": _extra(step, range(chain.layers[-1] + 1, len(chain.links)), split),
     }  # fmt: skip

@@ -55,6 +55,26 @@ class Lowered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """A tier below the device, as one GPU has it: the bytes it may lay there whatever the others
+    do that share it, the most that all may in the mean, and what each surely may.
+
+    state_bytes: of each layer as it is; lowered_bytes: where its optimizer lies below, empty where
+    that is not open; aside_bytes: of its activations a micro-batch, by level; ends_bytes: of what
+    the first and the last stage have besides.
+    """
+
+    tier: str
+    most_bytes: int
+    mean_bytes: int
+    sure_bytes: int
+    state_bytes: tuple[int, ...]
+    lowered_bytes: tuple[int, ...] = ()
+    aside_bytes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    ends_bytes: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageProblem:
     """Layers in a row to be cut into pp * chunks stages, each of one layer at least.
 
@@ -70,7 +90,7 @@ class StageProblem:
     ranks: where ranks are not alike, of each the problem as if all were as it is, one object a
     kind, kinds in a row; this one's numbers are then the least of theirs, its capacity the most.
     lowered: where the first layers of a stage, as many as is best, may have these numbers instead;
-    then one stage is on a rank.
+    then one stage is on a rank. rooms: tiers below that may be too full for a choice.
     """
 
     schedule: str
@@ -101,6 +121,7 @@ class StageProblem:
     levels: tuple[str, ...] = LEVELS
     ranks: tuple[StageProblem, ...] = ()
     lowered: Lowered | None = None
+    rooms: tuple[Room, ...] = ()
 
     def at(self, rank: int) -> StageProblem:
         """The problem as this rank has it."""
@@ -152,7 +173,10 @@ class StageProblem:
                 here, getattr(self.lowered, f.name), getattr(self, f.name)
             )) for f in fields(Lowered)
         }  # fmt: skip
-        return replace(self, lowered=None, **rows)
+        rooms = tuple(replace(room, lowered_bytes=(), state_bytes=tuple(
+            a if low else b for low, a, b in zip(here, room.lowered_bytes, room.state_bytes)
+        )) for room in self.rooms)  # fmt: skip
+        return replace(self, lowered=None, rooms=rooms, **rows)
 
     def extras(self, stage: int) -> tuple[Extra, ...]:
         """What the stage has beside its layers."""
@@ -334,6 +358,24 @@ def rank_bytes(
                 state += e.state_bytes
             held.append(act)
         found.append(state + stash_bytes(problem, rank, held) + working + 2 * gathered)
+    return tuple(found)
+
+
+def below_bytes(
+    problem: StageProblem, room: Room, stages: Sequence[int], recompute: Sequence[Pair]
+) -> tuple[int, ...]:
+    """What each rank's GPUs lay on a tier, a GPU; nothing of the problem is to be lowered."""
+    starts, found = starts_of(stages), []
+    for rank in range(problem.pp):
+        state, held = 0, []
+        for k in problem.stages_of(rank):
+            i, n = starts[k], stages[k]
+            state += sum(room.state_bytes[i : i + n])
+            state += room.ends_bytes[0] * (k == 0) + room.ends_bytes[1] * (k == problem.count - 1)
+            held.append(sum(
+                room.aside_bytes[_level(recompute[k], place)][i + place] for place in range(n)
+            ))  # fmt: skip
+        found.append(state + stash_bytes(problem, rank, held))
     return tuple(found)
 
 

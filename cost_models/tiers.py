@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -50,6 +51,18 @@ class TierUse:
         """In words: `cpu 1,103.2 of 1,024.0 GB, for 8 GPUs`."""
         shared = f"for {self.gpus} GPUs" if self.gpus > 1 else "for one GPU"
         return f"{self.name} {self.used_bytes / 1e9:,.1f} of {self.bytes / 1e9:,.1f} GB, {shared}"
+
+
+@functools.lru_cache(maxsize=1024)
+def together(each: int, pipeline: int, gpus: int) -> int:
+    """Of so many GPUs that share a tier, those of one pp rank where it has the most, at least.
+
+    each: GPUs in a row that are one pp rank; pipeline: in a row that are all ranks."""
+    if gpus % each == 0 or each % gpus == 0:
+        windows = -(-each // gpus)
+    else:
+        windows = (each - 1) // gpus + 2
+    return max(-(-each // windows), gpus // pipeline * each)
 
 
 def fullest(d: Decisions, rank_bytes: Sequence[int], gpus: int) -> int:

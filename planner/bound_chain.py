@@ -26,9 +26,10 @@ class Through:
 
     step_s: all of it; kernels_s: what of it transfers hide behind; quickest_s: the quickest layer,
     forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
-    free: [piece, (bytes, seconds a byte), point], the cheapest piece first. working: the least that
-    any choice uses. layer: the commonest kind; first, last: (seconds, bytes kept) before the first
-    layer and behind the last. kinds_s: one link of each kind.
+    free: [piece, (bytes, seconds a byte), point], the cheapest piece first; again_freed: where
+    nothing moves to the host. working: the least that any choice uses. layer: the commonest kind;
+    first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s: one link
+    of each kind.
     """
 
     step_s: Floats
@@ -37,6 +38,7 @@ class Through:
     forward_s: Floats
     kept: Floats
     freed: Floats
+    again_freed: Floats
     working: Floats
     least_working: Floats
     common: int
@@ -58,6 +60,7 @@ class Link:
     kept_bytes: Floats
     working_bytes: Floats
     freed: Floats
+    again_freed: Floats
 
 
 Units = tuple[UnitCost, ...]  # a unit at every work point: alone, its experts, its context
@@ -80,7 +83,7 @@ def through_chain(
     ahead = np.full(len(costs.points), np.inf)
     kept, working = zero, zero
     least_working = np.full(len(costs.points), np.inf)
-    all_freed, each, layers = [], [], {}
+    all_freed, all_again, each, layers = [], [], [], {}
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
         others = [
@@ -99,9 +102,11 @@ def through_chain(
             ahead = np.minimum(ahead, one.forward_s)
             layers[k] = Layers(
                 count=int(of_layers[k]), step_s=one.step_s, kept_bytes=one.kept_bytes,
-                working_bytes=one.working_bytes, freed=one.freed,
+                working_bytes=one.working_bytes, freed=one.freed, again_freed=one.again_freed,
             )  # fmt: skip
-            all_freed.append(one.freed * np.array([of_layers[k], 1.0])[:, None])
+            each_kind = np.array([of_layers[k], 1.0])[:, None]
+            all_freed.append(one.freed * each_kind)
+            all_again.append(one.again_freed * each_kind)
             least_working = np.minimum(least_working, one.working_bytes)
         working = np.maximum(working, one.working_bytes)
         kept = kept + counts[k] * one.kept_bytes
@@ -111,11 +116,13 @@ def through_chain(
         rows = [each[costs.kind_of[i]] for i in links]
         return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
 
-    pieces = np.concatenate(all_freed)
-    pieces = np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
+    def in_order(all_pieces: list[Floats]) -> Floats:
+        pieces = np.concatenate(all_pieces)
+        return np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
+
     return Through(
         step_s=step, kernels_s=busy, quickest_s=quickest, forward_s=ahead, kept=kept,
-        freed=pieces, working=working,
+        freed=in_order(all_freed), again_freed=in_order(all_again), working=working,
         least_working=least_working, common=common, layer=layers[common],
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(one for one, _ in each),
@@ -137,18 +144,19 @@ def _link(
     busy = sum((c.forward_s + c.backward_s for c in found), zero)
     if not is_layer:
         return Link(step_s=one, kernels_s=busy, forward_s=zero, kept_bytes=holds[0],
-                    working_bytes=uses[0], freed=zero)  # fmt: skip
+                    working_bytes=uses[0], freed=zero, again_freed=zero)  # fmt: skip
     whole = sum(
         (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
          for c in found), zero,
     )  # fmt: skip
     light = sum((c.light_s for c in found), zero)
-    pieces = freed(holds, light, whole)
+    pieces = again = freed(holds, light, whole)
     if others or moves:
         ways = [(holds[1], light), (holds[2], whole)]
         for other in others:
             held = wide * sum((c.kept_bytes[1] for c in other), zero)
             ways.append((held, sum((c.light_s for c in other), zero)))
+        again = freed_by(holds[0], ways)
         if moves:
             kernels = (sum((c.forward_s for c in found), zero),
                        sum((c.backward_s for c in found), zero))  # fmt: skip
@@ -157,6 +165,7 @@ def _link(
     return Link(
         step_s=one, kernels_s=busy, forward_s=whole, kept_bytes=holds[0],
         working_bytes=np.minimum(np.minimum(uses[0], uses[1]), uses[2]), freed=pieces,
+        again_freed=again,
     )  # fmt: skip
 
 

@@ -25,13 +25,15 @@ SPLIT_KINDS = ("zbh1", "folded")  # of schedules whose backward is split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The commonest kind of layer, by work point; freed: [piece, (bytes, seconds), point]."""
+    """The commonest kind of layer, by work point; freed: [piece, (bytes, seconds), point];
+    again_freed: where nothing moves to the host."""
 
     count: int
     step_s: Floats
     kept_bytes: Floats
     working_bytes: Floats
     freed: Floats
+    again_freed: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.engines import ZeroMode
-from cost_models.offload import update_s
+from cost_models.offload import below_bytes, update_s
 from cost_models.state import (
     COMPUTE_BYTES,
     MASTER_BYTES,
@@ -34,6 +34,7 @@ from cost_models.state import (
     update_bytes,
 )
 from cost_models.step import Assignments, Costs
+from cost_models.tiers import together
 from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, outside, shard_sizes
@@ -78,13 +79,15 @@ class _Stacked:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
-    of a step that all pp ranks together spend behind the last backward at least; and seconds that
-    a micro-batch's transfers take the whole chain, hidden or not."""
+    of a step that all pp ranks together spend behind the last backward at least; seconds that
+    a micro-batch's transfers take the whole chain, hidden or not; and by tier below, bytes that
+    all pp ranks lay there at least, a GPU each."""
 
     state_bytes: Floats
     gathered_bytes: Floats
     tail_s: Floats
     each_s: Floats
+    laid_bytes: dict[str, Floats]
 
 
 class States:
@@ -97,13 +100,20 @@ class States:
         self._sent: dict[tuple[int, int, int, bool], int] = {}
         self._last: _Stacked | None = None
 
-    def ways(self, pipeline: bool) -> tuple[Way, ...]:
+    def ways(self, pipeline: bool, every_tier: bool = False) -> tuple[Way, ...]:
         """What the table and the pins allow, of those that hold and move the same the first: that
-        depends on there being a pipeline."""
+        depends on there being a pipeline. every_tier: optimizers lie on slower ones than the host's
+        memory too, where no pin says where."""
         pins, found = self.pins, {}  # type: ignore[var-annotated]
+        places = [*offloads(pins, self.costs.cluster)]
+        if every_tier and pins.offload is None:
+            places += [
+                tuple((what, tier.name if what == "optimizer" else on) for what, on in place)
+                for place in places if place
+                for tier in self.costs.cluster.tiers if tier.name != "cpu"
+            ]  # fmt: skip
         held = [*itertools.product(
-            offloads(pins, self.costs.cluster),
-            grad_dtypes(pins, self.costs.engine, self.costs.cluster),
+            places, grad_dtypes(pins, self.costs.engine, self.costs.cluster)
         )]  # fmt: skip
         for zero in (0, 1, 2, 3) if pins.zero is None else (pins.zero,):
             for reshard in (False, True) if zero == 3 and not pipeline else (False,):
@@ -122,7 +132,7 @@ class States:
         return tuple(found.values())
 
     def lowered(self, way: Way, ways: Iterable[Way], pipeline: bool) -> list[Way]:
-        """Of these, the ways of the same state with all optimizers on the host."""
+        """Of these, the ways of the same state with all optimizers below."""
         def alike(w: Way) -> tuple[object, ...]:
             mode = self.costs.engine.zero_mode(w.zero, reshard=w.reshard, pp=1 + pipeline)
             same = replace(
@@ -166,6 +176,18 @@ class States:
         sent = self._sent[key] if m.pp > 1 else 0
         return sum(size for _, size in reserved_of(self.costs.graph, d, self.costs.engine, sent))
 
+    def room_bytes(self, meshes: Sequence[Mesh], name: str) -> tuple[Floats, Floats]:
+        """Of each mesh, what a GPU may lay on a tier in the mean, and whatever others lay there."""
+        cluster = self.costs.cluster
+        tier = cluster.tier(name)
+        gpus, most = cluster.sharers(tier), []
+        for m in meshes:
+            ranks = m.dp * m.cp * m.tp
+            outer = max(outside(m, cluster, self.pins.dp_outer), default=1)
+            most.append(tier.bytes / together(ranks // outer, ranks * m.pp // outer, gpus))
+        count = np.array([m.dp * m.cp * m.tp * m.pp for m in meshes])
+        return tier.bytes * -(-count // gpus) / count, np.array(most)
+
     def of(
         self, way: Way, meshes: Sequence[Mesh], sizes: Sequence[Sizes], kernels_s: Floats
     ) -> Held:
@@ -205,10 +227,25 @@ class States:
         tail = least * once + np.maximum(0.0, (1 - least) * once - behind * kernels_s[:, None])
         each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
         tail, each = tail.min(axis=1), each.min(axis=1)
+        shard = (whole * share).sum(axis=2)[:, 0]
         return Held(
-            state_bytes=state, gathered_bytes=gathered,
+            state_bytes=state, gathered_bytes=gathered, laid_bytes=self._laid(way, shard, updated),
             tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
         )  # fmt: skip
+
+    def _laid(self, way: Way, shard: Floats, updated: Floats) -> dict[str, Floats]:
+        """`below_bytes` of all links, before it rounds: [mesh] by tier. shard, updated: elements.
+        """
+        d = Decisions(zero=way.zero, offload=way.offload, grad_dtype=way.grad_dtype)
+        some = replace(state_of((), d, self.costs.workload, self.costs.engine), updated=MANY)
+        parts = [
+            dict(below_bytes(self.costs.engine, self.costs.workload, d, state))
+            for state in (some, replace(some, updated=0, shard=MANY))
+        ]
+        return {
+            tier: (1 - 1e-9) * (parts[0][tier] * updated[:, 0] + parts[1][tier] * shard) / MANY
+            for tier in parts[0]
+        }
 
     def _stacked(self, meshes: Sequence[Mesh], sizes: Sequence[Sizes]) -> _Stacked:
         """The last one again where the meshes are the same list: every way asks for it."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from cost_models.formats import Formats
 from cost_models.schedule import schedule_illegal
 from cost_models.step import Assignments, Costs
 from planner.bound_chain import Known, Through, through_chain
-from planner.bound_chunks import Chunks, chunk_flight, filled_chunks
+from planner.bound_chunks import SLACK_BYTES, Chunks, chunk_flight, filled_chunks
 from planner.bound_ranks import (
     SPLIT_KINDS,
     Rows,
@@ -45,6 +45,7 @@ from planner.offloads import counts_layers, counts_state
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Room = tuple[Floats, Floats]  # below, by mesh: what a GPU may lay in the mean, and at most
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
@@ -114,8 +115,9 @@ def mesh_bounds_ps(
     for pipeline in (False, True):
         mine = np.flatnonzero((table.pp > 1) == pipeline)
         if len(mine):
-            bounds[mine], tails, guess_bytes = table.least_s(mine, states, limit)
-            guesses[mine] = table.guess_s(mine, tails, guess_bytes, most_virtual)
+            for some, tight in table.by_room(mine, states):
+                bounds[some], tails, guess_bytes = table.least_s(some, states, limit, tight)
+                guesses[some] = table.guess_s(some, tails, guess_bytes, most_virtual)
     guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
     lower = np.minimum(np.floor(bounds * 1e12 * (1 - 1e-6)), NEVER_PS)
@@ -157,13 +159,31 @@ class _Table:
         found: Floats = self._stacks[name, *at][self.group[0, mine], self.group[1, mine]]
         return found
 
+    def by_room(self, mine: Ints, states: States) -> list[tuple[Ints, bool]]:
+        """Meshes that are all pipelines or none, apart by whether the host's memory may be too full
+        for what they would lay there, which is weighed of these alone."""
+        rows, sizes = self._rows(mine)
+        kernels, pp = self.get(mine, "kernels_s"), self.pp[mine]
+        moves = counts_layers(states.pins, self.costs.cluster, self.costs.workload.engine)
+        aside = moves * self.get(mine, "kept") * self._in_flight(mine) / pp
+        most = np.zeros(len(mine))
+        for way in states.ways(bool(pp[0] > 1)) if states.pins.offload is None else ():
+            laid = states.of(way, rows, sizes, kernels).laid_bytes.get("cpu", most * 0)
+            most = np.maximum(most, laid / pp + aside)
+        tight = most > states.room_bytes(rows, "cpu")[0] if np.any(most) else most > 0
+        return [(mine[tight == part], part) for part in (False, True) if np.any(tight == part)]
+
+    def _rows(self, mine: Ints) -> tuple[list[Mesh], list[Sizes]]:
+        return (
+            [self.candidates[i] for i in mine], [self.sizes[g] for g in self.group[0, mine]]
+        )
+
     def least_s(
-        self, mine: Ints, states: States, limit: Floats
+        self, mine: Ints, states: States, limit: Floats, tight: bool
     ) -> tuple[Floats, Floats, Floats]:
         """(bound, least tail, a guess at a rank's bytes beside activations) of meshes that are
-        all pipelines or none."""
-        rows = [self.candidates[i] for i in mine]
-        sizes = [self.sizes[g] for g in self.group[0, mine]]
+        all pipelines or none. tight: room below is weighed."""
+        rows, sizes = self._rows(mine)
         step, pp = self.get(mine, "step_s"), self.pp[mine]
         reserved = np.array([states.reserved(r) for r in rows])
         room = self.costs.cluster.device.memory_bytes - reserved
@@ -174,18 +194,26 @@ class _Table:
             kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
         found = {
-            way: states.of(way, rows, sizes, kernels) for way in states.ways(bool(pp[0] > 1))
+            way: states.of(way, rows, sizes, kernels)
+            for way in states.ways(bool(pp[0] > 1), every_tier=tight)
         }
+        rooms = {tier.name: states.room_bytes(rows, tier.name)
+                 for tier in self.costs.cluster.tiers if tight}  # fmt: skip
         for way, held in found.items():
+            left = [size[0] - held.laid_bytes.get(tier, 0.0) / pp for tier, size in rooms.items()]
+            if left and np.any(some := np.minimum.reduce(left) < -SLACK_BYTES):
+                held = replace(held, tail_s=np.where(some, np.inf, held.tail_s))
             tail = np.minimum(tail, held.tail_s / pp)
             if "optimizer" not in dict(way.offload) or way.offload == states.pins.offload:
                 beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
                 held_bytes = np.minimum(held_bytes, reserved + working + beside)
             lower = states.lowered(way, found, bool(pp[0] > 1)) if self.by_layer else []
-            both: list[Held | None] = [found[low] for low in lower]
+            both: list[Held | None] = [self._cut(held, found[low], rooms, pp) for low in lower]
             if pp[0] == 1:
                 for below in both or [None]:
-                    least = np.minimum(least, self._alone_s(mine, step, held, room, way, below))
+                    least = np.minimum(
+                        least, self._alone_s(mine, step, held, room, way, below, rooms.get("cpu"))
+                    )
                 continue
             at_most = np.minimum(least, limit[mine])
             programs = [(0, kind) for kind in sorted(kinds)] + [(v, "fused") for v in chunks]
@@ -193,7 +221,7 @@ class _Table:
                 alone = self.schedules & ALONE[kind] and not v
                 for below in (both if alone else []) or [None]:
                     found_s = self._pipeline_s(
-                        mine, step, held, room, kind, way, at_most, below, v
+                        mine, step, held, room, kind, way, at_most, below, v, rooms.get("cpu")
                     )
                     least = np.minimum(least, found_s)
                     at_most = np.minimum(at_most, least)
@@ -208,35 +236,92 @@ class _Table:
         return "activations" in dict(way.offload)
 
     def _alone_s(
-        self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way, below: Held | None
+        self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way, below: Held | None,
+        host: Room | None,
     ) -> Floats:  # fmt: skip
         """One rank has the whole chain. What its transfers take is hidden but for a share, or
         beyond what its kernels take meanwhile. below: the same with all optimizers below, which
-        those of some layers may be."""
+        those of some layers may be, as far as there is room. host: the room in the host's memory,
+        where that may be too full."""
         kept, working = self.get(mine, "kept"), self.get(mine, "working")
         over = held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
+        everywhere = over
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         if below is not None:
-            size, rate = self._lowered(mine, held, below)
+            size, rate = self._lowered(mine, held, below, room)
             at_once, m = self._in_flight(mine), self.m[mine]
             freed = with_piece(freed, size / at_once, rate * at_once / m)
-        again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
+        again = np.zeros(len(mine)) if self._elsewhere(way) else forced_s(freed, over)
+        if host is not None and not self._elsewhere(way):
+            everywhere = everywhere + self._below_bytes(mine, held, below, room) - host[1]
+            pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
+            again = np.maximum(
+                again, forced_s(pieces, kept + everywhere / self._in_flight(mine))
+            )
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
         kernels = self.get(mine, "kernels_s")
         each = m * np.maximum(share * held.each_s, held.each_s - kernels)
         found: Floats = m * (step + again) + each + held.tail_s
         return found
 
-    def _lowered(self, mine: Ints, held: Held, below: Held) -> tuple[Floats, Floats]:
+    def _lowered(
+        self, mine: Ints, held: Held, below: Held, room: Floats
+    ) -> tuple[Floats, Floats]:
         """(bytes, seconds of a step a byte) that optimizers below free, of all ranks together;
         parameters that learn nothing free theirs for nothing."""
         less = np.maximum(0.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
+        more = np.maximum(0.0, below.tail_s - held.tail_s) * self._learn(mine)
+        rate = more / np.maximum(less, 1.0)
+        alike = self.chain[0].layer.count * (held.state_bytes[:, 1] - below.state_bytes[:, 1])
+        alike = np.clip(alike, 0.0, less)
+        return less - alike * (1 - self._net(held, below, room)), rate
+
+    def _net(self, held: Held, below: Held, room: Floats) -> Floats:
+        """What a rank saves at most of each byte of layers whose optimizers go below: the copies
+        of one that come up to be gathered take room that none does without, and it has no more
+        such layers than fit."""
+        more = 2 * self._wide(below.gathered_bytes[:, 1] - held.gathered_bytes[:, 1])
+        each, low = held.state_bytes[:, 1], below.state_bytes[:, 1]
+        fits = room - 2 * self._wide(below.gathered_bytes[:, 1])
+        most = np.clip(np.floor(fits / np.maximum(low, 1.0)), 1, self.layers)
+        net: Floats = 1 - np.maximum(0.0, more) / np.maximum(most * (each - low), 1.0)
+        return np.clip(net, 0.0, 1.0)
+
+    def _cut(
+        self, held: Held, below: Held, rooms: dict[str, Room], pp: Ints
+    ) -> Held:
+        """Of optimizers below, no more than tiers have room for."""
+        some = np.ones(len(pp))
+        for tier, (mean, _) in rooms.items():
+            laid = below.laid_bytes.get(tier, np.zeros(len(pp))) / pp
+            some = np.minimum(some, mean / np.maximum(laid, 1.0))
+
+        state = below.state_bytes.copy()  # all of it: any one layer may lie there
+        state[:, 0] = held.state_bytes[:, 0] + some * (state[:, 0] - held.state_bytes[:, 0])
+        return replace(
+            below, state_bytes=state, tail_s=held.tail_s + some * (below.tail_s - held.tail_s),
+            laid_bytes={tier: some * size for tier, size in below.laid_bytes.items()},
+        )
+
+    def _below_bytes(
+        self, mine: Ints, held: Held, below: Held | None, room: Floats
+    ) -> Floats:
+        """Bytes in the host's memory of all pp ranks, a GPU each, less what that frees, at least:
+        where some optimizers lie below, or all do, or none."""
+        none = np.zeros(len(mine))
+        laid = held.laid_bytes.get("cpu", none)
+        if below is None:
+            return laid
+        less, _ = self._lowered(mine, held, below, room)
+        return laid + np.minimum(0.0, below.laid_bytes.get("cpu", none) * self._learn(mine) - less)
+
+    def _learn(self, mine: Ints) -> NDArray[np.bool_]:
+        """Whether all parameters of a mesh learn."""
         learn = np.array([np.array_equal(s.held[0], s.learnt[0]) for s in self.sizes])
-        learn = learn[self.group[0, mine]]
-        more = np.maximum(0.0, below.tail_s - held.tail_s) * learn
-        return less, more / np.maximum(less, 1.0)
+        found: NDArray[np.bool_] = learn[self.group[0, mine]]
+        return found
 
     def _in_flight(self, mine: Ints) -> Ints:
         """Micro-batches that the first rank holds at once, at least."""
@@ -248,10 +333,11 @@ class _Table:
 
     def _pipeline_s(
         self, mine: Ints, step: Floats, held: Held, room: Floats, kind: str, way: Way,
-        at_most: Floats, below: Held | None, v: int = 0,
+        at_most: Floats, below: Held | None, v: int = 0, host: Room | None = None,
     ) -> Floats:  # fmt: skip
         """Several ranks, under one kind of schedule; at_most: above it no bound is sharpened.
-        below: as `_alone_s` has it. v: interleaved with so many chunks a rank, where it is."""
+        below, host: as `_alone_s` has it. v: interleaved with so many chunks a rank, where it is.
+        """
         pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
         schedules = {"interleaved"} if v else self._merged
         quickest, way_s = self.get(mine, "quickest_s"), self._way_s(mine, split)
@@ -259,27 +345,39 @@ class _Table:
         if self._elsewhere(way):
             again = np.zeros(len(mine))
         else:
-            most, places = np.zeros(len(mine)), np.zeros(len(mine))
+            most, places, common = (np.zeros(len(mine)) for _ in range(3))
+            others = self.layers - self.chain[0].layer.count  # ranks may have nothing but these
             for p in np.unique(pp):
                 held_at_once = flight(int(p), m[pp == p], kind)
                 if v:
                     held_at_once = chunk_flight(int(p), m[pp == p], v)[:, :, -1].astype(float)
                 most[pp == p] = held_at_once.max(axis=1)
-                places[pp == p] = (1 / held_at_once).sum(axis=1)
+                each = np.sort(1 / held_at_once, axis=1)
+                places[pp == p] = each.sum(axis=1)
+                common[pp == p] = each[:, : max(0, int(p) - others)].sum(axis=1)
             left = room - self.get(mine, "least_working")
             state = held.state_bytes[:, 0]
             kept, freed = self.get(mine, "kept"), np.moveaxis(self.get(mine, "freed"), 0, -1)
             freed = freed[:0] if split else freed  # nothing is recomputed there
-            mean, by_place = kept + state - pp * left, kept + state / most - places * left
+            gathered = 2 * self._wide(held.gathered_bytes[:, 1])
+            mean = kept + state - pp * left + gathered * np.maximum(0, pp - others)
+            by_place = kept + state / most - places * left + gathered * common
             if below is None:
                 again = forced_s(freed, np.maximum(mean, by_place))
             else:
-                size, rate = self._lowered(mine, held, below)
+                size, rate = self._lowered(mine, held, below, room)
                 rate = rate / np.maximum(m + pp - 1, 2 * pp * m / (m + 1))  # `stage_bounds`' pieces
                 again = np.maximum(
                     forced_s(with_piece(freed, size, rate), mean),
                     forced_s(with_piece(freed, size / most, rate * most), by_place),
                 )
+            if host is not None:
+                laid = self._below_bytes(mine, held, below, room)
+                pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
+                pieces = pieces[:0] if split else pieces
+                again = np.maximum(again, forced_s(pieces, np.maximum(
+                    mean + laid - pp * host[0], by_place + laid / most - places * host[1]
+                )))  # fmt: skip
         least = (m * (step + again) + each_way) / pp
         fullest = -(-self.layers // pp)  # layers of the rank that has the most
         least = np.maximum(least, m * fullest * quickest)
@@ -330,8 +428,9 @@ class _Table:
         )
         lowered = np.zeros((2, len(some)))
         if below is not None:
-            lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
-            lowered[1] = self._lowered(mine, held, below)[1][some] / (pp * self.m[these])
+            net = self._net(held, below, room)[some]
+            lowered[0] = net * (held.state_bytes[some, 1] - below.state_bytes[some, 1])
+            lowered[1] = self._lowered(mine, held, below, room)[1][some] / (pp * self.m[these])
         rows = Rows(
             m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),

@@ -15,7 +15,6 @@ import numpy as np
 
 from cost_models.stage_problem import Pair, StageProblem, pairs_of, pinned_pair
 from planner.stage_arcs import INF, Array, Rows, options_of
-from planner.stage_bounds import lower_bound_ps
 
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
 
@@ -26,9 +25,6 @@ def best_count(
     """How many layers, of 1 to `most`, take the least step that fits, if that is below `below_ps`;
     none, every: the problem with the optimizers of no layers below, and of all."""
     if none.schedule not in WEIGHED or most < 1:
-        return None
-    easiest = replace(none, state_bytes=tuple(map(min, none.state_bytes, every.state_bytes)))
-    if lower_bound_ps(easiest) >= below_ps:
         return None
     steps = _steps_ps(none, every, most)[1 : most + 1]
     best = int(np.argmin(steps))
@@ -70,9 +66,31 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
         steps = m * (each[n] + np.where(again < INF, again, 0)) + tail[n]
         return np.where(again < INF, steps, INF)
 
+    rooms = [(
+        room.most_bytes - _mixed(room.state_bytes, low.state_bytes) - sum(room.ends_bytes),
+        room.aside_bytes,
+    ) for room, low in zip(none.rooms, every.rooms)]  # fmt: skip
+    tight = any(np.any(left < flight * sum(map(max, zip(*aside)))) for left, aside in rooms)
     rows = (none.recompute_ps, none.activation_bytes, none.working_bytes)
-    if rows == (every.recompute_ps, every.activation_bytes, every.working_bytes):
+    alike = rows == (every.recompute_ps, every.activation_bytes, every.working_bytes)
+    if alike and not tight:
         return step_ps(none, slice(p.layers + 1))
+
+    def tight_ps(q: StageProblem, n: int) -> int:
+        """Of one count, where a room below may be too full."""
+        asides = [row for _, aside in rooms for row in aside]
+        pin = pinned_pair(p, 0, p.layers)
+        o = options_of(
+            np.array((*q.recompute_ps, *q.activation_bytes, *q.working_bytes, *asides)),
+            (pin,) if pin is not None else pairs_of(p.levels, p.layers),
+        )  # fmt: skip
+        used = flight * o.act_bytes + np.maximum(o.work_bytes, least)
+        fits = used <= p.capacity_bytes - fixed[n]
+        for (left, _), laid in zip(rooms, o.aside_bytes):
+            fits &= flight * laid <= left[n]
+        again = o.extra_ps[fits].min(initial=INF)
+        return int(m * (each[n] + again) + tail[n]) if again < INF else INF
+
     # layers below are computed again in another time, or hold other bytes: the least of both
     easiest = replace(
         none, recompute_ps=_least(none.recompute_ps, every.recompute_ps),
@@ -89,7 +107,9 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
             activation_bytes=_joined(none.activation_bytes, every.activation_bytes, n + 1),
             working_bytes=_joined(none.working_bytes, every.working_bytes, n + 1),
         )  # fmt: skip
-        found[n + 1] = step_ps(mixed, slice(n + 1, n + 2))[0]
+        found[n + 1] = (
+            tight_ps(mixed, n + 1) if tight else step_ps(mixed, slice(n + 1, n + 2))[0]
+        )
         best = min(best, found[n + 1])
     return found
 

@@ -27,7 +27,7 @@ WHOLE = "layers"  # every group of formats
 RECOMPUTE_KINDS = ("none", "selective", "full")
 ALL_LAYERS = -1  # a recompute count that means every layer of the stage
 COUNTED = ("optimizer", "activations")  # of what may be offloaded, by layers a stage
-COUNTED_TIER = re.compile(r"cpu:([0-9]{1,9}(?:/[0-9]{1,9})*)")  # layers a stage
+COUNTED_TIER = re.compile(r"([^:]+):([0-9]{1,9}(?:/[0-9]{1,9})*)")  # layers a stage
 _PLACEMENT = re.compile(r"R|S\((0|[1-9][0-9]*)\)")
 
 
@@ -229,9 +229,9 @@ def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
             what not in OFFLOADED or not tier or found.get(what, tier) != tier
             or (":" in tier and not counted)
         ):
-            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, optimizer:cpu:12 or"
+            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, optimizer:TIER:12 or"
                           " activations:cpu:12 (layers per stage), or none")  # fmt: skip
-        if what != "optimizer" and tier != "cpu" and not counted:
+        if what != "optimizer" and tier.partition(":")[0] != "cpu":
             raise UsageError(f"--fix {text}: {what} are offloaded to the cpu alone",
                              why="each micro-batch moves them, which a disk is too slow for",
                              hints=(f"offload={what}:cpu",))  # fmt: skip
@@ -304,7 +304,7 @@ VOCABULARY = (
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
         meaning="what lies on which of the hardware's tiers; params needs zero=3;"
-                " activations:cpu:12 or optimizer:cpu:12 is of 12 layers a stage"),
+                " activations:cpu:12 or optimizer:TIER:12 is of 12 layers a stage"),
     Key(name="formats", words="layers:fp8 attention:fp8,mlp:fp8 experts:fp8 none", parse=_formats,
         meaning="of layers' matmuls by group, where not the precision",
         default="searched among those that --precision bf16,fp8 allows, else none"),

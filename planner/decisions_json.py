@@ -71,11 +71,11 @@ def decisions_from_json(
     for what, tier in raw["offload"].items():
         word = tier if isinstance(tier, str) else ""
         counted = what in COUNTED and COUNTED_TIER.fullmatch(word)
-        named = bool(word) and ":" not in word if what == "optimizer" else word == "cpu"
-        fits = named or counted
+        alone = word.partition(":")[0] if counted else word
+        fits = bool(alone) and ":" not in alone if what == "optimizer" else alone == "cpu"
         if what not in OFFLOADED or not fits:
             raise PlanError(f"decisions.offload.{what} is {tier!r}",
-                            why='expected {"optimizer": TIER or "cpu:4/3", "params": "cpu", '
+                            why='expected {"optimizer": TIER or "TIER:4/3", "params": "cpu", '
                                 '"activations": "cpu" or "cpu:4/3"}, or some of them')  # fmt: skip
     if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
         raise PlanError("decisions.offload has params and no optimizer",

@@ -26,14 +26,14 @@ ROUNDING = 1e-9  # of a quotient of times, relative
 def unlimited(problem: StageProblem) -> StageProblem:
     """Without a limit to memory nothing is recomputed, but what is pinned."""
     levels = ("none",) if problem.fixed_recompute is None else problem.levels
-    return replace(problem, capacity_bytes=UNLIMITED, levels=levels)
+    return replace(problem, capacity_bytes=UNLIMITED, levels=levels, rooms=())
 
 
 def comparable(p: StageProblem) -> bool:
     """Whether a program is compared: nothing of it pinned, ranks, boundaries and layers
-    alike."""
+    alike, no tier below too full."""
     free = p.fixed_stages is None and p.fixed_recompute is None
-    return free and not p.ranks and not p.slow_sends and p.lowered is None
+    return free and not (p.ranks or p.slow_sends or p.lowered or p.rooms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

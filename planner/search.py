@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import whole_step_ps
-from cost_models.stage_problem import StageProblem
+from cost_models.rooms import with_sure_rooms
+from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.step import Assignments, Step
+from cost_models.tiers import TierUse
 from cost_models.units import format_seconds
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.decisions import Pins
@@ -29,7 +31,7 @@ from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.relaid import relaid
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
-from planner.some_below import named, programs_below
+from planner.some_below import named, programs_below, whole_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
 from planner.stage_paths import Shapes
@@ -214,18 +216,18 @@ class Searcher(Space):
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
         out.spent += bool(ways) + len(ways) // 12
+        known: dict[Decisions, Step] = {}
         while ways:
             full: list[Decisions] = []
             held: list[tuple[Decisions, Step]] = []
             for d in ways:
-                step = self.costs.step(d, laid)
+                step = known[d] = self.costs.step(d, laid)
                 use = None if d.parts else over_below(self.costs.cluster, step)
                 if use is not None:
                     out.full = less_over(out.full, use)
                     full.append(d)
                 else:
                     held.append((d, step))
-            known = dict(held)
             steps = undominated([row for row in held if self._may_fit(*row, out)])
             todo: list[Program] = []
             least: dict[Decisions, int] = {}
@@ -240,7 +242,7 @@ class Searcher(Space):
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             target = self._below(out.best, mesh) if out.best else ENDLESS
             some = [*programs_below(self, ways, laid, known, least, target)]
-            self._solve_all(some, mesh, laid, out, unsettled)
+            full += self._solve_all(some, mesh, laid, out, unsettled)
             ways = [*dict.fromkeys(filter(None, map(self.lower, full)))]
 
     def lower(self, d: Decisions) -> Decisions | None:
@@ -287,7 +289,10 @@ class Searcher(Space):
                 continue
             for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
                 if not self._solve(row, laid, out, unsettled):
-                    full.append(replace(row.decisions, schedule="1f1b", virtual_stages=1))
+                    full.append(replace(
+                        whole_below(row.decisions), schedule="1f1b", virtual_stages=1,
+                        keep=self.kept,
+                    ))  # fmt: skip
         return full
 
     def _programs(
@@ -356,23 +361,15 @@ class Searcher(Space):
             assert found.nearest is not None
             if problem.chunks > 1:  # layers were moved about before that was said
                 out.spent += d.pp * d.virtual_stages // 2
-            out.misfits += 1
-            out.misfit = nearer(out.misfit, Misfit(
-                decisions=decided(named(d, problem), found.nearest.stages, found.nearest.recompute),
-                assignments=laid, nearest=found.nearest,
-            ))  # fmt: skip
+            self._note_misfit(row, found.nearest, laid, out)
         elif found.status != "CUTOFF":
-            cut = decided(named(d, problem, found.below), found.stages, found.recompute)
-            step = self.costs.step(d if problem.lowered is None else cut, laid)
-            uses = self.tier_uses(step, cut, problem) if cut.offload else ()
-            over = next((use for use in uses if not use.fits), None)
-            if over is None:
-                out.best = Tried(
-                    decisions=cut, assignments=laid, objective_ps=found.step_ps,
-                    gain_ppm=self.gain_ppm,
-                )  # fmt: skip
-            else:
-                out.full = less_over(out.full, over)
+            over = self._keep(row, found, laid, out)
+            if over is not None and problem.rooms:  # it fits alone, not with those beside it
+                out.solved += 1
+                out.spent += 1
+                less = solve(with_sure_rooms(problem), incumbent_ps=best)
+                if less.stages:
+                    self._keep(row, less, laid, out)
         settled = (found.status == "OPTIMAL" and over is None) or (
             found.status == "INFEASIBLE" and refutes(problem)
         )
@@ -385,7 +382,47 @@ class Searcher(Space):
                 order=out.solved, decisions=d, assignments=laid, problem=problem,
                 stages=found.stages,
             ))  # fmt: skip
-        return over is None
+        return over is None and not problem.rooms  # a slower tier with more room may be better
+
+    def _keep(
+        self, row: Program, found: StageSolution, laid: Assignments, out: Outcome
+    ) -> TierUse | None:
+        """Take a solution for the best, unless a tier is too full for it, which is returned."""
+        d, problem = row.decisions, row.problem
+        cut = decided(named(d, problem, found.below), found.stages, found.recompute)
+        over = self._overfull(cut, d, problem, laid)
+        if over is None:
+            out.best = Tried(
+                decisions=cut, assignments=laid, objective_ps=found.step_ps, gain_ppm=self.gain_ppm
+            )
+        else:
+            out.full = less_over(out.full, over)
+        return over
+
+    def _overfull(
+        self, cut: Decisions, d: Decisions, problem: StageProblem, laid: Assignments
+    ) -> TierUse | None:
+        """A tier below that is too full for a plan, if one is."""
+        if not cut.offload:
+            return None
+        step = self.costs.step(d if problem.lowered is None else cut, laid)
+        return next((use for use in self.tier_uses(step, cut, problem) if not use.fits), None)
+
+    def _note_misfit(
+        self, row: Program, nearest: Nearest, laid: Assignments, out: Outcome
+    ) -> None:
+        """A program has no solution: what is nearest to one, or the tier that is too full."""
+        d, problem = row.decisions, row.problem
+        cut = decided(named(d, problem), nearest.stages, nearest.recompute)
+        out.misfits += 1
+        if nearest.overflow_bytes > 0 or not problem.rooms:
+            out.misfit = nearer(
+                out.misfit, Misfit(decisions=cut, assignments=laid, nearest=nearest)
+            )
+            return
+        over = self._overfull(cut, d, problem, laid)
+        if over is not None:
+            out.full = less_over(out.full, over)
 
     def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         """Whether a few linear programs show that a program with several stages a rank has nothing

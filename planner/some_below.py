@@ -1,11 +1,13 @@
-"""Stage programs of states with the optimizer of some layers on the host, of our own runtime."""
+"""Stage programs of states with the optimizer of some layers below, of our own runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cost_models.decisions import Decisions
+from cost_models.rooms import with_binding
 from cost_models.stage_problem import Lowered, StageProblem
 from cost_models.step import Assignments, Step
 from planner.by_layer import best_count
@@ -35,19 +37,19 @@ def programs_below(
 
     states = [(d, may_pay(d)) for d in ways if space.by_layer(d)]
     states = [row for row in states if row[1]]
-    if states and states[0][0].pp == 1:
-        for d, _ in states:
-            yield from _alone(space, d, laid, target)
-        return
     both = {}  # steps with a second row of each kind, for layers below, as `Costs.step` has them
     for d, _ in states:
         none, every = (known.get(x) or space.costs.step(x, laid) for x in (d.with_state(False), d))
         both[d] = replace(none, rows=(*none.rows, *every.rows))
+    if states and states[0][0].pp == 1:
+        for d, _ in states:
+            yield from _alone(space, d, both[d], laid, target)
+        return
     schedules = dict(states)
     for d, step in undominated([*both.items()]):
         none, every = _ends(space, d, step)
         for one in schedules[d]:
-            pairs = _pairs(space, one.on("cpu:1"), none, every, laid, target)
+            pairs = _pairs(space, _counted(one, 1), none, every, laid, target)
             for made, low, high in pairs:
                 problem = with_lowered(low, high)
                 bound = lower_bound_ps(problem)
@@ -55,26 +57,60 @@ def programs_below(
                     yield Program(bound_ps=bound, decisions=made, problem=problem)
 
 
+def _counted(d: Decisions, *layers: int) -> Decisions:
+    """The same with the optimizers of so many layers of each stage below, on the tier it names."""
+    return d.on(f"{d.tiers['optimizer']}:" + "/".join(map(str, layers)))
+
+
+def whole_below(d: Decisions) -> Decisions:
+    """The state with the optimizers of all layers where those of some are, and with no activations
+    below by count."""
+    whole = d.with_state(True)
+    below = (row for row in whole.offload if row[0] != "activations" or d.moved is None)
+    return replace(whole, offload=tuple(below))
+
+
 def _ends(space: Space, d: Decisions, step: Step) -> tuple[Step, Step]:
     """The steps with the optimizers of no layers below, and of all; step: of any count."""
     layers = len(space.costs.chain.layers)
     none = replace(step, kinds=space.costs.kind_of)
-    return none, space.costs.lowered(step, d.on(f"cpu:{layers}"))
+    return none, space.costs.lowered(step, _counted(d, layers))
 
 
 def _alone(
-    space: Space, d: Decisions, laid: Assignments, target: int
+    space: Space, d: Decisions, both: Step, laid: Assignments, target: int
 ) -> Iterator[Program]:
     """One stage: the programs of the best count."""
     costs, most = space.costs, len(space.costs.chain.layers)
-    step = costs.step(d.on("cpu:1"), laid)
-    while most and over_below(costs.cluster, costs.lowered(step, d.on(f"cpu:{most}"))):
+    step = costs.lowered(both, _counted(d, 1))
+    while most and over_below(costs.cluster, costs.lowered(step, _counted(d, most))):
         most -= 1
     for one in space.schedules(step.decisions):
         for made, low, high in _pairs(space, one, *_ends(space, d, step), laid, target):
+            every = _easier(low, high)
+            if lower_bound_ps(every) >= target or surely_infeasible(every):
+                continue
             n = best_count(low, high, most, target)
             if n is not None:
-                yield _of_count(space, made.on(f"cpu:{n}"), step, laid)
+                yield _of_count(space, _counted(made, n), step, laid)
+
+
+def _easier(none: StageProblem, every: StageProblem) -> StageProblem:
+    """A problem that is no harder than one with the optimizers of any layers below, which one
+    stage computes in other times: the least of both."""
+    def least(name: str) -> Any:
+        here, there = getattr(none, name), getattr(every, name)
+        if isinstance(here[0], tuple):
+            return tuple(tuple(map(min, a, b)) for a, b in zip(here, there))
+        return tuple(map(min, here, there))
+
+    times = ("forward_ps", "input_grad_ps", "weight_grad_ps", "recompute_ps", "activation_bytes",
+             "working_bytes", "tail_comm_ps")  # fmt: skip
+    hidden = tuple(map(max, none.tail_hide_ps, every.tail_hide_ps))
+    return replace(
+        none, **{name: least(name) for name in times}, tail_hide_ps=hidden, rooms=(),
+        lowered=_lowered(every),
+    )  # fmt: skip
 
 
 def _of_count(space: Space, d: Decisions, step: Step, laid: Assignments) -> Program:
@@ -85,7 +121,7 @@ def _of_count(space: Space, d: Decisions, step: Step, laid: Assignments) -> Prog
         made = costs.kept_otherwise(made, d, laid)
     if d.moved is not None:
         made = costs.counted(made, d, laid)
-    problem = space.problem(made, d)
+    problem = with_binding(space.problem(made, d))
     return Program(bound_ps=lower_bound_ps(problem), decisions=d, problem=problem)
 
 
@@ -107,20 +143,25 @@ def _pairs(
         yield made, low, high
 
 
-def with_lowered(none: StageProblem, every: StageProblem) -> StageProblem:
-    """A problem of both: of each layer what it has below in the one, and above in the other."""
-    low = Lowered(
+def _lowered(every: StageProblem) -> Lowered:
+    return Lowered(
         state_bytes=every.state_bytes, gathered_bytes=every.gathered_bytes,
         tail_own_ps=every.tail_own_ps,
-    )  # fmt: skip
-    joined = replace(none, lowered=low)
+    )
+
+
+def with_lowered(none: StageProblem, every: StageProblem) -> StageProblem:
+    """A problem of both: of each layer what it has below in the one, and above in the other."""
+    rooms = tuple(replace(here, lowered_bytes=there.state_bytes)
+                  for here, there in zip(none.rooms, every.rooms))  # fmt: skip
+    joined = replace(none, lowered=_lowered(every), rooms=rooms)
     count = (none.layers,)
     assert joined.lowering(count, count) == every, "layers below differ in what is not lowered"
-    return joined
+    return with_binding(joined)
 
 
 def named(d: Decisions, problem: StageProblem, below: Sequence[int] = ()) -> Decisions:
     """The decisions with what a program of all counts has below; of others as they are."""
     if problem.lowered is None:
         return d
-    return d.on("cpu:" + "/".join(map(str, below))) if any(below) else d.with_state(False)
+    return _counted(d, *below) if any(below) else d.with_state(False)

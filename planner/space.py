@@ -16,6 +16,7 @@ from cost_models.hardware import Cluster
 from cost_models.layout import expert_parameters, placement, produced
 from cost_models.mixed import sides_of
 from cost_models.rank_ledger import tier_uses
+from cost_models.rooms import with_binding
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
 from cost_models.stage_problem import Pair, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
@@ -243,10 +244,10 @@ class Space:
         return made if illegal(made, costs.workload) is None else None
 
     def by_layer(self, d: Decisions) -> bool:
-        """Whether the optimizer of some layers alone is searched to lie on the host as here that of
-        all does: on one kind of GPUs, by our own runtime, where no pin says otherwise."""
+        """Whether the optimizer of some layers alone is searched to lie below as here that of all
+        does: on one kind of GPUs, by our own runtime, where no pin says otherwise."""
         free = counts_state(self.pins, self.costs.cluster, self.costs.workload.engine)
-        return free and len(self.clusters) == 1 and d.tiers.get("optimizer") == "cpu"
+        return free and len(self.clusters) == 1 and "optimizer" in d.tiers
 
     @functools.cached_property
     def searched_schedules(self) -> tuple[str, ...]:
@@ -283,12 +284,14 @@ class Space:
             yield replace(d, schedule=name, virtual_stages=v)
 
     def problem(self, step: Step, d: Decisions) -> StageProblem:
-        """The stage program of a mesh under one schedule, with the pins it has to keep."""
+        """The stage program of a mesh under one schedule, with the pins it has to keep; of layers
+        with their optimizers below, with all rooms there: it is one of a pair."""
         fixed, levels = self.recomputed(d)
-        return stage_problem(
+        problem = stage_problem(
             self.costs, self.costs.rescheduled(step, d), fixed_stages=self.pins.stages,
             fixed_recompute=fixed, levels=levels,
         )  # fmt: skip
+        return problem if d.below is not None else with_binding(problem)
 
     def recomputed(self, d: Decisions) -> tuple[tuple[Pair, ...] | None, tuple[str, ...]]:
         """What of a schedule's layers is computed again by pins, and the levels there are."""

@@ -20,12 +20,14 @@ Rows = tuple[tuple[int, ...], ...]  # by level, of every layer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a run of layers may recompute, by pair: the time added, bytes kept and bytes used."""
+    """What a run of layers may recompute, by pair: the time added, bytes kept and bytes used; and
+    of every room below, [room, pair], bytes laid there."""
 
     pairs: tuple[Pair, ...]
     extra_ps: Array
     act_bytes: Array
     work_bytes: Array
+    aside_bytes: Array
 
 
 class Windows:
@@ -33,7 +35,8 @@ class Windows:
 
     def __init__(self, problem: StageProblem) -> None:
         p = self.problem = problem
-        rows = list(zip(*p.recompute_ps, *p.activation_bytes, *p.working_bytes))
+        asides = [row for room in p.rooms for row in room.aside_bytes]
+        rows = list(zip(*p.recompute_ps, *p.activation_bytes, *p.working_bytes, *asides))
         names: dict[tuple[int, ...], int] = {}
         self._class = tuple(names.setdefault(row, len(names)) for row in rows)
         self._rows = np.array(rows, dtype=np.int64).T
@@ -68,18 +71,23 @@ class Windows:
 
 
 def options_of(rows: Array, pairs: tuple[Pair, ...]) -> Options:
-    """rows: [recompute full, selective, activation none, selective, full, working likewise]."""
+    """rows: [recompute full, selective, activation none, selective, full, working likewise, and
+    so what lies in each room below]."""
     n = rows.shape[1]
     full = np.array([f for f, _ in pairs])
     end = full + np.array([s for _, s in pairs])
     total = np.zeros((5, n + 1), dtype=np.int64)
     np.cumsum(rows[:5], axis=1, out=total[:, 1:])
-    head, middle, tail = _most(rows[5:], bool(np.any(end > full)))
+    head, middle, tail = _most(rows[5:8], bool(np.any(end > full)))
+    aside = np.zeros((len(rows) - 8, n + 1), dtype=np.int64)
+    np.cumsum(rows[8:], axis=1, out=aside[:, 1:])
+    none, some, whole = aside[0::3], aside[1::3], aside[2::3]
     return Options(
         pairs=pairs,
         extra_ps=total[0, full] + total[1, end] - total[1, full],
         act_bytes=total[4, full] + total[3, end] - total[3, full] + total[2, n] - total[2, end],
         work_bytes=np.maximum(np.maximum(head[full], tail[end]), middle[full, end]),
+        aside_bytes=whole[:, full] + some[:, end] - some[:, full] + none[:, n:] - none[:, end],
     )
 
 
@@ -119,14 +127,20 @@ def upto(values: tuple[int, ...]) -> Array:
     return np.concatenate(([0], np.cumsum(np.array(values, dtype=np.int64))))
 
 
+# whether pairs of some arcs leave room below: (options, stage, first layer, layers - 1, bytes at
+# the peak as [arc, pair]) to [arc, pair]
+Allowed = Callable[[Options, Array, Array, Array, Array], Array]
+
+
 def make_arcs(
     problem: StageProblem, windows: Windows, most: int, priced: bool = True,
-    spare: Array | int = 0,
-) -> Arcs:
+    spare: Array | int = 0, allowed: Allowed | None = None,
+) -> Arcs:  # fmt: skip
     """Arcs of at most so many layers, for one stage a rank. Memory decides the recomputation.
 
     priced: False leaves out what recomputation takes, where only least_bytes is of interest.
-    spare: bytes of each arc's state that lie elsewhere.
+    spare: bytes of each arc's state that lie elsewhere. allowed: of a problem with rooms below and
+    layers lowered.
     """
     p, S, L = problem, problem.count, problem.layers
     start = np.arange(L)[:, None]
@@ -158,7 +172,9 @@ def make_arcs(
     comm = summed("tail_comm_ps") - summed("tail_hide_ps")
     tail = np.maximum(comm, 0) + summed("tail_own_ps")
     fixed = summed("state_bytes", "constant_bytes") - spare
-    extra, least, pick = _recompute(problem, windows if priced else None, exists, fixed)
+    if p.rooms and p.lowered is None:
+        allowed = _leaves_room(p)
+    extra, least, pick = _recompute(problem, windows if priced else None, exists, fixed, allowed)
     prefix, suffix = _around(problem)
     return Arcs(
         forward=forward, backward=backward, weight=weight, extra=extra, tail=tail,
@@ -209,8 +225,24 @@ def _before(sides: Sequence[tuple[StageProblem, int]], name: str, glue: str) -> 
     return np.array(rows)
 
 
+def _leaves_room(p: StageProblem) -> Allowed:
+    """Of layers that lay what they lay, whatever is recomputed."""
+    flight = np.array([p.in_flight(r)[0][0] for r in range(p.count)])
+
+    def allowed(o: Options, s: Array, i: Array, n: Array, _: Array) -> Array:
+        fits = np.ones((len(s), len(o.pairs)), dtype=bool)
+        for room, aside in zip(p.rooms, o.aside_bytes):
+            sums = upto(room.state_bytes)
+            laid = sums[i + n + 1] - sums[i]
+            laid += room.ends_bytes[0] * (s == 0) + room.ends_bytes[1] * (s == p.count - 1)
+            fits &= laid[:, None] + flight[s][:, None] * aside <= room.most_bytes
+        return fits
+
+    return allowed
+
+
 def _recompute(
-    p: StageProblem, windows: Windows | None, exists: Array, fixed: Array
+    p: StageProblem, windows: Windows | None, exists: Array, fixed: Array, allowed: Allowed | None
 ) -> tuple[Array, Array, Array]:
     """Per arc: the least time added that fits, the least bytes it can need, and the pair.
 
@@ -239,14 +271,17 @@ def _recompute(
 
     least = needed(lambda rows: tuple(map(min, zip(*rows))))
     rest = exists & (least <= p.capacity_bytes)
-    if p.fixed_recompute is None and "none" in p.levels:
+    if p.fixed_recompute is None and "none" in p.levels and allowed is None:
         free = exists & (needed(lambda rows: rows[0]) <= p.capacity_bytes)
         extra[free] = 0
         rest &= ~free
     for o, s, i, n in windows.grouped(rest) if windows is not None else ():
         memory = flight[s][:, None] * o.act_bytes + fixed[s, i, n][:, None]
         memory += np.maximum(o.work_bytes, work0[s][:, None])
-        time = np.where(memory <= p.capacity_bytes, o.extra_ps, INF)
+        fits = memory <= p.capacity_bytes
+        if allowed is not None:
+            fits &= allowed(o, s, i, n, memory)
+        time = np.where(fits, o.extra_ps, INF)
         best = time.argmin(axis=1)
         pick[s, i, n] = best
         extra[s, i, n] = time[np.arange(len(s)), best]

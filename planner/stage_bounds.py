@@ -9,6 +9,7 @@ takes longer than what s has to do meanwhile, that difference: this bounds the m
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.stage_problem import LEVELS, StageProblem, slow_of
+from cost_models.stage_problem import LEVELS, Room, StageProblem, slow_of
 from planner.stage_arcs import INF, Arcs, Array
 from planner.stage_sides import least_spread_ps
 
@@ -111,7 +112,46 @@ def forced_ps(p: StageProblem) -> int | None:
         if over > 1 + kept * ROUNDING:
             return None
         found = max(found, int(again * (1 - ROUNDING)) - 1)
+    for room in p.rooms:
+        again_ps = _forced_below_ps(p, room, sum(left), flights)
+        if again_ps is None:
+            return None
+        found = max(found, again_ps)
     return found
+
+
+def _forced_below_ps(
+    p: StageProblem, room: Room, left_bytes: int, flights: Sequence[int]
+) -> int | None:
+    """As `forced_ps`, of what ranks hold and lay on a tier together, which moves free nothing of.
+
+    left_bytes: of all ranks for state and activations. Ranks hold, and have moved, one micro-batch
+    of each layer's activations at least, or by places k_r, where a rank has room for what it may
+    lay there alone.
+    """
+    none, some, full = (
+        tuple(map(operator.add, held, aside))
+        for held, aside in zip(p.activation_bytes, room.aside_bytes)
+    )
+    ends = (p.first, p.last)
+    state = sum(p.state_bytes) + sum(e.state_bytes for e in ends)
+    state += sum(room.state_bytes) + sum(room.ends_bytes)
+    if p.lowered is not None:  # what a layer lays there, less what it frees by that
+        state += sum(min(0, low + laid - here - was) for here, low, was, laid in zip(
+            p.state_bytes, p.lowered.state_bytes, room.state_bytes, room.lowered_bytes
+        ))  # fmt: skip
+    kept = sum(none) + sum(e.activation_bytes for e in ends)
+    most = max(flights)
+    places = sum(1 / k for k in flights)
+    mean = state - left_bytes - p.pp * room.mean_bytes
+    by_place = state / most - (left_bytes / p.pp + room.most_bytes) * places
+    over, again = kept + max(mean, by_place), 0.0
+    for rate, size in _pieces(p.recompute_ps, (none, some, full), p.levels) if over > 0 else ():
+        used = min(over, size)
+        again, over = again + used * rate, over - used
+        if over <= 0:
+            break
+    return None if over > 1 + kept * ROUNDING else int(again * (1 - ROUNDING)) - 1
 
 
 def _freed_by(p: StageProblem, each: int) -> Sequence[tuple[float, float]]:
@@ -247,7 +287,7 @@ def surely_infeasible(problem: StageProblem) -> bool:
         room += left // (state + flight * act) if state + flight * act else p.layers
         each = common_state + flight * common_act
         common_room += left // each if each else common
-    return room < p.layers or common_room < common or forced_ps(p) is None
+    return room < p.layers or common_room < common or forced_ps(problem) is None
 
 
 Times = tuple[Array, Array, Array]  # forward, backward, weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,16 +26,22 @@ from planner.stage_arcs import Windows
 
 ALL_PAIRS = 512  # so many combinations of a rank's pairs are all looked at
 Array = Any
+# of one chunk: (time added, bytes kept, bytes used, bytes laid in rooms below, pair)
+Choice = tuple[int, int, int, tuple[int, ...], Pair]
 Key = tuple[int, tuple[tuple[int, ...], ...]]  # a rank, and the layers of its stages by class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """Recomputation of one rank's chunks: pairs, the time each adds, and bytes at the peak."""
+    """Recomputation of one rank's chunks: what each has, the time each adds, bytes at the peak."""
 
-    pairs: tuple[Pair, ...]
+    rows: tuple[Choice, ...]
     extra_ps: tuple[int, ...]
     bytes: int
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return tuple(row[4] for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +111,13 @@ class Chunks:
             [sum(e.tail_own_ps for e in m) for m in more],
         ])  # fmt: skip
         self.moments = [np.array(p.in_flight(rank)).T for rank in range(p.pp)]
-        self._kept: dict[int, list[tuple[int, int, int, Pair]]] = {}
+        self._kept: dict[int, list[Choice]] = {}
         self.exact = True  # whether every combination of pairs asked for was looked at
         self._pairs: dict[Key, tuple[Pairs, ...]] = {}
         self._least: dict[Key, Pairs] = {}
         rows = list(zip(
-            *p.recompute_ps, *p.activation_bytes, *p.working_bytes, p.state_bytes, p.gathered_bytes
+            *p.recompute_ps, *p.activation_bytes, *p.working_bytes, p.state_bytes, p.gathered_bytes,
+            *(row for room in p.rooms for row in (room.state_bytes, *room.aside_bytes)),
         ))  # fmt: skip
         names: dict[tuple[int, ...], int] = {}
         self._class = tuple(names.setdefault(row, len(names)) for row in rows)
@@ -189,12 +197,21 @@ class Chunks:
         if math.prod(map(len, lists)) > ALL_PAIRS:
             self.exact = False
             chosen = self._filled(rank, spans, lists)
-            return (chosen,) if chosen.bytes <= self.p.capacity_bytes else ()
+            if not self._leaves_room(rank, spans, chosen.rows):
+                lists = [[row for row in rows if not any(row[3])] for rows in lists]
+                if not all(lists):
+                    return ()
+                chosen = self._filled(rank, spans, lists)
+            small = chosen.bytes <= self.p.capacity_bytes
+            return (chosen,) if small and self._leaves_room(rank, spans, chosen.rows) else ()
         rows = list(itertools.product(*lists))
         table = np.array([[row[:3] for row in one] for one in rows], dtype=np.int64)
         table = table.transpose(2, 0, 1)
         memory = self._bytes(rank, spans, table[1], table[2])
         fits = np.nonzero(memory <= self.p.capacity_bytes)[0]
+        if self.p.rooms:
+            room = [self._leaves_room(rank, spans, rows[i]) for i in fits.tolist()]
+            fits = fits[np.array(room, dtype=bool)]
         fits = fits[np.argsort(table[0][fits].sum(axis=1), kind="stable")]
         kept: list[Pairs] = []
         while len(fits):
@@ -205,16 +222,18 @@ class Chunks:
 
     def _lists(
         self, rank: int, spans: tuple[tuple[int, int], ...]
-    ) -> list[list[tuple[int, int, int, Pair]]]:
+    ) -> list[list[Choice]]:
         """Per chunk: (time added, bytes kept, bytes used, pair), the dominated left out."""
         lists = []
         for k, (start, count) in zip(self.of_rank[rank], spans):
             o = self.windows.options(k, start, count)
             if id(o) not in self._kept:
-                kept: list[tuple[int, int, int, Pair]] = []
-                columns = (o.extra_ps.tolist(), o.act_bytes.tolist(), o.work_bytes.tolist())
+                kept: list[Choice] = []
+                columns = (o.extra_ps.tolist(), o.act_bytes.tolist(), o.work_bytes.tolist(),
+                           map(tuple, o.aside_bytes.T.tolist()))  # fmt: skip
                 for row in sorted(zip(*columns, o.pairs)):
-                    if not any(a[1] <= row[1] and a[2] <= row[2] for a in kept):
+                    if not any(a[1] <= row[1] and a[2] <= row[2]
+                               and all(map(operator.le, a[3], row[3])) for a in kept):  # fmt: skip
                         kept.append(row)
                 self._kept[id(o)] = kept
             lists.append(self._kept[id(o)])
@@ -235,16 +254,31 @@ class Chunks:
         stash = ((act + np.array(beside)) @ self.moments[rank]).max(axis=1)
         return stash + np.maximum(work.max(axis=1), working) + state + 2 * gathered
 
+    def _leaves_room(
+        self, rank: int, spans: tuple[tuple[int, int], ...], rows: Sequence[Choice]
+    ) -> bool:
+        """Whether what a rank lays below leaves every room there enough."""
+        for place, room in enumerate(self.p.rooms):
+            laid = 0
+            for k, (start, count) in zip(self.of_rank[rank], spans):
+                laid += sum(room.state_bytes[start : start + count])
+                laid += room.ends_bytes[0] * (k == 0)
+                laid += room.ends_bytes[1] * (k == self.p.count - 1)
+            aside = np.array([row[3][place] for row in rows])
+            if laid + int((aside @ self.moments[rank]).max()) > room.most_bytes:
+                return False
+        return True
+
     def _weighed(
         self, rank: int, spans: tuple[tuple[int, int], ...],
-        rows: Sequence[tuple[int, int, int, Pair]],
+        rows: Sequence[Choice],
     ) -> Pairs:  # fmt: skip
         table = np.array([row[:3] for row in rows], dtype=np.int64)
         return _chosen(rows, int(self._bytes(rank, spans, table[None, :, 1], table[None, :, 2])[0]))
 
     def _filled(
         self, rank: int, spans: tuple[tuple[int, int], ...],
-        lists: list[list[tuple[int, int, int, Pair]]],
+        lists: list[list[Choice]],
     ) -> Pairs:  # fmt: skip
         """Recompute where a second saves the most bytes, until the rank fits or nothing is left.
 
@@ -316,14 +350,14 @@ class Chunks:
         return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
 
 
-def _chosen(rows: Sequence[tuple[int, int, int, Pair]], needed: int) -> Pairs:
-    """rows: by chunk, (time added, bytes kept, bytes used, pair)."""
-    return Pairs(pairs=tuple(r[3] for r in rows), extra_ps=tuple(r[0] for r in rows), bytes=needed)
+def _chosen(rows: Sequence[Choice], needed: int) -> Pairs:
+    """rows: by chunk."""
+    return Pairs(rows=tuple(rows), extra_ps=tuple(r[0] for r in rows), bytes=needed)
 
 
-def _hull(options: list[tuple[int, int, int, Pair]]) -> list[tuple[int, int, int, Pair]]:
+def _hull(options: list[Choice]) -> list[Choice]:
     """Options on the lower hull of time added by bytes kept, the least time first."""
-    hull: list[tuple[int, int, int, Pair]] = []
+    hull: list[Choice] = []
     for row in options:
         if hull and row[1] >= hull[-1][1]:
             continue

@@ -12,12 +12,21 @@ least bound first, down to single limits, which are searched as any stage progra
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from cost_models.stage_problem import Found, Pair, StageProblem, rank_bytes, starts_of, timeline
-from planner.stage_arcs import INF, Arcs, Array, Windows, make_arcs, upto
+from cost_models.stage_problem import (
+    Found,
+    Pair,
+    StageProblem,
+    below_bytes,
+    rank_bytes,
+    starts_of,
+    timeline,
+)
+from planner.stage_arcs import INF, Allowed, Arcs, Array, Options, Windows, make_arcs, upto
 from planner.stage_bounds import Chain, propagate
 from planner.stage_chain import Search, longest, solve_chain
 
@@ -47,10 +56,15 @@ class Below:
         )
         state, own = summed(p.state_bytes, low.state_bytes), summed(p.tail_own_ps, low.tail_own_ps)
         comm = upto(p.tail_comm_ps) - upto(p.tail_hide_ps)
+        self.laid = [summed(room.state_bytes, room.lowered_bytes) for room in p.rooms]
+        self.flight = np.array([p.in_flight(r)[0][0] for r in range(p.count)])
         self.kinds = [1] * p.count
         self.kinds[0], self.kinds[-1] = 0, 2
-        self.tails, self.saved = [], []
+        self.tails, self.saved, self.open = [], [], []
         for stage in (0, 1, p.count - 1):
+            self.open.append(self.there & np.logical_and.reduce([
+                laid <= left for laid, left in zip(self.laid, self._left(stage))
+            ], axis=0, initial=True))
             ends = p.extras(stage) if stage != 1 or p.count == 2 else ()
             wide = np.maximum(gathered, max((e.gathered_bytes for e in ends), default=0))
             beside = sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
@@ -61,32 +75,70 @@ class Below:
 
     def shortest(self) -> Array:
         """[stage, first layer, layers - 1]: the shortest tail."""
-        least = [np.where(self.there, tails, INF).min(axis=2) for tails in self.tails]
+        least = [np.where(o, tails, INF).min(axis=2) for o, tails in zip(self.open, self.tails)]
         return np.stack([least[kind] for kind in self.kinds])
 
     def limits(self, exists: Array) -> Array:
         """Every tail that an arc can have, in order. exists: [stage, first layer, layers - 1]."""
-        found = [self.tails[kind][exists[s][:, :, None] & self.there]
+        found = [self.tails[kind][exists[s][:, :, None] & self.open[kind]]
                  for s, kind in enumerate(self.kinds)]  # fmt: skip
         return np.unique(np.concatenate(found))
 
     def spare(self, limit_ps: int) -> Array:
         """[stage, first layer, layers - 1]: the most bytes that tails up to this save."""
-        most = [np.where(self.there & (tails <= limit_ps), saved, 0).max(axis=2)
-                for tails, saved in zip(self.tails, self.saved)]  # fmt: skip
+        most = [np.where(o & (tails <= limit_ps), saved, 0).max(axis=2)
+                for o, tails, saved in zip(self.open, self.tails, self.saved)]  # fmt: skip
         return np.stack([most[kind] for kind in self.kinds])
 
     def arcs(self, windows: Windows, limit_ps: int) -> Arcs:
         """Arcs with the shortest of their tails, and the most memory that tails up to this leave.
         """
-        made = make_arcs(self.p, windows, self.most, spare=self.spare(limit_ps))
+        spare = self.spare(limit_ps)
+        allowed = self._allowed(spare, limit_ps) if self.p.rooms else None
+        made = make_arcs(self.p, windows, self.most, spare=spare, allowed=allowed)
         return replace(made, tail=self.shortest())
 
-    def least(self, stage: int, start: int, layers: int, over_bytes: int) -> tuple[int, int]:
-        """(tail, layers below) of the shortest tail that saves so many bytes, the fewest layers."""
+    def _left(self, stage: int) -> list[int]:
+        """Of each room, what the layers of a stage may lay there."""
+        count = self.p.count
+        return [
+            room.most_bytes - room.ends_bytes[0] * (stage == 0)
+            - room.ends_bytes[1] * (stage == count - 1) for room in self.p.rooms
+        ]  # fmt: skip
+
+    def _allowed(self, spare: Array, limit_ps: int) -> Allowed:
+        """Pairs beside which some number of layers below saves enough and leaves room, with a tail
+        up to the limit."""
+        def allowed(o: Options, s: Array, i: Array, n: Array, memory: Array) -> Array:
+            over = memory + spare[s, i, n][:, None] - self.p.capacity_bytes
+            fits = np.zeros(over.shape, dtype=bool)
+            for stage in np.unique(s).tolist():
+                mine = np.flatnonzero(s == stage)
+                kind, at = self.kinds[stage], (i[mine], n[mine])
+                can = self.open[kind][at] & (self.tails[kind][at] <= limit_ps)
+                saved, laid = self.saved[kind][at], [one[at] for one in self.laid]
+                left = [most - self.flight[stage] * aside
+                        for most, aside in zip(self._left(stage), o.aside_bytes)]  # fmt: skip
+                for below in np.flatnonzero(can.any(axis=0)).tolist():
+                    here = can[:, below, None] & (saved[:, below, None] >= over[mine])
+                    for one, most in zip(laid, left):
+                        here &= one[:, below, None] <= most
+                    fits[mine] |= here
+            return fits
+
+        return allowed
+
+    def least(
+        self, stage: int, start: int, layers: int, over_bytes: int, used_bytes: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """(tail, layers below) of the shortest tail that saves so many bytes, the fewest layers.
+        used_bytes: of each room, what lies there besides. INF where there is none."""
         kind, at = self.kinds[stage], (start, layers - 1, slice(layers + 1))
-        tails, saved = self.tails[kind][at], self.saved[kind][at]
-        best = int(np.argmin(np.where(saved >= over_bytes, tails, INF)))
+        can = self.saved[kind][at] >= over_bytes
+        for room, laid, used in zip(self.p.rooms, self.laid, used_bytes):
+            can = can & (laid[at] + used <= room.most_bytes)
+        tails = np.where(can, self.tails[kind][at], INF)
+        best = int(np.argmin(tails))
         return int(tails[best]), best
 
 
@@ -116,8 +168,9 @@ class Limited(Search):
 
     def costed(self, stages: tuple[int, ...], recompute: tuple[Pair, ...]) -> Found:
         p, starts = self.p, starts_of(stages)
+        asides = [below_bytes(p, room, stages, recompute) for room in p.rooms]
         rows = [
-            self.tables.least(s, starts[s], n, used - p.capacity_bytes)
+            self.tables.least(s, starts[s], n, used - p.capacity_bytes, [a[s] for a in asides])
             for s, (n, used) in enumerate(zip(stages, rank_bytes(p, stages, recompute)))
         ]
         step = timeline(p, stages, recompute).makespan_ps + max(tail for tail, _ in rows)

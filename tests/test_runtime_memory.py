@@ -302,6 +302,23 @@ def test_state_on_disk_is_bit_for_bit_and_leaves_no_file(world, tmp_path):
         assert 0 < mapped < states
 
 
+def test_state_of_some_layers_on_disk(world, tmp_path):
+    """One of two layers: AdamW's two moments of each of its parameters are in files, the same bits
+    come out."""
+    memory = plan(zero=1, offload=(("optimizer", "cpu:1"),))
+    disk = plan(zero=1, offload=(("optimizer", "nvme:1"),))
+    kept = world.run(2, cases.trained, memory, None, None, 3)
+    filed = world.run(2, cases.trained, disk, None, str(tmp_path), 3)
+    whole = world.run(
+        2, cases.trained, plan(zero=1, offload=(("optimizer", "nvme"),)), None, str(tmp_path), 3
+    )
+    for (expected, _, _), (found, left, (some, _)), (_, _, (every, _)) in zip(kept, filed, whole):
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+        large = [n for n, p in expected.items() if p.numel() * 4 // 2 >= 4096]
+        mine = [n for n in large if n.startswith("layers.0.")]
+        assert left == [] and (some, every) == (2 * len(mine), 2 * len(large)) and mine
+
+
 def test_state_on_disk_is_loaded_to_disk(world, tmp_path):
     disk = plan(zero=1, offload=(("optimizer", "nvme"),))
     expected = cases.alone_trained(disk, lambda p: [torch.optim.AdamW(p.values(), **ADAM)])

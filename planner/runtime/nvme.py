@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from ir.errors import PlanError
 LEAST_BYTES = 4096  # a page: counters of steps stay in memory
 
 
-def hold_on_disk(optimizer: Optimizer, folder: str | os.PathLike[str]) -> None:
-    """Lay all state that an optimizer makes from now on in files in `folder`.
+def hold_on_disk(
+    optimizer: Optimizer, folder: str | os.PathLike[str], those: Iterable[Tensor] | None = None
+) -> None:
+    """Lay all state that an optimizer makes from now on in files in `folder`, or that of some
+    parameters.
 
     Raises PlanError where the folder cannot be written or has no room.
     """
@@ -32,8 +36,10 @@ def hold_on_disk(optimizer: Optimizer, folder: str | os.PathLike[str]) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise PlanError(f"{place} is no folder that can be written", hints=("mkdir it first",))
 
+    below = None if those is None else frozenset(those)
+
     def remap(changed: Optimizer) -> None:
-        fresh = _states(place)
+        fresh = States(place, below)
         for parameter, state in changed.state.items():
             fresh[parameter].update(state)
         changed.state = fresh
@@ -42,8 +48,17 @@ def hold_on_disk(optimizer: Optimizer, folder: str | os.PathLike[str]) -> None:
     optimizer.register_load_state_dict_post_hook(remap)
 
 
-def _states(folder: Path) -> defaultdict[Tensor, Any]:
-    return defaultdict(lambda: OnDisk(folder))
+class States(defaultdict[Tensor, Any]):
+    """State by parameter: of those below, or of all, on the disk."""
+
+    def __init__(self, folder: Path, below: frozenset[Tensor] | None) -> None:
+        super().__init__(dict)
+        self._folder, self._below = folder, below
+
+    def __missing__(self, parameter: Tensor) -> dict[str, Any]:
+        low = self._below is None or parameter in self._below
+        self[parameter] = made = OnDisk(self._folder) if low else {}
+        return made
 
 
 class OnDisk(dict[str, Any]):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from cost_models.chain import chain_of
+from cost_models.offload import layers_below
 from ir.errors import PlanError
 from planner.plan import Plan
 from planner.runtime.nvme import hold_on_disk
@@ -52,12 +54,21 @@ def make_optimizer(
     else:
         raise PlanError(f"unknown optimizer {kind!r}", why=f"known: {', '.join(MAKERS)}")
     if on_disk and folder is not None:
-        hold_on_disk(made, folder)
+        hold_on_disk(made, folder, _below(plan, learning))
     return made
 
 
 def _adamw(learning: list[Named], plan: Plan, options: dict[str, Any]) -> Optimizer:
     return torch.optim.AdamW([p for _, p in learning], **options)
+
+
+def _below(plan: Plan, learning: list[Named]) -> list[nn.Parameter] | None:
+    """The parameters whose state lies below, where that is counted by layers; None: of all."""
+    if plan.decisions.below is None:
+        return None
+    chain = chain_of(plan.graph)
+    paths = tuple(f"{chain.links[i].path}." for i in layers_below(chain, plan.decisions))
+    return [p for name, p in learning if name.startswith(paths)]
 
 
 def _sgd(learning: list[Named], plan: Plan, options: dict[str, Any]) -> Optimizer:

@@ -1,0 +1,163 @@
+"""Tiers below the device that are too full for all that would be laid there."""
+
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+from enumerated import MESH_AXES, SCHEDULE_AXES, STATE_AXES, _schedule, cuts, product, stage_choices
+from random_problems import BIG_MOE, INTER, SMALL, WIDE, make, small_cluster
+from test_offload_layers import BASE, stepped
+
+from cost_models.decisions import Decisions
+from cost_models.estimate import stage_problem
+from cost_models.rank_ledger import tier_uses
+from cost_models.stage_problem import below_bytes, evaluate
+from cost_models.tiers import Tier, fullest, together
+from planner.decisions import Pins, parse_pins
+from planner.legality import illegal
+from planner.mesh import Mesh
+from planner.score import score_of
+
+DISK = Tier(name="disk", bytes=10**13, read_bytes_per_s=8e9, write_bytes_per_s=6e9)
+
+
+def tiny(folder, gigabytes, host_gigabytes, gpus=2, example="llama", **workload):
+    """Three wide layers over small GPUs, a small host's memory and a disk behind it."""
+    cluster = small_cluster(folder, SMALL.format(memory=int(gigabytes * 1e9), inter=INTER), gpus)
+    host = replace(cluster.tiers[0], bytes=int(host_gigabytes * 1e9))
+    cluster = replace(cluster, tiers=(host, DISK))
+    args, limits = {"llama": ({"size": "8b", "n_layers": 3}, WIDE),
+                    "moe": ({"size": "8b-a1b", "n_layers": 3}, BIG_MOE)}[example]  # fmt: skip
+    return make(example, args, limits, cluster, **{"global_batch": 4, "seq_len": 1024, **workload})
+
+
+def offloads(p, d):
+    """What of the state may lie where: nothing, or the optimizer, or parameters with it, on either
+    tier, of all units or of the first layers."""
+    def on(tier):
+        optimizer = [(("optimizer", tier),)] * (d.zero < 2 or d.pp > 1)
+        return optimizer + [(("optimizer", tier), ("params", "cpu"))] * (d.zero == 3)
+
+    return [(), *on("cpu"), *on("disk")]
+
+
+def counted(way, stages):
+    """A way with the optimizers of any numbers of layers of each stage below."""
+    if not way:
+        return
+    for counts in itertools.product(*(range(n + 1) for n in stages)):
+        if any(counts):
+            word = f"{dict(way)['optimizer']}:" + "/".join(map(str, counts))
+            yield (("optimizer", word), *way[1:])
+
+
+def least_by_mesh(p, **pins):
+    """The least objective of every mesh: every plan is costed, and kept if its GPUs and all tiers
+    hold it."""
+    costs, alone = p.costs, [pins.get("schedule", "1f1b")]
+    axes = [(name, offloads if name == "offload" else values) for name, values in STATE_AXES]
+    schedules = [("schedule", lambda p, d: _schedule(p, d) if d.pp > 1 else alone),
+                 *SCHEDULE_AXES[1:2], ("keep", lambda p, d: [()])]  # fmt: skip
+    found, names = {}, [f.name for f in fields(Mesh)]
+    for row in product(p, MESH_AXES, pins=pins):
+        mesh = Mesh(**{name: row[name] for name in names})
+        laid, steps = p.searcher.assign(mesh.tp, mesh.sequence_parallel), {}
+        found[mesh] = None
+        for full in product(p, [*axes, *schedules], row, pins):
+            way = Decisions(**full)
+            for stages in cuts(p.layers, way.pp * way.virtual_stages):
+                states = [way.offload]
+                states += counted(way.offload, stages) if way.virtual_stages == 1 else ()
+                for state, moved in itertools.product(states, (False, True)):
+                    below = (*state, ("activations", "cpu:")) if moved else state
+                    d = replace(way, offload=below, stages=stages)
+                    if illegal(d, costs.workload):
+                        continue
+                    best = best_cut(p, d, laid, steps)
+                    if best is not None:
+                        found[mesh] = min(best, found[mesh] or best)
+    return found
+
+
+def best_cut(p, d, laid, steps):
+    """Of one partition and one state, the least over all that its stages compute again or move."""
+    key = d.offload, d.zero, d.shard, d.reshard, d.dp_outer, d.grad_dtype, d.formats
+    if key not in steps:
+        steps[key] = p.costs.step(d, laid)
+    step = p.costs.rescheduled(steps[key], d)
+    if d.below is not None:
+        step = p.costs.lowered(step, d)
+    problem, best = stage_problem(p.costs, step), None
+    for pairs in itertools.product(*(stage_choices(problem, n) for n in d.stages)):
+        objective, _, fits = evaluate(problem, d.stages, pairs)
+        if not fits or (best is not None and objective >= best):
+            continue
+        cut = d.cut(d.stages, pairs)
+        uses = tier_uses([(p.costs.cluster, step)] * d.pp, cut, problem)
+        if all(use.fits for use in uses):
+            best = objective
+    return best
+
+
+CASES = [
+    ("llama", 17, 4, {"pp": 2, "zero": 1, "schedule": "1f1b"}),
+    ("llama", 17, 12, {"pp": 2, "zero": 0, "schedule": "gpipe"}),
+    ("llama", 15, 8, {"pp": 1, "zero": 1}),
+    ("llama", 16, 7, {"pp": 1, "zero": 3}),
+    ("llama", 17, 4, {"pp": 1, "zero": 3}),
+    ("moe", 6, 8, {"pp": 1, "zero": 3}),
+    ("moe", 13, 4, {"pp": 2, "zero": 0, "schedule": "gpipe"}),
+    ("moe", 10, 8, {"pp": 2, "zero": 1, "schedule": "1f1b"}),
+]
+
+
+@pytest.mark.parametrize(("example", "gigabytes", "host", "pins"), CASES)
+def test_a_full_host(tmp_path, example, gigabytes, host, pins):
+    """The search finds what costing every plan finds, proves it, and no mesh's bound is above."""
+    p = tiny(tmp_path, gigabytes, host, example=example)
+    least, searching = least_by_mesh(p, **pins), p.searcher.under(Pins(**pins))
+    out, bounds = searching.run(), searching.bounds([*least]).lower_ps
+    assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
+    best = min(score_of(x, mesh) for mesh, x in least.items() if x is not None)
+    assert out.searched.score == best and out.proved and out.gap == 0
+
+
+def test_what_fits_only_with_layers_on_the_disk(tmp_path):
+    """Two GPUs of 16 GB and a host of 8: neither all optimizers nor none fit any of them, and the
+    moments of some layers lie on the disk."""
+    out = tiny(tmp_path, 15, 8).searcher.under(Pins(pp=1, zero=1)).run()
+    d = out.best.decisions
+    assert d.tiers["optimizer"] == "disk" and d.below[0] > 0
+    whole = parse_pins(["pp=1", "zero=1", "offload=optimizer:disk"])
+    assert tiny(tmp_path, 15, 8).searcher.under(whole).run().best is None
+
+
+@pytest.mark.parametrize("offload", [
+    (("optimizer", "cpu"), ("activations", "cpu:1/2")), (("optimizer", "nvme"),),
+    (("optimizer", "cpu:1/2"), ("activations", "cpu:1/1")), (("activations", "cpu"),),
+    (("optimizer", "nvme:0/1"), ("params", "cpu")),
+])  # fmt: skip
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_rooms_are_what_tiers_hold(zero, offload):
+    """What the stage program counts of a tier is what the plan's estimate says of it."""
+    d = replace(
+        BASE, pp=2, dp=4, shard=4 if zero else 1, zero=zero, stages=(2, 2), microbatches=4,
+        recompute=((0, 0), (0, 0)), offload=offload,
+    )  # fmt: skip
+    costs, step, e = stepped(d)
+    problem, uses = stage_problem(costs, step), {use.name: use for use in e.tiers}
+    assert {room.tier for room in problem.rooms} == {*uses}
+    for room in problem.rooms:
+        use = uses[room.tier]
+        laid = below_bytes(problem, room, d.stages, d.pairs)
+        assert fullest(d, laid, use.gpus) == use.used_bytes > 0
+        assert room.sure_bytes <= room.mean_bytes <= room.most_bytes
+
+
+@pytest.mark.parametrize(("pp", "ranks", "outer"), [(4, 4, 1), (4, 8, 2), (2, 6, 1), (3, 2, 1)])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 6, 8, 16])
+def test_gpus_of_a_rank_that_share_a_tier(pp, ranks, outer, gpus):
+    """Where a rank has the most of those that share one, it has so many at least."""
+    d = Decisions(pp=pp, dp=ranks, dp_outer=outer)
+    most = min(fullest(d, [int(r == rank) for r in range(pp)], gpus) for rank in range(pp))
+    assert 1 <= together(d.pipeline // pp, d.pipeline, min(gpus, d.gpus)) <= most
