@@ -110,7 +110,8 @@ def through_chain(
             least_working = np.minimum(least_working, one.working_bytes)
         working = np.maximum(working, one.working_bytes)
         kept = kept + counts[k] * one.kept_bytes
-    common = max(layers, key=lambda k: layers[k].count)
+    # the kind that holds the most of the state: of kinds alike, the commonest
+    common = max(layers, key=lambda k: layers[k].count * costs.kinds[k][0].parameter_count)
 
     def end(links: range) -> tuple[Floats, Floats]:
         rows = [each[costs.kind_of[i]] for i in links]

@@ -44,7 +44,8 @@ class Rows:
     seconds a byte)] of a layer. room_bytes: of a rank beside its layers. ends_s, ends_bytes,
     ends_kept: [mesh, (before the first layer, behind the last)] seconds, state, activations.
     way_s: [mesh, rank] from the first rank there and home at least. lowered: [mesh, (bytes, seconds
-    a byte)] of a layer's state that may lie elsewhere, of a micro-batch.
+    a byte)] of a layer's state that may lie elsewhere, of a micro-batch, and the bytes that a rank
+    holds aside once any layer's does.
     """
 
     m: Floats
@@ -174,12 +175,14 @@ def _ranks_s(
     freed = np.moveaxis(rows.freed, 0, -1)[..., None, None]
     if kind in SPLIT_KINDS:  # nothing is recomputed where backward is split
         freed = freed[:0]
-    if np.any(rows.lowered):
-        size, rate = rows.lowered.T[..., None, None]
-        freed = np.broadcast_to(freed, (*freed.shape[:3], pp, 1))
-        freed = with_piece(freed, size / held[..., None], rate * held[..., None])
     if chunks is None or each_held is None:
         again = forced_s(freed, over, number.astype(float))
+        if np.any(rows.lowered):  # else no layer of this kind is lowered
+            size, rate, aside = rows.lowered.T[..., None, None]
+            freed = np.broadcast_to(freed, (*freed.shape[:3], pp, 1))
+            freed = with_piece(freed, size / held[..., None], rate * held[..., None])
+            over = over + aside / held[..., None]
+            again = np.minimum(again, forced_s(freed, over, number.astype(float)))
     else:
         over = each[:, :, None] * number - room[:, :, None]
         again = chunks.again_s(freed[..., 0, 0], rows.kept_bytes, over, number, each_held)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.engines import ZeroMode
-from cost_models.offload import below_bytes, update_s
+from cost_models.offload import below_bytes, parameter_copies_s, update_s
 from cost_models.state import (
     COMPUTE_BYTES,
     MASTER_BYTES,
@@ -38,7 +38,7 @@ from cost_models.tiers import together
 from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, outside, shard_sizes
-from planner.offloads import grad_dtypes, offloads
+from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
 
 Floats = NDArray[np.float64]
 PARTS = 4  # of the chain: all of it, one layer of the commonest kind, before the layers, behind
@@ -80,8 +80,8 @@ class _Stacked:
 class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
     of a step that all pp ranks together spend behind the last backward at least; seconds that
-    a micro-batch's transfers take the whole chain, hidden or not; and by tier below, bytes that
-    all pp ranks lay there at least, a GPU each."""
+    a micro-batch's transfers take the whole chain, those of the host too, hidden or not; and by
+    tier below, bytes that all pp ranks lay there at least, a GPU each."""
 
     state_bytes: Floats
     gathered_bytes: Floats
@@ -99,6 +99,16 @@ class States:
         self._rates: dict[tuple[str, Layout], float] = {}
         self._sent: dict[tuple[int, int, int, bool], int] = {}
         self._last: _Stacked | None = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the optimizer of some layers may lie below."""
+        return counts_state(self.pins, self.costs.cluster, self.costs.workload.engine)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the activations of some layers may."""
+        return counts_layers(self.pins, self.costs.cluster, self.costs.workload.engine)
 
     def ways(self, pipeline: bool, every_tier: bool = False) -> tuple[Way, ...]:
         """What the table and the pins allow, of those that hold and move the same the first: that
@@ -228,6 +238,7 @@ class States:
         each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
         tail, each = tail.min(axis=1), each.min(axis=1)
         shard = (whole * share).sum(axis=2)[:, 0]
+        each = each + self._copies_s(some, shard, updated[:, 0])
         return Held(
             state_bytes=state, gathered_bytes=gathered, laid_bytes=self._laid(way, shard, updated),
             tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
@@ -312,6 +323,15 @@ class States:
         if engine.live_parameters:
             gathered = np.minimum(gathered, (compute + grad) * engine.live_parameters // 2)
         return state, gathered, updated
+
+    def _copies_s(self, d: Decisions, shard: Floats, updated: Floats) -> Floats:
+        """Seconds that a micro-batch's parameters below are on their way, and their gradients."""
+        none = state_of((), d, self.costs.workload, self.costs.engine)
+        each = [
+            sum(parameter_copies_s(self.costs.cluster, self.costs.engine, d, state)) / MANY
+            for state in (replace(none, shard=MANY), replace(none, updated=MANY))
+        ]
+        return each[0] * shard + each[1] * updated
 
     def _update_s(self, d: Decisions, way: Way) -> float:
         """Seconds of an update, of one parameter, at least."""

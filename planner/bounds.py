@@ -41,7 +41,6 @@ from planner.bound_ranks import (
 from planner.bound_state import Held, Sizes, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
-from planner.offloads import counts_layers, counts_state
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -81,6 +80,7 @@ def mesh_bounds_ps(
     formats: Formats = (),
     keeps: Callable[[int, bool], Sequence[Keep]] = lambda tp, split: (),
     apart: bool = False,
+    states: States | None = None,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
@@ -88,26 +88,26 @@ def mesh_bounds_ps(
     part beside the default, by (tp, sequence parallel). Where what needs memory here is
     pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
     these picoseconds. formats: of all of them. apart: interleaved schedules are bounded each by its
-    own number of chunks, which is sharper and takes longer.
+    own number of chunks, which is sharper and takes longer. states: how state is held, if not as
+    one kind of GPUs holds it.
     """
     point = {p: i for i, p in enumerate(costs.points)}
     groups: dict[tuple[int, bool, str, int, int], list[int]] = {}
     for i, m in enumerate(candidates):
         key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
         groups.setdefault(key, []).append(i)
-    table, states = _Table(costs, candidates), States(costs, pins or Pins())
+    table, states = _Table(costs, candidates), states or States(costs, pins or Pins())
     table.schedules = frozenset(schedules)
-    table.by_layer = counts_state(states.pins, costs.cluster, costs.workload.engine)
+    table.by_layer = states.by_layer
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     table.apart = apart and "interleaved" in table.schedules
-    moves = counts_layers(states.pins, costs.cluster, costs.workload.engine)
     known: Known = {}
     for (tp, split, kind, ep, etp), members in groups.items():
         d = Decisions(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
         )
         laid = assign(tp, split)
-        through = through_chain(costs, d, laid, keeps(tp, split), moves, known)
+        through = through_chain(costs, d, laid, keeps(tp, split), states.moves, known)
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
@@ -164,8 +164,7 @@ class _Table:
         for what they would lay there, which is weighed of these alone."""
         rows, sizes = self._rows(mine)
         kernels, pp = self.get(mine, "kernels_s"), self.pp[mine]
-        moves = counts_layers(states.pins, self.costs.cluster, self.costs.workload.engine)
-        aside = moves * self.get(mine, "kept") * self._in_flight(mine) / pp
+        aside = states.moves * self.get(mine, "kept") * self._in_flight(mine) / pp
         most = np.zeros(len(mine))
         for way in states.ways(bool(pp[0] > 1)) if states.pins.offload is None else ():
             laid = states.of(way, rows, sizes, kernels).laid_bytes.get("cpu", most * 0)
@@ -249,21 +248,25 @@ class _Table:
         everywhere = over
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
-        if below is not None:
-            size, rate = self._lowered(mine, held, below, room)
-            at_once, m = self._in_flight(mine), self.m[mine]
-            freed = with_piece(freed, size / at_once, rate * at_once / m)
-        again = np.zeros(len(mine)) if self._elsewhere(way) else forced_s(freed, over)
+        share, m = self.costs.engine.fsdp_interference, self.m[mine]
+        kernels, at_once = self.get(mine, "kernels_s"), self._in_flight(mine)
+        least, found = np.zeros(len(mine)), np.zeros(len(mine))
         if host is not None and not self._elsewhere(way):
             everywhere = everywhere + self._below_bytes(mine, held, below, room) - host[1]
             pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
-            again = np.maximum(
-                again, forced_s(pieces, kept + everywhere / self._in_flight(mine))
-            )
-        share, m = self.costs.engine.fsdp_interference, self.m[mine]
-        kernels = self.get(mine, "kernels_s")
-        each = m * np.maximum(share * held.each_s, held.each_s - kernels)
-        found: Floats = m * (step + again) + each + held.tail_s
+            least = forced_s(pieces, kept + everywhere / at_once)
+        # transfers take both of these at least, and those of layers that lie below as much of each
+        for rest, each in ((share, share * held.each_s), (1.0, held.each_s - kernels)):
+            pieces = freed
+            if below is not None:
+                size, rate = self._lowered(mine, held, below, room)
+                copies = np.maximum(0.0, below.each_s - held.each_s) * self._learn(mine)
+                whole = np.maximum(1.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
+                rate = rate / m + rest * copies / whole
+                pieces = with_piece(freed, size / at_once, rate * at_once)
+            again = 0.0 if self._elsewhere(way) else forced_s(pieces, over)
+            again = np.maximum(again, least)
+            found = np.maximum(found, m * (step + again + each) + held.tail_s)
         return found
 
     def _lowered(
@@ -302,6 +305,7 @@ class _Table:
         state[:, 0] = held.state_bytes[:, 0] + some * (state[:, 0] - held.state_bytes[:, 0])
         return replace(
             below, state_bytes=state, tail_s=held.tail_s + some * (below.tail_s - held.tail_s),
+            each_s=held.each_s + some * (below.each_s - held.each_s),
             laid_bytes={tier: some * size for tier, size in below.laid_bytes.items()},
         )
 
@@ -426,11 +430,12 @@ class _Table:
             np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
             for n in (0, 1)
         )
-        lowered = np.zeros((2, len(some)))
+        lowered = np.zeros((3, len(some)))
         if below is not None:
-            net = self._net(held, below, room)[some]
-            lowered[0] = net * (held.state_bytes[some, 1] - below.state_bytes[some, 1])
+            lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
             lowered[1] = self._lowered(mine, held, below, room)[1][some] / (pp * self.m[these])
+            more = below.gathered_bytes[some, 1] - held.gathered_bytes[some, 1]
+            lowered[2] = 2 * self._wide(np.maximum(0.0, more))
         rows = Rows(
             m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),

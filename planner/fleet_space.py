@@ -19,9 +19,11 @@ from cost_models.mixed import MixedCosts, PartCosts
 from cost_models.step import Assignments
 from ir.errors import PlanError
 from planner.bound_chain import Through, through_chain
-from planner.bounds import Bounds
+from planner.bounds import NEVER_PS, Bounds
+from planner.fleet_bounds import Fits, by_space
 from planner.mesh import Mesh, laid_out, parted
-from planner.search import Searcher
+from planner.outcome import Outcome
+from planner.search import SHARPENED, Searcher
 from planner.space import Space
 from planner.stage_sides import least_spread
 
@@ -124,6 +126,21 @@ class FleetSearcher(Searcher):
             found[:, i] = self._mesh_s(m, known[key], point[m.micro_batch, m.cp])
         lower, guess = np.floor(found * 1e12 * (1 - ROUNDING)).astype(np.int64)
         return Bounds(lower_ps=lower, guess_ps=guess)
+
+    def _sharpen(
+        self, rest: Sequence[int], candidates: Sequence[tuple[Searcher, Mesh]], lower: list[int],
+        out: Outcome,
+    ) -> None:  # fmt: skip
+        """Leave out those that would not fit if all ranks had as much memory as any part's."""
+        if out.best is None or self.apart:
+            return
+        most = max(self.costs.sides, key=lambda side: side.cluster.device.memory_bytes)
+        for space, some in by_space([i for i in rest if lower[i] < out.best.score], candidates):
+            fits = Fits(assign=space.assign, pins=space.pins, formats=space.formats,
+                        schedules=space.searched_schedules)  # fmt: skip
+            for i, may in zip(some, fits.on(most, [candidates[i][1] for i in some])):
+                lower[i] = lower[i] if may else int(NEVER_PS)
+            out.spent += len(some) // SHARPENED
 
     def _through(self, side: PartCosts, d: Decisions, laid: Assignments) -> Through:
         """A micro-batch through the whole chain on one part."""

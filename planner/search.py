@@ -111,7 +111,7 @@ class Searcher(Space):
         candidates = [(space, m) for space in spaces for m in runs]
         out = Outcome(best=incumbent, meshes=len(candidates))
         if not candidates:  # nothing is better there
-            out.bound = out.best.score if out.best else 0
+            out.bound = out.best.score if out.best else 1 << 62
             return out
         below = [self._below(out.best, m) for m in runs] if out.best else None
         bounds = [space.bounds(runs, below) for space in spaces]

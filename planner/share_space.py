@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import mul
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cost_models.decisions import Decisions, Keep, Share
 from cost_models.estimate import stage_problem
@@ -22,13 +22,14 @@ from cost_models.rank_ledger import tier_uses
 from cost_models.share_rules import share_fault
 from cost_models.shares import ShareCosts, SharedCosts
 from cost_models.stage_problem import Pair, StageProblem, tail_ps
-from cost_models.step import Assignments, Step
+from cost_models.step import Assignments, Costs, Step
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
+from planner.fleet_bounds import Fits, by_space
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
 from planner.outcome import Outcome, Tried, decided
 from planner.proving import ENDLESS, Unsettled
-from planner.search import Searcher
+from planner.search import SHARPENED, Searcher
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
 
@@ -189,10 +190,17 @@ class ShareSearcher(Searcher):
 
     def bounds(self, candidates: Sequence[Mesh], below: Sequence[int] | None = None) -> Bounds:
         """Of the best division of what a micro-batch takes at least on each part."""
+        ps = self._divided(candidates, [(2,) * len(self.clusters)] * len(candidates))
+        return Bounds(lower_ps=ps, guess_ps=ps)
+
+    def _divided(
+        self, candidates: Sequence[Mesh], fits: Sequence[Sequence[int]]
+    ) -> NDArray[np.int64]:
+        """Bounds of meshes of which so many micro-batches fit on each part: 2 stands for all."""
         found = []
         known: dict[tuple[object, ...], list[Through]] = {}
         point = {p: i for i, p in enumerate(self.costs.points)}
-        for m in candidates:
+        for m, most in zip(candidates, fits):
             key = (m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp)
             if key not in known:
                 d = Decisions(tp=m.tp, sequence_parallel=m.sequence_parallel, cp_kind=m.cp_kind,
@@ -201,10 +209,38 @@ class ShareSearcher(Searcher):
                 known[key] = [through_chain(side, d, laid) for side in self.costs.sides]
             at = point[m.micro_batch, m.cp]
             each = [int(t.step_s[at] * 1e12 * (1 - ROUNDING)) for t in known[key]]
-            least = self.division(m, [partial(mul, ps) for ps in each], each).least_ps(ENDLESS)
+            paces = [partial(_pace, ps, k) for ps, k in zip(each, most)]
+            least = self.division(m, paces, each).least_ps(ENDLESS)
             found.append(ENDLESS if least is None else least)
-        ps = np.array(found, dtype=np.int64)
-        return Bounds(lower_ps=ps, guess_ps=ps)
+        return np.array(found, dtype=np.int64)
+
+    def _sharpen(
+        self, rest: Sequence[int], candidates: Sequence[tuple[Searcher, Mesh]], lower: list[int],
+        out: Outcome,
+    ) -> None:  # fmt: skip
+        """Weigh the memory of each part: for one micro-batch, and for several, which accumulate
+        gradients."""
+        if out.best is None:
+            return
+        for space, some in by_space([i for i in rest if lower[i] < out.best.score], candidates):
+            assert isinstance(space, ShareSearcher)
+            meshes = [candidates[i][1] for i in some]
+            most = [
+                np.cumprod([space._fits(side, meshes, n) for n in (1, 2)], axis=0).sum(axis=0)
+                for side in self.costs.sides
+            ]
+            found = space._divided(meshes, np.transpose(most).tolist())
+            for i, mesh, ps in zip(some, meshes, found.tolist()):
+                lower[i] = max(lower[i], self._score(ps, mesh))
+            out.spent += len(self.clusters) * len(some) // SHARPENED
+
+    def _fits(self, side: Costs, meshes: Sequence[Mesh], microbatches: int) -> NDArray[np.bool_]:
+        """Of each mesh, whether ranks of this part may hold it with so many micro-batches. Shards
+        that move with each are shared inside a part."""
+        fits = Fits(assign=self.assign, pins=self.pins, formats=self.formats)
+        whole = [replace(m, microbatches=microbatches) for m in meshes]
+        inside = [replace(m, dp=math.gcd(*self.data_ranks(m))) for m in whole]
+        return fits.on(side, whole, (0, 1)) | fits.on(side, inside, (2, 3))
 
     def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
         """Solve a mesh's variants, each exactly."""
@@ -227,6 +263,11 @@ class ShareSearcher(Searcher):
                     decisions=shared_decisions(d, paces, found[1]), assignments=laid,
                     objective_ps=found[0], gain_ppm=self.gain_ppm,
                 )  # fmt: skip
+
+
+def _pace(each_ps: int, most: int, microbatches: int) -> int:
+    """What so many micro-batches take where `most` fit, all if that is 2."""
+    return ENDLESS if most < min(2, microbatches) else microbatches * each_ps
 
 
 def shared_decisions(d: Decisions, paces: Sequence[Pace], division: tuple[int, ...]) -> Decisions:

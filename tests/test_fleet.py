@@ -24,6 +24,7 @@ from cost_models.schedule import simulate
 from cost_models.stage_problem import evaluate
 from cost_models.units import format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
+from planner.bounds import NEVER_PS
 from planner.commands.shared import prices_of
 from planner.decisions import Pins
 from planner.fleet_planning import attempt_fleet, plan_fleet
@@ -34,6 +35,7 @@ from planner.limits import Limits
 from planner.mesh import Mesh
 from planner.objectives import plan_for
 from planner.options import TraceOptions
+from planner.outcome import Outcome, Tried
 from planner.plan import hardware_name, load, recost
 from planner.show_hardware import hardware_json, hardware_text
 from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
@@ -310,6 +312,51 @@ def test_search_of_pipelines_over_parts_equals_enumeration(seed, alike):
         assert enumerated.difference(p, least, searcher.run()) == ""
         for mesh, low in zip(least, searcher.bounds(list(least)).lower_ps):
             assert least[mesh] is None or low <= least[mesh], mesh
+
+
+def memory_weighed(searcher, meshes):
+    """Bounds that were nothing, after a search has weighed what fits."""
+    lower, candidates = [0] * len(meshes), [(searcher, mesh) for mesh in meshes]
+    worse = Tried(decisions=Decisions(), assignments={}, objective_ps=1 << 59)
+    searcher._sharpen(range(len(meshes)), candidates, lower, Outcome(best=worse))
+    return lower
+
+
+def short_of_memory(seed, alike=False):
+    """A random fleet whose parts are alike short of memory, and its searches."""
+    graph, fleet, asked = tiny_fleet(seed, "", alike)
+    memory = random.Random(seed).choice((8, 10, 11, 12, 13)) * 10**9
+    fleet = replace(fleet, parts=tuple(with_memory(part, memory) for part in fleet.parts))
+    workload, _ = resolve(graph, fleet, asked, Pins())
+    options = TraceOptions(model="", asked=asked, effort=10**9)
+    return fleet, searchers_of(graph, fleet, workload, options)
+
+
+def test_pipelines_that_no_memory_holds_are_left_out():
+    """Of those that are, enumeration has no plan that fits."""
+    never, fits = 0, 0
+    for seed in range(8):
+        fleet, searchers = short_of_memory(seed)
+        for searcher in searchers:
+            if isinstance(searcher.costs, MixedCosts) and not searcher.apart:
+                least = least_over_parts(over_parts(searcher, fleet), fleet)
+                for mesh, low in zip(least, memory_weighed(searcher, list(least))):
+                    assert low in (0, NEVER_PS) and (low == 0 or least[mesh] is None), mesh
+                    never, fits = never + (low > 0), fits + (least[mesh] is not None)
+    assert never and fits
+
+
+def test_a_part_that_no_mesh_suits_leaves_no_gap():
+    """Six GPUs divide neither the batch nor the layers: no plan of theirs could be better."""
+    options = TraceOptions(model="", hardware="h100x6+a100x2", asked=Asked(
+        global_batch=4, seq_len=1024))  # fmt: skip
+    fleet = load_any(options.hardware)
+    result, found = attempt_fleet(
+        graph_of("llama", n_layers=2), options, fleet, Clock()
+    )
+    (part,) = [row for row in found.rows if row.words == "h100x6"]
+    assert part.outcome.meshes == 0
+    assert (result.plan.solver.status, result.plan.solver.gap_ppm) == ("OPTIMAL", 0)
 
 
 @pytest.mark.parametrize("seed", range(8, 12))

@@ -32,6 +32,7 @@ from planner.fleet_search import searchers as searchers_of
 from planner.legality import illegal, inconsistent
 from planner.options import TraceOptions
 from planner.plan import load, recost
+from planner.proving import ENDLESS
 from planner.runtime.verify.scale import smallest
 from planner.score import score_of
 from planner.share_space import ShareSearcher
@@ -155,6 +156,20 @@ def test_search_of_replicas_equals_enumeration(seed, tmp_path):
     assert best is None or out.proved
     for mesh, low in zip(meshes, searcher.bounds(meshes).lower_ps):
         assert every[mesh] is None or score_of(int(low), mesh) <= every[mesh]
+
+
+def test_replicas_that_a_part_has_no_memory_for_are_left_out():
+    """Of those that are, enumeration has no plan that fits; the bound is below all others."""
+    never, fits = 0, 0
+    for seed in range(1, 11):
+        _, searchers = fleets.short_of_memory(seed)
+        (searcher,) = [s for s in searchers if isinstance(s, ShareSearcher)]
+        meshes = list(searcher.meshes())
+        for mesh, low in zip(meshes, fleets.memory_weighed(searcher, meshes)):
+            least = every_share(searcher, mesh)
+            assert least is None or low <= least
+            never, fits = never + (low >= ENDLESS), fits + (least is not None)
+    assert never and fits
 
 
 def test_meshes_that_a_pinned_division_does_not_fill_are_left_out(tmp_path):
