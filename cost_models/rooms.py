@@ -20,7 +20,7 @@ def rooms_of(cluster: Cluster, step: Step, each: Each) -> tuple[Room, ...]:
     each: a number of the rows of every layer, from that of a layer's rows.
     """
     d, chain = step.decisions, step.chain
-    if not d.tiers or d.parts or d.shares or step.beside:
+    if not d.tiers or d.parts or d.tp_by_part or d.shares or step.beside:
         return ()
     names = dict.fromkeys(name for row in step.rows for name, _ in row.below)
     moved = d.tiers.get("activations")
