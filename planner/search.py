@@ -26,7 +26,7 @@ from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.offloads import lower
 from planner.outcome import Misfit, Outcome, Program, Tried, decided, less_over, nearer
-from planner.proving import ENDLESS, FIRST, Proof, Unsettled
+from planner.proving import ENDLESS, FIRST, PROGRAMS, Proof, Unsettled
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.relaid import relaid
 from planner.room import least_bytes, over_below, state_bytes
@@ -50,6 +50,7 @@ DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages
 # known one with other operations kept, which the best cuts off early; a mesh one, if
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 8 s
 GUESSES = 600  # of it, half at most, go to the best guesses; what is beyond that to the proof
+MOST_PROVING = 8  # times the effort of the default's proof, whatever the effort is
 PROBE = 6  # linear programs without a limit to memory, where paths that matter are known
 SHARPENED = 8  # meshes whose bounds are sharpened count one
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
@@ -198,6 +199,7 @@ class Searcher(Space):
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
             shapes=self._shapes, known=self._known, gain_ppm=self.gain_ppm, stopped=stopped,
+            programs=PROGRAMS * min(max(1, self.effort // DEFAULT_EFFORT), MOST_PROVING),
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule_paths import critical_path
-from cost_models.stage_problem import StageProblem, slow_of
+from cost_models.stage_problem import Room, StageProblem, slow_of
 from planner.interrupts import held
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
@@ -80,7 +80,7 @@ def _rows(p: StageProblem) -> list[tuple[int, ...]]:
     return list(zip(
         p.forward_ps, p.input_grad_ps, p.weight_grad_ps, p.state_bytes, p.gathered_bytes,
         p.tail_comm_ps, p.tail_hide_ps, p.tail_own_ps, *p.recompute_ps, *p.activation_bytes,
-        *p.working_bytes,
+        *p.working_bytes, *(r for room in p.rooms for r in (room.state_bytes, *room.aside_bytes)),
     ))  # fmt: skip
 
 
@@ -245,6 +245,23 @@ class _Planes:
                     size = held[k] * self.of[10 + level, kind]
                     size -= held[k] * self.of[10, kind] if level else -self.of[3, kind]
                     row.SetCoefficient(x, size / capacity)
+            for room in p.rooms:
+                self._add_room(room, rank, mine)
+
+    def _add_room(self, room: Room, rank: int, mine: list[tuple[int, int, int, Any]]) -> None:
+        """Of a rank at the same moments, in shares of what it may lay on a tier below."""
+        stages = self.p.stages_of(rank)
+        places = [self.kind_of.index(k) for k in range(len(self.kinds))]
+        ends = room.ends_bytes[0] * (0 in stages)
+        ends += room.ends_bytes[1] * (self.p.count - 1 in stages)
+        for counts in self.p.in_flight(rank):
+            held = dict(zip(stages, counts))
+            row = self.solver.Constraint(-self.inf, 1 - ends / room.most_bytes)
+            for k, kind, level, x in mine:
+                aside = [column[places[kind]] for column in room.aside_bytes]
+                size = held[k] * (aside[level] - (aside[0] if level else 0))
+                size += 0 if level else room.state_bytes[places[kind]]
+                row.SetCoefficient(x, size / room.most_bytes)
 
     def _add_tails(self) -> None:
         p = self.p

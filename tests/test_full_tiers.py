@@ -1,22 +1,28 @@
 """Tiers below the device that are too full for all that would be laid there."""
 
 import itertools
+import random
 from dataclasses import fields, replace
 
 import pytest
 from enumerated import MESH_AXES, SCHEDULE_AXES, STATE_AXES, _schedule, cuts, product, stage_choices
 from random_problems import BIG_MOE, INTER, SMALL, WIDE, make, small_cluster
 from test_offload_layers import BASE, stepped
+from test_stages import choices, weigh
+from test_stages import tiny as tiny_problem
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
 from cost_models.rank_ledger import tier_uses
-from cost_models.stage_problem import below_bytes, evaluate
+from cost_models.stage_problem import Room, below_bytes, evaluate
 from cost_models.tiers import Tier, fullest, together
 from planner.decisions import Pins, parse_pins
 from planner.legality import illegal
 from planner.mesh import Mesh
 from planner.score import score_of
+from planner.stage_paths import Known
+from planner.stage_planes import Effort, applies, refute
+from planner.stages import lower_bound_ps, solve, surely_infeasible
 
 DISK = Tier(name="disk", bytes=10**13, read_bytes_per_s=8e9, write_bytes_per_s=6e9)
 
@@ -161,3 +167,47 @@ def test_gpus_of_a_rank_that_share_a_tier(pp, ranks, outer, gpus):
     d = Decisions(pp=pp, dp=ranks, dp_outer=outer)
     most = min(fullest(d, [int(r == rank) for r in range(pp)], gpus) for rank in range(pp))
     assert 1 <= together(d.pipeline // pp, d.pipeline, min(gpus, d.gpus)) <= most
+
+
+def with_room(p, rng):
+    """A random problem, its layers' activations below at the level between none and full, and a
+    tier with room for a part of what they would lay there."""
+    aside = tuple(x - y for x, y in zip(p.activation_bytes[0], p.activation_bytes[1]))
+    none = (0,) * p.layers
+    room = Room(
+        tier="host", most_bytes=(most := rng.randint(20, 300)), mean_bytes=most, sure_bytes=most,
+        state_bytes=tuple(rng.randint(0, 30) for _ in none), aside_bytes=(none, aside, none),
+        ends_bytes=(rng.randint(0, 20), rng.randint(0, 20)),
+    )  # fmt: skip
+    return replace(p, rooms=(room,))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zbh1"])
+def test_stage_programs_keep_to_their_rooms(schedule):
+    """Random problems with a tier that is too small for some choices: what is found is what trying
+    all finds, no bound is above it, and what planes refute does not exist."""
+    rng, kept, tight, refuted = random.Random(schedule), 0, 0, 0
+    for seed in range(60):
+        p = with_room(tiny_problem(seed, schedule), rng)
+        weighed = [(weigh(p, *choice), choice) for choice in choices(p)]
+        fits = [(step, choice) for (step, _, fit), choice in weighed if fit]
+        (room,) = p.rooms
+        free = min((step for step, _ in fits), default=None)
+        rooms = [max(below_bytes(p, room, *choice)) <= room.most_bytes for _, choice in fits]
+        best = min((step for (step, _), left in zip(fits, rooms) if left), default=None)
+        found = solve(p)
+        if best is None:
+            assert found.status == "INFEASIBLE", seed
+            continue
+        kept += 1
+        tight += best > free
+        assert (found.status, found.step_ps, found.bound_ps) == ("OPTIMAL", best, best), seed
+        assert max(below_bytes(p, room, found.stages, found.recompute)) <= room.most_bytes
+        assert lower_bound_ps(p) <= best and not surely_infeasible(p)
+        if applies(p):
+            effort = Effort(programs=50, nodes=200)
+            answer = refute(p, best + 1, Known.of(p), effort)
+            assert not answer.refuted and answer.least_ps <= best
+            low = (free + best) // 2
+            refuted += best > free and refute(p, low, Known.of(p), effort).refuted
+    assert kept > 15 and tight > 3 and (schedule == "zbh1" or refuted > 0)
