@@ -40,7 +40,7 @@ def stacks(unit: Unit) -> tuple[tuple[int, int], ...]:
     """(experts, of them a token's own) of every product of all tokens with a stack of experts."""
     own = _own_experts(unit)
     return tuple(
-        (count, own[count]) for node in unit.nodes
+        (count, own[count]) for node in (unit.nodes if own else ())
         if (count := _stacked(unit, node)) in own
     )  # fmt: skip
 
