@@ -23,7 +23,7 @@ from cost_models.units import format_seconds
 from ir.errors import InfeasibleError, PlanError
 from planner.asking import Answer, Asking
 from planner.decisions import Pins, summarise_recompute
-from planner.mesh import divisors, splits_something
+from planner.mesh import divisors, splits_something, widest_tp
 from planner.names import many
 from planner.outcome import Misfit, Outcome
 from planner.search import Searcher
@@ -166,8 +166,8 @@ class Questions:
         hints = [hint for c in kept for hint in self._dropped(c, kept)]
         wider = None if self.pins.tp else self._wider_tp(pins)
         if wider:
-            domain = min(part.domain_ranks for part in parts_of(hardware))
-            limits.append(f"tp<={domain} (one NVLink domain)")
+            widest = min(widest_tp(part.domain_ranks) for part in parts_of(hardware))
+            limits.append(f"tp<={widest} (one NVLink domain)")
             hints.append(wider)
         if not hints and not self.legal:
             hints += self._offloaded()
@@ -229,7 +229,8 @@ class Questions:
         """The least tp beyond one domain with which something fits."""
         parts = parts_of(self.asked.hardware)
         for tp in sorted({n for part in parts for n in divisors(part.count)}):
-            crosses = any(1 < tp / part.domain_ranks <= MOST_DOMAINS for part in parts)
+            crosses = any(widest_tp(part.domain_ranks) < tp <= MOST_DOMAINS * part.domain_ranks
+                          for part in parts)  # fmt: skip
             if not crosses or not splits_something(self.asked.chain, tp):
                 continue
             found = self.answer(replace(pins, tp=tp))

@@ -2,8 +2,9 @@
 
 Every divisor counts. Ranks lie inside out: tp, cp, dp, pp; where the hardware lists levels of its
 network, some of the dp may lie outside the pipeline (one pipeline a pod, a datacentre). tp stays
-inside one NVLink (or PCIe) domain unless pinned, and must split some matmul of a layer; cp needs a
-model whose sequence is mixed by attention alone.
+inside one NVLink (or PCIe) domain unless pinned, or goes over the network where each GPU is a
+domain of its own, and must split some matmul of a layer; cp needs a model whose sequence is mixed
+by attention alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from planner.decisions import Pins
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
 LEAST_CP_TOKENS = 4096  # tokens a cp rank: of 44 published runs with cp, 42 have as many or more,
 # none under 2,048; below, the search does not go unless pinned
+MOST_FLAT_TP = 8  # where each GPU is a domain of its own: what fits no other way rarely needs more
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 CP_KINDS = ("ring", "allgather", "ulysses")
 MIXES_SEQUENCE = ("scan", "delta_rule", "linear_attention", "causal_conv1d")
@@ -89,6 +91,11 @@ def facts_of(chain: Chain) -> Facts:
     )  # fmt: skip
 
 
+def widest_tp(domain_ranks: int) -> int:
+    """The most that tp is searched to be, where so many ranks are a domain."""
+    return domain_ranks if domain_ranks > 1 else MOST_FLAT_TP
+
+
 def splits_something(chain: Chain, tp: int) -> bool:
     """Whether tp splits the weight of some matmul of the layers."""
     for unit in dict.fromkeys(link.unit for link in chain.links if link.is_layer):
@@ -125,12 +132,13 @@ def meshes(chain: Chain, cluster: Cluster, workload: Workload, pins: Pins) -> It
 def laid_out(
     chain: Chain, gpus: int, domain_ranks: int, workload: Workload, pins: Pins
 ) -> Iterator[Mesh]:
-    """Every candidate on so many GPUs, tp inside a domain of so many unless pinned."""
+    """Every candidate on so many GPUs, tp inside a domain of so many unless pinned or there is one
+    GPU in each."""
     facts = facts_of(chain)
     most_pp = 1 if facts.pipeline_reason else facts.layers
     tps = _choices(pins.tp, tuple(
         t for t in divisors(gpus)
-        if t == 1 or (t <= domain_ranks and splits_something(chain, t))
+        if t == 1 or (t <= widest_tp(domain_ranks) and splits_something(chain, t))
     ))  # fmt: skip
     cps = _choices(pins.cp, tuple(
         c for c in divisors(gpus)
@@ -158,7 +166,7 @@ def shared_out(
     facts, common = facts_of(chain), math.gcd(*gpus)
     tps = _choices(pins.tp, tuple(
         t for t in divisors(common)
-        if t == 1 or (t <= domain_ranks and splits_something(chain, t))
+        if t == 1 or (t <= widest_tp(domain_ranks) and splits_something(chain, t))
     ))  # fmt: skip
     cps = _choices(pins.cp, tuple(
         c for c in divisors(common)
@@ -193,7 +201,7 @@ def parted(
     choices = [
         _choices(pinned.get(part.name), tuple(
             t for t in divisors(part.count)
-            if t == 1 or (t <= part.domain_ranks and splits_something(chain, t))
+            if t == 1 or (t <= widest_tp(part.domain_ranks) and splits_something(chain, t))
         )) for part in parts
     ]  # fmt: skip
     for tps in itertools.product(*choices):

@@ -62,6 +62,11 @@ def divisors(n: int) -> list[int]:
 # --- the decisions: (name, values given the problem and what is decided) -------------------------
 
 
+def _tp(p, d):
+    widest = p.domain if p.domain > 1 else 8  # over the network, where no GPUs share a domain
+    return [n for n in divisors(p.gpus // d.pp) if n <= widest]
+
+
 def _cp(p, d):
     w = p.costs.workload
     return [c for c in divisors(p.gpus // (d.pp * d.tp))
@@ -180,7 +185,7 @@ def _keep(p, d):
 
 MESH_AXES = (
     ("pp", lambda p, d: [n for n in divisors(p.gpus) if n <= p.layers]),
-    ("tp", lambda p, d: [n for n in divisors(p.gpus // d.pp) if n <= p.domain]),
+    ("tp", _tp),
     ("cp", _cp),
     ("dp", _dp),
     ("ep", _ep),

@@ -1,11 +1,13 @@
 """The gap of GPipe and of 1F1B is 0 on the example models, where memory binds and where it does
 not."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_models import graph_of, with_memory
 
 from cost_models.hardware import load_hardware
-from planner.decisions import parse_pins
+from planner.decisions import Pins, parse_pins
 from planner.options import TraceOptions
 from planner.tracing import Clock, attempt
 from planner.workload import Asked
@@ -33,3 +35,20 @@ def test_no_gap(name):
         _, _, out = attempt(graph_of(name, **args), options, cluster, Clock())
         assert out.best.decisions.schedule == schedule
         assert out.proved and out.gap == 0
+
+
+def test_tp_goes_over_the_network_where_each_gpu_is_a_domain_of_its_own():
+    """Where memory is short it is what holds the model best; where not, it does not pay."""
+    def tp_of(gigabytes):
+        own = replace(load_hardware("h100x8"), node_size=1, domain_size=1)
+        options = TraceOptions(
+            model="", hardware="h100x8", pins=Pins(), asked=Asked(global_batch=64)
+        )  # fmt: skip
+        cluster = with_memory(own, gigabytes * 10**9)
+        _, _, out = attempt(
+            graph_of("llama", size="8b", n_layers=2), options, cluster, Clock()
+        )
+        return out.best and out.best.decisions.tp, out.proved
+
+    assert tp_of(79) == (1, True)
+    assert tp_of(8) == (4, True)
