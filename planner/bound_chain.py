@@ -28,7 +28,8 @@ class Through:
     forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
     free: [piece, (bytes, seconds a byte), point], the cheapest piece first; again_freed: where
     nothing moves to the host. working: the least that any choice uses. layer: the commonest kind;
-    first, last: (seconds, bytes kept) before the first layer and behind the last. kinds_s: one link
+    first, last: (seconds, bytes kept, the most that is used) before the first layer and behind the
+    last. kinds_s: one link
     of each kind.
     """
 
@@ -43,8 +44,8 @@ class Through:
     least_working: Floats
     common: int
     layer: Layers
-    first: tuple[Floats, Floats]
-    last: tuple[Floats, Floats]
+    first: tuple[Floats, Floats, Floats]
+    last: tuple[Floats, Floats, Floats]
     kinds_s: tuple[Floats, ...]
 
 
@@ -96,7 +97,7 @@ def through_chain(
         one = known[key]
         step = step + counts[k] * one.step_s
         busy = busy + counts[k] * one.kernels_s
-        each.append((one.step_s, one.kept_bytes))
+        each.append((one.step_s, one.kept_bytes, one.working_bytes))
         if of_layers[k]:
             quickest = np.minimum(quickest, one.step_s)
             ahead = np.minimum(ahead, one.forward_s)
@@ -113,9 +114,13 @@ def through_chain(
     # the kind that holds the most of the state: of kinds alike, the commonest
     common = max(layers, key=lambda k: layers[k].count * costs.kinds[k][0].parameter_count)
 
-    def end(links: range) -> tuple[Floats, Floats]:
+    def end(links: range) -> tuple[Floats, Floats, Floats]:
         rows = [each[costs.kind_of[i]] for i in links]
-        return sum((t for t, _ in rows), zero), sum((b for _, b in rows), zero)
+        work = [zero, *(w for _, _, w in rows)]
+        return (
+            sum((t for t, _, _ in rows), zero), sum((b for _, b, _ in rows), zero),
+            np.maximum.reduce(work),
+        )
 
     def in_order(all_pieces: list[Floats]) -> Floats:
         pieces = np.concatenate(all_pieces)
@@ -126,7 +131,7 @@ def through_chain(
         freed=in_order(all_freed), again_freed=in_order(all_again), working=working,
         least_working=least_working, common=common, layer=layers[common],
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
-        kinds_s=tuple(one for one, _ in each),
+        kinds_s=tuple(row[0] for row in each),
     )  # fmt: skip
 
 

@@ -144,21 +144,22 @@ def forced_s(pieces: Floats, over_bytes: Floats, layers: Floats | float = 1.0) -
 
 
 def ranks_s(
-    rows: Rows, pp: int, layers: int, kind: str, chunks: Chunks | None = None
+    rows: Rows, pp: int, layers: int, kind: str, chunks: Chunks | None = None, others: int = 0
 ) -> Floats:
     """Seconds of the pipeline at least, with `layers` layers of the commonest kind. chunks: of an
-    interleaved schedule with so many a rank."""
+    interleaved schedule with so many a rank. others: layers of other kinds, which are all that so
+    many ranks may have."""
     found = np.empty(len(rows.m))
     most = min(layers, 2 * -(-layers // pp) + 1)
     each = max(1, CELLS // (pp * most))
     for at in range(0, len(found), each):
         some = np.arange(at, min(at + each, len(found)))
-        found[some] = _ranks_s(rows.part(some), pp, layers, most, kind, chunks)
+        found[some] = _ranks_s(rows.part(some), pp, layers, most, kind, chunks, others)
     return found
 
 
 def _ranks_s(
-    rows: Rows, pp: int, layers: int, most: int, kind: str, chunks: Chunks | None
+    rows: Rows, pp: int, layers: int, most: int, kind: str, chunks: Chunks | None, others: int
 ) -> Floats:
     m = rows.m
     each_held = None if chunks is None else chunk_flight(pp, m.astype(np.int64), chunks.count)
@@ -197,6 +198,8 @@ def _ranks_s(
         least = np.partition(flat, layers - 1, axis=1)[:, layers - 1]
     if most < layers:  # or some rank has more layers than were looked at
         least = np.minimum(least, m * (most + 1) * rows.layer_s)
+    if others < pp:  # so many ranks have a layer at least
+        least = np.maximum(least, np.sort(time[:, :, 0], axis=1)[:, pp - others - 1])
     return least
 
 

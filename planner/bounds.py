@@ -426,24 +426,30 @@ class _Table:
             chunks = Chunks(count=v, filled=filled_chunks(pp, v, self.layers, others))
         working = self.get(these, "layer.working_bytes")
         working = working + 2 * self._wide(held.gathered_bytes[some, 1])
-        seconds, kept = (
+        seconds, kept, uses = (
             np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
-            for n in (0, 1)
+            for n in range(3)
         )
+        alone = held.state_bytes[some, 2:] + kept + uses - room[some, None]  # of an end, with one
+        never = (alone > ROUNDING_BYTES).any(axis=1)  # micro-batch, whatever layers are beside it
+        more = np.maximum(0.0, uses - self.get(these, "layer.working_bytes")[:, None])
+        if kind == "folded":  # one rank has both ends, and uses the larger
+            more = np.stack([np.zeros(len(some)), more.max(axis=1)], axis=1)
         lowered = np.zeros((3, len(some)))
         if below is not None:
             lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
             lowered[1] = self._lowered(mine, held, below, room)[1][some] / (pp * self.m[these])
-            more = below.gathered_bytes[some, 1] - held.gathered_bytes[some, 1]
-            lowered[2] = 2 * self._wide(np.maximum(0.0, more))
+            copies = below.gathered_bytes[some, 1] - held.gathered_bytes[some, 1]
+            lowered[2] = 2 * self._wide(np.maximum(0.0, copies))
         rows = Rows(
             m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
             freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
-            ends_bytes=held.state_bytes[some, 2:], ends_kept=kept, way_s=way_s[some, :pp],
+            ends_bytes=held.state_bytes[some, 2:] + more, ends_kept=kept, way_s=way_s[some, :pp],
             lowered=lowered.T,
         )  # fmt: skip
-        return ranks_s(rows, pp, count, kind, chunks)
+        found = ranks_s(rows, pp, count, kind, chunks, self.layers - count)
+        return np.where(never, np.inf, found)
 
     def guess_s(self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int) -> Floats:
         """What a plan of the mesh may come to."""

@@ -95,8 +95,9 @@ def test_layers_that_ranks_can_take_equal_enumeration():
         )  # fmt: skip
         flights = flight(pp, np.array([m]), "fused")[0]
         best = np.inf
+        others = int(rng.integers(2))  # a layer of another kind, that a rank may have alone
         for counts in itertools.product(range(layers + 1), repeat=pp):
-            if sum(counts) == layers:
+            if sum(counts) == layers and counts.count(0) <= others:
                 busiest = 0.0
                 for r, n in enumerate(counts):
                     if n == 0:
@@ -115,7 +116,7 @@ def test_layers_that_ranks_can_take_equal_enumeration():
                     )
                     busiest = max(busiest, m * (n * step + more + first + 2 * last) + way[r])
                 best = min(best, busiest)
-        bound = ranks_s(one, pp, layers, "fused")[0]
+        bound = ranks_s(one, pp, layers, "fused", None, others)[0]
         cap = m * (2 * -(-layers // pp) + 2) * step
         assert bound == pytest.approx(min(best, max(bound, cap)) if bound >= cap else best)
         found.add(bool(np.isinf(best)))
