@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cost_models.decisions import Decisions
 from cost_models.stage_problem import StageProblem
@@ -46,10 +47,44 @@ class Unsettled:
     assignments: Assignments
     problem: StageProblem
     stages: tuple[int, ...] = ()  # of a choice found that beats the best, if tiers have room
+    members: tuple[Unsettled, ...] = ()  # of a program that is no harder than any of these
 
     def raised(self, bound_ps: int, gain_ppm: int) -> Unsettled:
         score = score_of(bound_ps, self.decisions, gain_ppm)
         return replace(self, bound=score, bound_ps=bound_ps)
+
+
+def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
+    """Programs that differ only in what layers keep in part as one that is no harder than any: what
+    is refuted of that is refuted of all, and mostly what they keep is not what decides."""
+    groups: dict[Decisions, list[Unsettled]] = {}
+    for one in left:
+        groups.setdefault(replace(one.decisions, keep=()), []).append(one)
+    found: list[Unsettled] = []
+    for group in groups.values():
+        least = min(group, key=lambda u: (u.bound, u.order))
+        problem = easiest_of([u.problem for u in group])
+        if len(group) == 1 or problem is None or not _by_planes(least):
+            found += group
+        else:
+            found.append(replace(least, problem=problem, members=tuple(group)))
+    return found
+
+
+def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
+    """Of problems that differ in nothing but what recomputation takes, keeps and uses: the least of
+    all; None where they differ in more."""
+    def least(name: str) -> Any:
+        rows = [getattr(p, name) for p in problems]
+        return tuple(tuple(map(min, *level)) for level in zip(*rows))
+
+    names = ("recompute_ps", "activation_bytes", "working_bytes")
+    if len(problems) == 1:
+        return problems[0]
+    same = {name: getattr(problems[0], name) for name in names}
+    if any(replace(p, **same) != problems[0] for p in problems):
+        return None
+    return replace(problems[0], **{name: least(name) for name in names})
 
 
 def _by_planes(one: Unsettled) -> bool:
@@ -87,17 +122,29 @@ class Proof:
         own = next((u for u in reversed(self.left) if u.stages), None)
         if own is not None and _in_trees(own):
             self._look(own, [own.stages])
+        self.left = joined(self.left)
         while self.left and not self.stopped():
             weakest = min(self.left, key=lambda u: (u.bound, u.order))
             if weakest.bound >= min(self.untried, self.best):
                 break
             raised = self._raised(weakest) if _by_planes(weakest) else self._by_solver(weakest)
-            if raised is weakest:
+            if raised is weakest and not weakest.members:
                 break
             self.left.remove(weakest)
-            if raised is not None:
+            if raised is weakest:  # that is as far as all of them come together
+                self.left += self._apart(weakest)
+            elif raised is not None:
                 self.left.append(raised)
-        return self.left
+        return [one for u in self.left for one in self._apart(u)]
+
+    def _apart(self, one: Unsettled) -> Sequence[Unsettled]:
+        """The members of what was joined, each with the bound of all if that is more."""
+        if not one.members:
+            return [one]
+        return [
+            u if u.bound_ps >= one.bound_ps else u.raised(one.bound_ps, self.gain_ppm)
+            for u in one.members
+        ]
 
     def _by_solver(self, one: Unsettled) -> Unsettled | None:
         if self.certified >= CERTIFIED:
@@ -139,7 +186,8 @@ class Proof:
         worth = far or _in_trees(one)  # else looking takes longer than it gains
         if asked and worth and one.order not in self.looked:
             self.looked.add(one.order)
-            self._look(one, [*answer.cuts, *self._tight(one.problem, answer.least_ps)])
+            real = min(one.members or (one,), key=lambda u: (u.bound, u.order))
+            self._look(real, [*answer.cuts, *self._tight(one.problem, answer.least_ps)])
         return one.raised(answer.least_ps, self.gain_ppm) if told else replace(one)
 
     def _tight(self, p: StageProblem, least_ps: int) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal
 from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
-from planner.proving import Proof, Unsettled
+from planner.proving import Proof, Unsettled, easiest_of, joined
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
 from planner.stage_whole import solve_whole
@@ -138,6 +138,42 @@ def test_a_proof_raises_bounds_and_finds_what_they_point_at():
     assert seen == sorted(seen, reverse=True)
     bound = min([proof.best, *(u.bound for u in left)])
     assert 1.03 * low * 51 // 50 < bound <= proof.best < 1.03 * bound
+
+
+def test_what_layers_keep_is_asked_about_together():
+    """Programs that differ in what recomputation in part takes and keeps: what is no harder than
+    any is below the best of each, asked about once for all, and each is told of what it refutes."""
+    rng, together = random.Random(5), 0
+    for seed in range(30):
+        p = tiny(seed, "interleaved")
+        if "selective" not in p.levels or not applies(p):
+            continue
+        full, some = p.recompute_ps
+        others = [replace(p, recompute_ps=(full, tuple(t + rng.randint(0, 9) for t in some)),
+                          activation_bytes=(p.activation_bytes[0], tuple(
+                              max(0, x - rng.randint(0, 9)) for x in p.activation_bytes[1]
+                          ), p.activation_bytes[2])) for _ in range(3)]  # fmt: skip
+        steps = [brute(q)[0] for q in others]
+        if None in steps:
+            continue
+        easiest = easiest_of(others)
+        assert brute(easiest)[0] <= min(steps) and easiest_of([p, replace(p, p2p_ps=99)]) is None
+        d = Decisions(pp=p.pp, microbatches=p.microbatches, schedule="interleaved",
+                      virtual_stages=2)  # fmt: skip
+        left = [
+            Unsettled(bound=lower_bound_ps(q), bound_ps=lower_bound_ps(q), order=n, assignments={},
+                      decisions=replace(d, keep=(("u", (str(n),)),)), problem=q)
+            for n, q in enumerate(others)
+        ]  # fmt: skip
+        (one,) = joined(left)
+        assert one.members == tuple(left) and one.bound == min(u.bound for u in left)
+        best = min(steps)
+        proof = Proof(best=best, untried=1 << 62, left=left, found=lambda *_, best=best: best, gain_ppm=0)
+        rest = proof.run()
+        assert {u.order for u in rest} <= {0, 1, 2}
+        assert all(u.bound_ps <= steps[u.order] for u in rest)
+        together += not rest or min(u.bound for u in rest) > 0.95 * best
+    assert together > 3
 
 
 def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
