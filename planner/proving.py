@@ -175,7 +175,7 @@ class Proof:
             return one
         target = top
         if high <= top or limit - one.bound_ps > NEAR * limit // GOAL:
-            target = (one.bound_ps + 3 * min(high, limit)) // 4
+            target = max(one.bound_ps + 1, (one.bound_ps + 3 * min(high, limit)) // 4)
         answer = self._refuted(one.problem, target, asked)
         if answer.refuted:
             self.asked[one.order] = asked, high

@@ -144,7 +144,7 @@ def test_what_layers_keep_is_asked_about_together():
     """Programs that differ in what recomputation in part takes and keeps: what is no harder than
     any is below the best of each, asked about once for all, and each is told of what it refutes."""
     rng, together = random.Random(5), 0
-    for seed in range(30):
+    for seed in range(18):
         p = tiny(seed, "interleaved")
         if "selective" not in p.levels or not applies(p):
             continue
@@ -168,12 +168,13 @@ def test_what_layers_keep_is_asked_about_together():
         (one,) = joined(left)
         assert one.members == tuple(left) and one.bound == min(u.bound for u in left)
         best = min(steps)
-        proof = Proof(best=best, untried=1 << 62, left=left, found=lambda *_, best=best: best, gain_ppm=0)
+        proof = Proof(best=best, untried=1 << 62, left=left, gain_ppm=0, programs=1_700,
+                      found=lambda *_, best=best: best)  # fmt: skip
         rest = proof.run()
         assert {u.order for u in rest} <= {0, 1, 2}
         assert all(u.bound_ps <= steps[u.order] for u in rest)
         together += not rest or min(u.bound for u in rest) > 0.95 * best
-    assert together > 3
+    assert together > 2
 
 
 def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
