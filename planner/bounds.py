@@ -26,6 +26,7 @@ from cost_models.decisions import Decisions, Keep
 from cost_models.formats import Formats
 from cost_models.schedule import schedule_illegal
 from cost_models.step import Assignments, Costs
+from planner.bound_below import Lowering, Room, with_room
 from planner.bound_chain import Known, Through, through_chain
 from planner.bound_chunks import SLACK_BYTES, Chunks, chunk_flight, filled_chunks
 from planner.bound_ranks import (
@@ -44,7 +45,6 @@ from planner.mesh import Mesh
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Room = tuple[Floats, Floats]  # below, by mesh: what a GPU may lay in the mean, and at most
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
@@ -207,7 +207,7 @@ class _Table:
                 beside = 2 * self._wide(held.gathered_bytes[:, 1]) + held.state_bytes[:, 0] / pp
                 held_bytes = np.minimum(held_bytes, reserved + working + beside)
             lower = states.lowered(way, found, bool(pp[0] > 1)) if self.by_layer else []
-            both: list[Held | None] = [self._cut(held, found[low], rooms, pp) for low in lower]
+            both: list[Held | None] = [with_room(held, found[low], rooms, pp) for low in lower]
             if pp[0] == 1:
                 for below in both or [None]:
                     least = np.minimum(
@@ -249,18 +249,20 @@ class _Table:
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
-        kernels, at_once = self.get(mine, "kernels_s"), self._in_flight(mine)
+        kernels, at_once, low = (
+            self.get(mine, "kernels_s"), self._in_flight(mine), self._lowering(mine)
+        )
         least, found = np.zeros(len(mine)), np.zeros(len(mine))
         if host is not None and not self._elsewhere(way):
-            everywhere = everywhere + self._below_bytes(mine, held, below, room) - host[1]
+            everywhere = everywhere + low.laid_bytes(held, below, room) - host[1]
             pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
             least = forced_s(pieces, kept + everywhere / at_once)
         # transfers take both of these at least, and those of layers that lie below as much of each
         for rest, each in ((share, share * held.each_s), (1.0, held.each_s - kernels)):
             pieces = freed
             if below is not None:
-                size, rate = self._lowered(mine, held, below, room)
-                copies = np.maximum(0.0, below.each_s - held.each_s) * self._learn(mine)
+                size, rate = low.freed(held, below, room)
+                copies = np.maximum(0.0, below.each_s - held.each_s) * low.learn
                 whole = np.maximum(1.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
                 rate = rate / m + rest * copies / whole
                 pieces = with_piece(freed, size / at_once, rate * at_once)
@@ -269,63 +271,12 @@ class _Table:
             found = np.maximum(found, m * (step + again + each) + held.tail_s)
         return found
 
-    def _lowered(
-        self, mine: Ints, held: Held, below: Held, room: Floats
-    ) -> tuple[Floats, Floats]:
-        """(bytes, seconds of a step a byte) that optimizers below free, of all ranks together;
-        parameters that learn nothing free theirs for nothing."""
-        less = np.maximum(0.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
-        more = np.maximum(0.0, below.tail_s - held.tail_s) * self._learn(mine)
-        rate = more / np.maximum(less, 1.0)
-        alike = self.chain[0].layer.count * (held.state_bytes[:, 1] - below.state_bytes[:, 1])
-        alike = np.clip(alike, 0.0, less)
-        return less - alike * (1 - self._net(held, below, room)), rate
-
-    def _net(self, held: Held, below: Held, room: Floats) -> Floats:
-        """What a rank saves at most of each byte of layers whose optimizers go below: the copies
-        of one that come up to be gathered take room that none does without, and it has no more
-        such layers than fit."""
-        more = 2 * self._wide(below.gathered_bytes[:, 1] - held.gathered_bytes[:, 1])
-        each, low = held.state_bytes[:, 1], below.state_bytes[:, 1]
-        fits = room - 2 * self._wide(below.gathered_bytes[:, 1])
-        most = np.clip(np.floor(fits / np.maximum(low, 1.0)), 1, self.layers)
-        net: Floats = 1 - np.maximum(0.0, more) / np.maximum(most * (each - low), 1.0)
-        return np.clip(net, 0.0, 1.0)
-
-    def _cut(
-        self, held: Held, below: Held, rooms: dict[str, Room], pp: Ints
-    ) -> Held:
-        """Of optimizers below, no more than tiers have room for."""
-        some = np.ones(len(pp))
-        for tier, (mean, _) in rooms.items():
-            laid = below.laid_bytes.get(tier, np.zeros(len(pp))) / pp
-            some = np.minimum(some, mean / np.maximum(laid, 1.0))
-
-        state = below.state_bytes.copy()  # all of it: any one layer may lie there
-        state[:, 0] = held.state_bytes[:, 0] + some * (state[:, 0] - held.state_bytes[:, 0])
-        return replace(
-            below, state_bytes=state, tail_s=held.tail_s + some * (below.tail_s - held.tail_s),
-            each_s=held.each_s + some * (below.each_s - held.each_s),
-            laid_bytes={tier: some * size for tier, size in below.laid_bytes.items()},
-        )
-
-    def _below_bytes(
-        self, mine: Ints, held: Held, below: Held | None, room: Floats
-    ) -> Floats:
-        """Bytes in the host's memory of all pp ranks, a GPU each, less what that frees, at least:
-        where some optimizers lie below, or all do, or none."""
-        none = np.zeros(len(mine))
-        laid = held.laid_bytes.get("cpu", none)
-        if below is None:
-            return laid
-        less, _ = self._lowered(mine, held, below, room)
-        return laid + np.minimum(0.0, below.laid_bytes.get("cpu", none) * self._learn(mine) - less)
-
-    def _learn(self, mine: Ints) -> NDArray[np.bool_]:
-        """Whether all parameters of a mesh learn."""
+    def _lowering(self, mine: Ints) -> Lowering:
         learn = np.array([np.array_equal(s.held[0], s.learnt[0]) for s in self.sizes])
-        found: NDArray[np.bool_] = learn[self.group[0, mine]]
-        return found
+        return Lowering(
+            layers=self.layers, alike=self.chain[0].layer.count, learn=learn[self.group[0, mine]],
+            fragmentation=self.costs.engine.fragmentation,
+        )
 
     def _in_flight(self, mine: Ints) -> Ints:
         """Micro-batches that the first rank holds at once, at least."""
@@ -369,14 +320,14 @@ class _Table:
             if below is None:
                 again = forced_s(freed, np.maximum(mean, by_place))
             else:
-                size, rate = self._lowered(mine, held, below, room)
+                size, rate = self._lowering(mine).freed(held, below, room)
                 rate = rate / np.maximum(m + pp - 1, 2 * pp * m / (m + 1))  # `stage_bounds`' pieces
                 again = np.maximum(
                     forced_s(with_piece(freed, size, rate), mean),
                     forced_s(with_piece(freed, size / most, rate * most), by_place),
                 )
             if host is not None:
-                laid = self._below_bytes(mine, held, below, room)
+                laid = self._lowering(mine).laid_bytes(held, below, room)
                 pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
                 pieces = pieces[:0] if split else pieces
                 again = np.maximum(again, forced_s(pieces, np.maximum(
@@ -438,7 +389,8 @@ class _Table:
         lowered = np.zeros((3, len(some)))
         if below is not None:
             lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
-            lowered[1] = self._lowered(mine, held, below, room)[1][some] / (pp * self.m[these])
+            rate = self._lowering(mine).freed(held, below, room)[1][some]
+            lowered[1] = rate / (pp * self.m[these])
             copies = below.gathered_bytes[some, 1] - held.gathered_bytes[some, 1]
             lowered[2] = 2 * self._wide(np.maximum(0.0, copies))
         rows = Rows(
