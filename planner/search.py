@@ -239,8 +239,10 @@ class Searcher(Space):
                     least[made] = lower_bound_ps(unlimited(problem))
                     if not out.best or least[made] < self._below(out.best, mesh):
                         todo += self._programs(step, made, problem, out)
+                        if problem.rooms:  # a slower tier with more room may be better
+                            full.append(d)
             held = [row for row in held if not self._over[_state_key(row[0])]]
-            todo += self._by_count(undominated(held), mesh, laid, least, out)
+            todo += self._by_count(undominated(held), mesh, laid, least, full, out)
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             target = self._below(out.best, mesh) if out.best else ENDLESS
             some = [*programs_below(self, ways, laid, known, least, target)]
@@ -253,10 +255,11 @@ class Searcher(Space):
 
     def _by_count(
         self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,
-        least: Mapping[Decisions, int], out: Outcome,
+        least: Mapping[Decisions, int], full: list[Decisions], out: Outcome,
     ) -> Iterator[Program]:  # fmt: skip
         """The programs of states with activations on the host by count of layers, that could be
-        better than the best if memory were in nobody's way. least: bounds of that, where known."""
+        better than the best if memory were in nobody's way. least: bounds of that, where known.
+        full: is told of states beside which a tier may be too full."""
         target = self._below(out.best, mesh) if out.best else ENDLESS
         for d, step in held:
             made = self.by_count(d)
@@ -270,6 +273,8 @@ class Searcher(Space):
                     continue
                 problem = self.problem(below, one)
                 pays = lower_bound_ps(unlimited(problem)) < target
+                if pays and problem.rooms:
+                    full.append(d)
                 if pays and not (out.best and surely_infeasible(problem)):
                     yield Program(
                         bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
@@ -384,7 +389,7 @@ class Searcher(Space):
                 order=out.solved, decisions=d, assignments=laid, problem=problem,
                 stages=found.stages,
             ))  # fmt: skip
-        return over is None and not problem.rooms  # a slower tier with more room may be better
+        return over is None
 
     def _keep(
         self, row: Program, found: StageSolution, laid: Assignments, out: Outcome
