@@ -132,9 +132,12 @@ class Cluster:
 
     @property
     def domain_ranks(self) -> int:
-        """Ranks that share the intra link: equal parts, so 128 GPUs on NVL72 are 2 x 64."""
-        domains = -(-self.count // self.domain_size)
-        while self.count % domains or (self.count // domains) % min(self.node_size, self.count):
+        """Ranks that share the intra link: equal parts of whole nodes, or of one, so 128 GPUs on
+        NVL72 are 2 x 64."""
+        domains, node = -(-self.count // self.domain_size), min(self.node_size, self.count)
+        while self.count % domains or (
+            (self.count // domains) % node and node % (self.count // domains)
+        ):
             domains += 1
         return self.count // domains
 
@@ -262,6 +265,10 @@ def _cluster(raw: dict[str, Any], count: int, where: str) -> Cluster:
         read_tier(tier, where, f"cluster.tiers[{i}].")
         for i, tier in enumerate(body.pop("tiers"))
     )
+    twice = next((t.name for i, t in enumerate(tiers) if t.name in {u.name for u in tiers[:i]}), "")
+    if twice:
+        raise UsageError(f"two cluster.tiers are named {twice!r}", where=where,
+                         why="a plan names the tier that something lies on")  # fmt: skip
     said = {str(key): str(text) for key, text in top["sources"].items()}
     if levels:
         said.pop("cluster.inter", None)  # of a catalogue device's standard network

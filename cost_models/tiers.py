@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -10,7 +11,9 @@ from typing import Any
 
 from cost_models.checked_toml import table
 from cost_models.decisions import Decisions
+from ir.errors import UsageError
 
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 TIER_KEYS = {"name": str, "bytes": int, "read_bytes_per_s": float, "write_bytes_per_s": float}
 
 
@@ -30,7 +33,11 @@ def read_tier(raw: Any, where: str, path: str) -> Tier:
     """A row of `cluster.tiers`. Raises UsageError with the key's path."""
     pool = isinstance(raw, dict) and "gpus" in raw
     keys = {**TIER_KEYS, "gpus": int} if pool else TIER_KEYS
-    return Tier(**table(raw, keys, where, path, () if pool else ("gpus",)))
+    found = Tier(**table(raw, keys, where, path, () if pool else ("gpus",)))
+    if not NAME.fullmatch(found.name):
+        raise UsageError(f"{path}name is {found.name!r}", where=where,
+                         why="expected a word of letters, digits, _ and -")  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

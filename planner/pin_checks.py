@@ -35,11 +35,20 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
 def _check_below(pins: Pins) -> None:
     """The optimizer by count of layers is costed where it is known which they are."""
     counted = ":" in dict(pins.offload or ()).get("optimizer", "")
+    stages = len(pins.stages) if pins.stages is not None else 1 if pins.pp == 1 else None
+    for what, (tier, _, counts) in ((w, t.partition(":")) for w, t in pins.offload or ()):
+        said = len(counts.split("/"))
+        if stages is not None and said not in (1, stages):
+            raise UsageError(
+                f"{_joined(['offload'], pins)}: {what} of {said} stages, and there are {stages}",
+                why="one count stands for every stage, or there is one for each",
+                hints=(f"offload={what}:{tier}:{counts.partition('/')[0]}",),
+            )  # fmt: skip
     if counted and pins.pp != 1 and pins.stages is None:
         raise UsageError(
             f"{_joined(['offload'], pins)}: which layers these are depends on the stages",
             why="the optimizer of so many layers of each stage, its first, is not searched",
-            hints=("pp=1", "stages=... and pp", "offload=optimizer:cpu"),
+            hints=("pp=1", "stages=17,15 and pp=2, by the layers of each", "offload=optimizer:cpu"),
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,15 @@ def test_racks_of_72_give_64_where_the_count_is_a_power_of_two() -> None:
         assert hw.load_hardware(f"{name}x256").domain_ranks == 64
         assert hw.describe(name).node_size == 4
         assert hw.load_hardware(f"{name}x72").domain_ranks == 72
+
+
+@pytest.mark.parametrize(("domain", "node", "count", "ranks"), [
+    (4, 8, 8, 4), (1, 8, 16, 1), (2, 8, 16, 2), (72, 4, 128, 64), (3, 8, 8, 2), (16, 4, 8, 8),
+    (8, 8, 6, 6),
+])  # fmt: skip
+def test_domains_are_equal_parts_of_nodes_or_whole_ones(domain, node, count, ranks) -> None:
+    c = replace(hw.load_hardware("h100x8"), domain_size=domain, node_size=node, count=count)
+    assert c.domain_ranks == ranks
 
 
 def test_what_is_shown_fits_80_columns(tmp_path) -> None:
@@ -273,6 +283,8 @@ def test_a_file_may_say_everything(tmp_path) -> None:
         ("count = 8", "", ["missing key count"]),
         ("node_size = 8", "node_size = 8.5", ["cluster.node_size"]),
         ('name = "nvme"', "name = 3", ["cluster.tiers[1].name"]),
+        ('name = "nvme"', 'name = "a:b"', ["cluster.tiers[1].name is 'a:b'", "a word"]),
+        ('name = "nvme"', 'name = "cpu"', ["two cluster.tiers are named 'cpu'"]),
     ],
 )
 def test_a_bad_file_is_told_by_its_key(tmp_path, old, new, words) -> None:

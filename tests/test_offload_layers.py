@@ -208,6 +208,15 @@ def test_words_of_counts():
     assert "not offloaded by count" in illegal(split, workload)
 
 
+@pytest.mark.parametrize("pins", [["pp=1"], ["pp=4", "stages=1,1,1,1"]])
+@pytest.mark.parametrize("what", ["optimizer:nvme", "activations:cpu"])
+def test_counts_are_one_or_as_many_as_stages(pins, what):
+    workload = stepped(BASE)[0].workload
+    check_pins(parse_pins([f"offload={what}:1", *pins]), workload, gpus=8, layers=LAYERS)
+    with pytest.raises(UsageError, match=r"of 2 stages, and there are [14]"):
+        check_pins(parse_pins([f"offload={what}:1/1", *pins]), workload, gpus=8, layers=LAYERS)
+
+
 def test_every_choice_of_a_program_by_count():
     """The solver's (full, half) are layers recomputed and layers below, whatever the cut."""
     d = replace(BASE, pp=2, dp=4, shard=4, offload=(("activations", "cpu:"),))
