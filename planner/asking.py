@@ -87,7 +87,8 @@ class Asking:
         costs = self.searcher.costs
         cluster, workload = cluster or costs.cluster, workload or costs.workload
         compiled = may_compile(workload, pins)
-        key = (cluster.count, cluster.device.memory_bytes, workload, compiled, pins.place)
+        memory = cluster.device.memory_bytes, cluster.tiers
+        key = (cluster.count, memory, workload, compiled, pins.place)
         wanted = dict.fromkeys(
             [(1, 1)] + [
                 (m.micro_batch, m.cp) for p in (Pins(), pins)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # it plans a part as `tracing` does, which asks here
 EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
 MOST_TIMES = 16  # so many times the GPUs are asked for at most
+MORE_ROOM = (1.25, 1.5, 2, 4, 8, 64)  # times what a tier has; the last is as good as no limit
 MOST_DOMAINS = 4  # that tp is asked to cross
 MOST_NEAR = 50  # batches on either side, of each number of data ranks, that are asked about
 LEAST_SEQ_LEN = 1024  # tokens; no shorter sequence is hinted at
@@ -91,8 +92,13 @@ def explained(
     """Why no plan of what is asked fits. nearest: what the nearest misfit needs, rule: what a legal
     mesh keeps, in words."""
     legal = out.misfit is None and out.full is None
-    core = Questions(asked=asked, pins=pins, legal=legal).core()
-    spec, tier = asked.hardware.spec, [f"tier {out.full.said}"] if out.full else []
+    questions = Questions(asked=asked, pins=pins, legal=legal)
+    core, spec, tier, roomier = questions.core(), asked.hardware.spec, [], []
+    if out.full:
+        roomier = questions.roomier(out.full.name)
+        binds = roomier or isinstance(asked.hardware, Fleet)  # of these it is not asked
+        tier = [f"tier {out.full.said}"] if binds else []
+    core = replace(core, hints=(*roomier, *core.hints))
     words = [*core.limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
     binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
     if legal:
@@ -268,6 +274,27 @@ class Questions:
         except PlanError:  # the pins or the hardware's levels do not go with that count
             return None
         return None if found is None else f"{bigger.spec} {self._told(found, (), 'holds it')}"
+
+    def roomier(self, name: str) -> list[str]:
+        """What fits if a tier below had more room, as little more as is asked about."""
+        hardware = self.asked.hardware
+        if isinstance(hardware, Fleet) or self.legal:
+            return []
+        for times in MORE_ROOM:
+            bigger = replace(hardware, tiers=tuple(
+                replace(t, bytes=int(t.bytes * times)) if t.name == name else t
+                for t in hardware.tiers
+            ))  # fmt: skip
+            if not self.asked.can_fit(self.pins, hardware=bigger):
+                continue
+            found = self.asked.ask(self.pins, hardware=bigger, effort=self._effort)
+            if found is not None and found.outcome.best is not None:
+                return [
+                    f"{use.used_bytes / 1e9:,.1f} GB of tier {name} for {many(use.gpus, 'GPU')}"
+                    f" {self._told(found, ('offload',), 'hold it')}"
+                    for use in found.estimate().tiers if use.name == name
+                ]  # fmt: skip
+        return []
 
     def _smaller(self) -> Iterator[tuple[str, str]]:
         """The nearest smaller batch, and the nearest shorter sequence, where something fits."""

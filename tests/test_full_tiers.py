@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -17,6 +18,7 @@ from cost_models.rank_ledger import tier_uses
 from cost_models.stage_problem import Room, below_bytes, evaluate
 from cost_models.tiers import Tier, fullest, together
 from planner.decisions import Pins, parse_pins
+from planner.infeasible import infeasible
 from planner.legality import illegal
 from planner.mesh import Mesh
 from planner.score import score_of
@@ -211,3 +213,19 @@ def test_stage_programs_keep_to_their_rooms(schedule):
             low = (free + best) // 2
             refuted += best > free and refute(p, low, Known.of(p), effort).refuted
     assert kept > 15 and tight > 3 and (schedule == "zbh1" or refuted > 0)
+
+
+def test_a_tier_is_named_where_more_of_it_would_do(tmp_path):
+    """The hint's room is enough; and where no room would do, no tier is named."""
+    pins = parse_pins(["pp=1", "zero=1"])
+    small = tiny(tmp_path, 15, 1).searcher.under(pins)
+    out = small.run()
+    assert out.best is None and out.full.name == "cpu"
+    told = infeasible(small, out)
+    assert "tier cpu" in told.why
+    (gigabytes,) = re.findall(r"^([\d.,]+) GB of tier cpu for 2 GPUs hold it", told.hints[0])
+    enough = tiny(tmp_path, 15, float(gigabytes) + 0.1).searcher.under(pins).run()
+    assert 1 < float(gigabytes) <= 8 and enough.best is not None
+    tight = tiny(tmp_path, 4, 1).searcher.under(pins)
+    told = infeasible(tight, tight.run())
+    assert "tier" not in "\n".join(told.lines())
