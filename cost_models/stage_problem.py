@@ -73,6 +73,10 @@ class Room:
     aside_bytes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     ends_bytes: tuple[int, int]
 
+    def beside_bytes(self, stage: Any, count: int) -> Any:
+        """Of a stage of so many, or an array of them: bytes there beside its layers'."""
+        return self.ends_bytes[0] * (stage == 0) + self.ends_bytes[1] * (stage == count - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageProblem:
@@ -182,6 +186,16 @@ class StageProblem:
         """What the stage has beside its layers."""
         here = (self.first,) if stage == 0 else ()
         return (*here, self.last) if stage == self.count - 1 else here
+
+
+def least_of(problems: Sequence[StageProblem], names: Sequence[str]) -> dict[str, Any]:
+    """Numbers of layers, by level where they have levels: of each the least of these problems."""
+    def least(rows: Sequence[Any]) -> Any:
+        if isinstance(rows[0][0], tuple):
+            return tuple(least(level) for level in zip(*rows))
+        return tuple(map(min, *rows)) if len(rows) > 1 else rows[0]
+
+    return {name: least([getattr(p, name) for p in problems]) for name in names}
 
 
 def pinned_pair(problem: StageProblem, stage: int, layers: int) -> Pair | None:
@@ -371,7 +385,7 @@ def below_bytes(
         for k in problem.stages_of(rank):
             i, n = starts[k], stages[k]
             state += sum(room.state_bytes[i : i + n])
-            state += room.ends_bytes[0] * (k == 0) + room.ends_bytes[1] * (k == problem.count - 1)
+            state += room.beside_bytes(k, problem.count)
             held.append(sum(
                 room.aside_bytes[_level(recompute[k], place)][i + place] for place in range(n)
             ))  # fmt: skip

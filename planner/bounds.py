@@ -15,8 +15,9 @@ its own bytes and its own seconds; the least of them is the mesh's bound.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,8 +116,8 @@ def mesh_bounds_ps(
     for pipeline in (False, True):
         mine = np.flatnonzero((table.pp > 1) == pipeline)
         if len(mine):
-            for some, tight in table.by_room(mine, states):
-                bounds[some], tails, guess_bytes = table.least_s(some, states, limit, tight)
+            for some, tight, found in table.by_room(mine, states):
+                bounds[some], tails, guess_bytes = table.least_s(some, states, limit, tight, found)
                 guesses[some] = table.guess_s(some, tails, guess_bytes, most_virtual)
     guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
@@ -159,18 +160,22 @@ class _Table:
         found: Floats = self._stacks[name, *at][self.group[0, mine], self.group[1, mine]]
         return found
 
-    def by_room(self, mine: Ints, states: States) -> list[tuple[Ints, bool]]:
+    def by_room(self, mine: Ints, states: States) -> list[tuple[Ints, bool, dict[Way, Held]]]:
         """Meshes that are all pipelines or none, apart by whether the host's memory may be too full
-        for what they would lay there, which is weighed of these alone."""
+        for what they would lay there, which is weighed of these alone; with how they hold state, by
+        way, where they stay together."""
         rows, sizes = self._rows(mine)
         kernels, pp = self.get(mine, "kernels_s"), self.pp[mine]
         aside = states.moves * self.get(mine, "kept") * self._in_flight(mine) / pp
         most = np.zeros(len(mine))
-        for way in states.ways(bool(pp[0] > 1)) if states.pins.offload is None else ():
-            laid = states.of(way, rows, sizes, kernels).laid_bytes.get("cpu", most * 0)
-            most = np.maximum(most, laid / pp + aside)
+        ways = states.ways(bool(pp[0] > 1)) if states.pins.offload is None else ()
+        found = {way: states.of(way, rows, sizes, kernels) for way in ways}
+        for held in found.values():
+            most = np.maximum(most, held.laid_bytes.get("cpu", most * 0) / pp + aside)
         tight = most > states.room_bytes(rows, "cpu")[0] if np.any(most) else most > 0
-        return [(mine[tight == part], part) for part in (False, True) if np.any(tight == part)]
+        if np.all(tight == tight[0]):
+            return [(mine, bool(tight[0]), found)]
+        return [(mine[tight == part], part, {}) for part in (False, True)]
 
     def _rows(self, mine: Ints) -> tuple[list[Mesh], list[Sizes]]:
         return (
@@ -178,10 +183,11 @@ class _Table:
         )
 
     def least_s(
-        self, mine: Ints, states: States, limit: Floats, tight: bool
+        self, mine: Ints, states: States, limit: Floats, tight: bool, known: Mapping[Way, Held]
     ) -> tuple[Floats, Floats, Floats]:
         """(bound, least tail, a guess at a rank's bytes beside activations) of meshes that are
-        all pipelines or none. tight: room below is weighed."""
+        all pipelines or none. tight: room below is weighed. known: some
+        ways to hold state."""
         rows, sizes = self._rows(mine)
         step, pp = self.get(mine, "step_s"), self.pp[mine]
         reserved = np.array([states.reserved(r) for r in rows])
@@ -193,7 +199,7 @@ class _Table:
             kinds.discard("gpipe")
         least, tail, held_bytes = (np.full(len(mine), np.inf) for _ in range(3))
         found = {
-            way: states.of(way, rows, sizes, kernels)
+            way: known.get(way) or states.of(way, rows, sizes, kernels)
             for way in states.ways(bool(pp[0] > 1), every_tier=tight)
         }
         rooms = {tier.name: states.room_bytes(rows, tier.name)
@@ -258,23 +264,29 @@ class _Table:
             pieces = np.moveaxis(self.get(mine, "again_freed"), 0, -1)
             least = forced_s(pieces, kept + everywhere / at_once)
         # transfers take both of these at least, and those of layers that lie below as much of each
+        if below is not None:
+            size, rate = low.freed(held, below, room)
+            copies = np.maximum(0.0, below.each_s - held.each_s) * low.learn
+            whole = np.maximum(1.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
         for rest, each in ((share, share * held.each_s), (1.0, held.each_s - kernels)):
             pieces = freed
             if below is not None:
-                size, rate = low.freed(held, below, room)
-                copies = np.maximum(0.0, below.each_s - held.each_s) * low.learn
-                whole = np.maximum(1.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
-                rate = rate / m + rest * copies / whole
-                pieces = with_piece(freed, size / at_once, rate * at_once)
+                price = rate / m + rest * copies / whole
+                pieces = with_piece(freed, size / at_once, price * at_once)
             again = 0.0 if self._elsewhere(way) else forced_s(pieces, over)
             again = np.maximum(again, least)
             found = np.maximum(found, m * (step + again + each) + held.tail_s)
         return found
 
+    @functools.cached_property
+    def _learn(self) -> NDArray[np.bool_]:
+        """By chain, whether all its parameters learn; asked once all are filled in."""
+        return np.array([np.array_equal(s.held[0], s.learnt[0]) for s in self.sizes])
+
     def _lowering(self, mine: Ints) -> Lowering:
-        learn = np.array([np.array_equal(s.held[0], s.learnt[0]) for s in self.sizes])
         return Lowering(
-            layers=self.layers, alike=self.chain[0].layer.count, learn=learn[self.group[0, mine]],
+            layers=self.layers, alike=self.chain[0].layer.count,
+            learn=self._learn[self.group[0, mine]],
             fragmentation=self.costs.engine.fragmentation,
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.stage_problem import Pair, StageProblem, pairs_of, pinned_pair
+from cost_models.stage_problem import Pair, StageProblem, least_of, pairs_of, pinned_pair
 from planner.stage_arcs import INF, Array, Rows, options_of
 
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
@@ -92,11 +92,8 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
         return int(m * (each[n] + again) + tail[n]) if again < INF else INF
 
     # layers below are computed again in another time, or hold other bytes: the least of both
-    easiest = replace(
-        none, recompute_ps=_least(none.recompute_ps, every.recompute_ps),
-        activation_bytes=_least(none.activation_bytes, every.activation_bytes),
-        working_bytes=_least(none.working_bytes, every.working_bytes),
-    )  # fmt: skip
+    names = ("recompute_ps", "activation_bytes", "working_bytes")
+    easiest = replace(none, **least_of((none, every), names))
     steps = step_ps(easiest, slice(p.layers + 1))
     found, best = np.full_like(steps, INF), INF
     for n in np.argsort(steps[1 : most + 1], kind="stable").tolist():
@@ -126,11 +123,6 @@ def _quickest(
     held = flight * o.act_bytes + np.maximum(o.work_bytes, least)
     order = np.argsort(held, kind="stable")
     return held[order], np.minimum.accumulate(np.concatenate(([INF], o.extra_ps[order])))
-
-
-def _least(none: Rows, every: Rows) -> Any:
-    """The less of both, by level and layer."""
-    return tuple(tuple(map(min, low, high)) for low, high in zip(none, every))
 
 
 def _joined(none: Rows, every: Rows, n: int) -> Any:

@@ -7,9 +7,8 @@ kernels and links are not the others'.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ from planner.bounds import NEVER_PS, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import Mesh
 from planner.offloads import offloads
-
-S = TypeVar("S")
 
 
 class FleetStates(States):
@@ -78,12 +75,3 @@ def _of_all(costs: Costs, gpus: int) -> Costs:
         graph=costs.graph, cluster=replace(cluster, count=whole * -(-gpus // whole)),
         workload=costs.workload, points=costs.points, compiled=costs.compiled,
     )  # fmt: skip
-
-
-def by_space(
-    some: Sequence[int], candidates: Sequence[tuple[S, Mesh]]
-) -> Iterator[tuple[S, list[int]]]:
-    """Some of the candidates by the space that they are of."""
-    for key in dict.fromkeys(id(candidates[i][0]) for i in some):
-        mine = [i for i in some if id(candidates[i][0]) == key]
-        yield candidates[mine[0]][0], mine

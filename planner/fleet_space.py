@@ -20,12 +20,13 @@ from cost_models.step import Assignments
 from ir.errors import PlanError
 from planner.bound_chain import Through, through_chain
 from planner.bounds import NEVER_PS, Bounds
-from planner.fleet_bounds import Fits, by_space
+from planner.fleet_bounds import Fits
 from planner.mesh import Mesh, laid_out, parted
 from planner.outcome import Outcome
 from planner.search import SHARPENED, Searcher
 from planner.space import Space
 from planner.stage_sides import least_spread
+from planner.turns import by_space
 
 SCHEDULES = ("1f1b", "gpipe", "zbh1")  # one stage a rank: a chunk's part would change within a rank
 ROUNDING = 1e-6  # of sums as floats, relative: what is proved stays below

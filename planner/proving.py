@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cost_models.decisions import Decisions
-from cost_models.stage_problem import StageProblem
+from cost_models.stage_problem import StageProblem, least_of
 from cost_models.step import Assignments
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
@@ -74,17 +73,13 @@ def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
 def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
     """Of problems that differ in nothing but what recomputation takes, keeps and uses: the least of
     all; None where they differ in more."""
-    def least(name: str) -> Any:
-        rows = [getattr(p, name) for p in problems]
-        return tuple(tuple(map(min, *level)) for level in zip(*rows))
-
     names = ("recompute_ps", "activation_bytes", "working_bytes")
     if len(problems) == 1:
         return problems[0]
     same = {name: getattr(problems[0], name) for name in names}
     if any(replace(p, **same) != problems[0] for p in problems):
         return None
-    return replace(problems[0], **{name: least(name) for name in names})
+    return replace(problems[0], **least_of(problems, names))
 
 
 def _by_planes(one: Unsettled) -> bool:

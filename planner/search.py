@@ -44,7 +44,7 @@ from planner.stages import (
     solve,
     surely_infeasible,
 )
-from planner.turns import in_turn
+from planner.turns import by_space, in_turn
 
 DEFAULT_EFFORT = 1_200  # a stage program counts one, and one for every 8 stages, if it is not a
 # known one with other operations kept, which the best cuts off early; a mesh one, if
@@ -165,14 +165,11 @@ class Searcher(Space):
         kind of GPUs, as others are bounded otherwise."""
         if out.best is None or len(self.clusters) > 1:
             return
-        for space in dict.fromkeys(id(candidates[i][0]) for i in rest):
-            some = [i for i in rest if id(candidates[i][0]) == space
-                    and lower[i] < out.best.score and candidates[i][1].pp > 1]  # fmt: skip
-            if not some:
-                continue
+        open_ones = [i for i in rest if lower[i] < out.best.score and candidates[i][1].pp > 1]
+        for space, some in by_space(open_ones, candidates):
             meshes = [candidates[i][1] for i in some]
             below = [self._below(out.best, m) for m in meshes]
-            found = candidates[some[0]][0]._bounds(meshes, below, apart=True)
+            found = space._bounds(meshes, below, apart=True)
             for i, mesh, bound in zip(some, meshes, found.lower_ps.tolist()):
                 lower[i] = max(lower[i], self._score(bound, mesh))
             out.spent += len(some) // SHARPENED

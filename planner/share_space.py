@@ -25,13 +25,14 @@ from cost_models.stage_problem import Pair, StageProblem, tail_ps
 from cost_models.step import Assignments, Costs, Step
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
-from planner.fleet_bounds import Fits, by_space
+from planner.fleet_bounds import Fits
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
 from planner.outcome import Outcome, Tried, decided
 from planner.proving import ENDLESS, Unsettled
 from planner.search import SHARPENED, Searcher
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
+from planner.turns import by_space
 
 ROUNDING = 1e-6  # of sums as floats, relative: what is proved stays below
 

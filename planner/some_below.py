@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from cost_models.decisions import Decisions
 from cost_models.rooms import with_binding
-from cost_models.stage_problem import Lowered, StageProblem
+from cost_models.stage_problem import Lowered, StageProblem, least_of
 from cost_models.step import Assignments, Step
 from planner.by_layer import best_count
 from planner.dominance import undominated
@@ -98,17 +97,11 @@ def _alone(
 def _easier(none: StageProblem, every: StageProblem) -> StageProblem:
     """A problem that is no harder than one with the optimizers of any layers below, which one
     stage computes in other times: the least of both."""
-    def least(name: str) -> Any:
-        here, there = getattr(none, name), getattr(every, name)
-        if isinstance(here[0], tuple):
-            return tuple(tuple(map(min, a, b)) for a, b in zip(here, there))
-        return tuple(map(min, here, there))
-
     times = ("forward_ps", "input_grad_ps", "weight_grad_ps", "recompute_ps", "activation_bytes",
              "working_bytes", "tail_comm_ps")  # fmt: skip
     hidden = tuple(map(max, none.tail_hide_ps, every.tail_hide_ps))
     return replace(
-        none, **{name: least(name) for name in times}, tail_hide_ps=hidden, rooms=(),
+        none, **least_of((none, every), times), tail_hide_ps=hidden, rooms=(),
         lowered=_lowered(every),
     )  # fmt: skip
 

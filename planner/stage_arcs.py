@@ -234,7 +234,7 @@ def _leaves_room(p: StageProblem) -> Allowed:
         for room, aside in zip(p.rooms, o.aside_bytes):
             sums = upto(room.state_bytes)
             laid = sums[i + n + 1] - sums[i]
-            laid += room.ends_bytes[0] * (s == 0) + room.ends_bytes[1] * (s == p.count - 1)
+            laid += room.beside_bytes(s, p.count)
             fits &= laid[:, None] + flight[s][:, None] * aside <= room.most_bytes
         return fits
 

@@ -103,21 +103,31 @@ def forced_ps(p: StageProblem) -> int | None:
     overs = ((state - sum(left), 1), (state / max(flights) - places, max(flights)))
     found = 0
     for over, each in (max(overs),) if p.lowered is None else overs:
-        again, over = 0.0, kept + over
-        for rate, size in _freed_by(p, each) if over > 0 else ():
-            used = min(over, size)
-            again, over = again + used * rate, over - used
-            if over <= 0:
-                break
-        if over > 1 + kept * ROUNDING:
+        pieces = _freed_by(p, each) if kept + over > 0 else ()
+        again_ps = _freeing_ps(pieces, kept, kept + over)
+        if again_ps is None:
             return None
-        found = max(found, int(again * (1 - ROUNDING)) - 1)
+        found = max(found, again_ps)
     for room in p.rooms:
         again_ps = _forced_below_ps(p, room, sum(left), flights)
         if again_ps is None:
             return None
         found = max(found, again_ps)
     return found
+
+
+def _freeing_ps(
+    pieces: Sequence[tuple[float, float]], kept_bytes: int, over_bytes: float
+) -> int | None:
+    """Picoseconds in which that is freed of what is kept, the cheapest pieces first, (picoseconds a
+    byte, bytes) each; None where all of them are too little."""
+    again, over = 0.0, over_bytes
+    for rate, size in pieces:
+        if over <= 0:
+            break
+        used = min(over, size)
+        again, over = again + used * rate, over - used
+    return None if over > 1 + kept_bytes * ROUNDING else int(again * (1 - ROUNDING)) - 1
 
 
 def _forced_below_ps(
@@ -145,13 +155,9 @@ def _forced_below_ps(
     places = sum(1 / k for k in flights)
     mean = state - left_bytes - p.pp * room.mean_bytes
     by_place = state / most - (left_bytes / p.pp + room.most_bytes) * places
-    over, again = kept + max(mean, by_place), 0.0
-    for rate, size in _pieces(p.recompute_ps, (none, some, full), p.levels) if over > 0 else ():
-        used = min(over, size)
-        again, over = again + used * rate, over - used
-        if over <= 0:
-            break
-    return None if over > 1 + kept * ROUNDING else int(again * (1 - ROUNDING)) - 1
+    over = kept + max(mean, by_place)
+    pieces = _pieces(p.recompute_ps, (none, some, full), p.levels) if over > 0 else ()
+    return _freeing_ps(pieces, kept, over)
 
 
 def _freed_by(p: StageProblem, each: int) -> Sequence[tuple[float, float]]:

@@ -262,8 +262,7 @@ class Chunks:
             laid = 0
             for k, (start, count) in zip(self.of_rank[rank], spans):
                 laid += sum(room.state_bytes[start : start + count])
-                laid += room.ends_bytes[0] * (k == 0)
-                laid += room.ends_bytes[1] * (k == self.p.count - 1)
+                laid += room.beside_bytes(k, self.p.count)
             aside = np.array([row[3][place] for row in rows])
             if laid + int((aside @ self.moments[rank]).max()) > room.most_bytes:
                 return False

@@ -100,11 +100,9 @@ class Below:
 
     def _left(self, stage: int) -> list[int]:
         """Of each room, what the layers of a stage may lay there."""
-        count = self.p.count
         return [
-            room.most_bytes - room.ends_bytes[0] * (stage == 0)
-            - room.ends_bytes[1] * (stage == count - 1) for room in self.p.rooms
-        ]  # fmt: skip
+            room.most_bytes - room.beside_bytes(stage, self.p.count) for room in self.p.rooms
+        ]
 
     def _allowed(self, spare: Array, limit_ps: int) -> Allowed:
         """Pairs beside which some number of layers below saves enough and leaves room, with a tail

@@ -252,8 +252,7 @@ class _Planes:
         """Of a rank at the same moments, in shares of what it may lay on a tier below."""
         stages = self.p.stages_of(rank)
         places = [self.kind_of.index(k) for k in range(len(self.kinds))]
-        ends = room.ends_bytes[0] * (0 in stages)
-        ends += room.ends_bytes[1] * (self.p.count - 1 in stages)
+        ends = sum(room.beside_bytes(k, self.p.count) for k in stages)
         for counts in self.p.in_flight(rank):
             held = dict(zip(stages, counts))
             row = self.solver.Constraint(-self.inf, 1 - ends / room.most_bytes)

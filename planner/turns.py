@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
 
+from planner.mesh import Mesh
 from planner.outcome import Outcome
+
+S = TypeVar("S")
 
 
 def in_turn(
@@ -38,3 +42,12 @@ def in_turn(
     if left:
         sharpen(left)
     yield from sorted(left, key=lambda i: (lower[i], i))
+
+
+def by_space(
+    some: Sequence[int], candidates: Sequence[tuple[S, Mesh]]
+) -> Iterator[tuple[S, list[int]]]:
+    """Some of the candidates by the space that they are of."""
+    for key in dict.fromkeys(id(candidates[i][0]) for i in some):
+        mine = [i for i in some if id(candidates[i][0]) == key]
+        yield candidates[mine[0]][0], mine
