@@ -3,19 +3,20 @@
 A way is a ZeRO stage, whether parameters are gathered again, and where the optimizer is. The more
 ranks share a state the less each holds, so bytes are those where all data ranks share it; seconds
 are the least of any sharing that the search tries. Each way is bounded by its own bytes and its
-own seconds.
+own seconds; sharper, and slower, each sharing by its own (`States.shared`).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.collectives import explain
 from cost_models.decisions import Decisions
 from cost_models.engines import ZeroMode
 from cost_models.offload import below_bytes, parameter_copies_s, update_s
@@ -23,27 +24,23 @@ from cost_models.state import (
     COMPUTE_BYTES,
     MASTER_BYTES,
     MOMENT_BYTES,
-    Layout,
-    Ranks,
     grad_bytes,
     held,
     in_torch,
-    ranks_of,
     reserved_of,
     state_of,
     update_bytes,
 )
 from cost_models.step import Assignments, Costs
 from cost_models.tiers import together
+from planner.bound_sharing import Shared, Sizes, in_table, sizes_of
 from planner.decisions import Pins
 from planner.legality import illegal
-from planner.mesh import Mesh, outside, shard_sizes
+from planner.mesh import Mesh, outside
 from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
 
 Floats = NDArray[np.float64]
-PARTS = 4  # of the chain: all of it, one layer of the commonest kind, before the layers, behind
 MANY = 10**9  # parameters of which a rate is taken
-NO_WAY_S = 1e9  # thirty years: of a mesh whose state cannot be shared as it is pinned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +54,17 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Local elements of one mesh's parameters, [part, (dense, expert)]: all, and those learnt."""
-
-    held: Floats
-    learnt: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Stacked:
     """What meshes are, whatever the way: their axes as floats, and `Sizes` as arrays, [mesh, part,
-    (dense, expert)]; traffic: by (bytes of a gradient, ZeRO), as `States._traffic_of` has it."""
+    (dense, expert)]; traffic: by (bytes of a gradient, ZeRO, whether rows are shared whole), as
+    `States._traffic_of` has it; pieces: by the last two, as `States._pieces` has it."""
 
     meshes: Sequence[Mesh]
     axes: Floats
     held: Floats
     learnt: Floats
-    traffic: dict[tuple[int, int], Floats]
+    traffic: dict[tuple[int, int, bool], Floats]
+    pieces: dict[tuple[int, bool], tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +88,22 @@ class States:
 
     def __init__(self, costs: Costs, pins: Pins) -> None:
         self.costs, self.pins = costs, pins
-        self._traffic: dict[tuple[int, ...], Floats] = {}
-        self._rates: dict[tuple[str, Layout], float] = {}
+        self.sharings = Shared(costs, pins)
+        self._sizes: dict[tuple[bytes, ...], Sizes] = {}
         self._sent: dict[tuple[int, int, int, bool], int] = {}
         self._last: _Stacked | None = None
+        self._nth: int | None = None  # of a mesh's sharings
+
+    def shared(self, nth: int) -> States:
+        """The same with the state of each mesh shared as the nth of its sharings has it, the most
+        ranks first, or the last."""
+        found = copy.copy(self)  # what is known of meshes is both's
+        found._nth, found._last = nth, None
+        return found
+
+    def count(self, m: Mesh) -> int:
+        """How many sharings a mesh has."""
+        return max(len(self.sharings.of(m, zero).ranks) for zero in (0, 1))
 
     @property
     def by_layer(self) -> bool:
@@ -158,23 +161,13 @@ class States:
     def sizes(self, laid: Assignments, ep: int, etp: int, layer: int) -> Sizes:
         """layer: the commonest kind of layer. A tied alias is left out."""
         costs, layers = self.costs, self.costs.chain.layers
-        parts = np.zeros((2, PARTS, 2))
-        by_kind = []
-        for unit, is_layer, earlier in costs.kinds:
-            one = np.zeros((2, 2))
-            for h in held(unit, laid[unit, is_layer], ep, etp):
-                if h.name not in earlier:
-                    one[0, int(h.expert)] += h.elements
-                    one[1, int(h.expert)] += h.elements * (not h.frozen)
-            by_kind.append(one)
-        for i, kind in enumerate(costs.kind_of):
-            parts[:, 0] += by_kind[kind]
-            if i < layers[0]:
-                parts[:, 2] += by_kind[kind]
-            elif i > layers[-1]:
-                parts[:, 3] += by_kind[kind]
-        parts[:, 1] = by_kind[layer]
-        return Sizes(held=parts[0], learnt=parts[1])
+        kinds = costs.kind_of
+        ends = kinds[: layers[0]], kinds[layers[-1] + 1 :]
+        parts = Counter(kinds), Counter([layer]), *map(Counter, ends)
+        units = [(held(unit, laid[unit, is_layer], ep, etp), earlier)
+                 for unit, is_layer, earlier in costs.kinds]  # fmt: skip
+        found = sizes_of(units, parts)
+        return self._sizes.setdefault(found.same, found)
 
     def reserved(self, m: Mesh) -> float:
         """Bytes that a rank holds besides, with as few virtual stages as there may be."""
@@ -209,27 +202,20 @@ class States:
         """
         costs, engine = self.costs, self.costs.engine
         stacked = self._stacked(meshes, sizes)
-        cp, pp, dp, m, tp, ep, etp = stacked.axes
-        ranks, block = dp * cp, ep * etp
-        edp = ranks * tp / block
-        shards = ranks if way.zero else np.ones(len(ranks))
-        experts = np.where(
-            shards >= ranks, edp, np.minimum(edp, np.maximum(1.0, shards * tp // block))
-        )
-        share = 1 / np.stack([shards, experts], axis=-1)[:, None, :]
-        whole, learnt = stacked.held, stacked.learnt
+        pp, m = stacked.axes[1], stacked.axes[3]
         some = Decisions(
             pp=2 if pp[0] > 1 else 1, zero=way.zero, reshard=way.reshard, offload=way.offload,
             grad_dtype=way.grad_dtype,
         )  # fmt: skip
         mode = engine.zero_mode(way.zero, reshard=way.reshard, pp=some.pp)
-        accumulates = ((m > 1) | (pp > 1) | (not in_torch(mode)))[:, None]
+        fsdp = in_torch(mode)
+        accumulates = ((m > 1) | (pp > 1) | (not fsdp))[:, None]
+        pieces, moved = self._pieces(stacked, sizes, way.zero, fsdp)
         state, gathered, updated = self._bytes(
-            some, mode, whole.sum(axis=2), (whole * share).sum(axis=2), learnt.sum(axis=2),
-            (learnt * share).sum(axis=2), accumulates,
-        )  # fmt: skip
+            some, mode, moved, pieces, stacked.learnt.sum(axis=2), accumulates
+        )
         grad = grad_bytes(some, costs.workload, engine)
-        reduce_all, gather, reduce = self._traffic_of(stacked, sizes, grad, way.zero)
+        reduce_all, gather, reduce = self._traffic_of(stacked, sizes, grad, way.zero, fsdp)
         once = mode.reduce_per_step * reduce + mode.gather_per_step * gather
         once = once + mode.all_reduce_per_step * reduce_all
         least = engine.dp_exposed_least
@@ -238,8 +224,11 @@ class States:
         ) + engine.dp_gather_hidden * bool(mode.gather_per_step)
         tail = least * once + np.maximum(0.0, (1 - least) * once - behind * kernels_s[:, None])
         each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
+        if self._nth is not None:
+            ours = self._ours(meshes, way.zero)
+            tail, each = np.where(ours, tail, np.inf), np.where(ours, each, np.inf)
         tail, each = tail.min(axis=1), each.min(axis=1)
-        shard = (whole * share).sum(axis=2)[:, 0]
+        shard = pieces[0, :, 0]
         each = each + self._copies_s(some, shard, updated[:, 0])
         return Held(
             state_bytes=state, gathered_bytes=gathered, laid_bytes=self._laid(way, shard, updated),
@@ -265,34 +254,62 @@ class States:
         if self._last is None or self._last.meshes is not meshes:
             axes = [(r.cp, r.pp, r.dp, r.microbatches, r.tp, r.ep, r.etp) for r in meshes]
             self._last = _Stacked(
-                meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={},
+                meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={}, pieces={},
                 held=np.stack([s.held for s in sizes]), learnt=np.stack([s.learnt for s in sizes]),
             )  # fmt: skip
         return self._last
 
+    def _pieces(
+        self, stacked: _Stacked, sizes: Sequence[Sizes], zero: int, fsdp: bool
+    ) -> tuple[Floats, Floats]:
+        """[(held, learnt), mesh, part] elements of the fullest rank, and those that are moved:
+        exactly of one sharing, else of all data ranks, and without what FSDP2 adds to move it."""
+        key = min(zero, 1), fsdp
+        if key not in stacked.pieces:
+            if self._nth is None:
+                cp, _, dp, _, tp, ep, etp = stacked.axes.astype(np.int64)
+                shard = dp * cp if zero else np.ones_like(dp)
+                ranks = np.stack([shard, dp * cp * tp // (ep * etp) if zero else shard], axis=1)
+            else:
+                rows = [self.sharings.of(m, key[0]) for m in stacked.meshes]
+                ranks = np.array([row.ranks[row.nth(self._nth)] for row in rows])
+            found = np.stack([
+                self.sharings.pieces(one, dense, expert, fsdp)
+                for one, (dense, expert) in zip(sizes, ranks.tolist())
+            ], axis=1)  # fmt: skip
+            moved = np.stack([stacked.held, stacked.learnt])
+            if fsdp and self._nth is not None:
+                moved = found * ranks[None, :, None, :]
+            stacked.pieces[key] = found.sum(axis=3), moved.sum(axis=3)
+        return stacked.pieces[key]
+
+    def _ours(self, meshes: Sequence[Mesh], zero: int) -> NDArray[np.bool_]:
+        """[mesh, way to share]: whether it is of the sharing that is asked about."""
+        assert self._nth is not None
+        rows = [self.sharings.of(m, min(zero, 1)) for m in meshes]
+        return in_table([row.of_way == row.nth(self._nth) for row in rows])
+
     def _traffic_of(
-        self, stacked: _Stacked, sizes: Sequence[Sizes], grad: int, zero: int
+        self, stacked: _Stacked, sizes: Sequence[Sizes], grad: int, zero: int, fsdp: bool
     ) -> Floats:
-        """`_moved_s` of all, [3, mesh, way to share]: where there are fewer ways, the last again.
+        """`Shared.moved_s` of all, [3, mesh, way to share], the last again where there are fewer.
         """
-        key = grad, min(zero, 1)
+        key = grad, min(zero, 1), fsdp
         if key not in stacked.traffic:
-            each = [self._moved_s(r, s, grad, zero) for r, s in zip(stacked.meshes, sizes)]
-            table = np.empty((3, len(each), max(t.shape[1] for t in each)))
-            for i, t in enumerate(each):
-                table[:, i, : t.shape[1]] = t
-                table[:, i, t.shape[1] :] = t[:, -1:]
-            stacked.traffic[key] = table
+            each = [self.sharings.moved_s(m, one, grad, zero, fsdp)
+                    for m, one in zip(stacked.meshes, sizes)]  # fmt: skip
+            stacked.traffic[key] = np.moveaxis(in_table(each), -1, 0)
         return stacked.traffic[key]
 
     def _bytes(
-        self, d: Decisions, mode: ZeroMode, whole: Floats, piece: Floats, learnt: Floats,
-        part: Floats, accumulates: NDArray[np.bool_],
+        self, d: Decisions, mode: ZeroMode, moved: Floats, pieces: Floats, learnt: Floats,
+        accumulates: NDArray[np.bool_],
     ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
-        """`state_of` without the rounding to whole rows: (state, gathered, updated).
+        """`state_of` of many: (state, gathered, updated).
 
-        whole, piece: elements, and a rank's share of them; learnt, part: those with a gradient.
+        moved, pieces: as `_pieces` has them; learnt: elements with a gradient.
         """
+        (whole, moved_learnt), (piece, part) = moved, pieces
         workload, engine = self.costs.workload, self.costs.engine
         fsdp, wide = in_torch(mode), workload.precision == "fp32"
         compute, grad = COMPUTE_BYTES[workload.precision], grad_bytes(d, workload, engine)
@@ -316,7 +333,7 @@ class States:
         if grad < MASTER_BYTES:
             state = state + engine.shard_gradient_bytes * part
         if mode.gradients_peak == "units":
-            gathered = gathered + grad * learnt
+            gathered = gathered + grad * moved_learnt
         updated = part if mode.optimizer_at_rest == "shard" else learnt
         if not offloaded:
             moments = MOMENT_BYTES.get(workload.optimizer, 0.0)
@@ -344,46 +361,3 @@ class States:
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
         below = update_s(costs.cluster, engine, costs.workload, d, state) / MANY
         return below if d.below is None else min(below, self._update_s(d.with_state(False), way))
-
-    def _moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int) -> Floats:
-        """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for
-        each way to share the state, [3, way]: bytes over the bandwidth of the groups. Where a
-        pinned shard leaves no way there is no plan, and no time that it could take."""
-        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad, min(zero, 1))
-        if key not in self._traffic:
-            shared = self._shared(m, zero)
-            self._traffic[key] = np.full((3, 1), NO_WAY_S) if not shared else np.array([
-                [float(sum(rows)) for rows in zip(*(
-                    self._once_s(float(n), ranks_of(d, expert), grad)
-                    for n, expert in zip(sizes.held[0], (False, True)) if n
-                ))]
-                for d in shared
-            ]).reshape(-1, 3).T  # fmt: skip
-        return self._traffic[key]
-
-    def _shared(self, m: Mesh, zero: int) -> list[Decisions]:
-        """A mesh with its state shared in every way that the search tries."""
-        cluster = self.costs.cluster
-        return [
-            Decisions(
-                pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, zero=zero, shard=shard,
-                dp_outer=outer,
-            )
-            for outer in outside(m, cluster, self.pins.dp_outer)
-            for shard in shard_sizes(m, (cluster,), self.pins, zero, outer)
-        ]  # fmt: skip
-
-    def _once_s(self, elements: float, ranks: Ranks, grad: int) -> tuple[float, float, float]:
-        compute = COMPUTE_BYTES[self.costs.workload.precision]
-        gather = elements * compute * self._rate("all_gather", ranks.sharing)
-        reduce = elements * grad * self._rate("reduce_scatter", ranks.sharing)
-        reduce += elements / ranks.shard * grad * self._rate("all_reduce", ranks.replicating)
-        return elements * grad * self._rate("all_reduce", ranks.all), gather, reduce
-
-    def _rate(self, kind: str, layout: Layout) -> float:
-        """Seconds a byte that a collective takes at least; none for a group of one."""
-        key = (kind, layout)
-        if key not in self._rates:
-            forms = explain(self.costs.network, kind, *layout).forms
-            self._rates[key] = min((f.s_per_byte for f in forms), default=0.0)
-        return self._rates[key]

@@ -40,7 +40,8 @@ from planner.bound_ranks import (
     ranks_s,
     with_piece,
 )
-from planner.bound_state import Held, Sizes, States, Way
+from planner.bound_sharing import Sizes
+from planner.bound_state import Held, States, Way
 from planner.decisions import Pins
 from planner.mesh import Mesh
 
@@ -117,6 +118,9 @@ def mesh_bounds_ps(
         mine = np.flatnonzero((table.pp > 1) == pipeline)
         if len(mine):
             for some, tight, found in table.by_room(mine, states):
+                if apart:
+                    bounds[some] = table.shared_s(some, states, limit, tight)
+                    continue
                 bounds[some], tails, guess_bytes = table.least_s(some, states, limit, tight, found)
                 guesses[some] = table.guess_s(some, tails, guess_bytes, most_virtual)
     guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
@@ -181,6 +185,17 @@ class _Table:
         return (
             [self.candidates[i] for i in mine], [self.sizes[g] for g in self.group[0, mine]]
         )
+
+    def shared_s(self, mine: Ints, states: States, limit: Floats, tight: bool) -> Floats:
+        """As `least_s`, of each way to share the state by its own bytes and seconds."""
+        least, limit = np.full(len(mine), np.inf), limit.copy()
+        count = np.array([states.count(m) for m in self._rows(mine)[0]])
+        for nth in range(count.max()):
+            some = np.flatnonzero(count > nth)
+            found, _, _ = self.least_s(mine[some], states.shared(nth), limit, tight, {})
+            least[some] = np.minimum(least[some], found)
+            limit[mine] = np.minimum(limit[mine], least)
+        return least
 
     def least_s(
         self, mine: Ints, states: States, limit: Floats, tight: bool, known: Mapping[Way, Held]

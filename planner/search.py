@@ -165,7 +165,7 @@ class Searcher(Space):
         kind of GPUs, as others are bounded otherwise."""
         if out.best is None or len(self.clusters) > 1:
             return
-        open_ones = [i for i in rest if lower[i] < out.best.score and candidates[i][1].pp > 1]
+        open_ones = [i for i in rest if lower[i] < out.best.score]
         for space, some in by_space(open_ones, candidates):
             meshes = [candidates[i][1] for i in some]
             below = [self._below(out.best, m) for m in meshes]

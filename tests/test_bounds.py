@@ -11,6 +11,7 @@ from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions
 from cost_models.schedule import schedule_illegal, simulate
+from cost_models.state import ranks_of
 from ir.capture import hf_cut
 from planner.bound_chain import through_chain
 from planner.bound_ranks import Rows, bubble_s, flight, forced_s, ranks_s
@@ -31,7 +32,8 @@ ROUNDING = 1 + 1e-9
 def test_every_way_to_hold_state_is_bounded(engine, precision):
     """Bytes of all units and of a layer, transient copies, what transfers add to a micro-batch, the
     tail and what hides of it, reserves: none is above what a variant of the mesh has, whatever
-    ranks share it and rows that they do not divide."""
+    ranks share it and rows that they do not divide. Of one way to share it the bytes are the
+    variant's."""
     graph = graph_of("moe", precision)
     hardware = "h100x4" if precision == "bf16" else "t4x4"
     costs = costs_of(graph, hardware, seq_len=1024, global_batch=4, engine=engine,
@@ -48,23 +50,29 @@ def test_every_way_to_hold_state_is_bounded(engine, precision):
                          cp_kind=mesh.cp_kind, ep=mesh.ep, etp=mesh.etp)  # fmt: skip
         at = costs.points.index((mesh.micro_batch, mesh.cp))
         busy = through_chain(costs, axes, laid).kernels_s[at : at + 1]
-        bounds = {way: states.of(way, [mesh], [sizes], busy) for way in ways}
+        known = [states, *(states.shared(n) for n in range(states.count(mesh)))]
+        bounds = [{way: one.of(way, [mesh], [sizes], busy) for way in ways} for one in known]
         for d in searcher.variants(mesh):
             step = costs.step(d, laid)
             rows, all_rows = step.rows, [step.rows[k] for k in costs.kind_of]
             same = {(w.zero, w.reshard, w.offload): w for w in ways}
             alike = next((w for w in ways if w.zero and w.offload == d.offload), None)
-            b = bounds[same.get((d.zero, d.reshard, d.offload), alike)]
+            of_all, *of_each = (b[same.get((d.zero, d.reshard, d.offload), alike)] for b in bounds)
+            ranks = ranks_of(d, False).shard, ranks_of(d, True).shard
+            sharing = states.sharings.of(mesh, d.zero)
+            nth = sharing.ranks.tolist().index([*ranks])
             tail = max(0, sum(r.tail_comm_ps - r.tail_hide_ps for r in all_rows))
             tail += sum(r.floor_ps + r.optimizer_ps + r.offload_ps for r in all_rows)
             added = sum(sum(r.forward[-2:] + r.backward[-2:]) for r in all_rows)
-            assert b.state_bytes[0, 0] <= ROUNDING * sum(map(held_bytes, all_rows))
-            assert b.state_bytes[0, 1] <= ROUNDING * held_bytes(rows[layer])
-            assert b.gathered_bytes[0, 1] <= ROUNDING * rows[layer].state.gathered_bytes
-            assert b.tail_s[0] * 1e12 <= ROUNDING * tail + 100
-            share, each = costs.engine.fsdp_interference, b.each_s[0]
-            assert max(share * each, each - busy[0]) * 1e12 <= ROUNDING * added + 100
-            copied += "params" in d.tiers and each > 0
+            for b in (of_all, of_each[nth]):
+                assert b.state_bytes[0, 0] <= ROUNDING * sum(map(held_bytes, all_rows))
+                assert b.state_bytes[0, 1] <= ROUNDING * held_bytes(rows[layer])
+                assert b.gathered_bytes[0, 1] <= ROUNDING * rows[layer].state.gathered_bytes
+                assert b.tail_s[0] * 1e12 <= ROUNDING * tail + 100
+                share, each = costs.engine.fsdp_interference, b.each_s[0]
+                assert max(share * each, each - busy[0]) * 1e12 <= ROUNDING * added + 100
+            assert of_each[nth].state_bytes[0, 1] * 1.01 >= held_bytes(rows[layer])
+            copied += "params" in d.tiers and of_all.each_s[0] > 0
             assert states.reserved(mesh) <= sum(size for _, size in step.reserved)
             seen += 1
     assert seen > 50 and (copied or engine != "native")

@@ -1,0 +1,181 @@
+"""How many ranks may share a mesh's state, and what each then has of its parameters.
+
+FSDP2 shares whole rows: where a parameter has fewer than there are ranks (a few experts a rank,
+say, stacked) each rank that has any has a row, and what is gathered or reduced has one for each of
+the others too. So bytes fall with the ranks up to there, and seconds grow.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cost_models.collectives import explain
+from cost_models.decisions import Decisions
+from cost_models.state import COMPUTE_BYTES, Held, Layout, Ranks, ranks_of
+from cost_models.step import Costs
+from planner.decisions import Pins
+from planner.mesh import Mesh, outside, shard_sizes
+
+Floats = NDArray[np.float64]
+Number = TypeVar("Number", bound=np.generic)
+NO_WAY_S = 1e9  # thirty years: of a mesh whose state cannot be shared as it is pinned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sizes:
+    """One mesh's local parameters. held, learnt: elements, [part, (dense, expert)]. rows: [(rows,
+    elements a row), kind of parameter], with how many of these each part has: [(held, learnt),
+    part, kind]; experts: which kinds they are."""
+
+    held: Floats
+    learnt: Floats
+    rows: Floats
+    counts: Floats
+    experts: NDArray[np.bool_]
+
+    @property
+    def same(self) -> tuple[bytes, ...]:
+        """Equal of equal ones."""
+        return self.rows.tobytes(), self.counts.tobytes(), self.experts.tobytes()
+
+    def shared(self, dense: int, expert: int, by_rows: bool) -> Floats:
+        """Elements of the fullest of so many ranks, [(held, learnt), part, (dense, expert)]."""
+        ranks = np.where(self.experts, expert, dense)
+        number, each = self.rows
+        one = np.ceil(number / ranks) * each if by_rows else number * each / ranks
+        all_of = self.counts * one
+        split = all_of[..., ~self.experts].sum(axis=-1), all_of[..., self.experts].sum(axis=-1)
+        return np.stack(split, axis=-1)
+
+
+def sizes_of(
+    units: Sequence[tuple[Iterable[Held], Collection[str]]], parts: Sequence[Counter[int]]
+) -> Sizes:
+    """units: what a rank holds of each kind, and the names that are aliases there, left out. parts:
+    how many of each kind lie in a part."""
+    found: dict[tuple[int, int, bool], int] = {}
+    numbers: list[Counter[tuple[int, bool]]] = []  # of each unit, by kind and whether it learns
+    for some, aliases in units:
+        mine: Counter[tuple[int, bool]] = Counter()
+        for h in some:
+            if h.name not in aliases:
+                kind = found.setdefault((h.rows, h.row_elements, h.expert), len(found))
+                mine[kind, not h.frozen] += 1
+        numbers.append(mine)
+    counts = np.zeros((2, len(parts), len(found)))
+    for at, part in enumerate(parts):
+        for unit, times in part.items():
+            for (kind, learns), number in numbers[unit].items():
+                counts[: 1 + learns, at, kind] += times * number
+    rows = np.array([(number, each) for number, each, _ in found], dtype=float).reshape(-1, 2).T
+    sizes = functools.partial(
+        Sizes, rows=rows, counts=counts, experts=np.array([e for *_, e in found], dtype=bool)
+    )
+    held, learnt = sizes(held=rows, learnt=rows).shared(1, 1, by_rows=False)
+    return sizes(held=held, learnt=learnt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharings:
+    """The ways to share a mesh's state. ranks: [sharing, (dense, expert)] that share it, the most
+    first; of_way: which of these each way has."""
+
+    ranks: NDArray[np.int64]
+    of_way: NDArray[np.int64]
+
+    def nth(self, n: int) -> int:
+        """The nth of these, or the last."""
+        return min(n, len(self.ranks) - 1)
+
+
+def sharings(ways: Sequence[Decisions]) -> Sharings:
+    """Where there is no way, as a pinned shard may leave none, one that nobody asks about."""
+    pairs = [(ranks_of(d, False).shard, ranks_of(d, True).shard) for d in ways] or [(1, 1)]
+    ordered = sorted(set(pairs), reverse=True)
+    return Sharings(ranks=np.array(ordered), of_way=np.array([ordered.index(p) for p in pairs]))
+
+
+def in_table(rows: Sequence[NDArray[Number]]) -> NDArray[Number]:
+    """[row, place, ...] of rows of different lengths: where there are fewer, the last again."""
+    most = max(len(row) for row in rows)
+    return np.stack([row[np.minimum(np.arange(most), len(row) - 1)] for row in rows])
+
+
+class Shared:
+    """How meshes share their state, and what that moves at least."""
+
+    def __init__(self, costs: Costs, pins: Pins) -> None:
+        self.costs, self.pins = costs, pins
+        self._traffic: dict[tuple[int | Sizes, ...], Floats] = {}
+        self._rates: dict[tuple[str, Layout], float] = {}
+        self._sharings: dict[tuple[int, ...], Sharings] = {}
+        self._pieces: dict[tuple[Sizes, int, int, bool], Floats] = {}
+
+    def of(self, m: Mesh, zero: int) -> Sharings:
+        """How a mesh may share its state."""
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, zero)
+        if key not in self._sharings:
+            self._sharings[key] = sharings(self._shared(m, zero))
+        return self._sharings[key]
+
+    def pieces(self, sizes: Sizes, dense: int, expert: int, fsdp: bool) -> Floats:
+        """`Sizes.shared`, once."""
+        key = sizes, dense, expert, fsdp
+        if key not in self._pieces:
+            self._pieces[key] = sizes.shared(dense, expert, fsdp)
+        return self._pieces[key]
+
+    def moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int, fsdp: bool) -> Floats:
+        """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for
+        each way to share the state, [way, 3]: bytes over the bandwidth of the groups. Where a
+        pinned shard leaves no way there is no plan, and no time that it could take."""
+        key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad, min(zero, 1), fsdp, sizes)
+        if key not in self._traffic:
+            found = [self._each_s(sizes, d, grad, fsdp) for d in self._shared(m, zero)]
+            self._traffic[key] = np.array(found) if found else np.full((1, 3), NO_WAY_S)
+        return self._traffic[key]
+
+    def _each_s(self, sizes: Sizes, d: Decisions, grad: int, fsdp: bool) -> Floats:
+        dense, expert = ranks_of(d, False), ranks_of(d, True)
+        moved, total = sizes.held[0], np.zeros(3)
+        if fsdp:
+            shares = self.pieces(sizes, dense.shard, expert.shard, True)[0, 0]
+            moved = shares * (dense.shard, expert.shard)
+        for n, ranks in zip(moved.tolist(), (dense, expert)):
+            if n:
+                total += self._once_s(n, ranks, grad)
+        return total
+
+    def _shared(self, m: Mesh, zero: int) -> list[Decisions]:
+        """A mesh with its state shared in every way that the search tries."""
+        cluster = self.costs.cluster
+        return [
+            Decisions(
+                pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, zero=zero, shard=shard,
+                dp_outer=outer,
+            )
+            for outer in outside(m, cluster, self.pins.dp_outer)
+            for shard in shard_sizes(m, (cluster,), self.pins, zero, outer)
+        ]  # fmt: skip
+
+    def _once_s(self, elements: float, ranks: Ranks, grad: int) -> tuple[float, float, float]:
+        compute = COMPUTE_BYTES[self.costs.workload.precision]
+        gather = elements * compute * self._rate("all_gather", ranks.sharing)
+        reduce = elements * grad * self._rate("reduce_scatter", ranks.sharing)
+        reduce += elements / ranks.shard * grad * self._rate("all_reduce", ranks.replicating)
+        return elements * grad * self._rate("all_reduce", ranks.all), gather, reduce
+
+    def _rate(self, kind: str, layout: Layout) -> float:
+        """Seconds a byte that a collective takes at least; none for a group of one."""
+        key = (kind, layout)
+        if key not in self._rates:
+            forms = explain(self.costs.network, kind, *layout).forms
+            self._rates[key] = min((f.s_per_byte for f in forms), default=0.0)
+        return self._rates[key]
