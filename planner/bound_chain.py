@@ -70,11 +70,12 @@ Known = dict[tuple[int, ...], Link]  # by the identity of costs that outlive it
 
 def through_chain(
     costs: Costs, d: Decisions, assignments: Assignments, keeps: Sequence[Keep] = (),
-    moves: bool = False, known: Known | None = None,
+    moves: bool = False, known: Known | None = None, repeats: bool = True,
 ) -> Through:  # fmt: skip
     """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
     in part beside what d says. moves: a layer may lie on the host as well as be recomputed. known:
-    links of chains of the same costs, which units without experts have in common."""
+    links of chains of the same costs, which units without experts have in common. repeats: layers
+    may be recomputed in full."""
     known = {} if known is None else known
     counts = np.bincount(costs.kind_of, minlength=len(costs.kinds))
     places = costs.chain.layers
@@ -91,10 +92,10 @@ def through_chain(
             costs.unit(unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep))
             for keep in (keeps if of_layers[k] else ())
         ]
-        key = (*map(id, (*found, *(c for other in others for c in other))), bool(of_layers[k]))
-        if key not in known:
-            known[key] = _link(costs, found, others, moves, bool(of_layers[k]))
-        one = known[key]
+        key = *map(id, (*found, *(c for other in others for c in other))), bool(of_layers[k])
+        if (*key, repeats) not in known:
+            known[*key, repeats] = _link(costs, found, others, moves, bool(of_layers[k]), repeats)
+        one = known[*key, repeats]
         step = step + counts[k] * one.step_s
         busy = busy + counts[k] * one.kernels_s
         each.append((one.step_s, one.kept_bytes, one.working_bytes))
@@ -136,7 +137,7 @@ def through_chain(
 
 
 def _link(
-    costs: Costs, found: Units, others: Sequence[Units], moves: bool, is_layer: bool
+    costs: Costs, found: Units, others: Sequence[Units], moves: bool, is_layer: bool, repeats: bool
 ) -> Link:
     """One link of its unit's costs; others: the same with other operations kept in part."""
     wide, zero = 1 + costs.engine.fragmentation, np.zeros(len(costs.points))
@@ -156,9 +157,9 @@ def _link(
          for c in found), zero,
     )  # fmt: skip
     light = sum((c.light_s for c in found), zero)
-    pieces = again = freed(holds, light, whole)
+    ways = [(holds[1], light), (holds[2], whole)][: 1 + repeats]
+    pieces = again = freed(holds, light, whole) if repeats else freed_by(holds[0], ways)
     if others or moves:
-        ways = [(holds[1], light), (holds[2], whole)]
         for other in others:
             held = wide * sum((c.kept_bytes[1] for c in other), zero)
             ways.append((held, sum((c.light_s for c in other), zero)))
@@ -170,8 +171,7 @@ def _link(
         pieces = freed_by(holds[0], ways)
     return Link(
         step_s=one, kernels_s=busy, forward_s=whole, kept_bytes=holds[0],
-        working_bytes=np.minimum(np.minimum(uses[0], uses[1]), uses[2]), freed=pieces,
-        again_freed=again,
+        working_bytes=np.minimum.reduce(uses[: 2 + repeats]), freed=pieces, again_freed=again,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ class Rows:
     m: micro-batches. state_bytes, layer_s, kept_bytes: of a layer; freed: [mesh, piece, (bytes,
     seconds a byte)] of a layer. room_bytes: of a rank beside its layers. ends_s, ends_bytes,
     ends_kept: [mesh, (before the first layer, behind the last)] seconds, state, activations.
-    way_s: [mesh, rank] from the first rank there and home at least. lowered: [mesh, (bytes, seconds
+    way_s: [mesh, rank] from the first rank there and home at least. own_s: of each rank, of a
+    micro-batch, beside its layers. lowered: [mesh, (bytes, seconds
     a byte)] of a layer's state that may lie elsewhere, of a micro-batch, and the bytes that a rank
     holds aside once any layer's does.
     """
@@ -58,6 +59,7 @@ class Rows:
     ends_bytes: Floats
     ends_kept: Floats
     way_s: Floats
+    own_s: Floats
     lowered: Floats
 
     def part(self, some: NDArray[np.int64]) -> Rows:
@@ -188,8 +190,10 @@ def _ranks_s(
         over = each[:, :, None] * number - room[:, :, None]
         again = chunks.again_s(freed[..., 0, 0], rows.kept_bytes, over, number, each_held)
     time = (
-        m[:, None, None] * (number * rows.layer_s[:, None, None] + ends[0][:, :, None] + again)
-        + rows.way_s[:, :, None]
+        m[:, None, None] * (
+            number * rows.layer_s[:, None, None] + (rows.own_s[:, None] + ends[0])[:, :, None]
+            + again
+        ) + rows.way_s[:, :, None]
     )
     flat = time.reshape(len(m), -1)
     if flat.shape[1] <= layers - 1:

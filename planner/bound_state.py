@@ -90,6 +90,7 @@ class States:
         self.costs, self.pins = costs, pins
         self.sharings = Shared(costs, pins)
         self._sizes: dict[tuple[bytes, ...], Sizes] = {}
+        self._sends: dict[tuple[int, ...], float] = {}
         self._sent: dict[tuple[int, int, int, bool], int] = {}
         self._last: _Stacked | None = None
         self._nth: int | None = None  # of a mesh's sharings
@@ -171,15 +172,28 @@ class States:
 
     def reserved(self, m: Mesh) -> float:
         """Bytes that a rank holds besides, with as few virtual stages as there may be."""
+        sent, engine = self.sent_bytes(m), self.costs.engine
+        return sum(size for _, size in reserved_of(self.costs.graph, _axes(m), engine, sent))
+
+    def sent_bytes(self, m: Mesh) -> int:
+        """What a stage sends to the next, of a micro-batch."""
         key = (m.tp, m.cp, m.micro_batch, m.sequence_parallel)
-        d = Decisions(
-            pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, micro_batch=m.micro_batch,
-            microbatches=m.microbatches, sequence_parallel=m.sequence_parallel,
-        )  # fmt: skip
         if m.pp > 1 and key not in self._sent:
-            self._sent[key] = sum(self.costs.boundary_bytes(d))
-        sent = self._sent[key] if m.pp > 1 else 0
-        return sum(size for _, size in reserved_of(self.costs.graph, d, self.costs.engine, sent))
+            self._sent[key] = sum(self.costs.boundary_bytes(_axes(m)))
+        return self._sent[key] if m.pp > 1 else 0
+
+    def send_s(self, m: Mesh) -> float:
+        """Seconds that that takes at least."""
+        if m.pp == 1:
+            return 0.0
+        sent = self.sent_bytes(m)
+        key = (m.pp, m.dp, m.cp * m.tp, m.ep * m.etp, sent)
+        if key not in self._sends:
+            self._sends[key] = min((
+                self.costs.send_s(replace(_axes(m), dp_outer=outer), sent)
+                for outer in outside(m, self.costs.cluster, self.pins.dp_outer)
+            ), default=0.0)  # fmt: skip
+        return self._sends[key]
 
     def room_bytes(self, meshes: Sequence[Mesh], name: str) -> tuple[Floats, Floats]:
         """Of each mesh, what a GPU may lay on a tier in the mean, and whatever others lay there."""
@@ -361,3 +375,10 @@ class States:
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
         below = update_s(costs.cluster, engine, costs.workload, d, state) / MANY
         return below if d.below is None else min(below, self._update_s(d.with_state(False), way))
+
+
+def _axes(m: Mesh) -> Decisions:
+    return Decisions(
+        pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, micro_batch=m.micro_batch,
+        microbatches=m.microbatches, sequence_parallel=m.sequence_parallel,
+    )  # fmt: skip

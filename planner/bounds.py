@@ -81,13 +81,15 @@ def mesh_bounds_ps(
     below: Sequence[int] | None = None,
     formats: Formats = (),
     keeps: Callable[[int, bool], Sequence[Keep]] = lambda tp, split: (),
+    repeats: Callable[[int], bool] = lambda tp: True,
     apart: bool = False,
     states: States | None = None,
 ) -> Bounds:
     """Bound every mesh: its units through the pipeline, and the least data-parallel tail.
 
     schedules: any of them may run. pins: of how state is held. keeps: what layers may keep in
-    part beside the default, by (tp, sequence parallel). Where what needs memory here is
+    part beside the default, by (tp, sequence parallel); repeats: whether they may be recomputed in
+    full, by tp. Where what needs memory here is
     pinned elsewhere than on the GPU, memory forces nothing. below: bounds are not sharpened beyond
     these picoseconds. formats: of all of them. apart: interleaved schedules are bounded each by its
     own number of chunks, which is sharper and takes longer. states: how state is held, if not as
@@ -101,6 +103,10 @@ def mesh_bounds_ps(
     table, states = _Table(costs, candidates), states or States(costs, pins or Pins())
     table.schedules = frozenset(schedules)
     table.by_layer = states.by_layer
+    table.reserved, table.sent, table.send_s = (
+        np.array([of(m) for m in candidates], dtype=float)
+        for of in (states.reserved, states.sent_bytes, states.send_s)
+    )
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     table.apart = apart and "interleaved" in table.schedules
     known: Known = {}
@@ -109,7 +115,7 @@ def mesh_bounds_ps(
             tp=tp, sequence_parallel=split, cp_kind=kind, ep=ep, etp=etp, formats=formats
         )
         laid = assign(tp, split)
-        through = through_chain(costs, d, laid, keeps(tp, split), states.moves, known)
+        through = through_chain(costs, d, laid, keeps(tp, split), states.moves, known, repeats(tp))
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
     bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
@@ -144,6 +150,8 @@ class _Table:
         self.layers = len(costs.chain.layers)
         self.schedules: frozenset[str] = frozenset()  # that may run, and the most chunks a rank
         self.most_virtual = 1
+        # of each mesh: bytes beside all else, of a micro-batch's send, and what that takes
+        self.reserved, self.sent, self.send_s = (np.zeros(len(candidates)) for _ in range(3))
         self.apart = False  # whether each number of chunks is bounded by itself
         self.by_layer = False  # whether the optimizer of some layers may lie below
 
@@ -205,7 +213,7 @@ class _Table:
         ways to hold state."""
         rows, sizes = self._rows(mine)
         step, pp = self.get(mine, "step_s"), self.pp[mine]
-        reserved = np.array([states.reserved(r) for r in rows])
+        reserved = self.reserved[mine]
         room = self.costs.cluster.device.memory_bytes - reserved
         working, kernels = self.get(mine, "least_working"), self.get(mine, "kernels_s")
         kinds = {kind_of_schedule(name) for name in self._merged}
@@ -322,6 +330,11 @@ class _Table:
         """
         pp, m, split = self.pp[mine], self.m[mine], kind in SPLIT_KINDS
         schedules = {"interleaved"} if v else self._merged
+        chunks = v or 1 + (kind == "folded")
+        if self.costs.engine.receives_apart:
+            room = room - 2 * m * (chunks - 1) * self.sent[mine]
+        own = 2 * self._own_sends(kind, v) * self.send_s[mine]  # of a micro-batch, of each rank
+        step = step + pp * own
         quickest, way_s = self.get(mine, "quickest_s"), self._way_s(mine, split)
         each_way = way_s.cumsum(axis=1)[np.arange(len(mine)), pp - 1]  # of all ranks
         if self._elsewhere(way):
@@ -362,9 +375,12 @@ class _Table:
                 )))  # fmt: skip
         least = (m * (step + again) + each_way) / pp
         fullest = -(-self.layers // pp)  # layers of the rank that has the most
-        least = np.maximum(least, m * fullest * quickest)
+        least = np.maximum(least, m * (fullest * quickest + own))
         if not split:  # a micro-batch goes there and back
-            least = np.maximum(least, step + again)
+            hidden = 1 - self.costs.engine.p2p_exposed_interleaved if v else 0  # sends, but awaited
+            least = np.maximum(
+                least, step + again + 2 * hidden * self.send_s[mine] * (pp * chunks - 1)
+            )
             most_v = v or self.most_virtual
             least = np.maximum(
                 least, bubble_s(step + again, m, pp, self.layers, schedules, most_v)
@@ -378,24 +394,36 @@ class _Table:
         if not self._elsewhere(way):
             for p in np.unique(pp[near]):
                 some = near[pp[near] == p]
-                sharper = self._by_ranks(mine, some, held, room, kind, way_s, int(p), below, v)
+                sharper = self._by_ranks(mine, some, held, room, kind, way_s, own, int(p), below, v)
                 least[some] = np.maximum(least[some], sharper)
         bound: Floats = least + tail
         return bound
 
+    def _own_sends(self, kind: str, v: int) -> float:
+        """Of a micro-batch's sends how many a rank's own time is taken by each way, at least."""
+        engine = self.costs.engine
+        single, several = engine.p2p_exposed, engine.p2p_exposed_interleaved
+        if v or kind == "folded":
+            return (v or 2) * several
+        if kind != "fused" or "interleaved" not in self._merged:
+            return single
+        return min(single, 2 * several) if self._merged & {"1f1b", "gpipe"} else 2 * several
+
     def _way_s(self, mine: Ints, split: bool) -> Floats:
-        """[mesh, rank]: from the first rank there and home, through as many of the first layers."""
+        """[mesh, rank]: from the first rank there and home, through as many of the first layers,
+        and sent on from as many ranks."""
         ranks = int(self.pp[mine].max())
+        sends: Floats = self.send_s[mine][:, None] * np.arange(ranks)
         if split:
-            return self.get(mine, "forward_s")[:, None] * np.arange(ranks)
+            return self.get(mine, "forward_s")[:, None] * np.arange(ranks) + sends
         chain, rows = self.costs.chain, [np.zeros(len(mine))]
         for i in chain.layers[: ranks - 1]:
             rows.append(rows[-1] + self.get(mine, "kinds_s", self.costs.kind_of[i]))
-        return np.stack(rows, axis=1)
+        return np.stack(rows, axis=1) + 2 * sends
 
     def _by_ranks(
-        self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats, pp: int,
-        below: Held | None, v: int,
+        self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats,
+        own_s: Floats, pp: int, below: Held | None, v: int,
     ) -> Floats:  # fmt: skip
         these, count, chunks = mine[some], self.chain[0].layer.count, None
         if v:
@@ -425,7 +453,7 @@ class _Table:
             state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
             freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
             ends_bytes=held.state_bytes[some, 2:] + more, ends_kept=kept, way_s=way_s[some, :pp],
-            lowered=lowered.T,
+            own_s=own_s[some], lowered=lowered.T,
         )  # fmt: skip
         found = ranks_s(rows, pp, count, kind, chunks, self.layers - count)
         return np.where(never, np.inf, found)

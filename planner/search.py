@@ -91,7 +91,7 @@ class Searcher(Space):
         return mesh_bounds_ps(
             self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
             schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
-            keeps=self.keeps, apart=apart,
+            keeps=self.keeps, repeats=self.repeats, apart=apart,
         )  # fmt: skip
 
     def _score(self, objective_ps: int, mesh: Mesh | Decisions) -> int:

@@ -213,7 +213,7 @@ class Space:
     def runs(self, mesh: Mesh | Decisions) -> bool:
         """Whether the engine can run the model so, where the engine is our own runtime."""
         recompute = self.pins.recompute
-        if recompute is not None and any(recompute.full) and mesh.tp > 1 and self._never_whole:
+        if recompute is not None and any(recompute.full) and not self.repeats(mesh.tp):
             return False
         return not any(rule.applies(mesh) for rule, _ in self._refused)
 
@@ -221,6 +221,10 @@ class Space:
     def _refused(self) -> tuple[tuple[GraphRule, str], ...]:
         costs = self.costs
         return refusals(costs.graph, costs.workload, costs.engine.fused)
+
+    def repeats(self, tp: int) -> bool:
+        """Whether units may be computed again whole beside such a tp."""
+        return tp == 1 or not self._never_whole
 
     @functools.cached_property
     def _never_whole(self) -> bool:
@@ -314,7 +318,7 @@ class Space:
             fixed, levels = None, ("none", "selective")  # none again: half is on the host
         elif d.schedule in SPLIT_BACKWARD or ("activations" in d.tiers and d.moved is None):
             levels = ("none",)
-        elif d.tp > 1 and self._never_whole:
+        elif not self.repeats(d.tp):
             levels = ("none", "selective")
         return fixed, levels
 

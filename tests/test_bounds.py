@@ -3,19 +3,22 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_hf import DEEPSEEK
-from tiny_models import costs_of, graph_of
+from tiny_models import costs_of, graph_of, with_memory
 
 from cost_models.decisions import Decisions
+from cost_models.hardware import load_hardware
 from cost_models.schedule import schedule_illegal, simulate
 from cost_models.state import ranks_of
 from ir.capture import hf_cut
 from planner.bound_chain import through_chain
 from planner.bound_ranks import Rows, bubble_s, flight, forced_s, ranks_s
 from planner.bound_state import States
+from planner.bounds import mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.options import TraceOptions
@@ -93,13 +96,13 @@ def test_layers_that_ranks_can_take_equal_enumeration():
         way = rng.integers(0, 4, pp).cumsum() / 2
         freed = np.array([[kept / 2, again / kept], [kept / 4, 4 * again / kept]])
         below, price = rng.choice([0.0, 0.5]), float(rng.choice([0.3, 5.0])) * again / kept
-        aside = rng.choice([0.0, 6e6]) * bool(below)
+        aside, sends = rng.choice([0.0, 6e6]) * bool(below), float(rng.integers(3)) / 2
         one = Rows(
             m=np.array([float(m)]), layer_s=np.array([step]), state_bytes=np.array([state]),
             kept_bytes=np.array([kept]), freed=freed[None], room_bytes=np.array([room * 1e6]),
             ends_s=np.array([[1.0, 2.0]]), ends_bytes=np.array([[2e6, 0.0]]),
             ends_kept=np.array([[0.0, 1e6]]), way_s=way[None],
-            lowered=np.array([[state * below, price, aside]]),
+            own_s=np.array([sends]), lowered=np.array([[state * below, price, aside]]),
         )  # fmt: skip
         flights = flight(pp, np.array([m]), "fused")[0]
         best = np.inf
@@ -122,7 +125,8 @@ def test_layers_that_ranks_can_take_equal_enumeration():
                             (pieces, 0.0), ([*pieces, low], aside / flights[r])
                         )
                     )
-                    busiest = max(busiest, m * (n * step + more + first + 2 * last) + way[r])
+                    each = n * step + more + first + 2 * last + sends
+                    busiest = max(busiest, m * each + way[r])
                 best = min(best, busiest)
         bound = ranks_s(one, pp, layers, "fused", None, others)[0]
         cap = m * (2 * -(-layers // pp) + 2) * step
@@ -177,3 +181,42 @@ def test_a_shard_that_no_mesh_has_leaves_nothing_to_search():
     for zero in (1, 3):
         out = Searcher(costs=costs, pins=Pins(shard=3, zero=zero, micro_batch=1)).run()
         assert out.best is None and not out.solved
+
+
+def bound_s(costs, pin, **more):
+    """Bounds of meshes of a kind, each by itself, in seconds."""
+    searcher = Searcher(costs=costs)
+    found = list(meshes(costs.chain, costs.cluster, costs.workload, pin))
+    costs.points = tuple(dict.fromkeys((m.micro_batch, m.cp) for m in found))
+    bounds = mesh_bounds_ps(costs, found, searcher.assign, pins=pin, **more)
+    return found, bounds.lower_ps / 1e12
+
+
+def test_sends_take_of_every_ranks_time():
+    """Over a slower network a pipeline's bound is longer by what its micro-batches' sends take of a
+    rank's own time: of one stage a rank, or of two chunks, whichever is less."""
+    graph, cluster = graph_of("llama", n_layers="8"), load_hardware("h100x4")
+    found = {}
+    for rate in (1e8, 1e9):
+        inter = replace(cluster.inter, bytes_per_s=rate)
+        costs = costs_of(graph, replace(cluster, domain_size=1, inter=inter), global_batch=8)
+        found[rate] = bound_s(costs, Pins(pp=4, micro_batch=1))
+    engine = costs.engine
+    share = min(engine.p2p_exposed, 2 * engine.p2p_exposed_interleaved)
+    for i, m in enumerate(found[1e8][0]):
+        sent = sum(costs.boundary_bytes(Decisions(pp=4, dp=m.dp)))
+        more = sent * (1 / 1e8 - 1 / 1e9) / inter.efficiency
+        slower = found[1e8][1][i] - found[1e9][1][i]
+        assert slower >= 0.999 * m.microbatches * 2 * share * more
+
+
+def test_what_is_never_computed_again_is_no_relief():
+    """Compiled experts are not repeated under tp: where memory is short, no bound counts on it."""
+    graph, cluster = graph_of("moe", size="8b-a1b", n_layers="4"), load_hardware("h100x4")
+    tight = with_memory(cluster, int(30e9))
+    found = {}
+    for name, repeats in (("any", lambda tp: True), ("none", lambda tp: tp == 1)):
+        costs = costs_of(graph, tight, global_batch=64, seq_len=8192)
+        found[name] = bound_s(costs, Pins(tp=2, micro_batch=8), repeats=repeats)[1]
+    assert not Searcher(costs=costs).repeats(2) and Searcher(costs=costs).repeats(1)
+    assert np.all(found["none"] >= found["any"]) and np.any(found["none"] > 1.01 * found["any"])
