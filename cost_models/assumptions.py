@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cost_models.chain import Chain
 from cost_models.decisions import Decisions
-from cost_models.offload import host_note
+from cost_models.offload import host_note, tier_notes
 from cost_models.step import Costs
 from ir.stacks import as_written, stacks
 
@@ -31,7 +31,7 @@ def assumptions_of(costs: Costs, d: Decisions) -> tuple[str, ...]:
     ]  # fmt: skip
     notes += [f"{key}: {text}" for key, text in engine.sources if text.startswith("assumed")]
     if d.offload:
-        notes.append(host_note(costs.cluster))
+        notes += [host_note(costs.cluster), *tier_notes(costs.cluster, d)]
     if is_moe(costs.chain):
         notes.append(_expert_load(costs.workload.expert_imbalance, d.ep))
     return tuple(dict.fromkeys(notes))

@@ -32,12 +32,20 @@ Pair = tuple[float, float]  # seconds, forward and backward
 Size = TypeVar("Size", float, Floats)  # one number, or one a work point
 
 
-def host_s(cluster: Cluster, size_bytes: Size, *, up: bool) -> Size:
-    """Seconds that bytes of every GPU of a node take from the host's memory (up), or to it."""
-    memory = cluster.tier("cpu")
-    rate = memory.read_bytes_per_s if up else memory.write_bytes_per_s
-    share = rate / cluster.sharers(memory)
-    return size_bytes / min(cluster.uplink_bytes_per_s(), share)
+def host_s(cluster: Cluster, size_bytes: Size, *, up: bool, tier: str = "cpu") -> Size:
+    """Seconds that bytes of every GPU of a node take from a tier (up), or to it. Another tier than
+    the host's memory is read and written through that, piece by piece: the slower of the two."""
+    return size_bytes / copy_bytes_per_s(cluster, tier, up=up)
+
+
+def copy_bytes_per_s(cluster: Cluster, tier: str, *, up: bool) -> float:
+    """What one GPU gets of its link, the host's memory and the tier where all copy at once."""
+    on_the_way = [cluster.tier(name) for name in dict.fromkeys(("cpu", tier))]
+    shares = [
+        (t.read_bytes_per_s if up else t.write_bytes_per_s) / cluster.sharers(t)
+        for t in on_the_way
+    ]
+    return min(cluster.uplink_bytes_per_s(), *shares)
 
 
 def host_note(cluster: Cluster) -> str:
@@ -53,13 +61,25 @@ def host_note(cluster: Cluster) -> str:
             f" {behind}, its memory {total} for all")  # fmt: skip
 
 
+def tier_notes(cluster: Cluster, d: Decisions) -> list[str]:
+    """The same of other tiers that each micro-batch's copies go to, in words."""
+    moved = [name for what, name in d.tiers.items() if what != "optimizer" and name != "cpu"]
+    return [
+        f"copies of tier {name}: through the host's memory, all GPUs at once, each reads"
+        f" {copy_bytes_per_s(cluster, name, up=True) / 1e9:,.1f} GB/s and writes"
+        f" {copy_bytes_per_s(cluster, name, up=False) / 1e9:,.1f}"
+        for name in dict.fromkeys(moved)
+    ]
+
+
 def parameter_copies_s(cluster: Cluster, engine: Engine, d: Decisions, state: State) -> Pair:
-    """A unit's fp32 shards on their way up to be gathered, and its gradients' on their way down,
-    each micro-batch."""
-    if "params" not in dict(d.offload):
+    """A unit's fp32 shards on their way up to be gathered, and its gradients' on their way down
+    into the host's memory, each micro-batch."""
+    tier = d.tiers.get("params")
+    if tier is None:
         return 0.0, 0.0
     mode = mode_of(d, engine)
-    up = host_s(cluster, MASTER_BYTES * state.shard, up=True)
+    up = host_s(cluster, MASTER_BYTES * state.shard, up=True, tier=tier)
     down = host_s(cluster, MASTER_BYTES * state.updated, up=False)
     return (
         up * (mode.gather_per_microbatch >= 1),
@@ -78,9 +98,10 @@ def by_count(row: Row, kept_bytes: int, moved_s: Pair) -> Row:
     )
 
 
-def activation_copies_s(cluster: Cluster, kept_bytes: int) -> Pair:
+def activation_copies_s(cluster: Cluster, tier: str, kept_bytes: int) -> Pair:
     """What a layer keeps, on its way down in forward and up in backward."""
-    return host_s(cluster, kept_bytes, up=False), host_s(cluster, kept_bytes, up=True)
+    down, up = (host_s(cluster, kept_bytes, up=way, tier=tier) for way in (False, True))
+    return down, up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +156,7 @@ def update_s(
 ) -> float:
     """An update off the GPU, each step: gradients go down and parameters up the host link, if not
     each micro-batch; the host's memory, shared by the node's GPUs, does it; a disk is read and
-    written besides."""
+    written besides, of what lies there."""
     mode, fsdp = mode_of(d, engine), in_torch(mode_of(d, engine))
     host = cluster.tier("cpu")
     each = update_bytes(workload.optimizer, engine.optimizer_bytes_per_parameter)
@@ -145,15 +166,19 @@ def update_s(
     once = not ("params" in dict(d.offload) and mode.gather_per_microbatch)
     link = once * (
         host_s(cluster, state.updated * down, up=False)
-        + host_s(cluster, state.updated * up, up=True)
+        + host_s(cluster, state.updated * up, up=True, tier=d.tiers.get("params", "cpu"))
     )
     total = link + each * state.updated * cluster.sharers(host) / host.read_bytes_per_s
-    tier = d.tiers["optimizer"]
-    if tier == "cpu":
-        return total
-    disk = cluster.tier(tier)
-    size = _apart_bytes(workload, fsdp) * state.updated * cluster.sharers(disk)
-    return total + size * (1 / disk.read_bytes_per_s + 1 / disk.write_bytes_per_s)
+    for name, read, written in (
+        (d.tiers["optimizer"], apart := _apart_bytes(workload, fsdp), apart),
+        # FSDP2 updates its fp32 shards where they lie; others' 16-bit copies are written anew
+        (d.tiers.get("params", "cpu"), up * fsdp, up),
+    ):
+        if name != "cpu":
+            disk = cluster.tier(name)
+            size = state.updated * cluster.sharers(disk)
+            total += size * (read / disk.read_bytes_per_s + written / disk.write_bytes_per_s)
+    return total
 
 
 def _apart_bytes(workload: Workload, fsdp: bool) -> float:
@@ -183,13 +208,14 @@ def below_bytes(
     fsdp, tier = in_torch(mode_of(d, engine)), offload["optimizer"]
     apart = _apart_bytes(workload, fsdp) * state.updated
     found.setdefault("cpu", 0.0)
-    if fsdp:  # fp32 shards lie where they are updated, and their gradients
-        found["cpu"] += MASTER_BYTES * (state.shard + state.updated)
+    if fsdp:  # fp32 shards lie where they are updated, their gradients in the host's memory
+        found[offload.get("params", "cpu")] += MASTER_BYTES * state.shard
+        found["cpu"] += MASTER_BYTES * state.updated
         found[tier] += apart
     else:
         wide = workload.precision == "fp32"
         found["cpu"] += (MASTER_BYTES if wide else GRAD_BYTES[d.grad_dtype]) * state.updated
         found[tier] += apart
         if "params" in offload:
-            found["cpu"] += COMPUTE_BYTES[workload.precision] * state.shard
+            found[offload["params"]] += COMPUTE_BYTES[workload.precision] * state.shard
     return tuple((name, int(size)) for name, size in found.items())

@@ -457,7 +457,8 @@ class Costs:
         moves = is_layer and "activations" in d.tiers
         return exposed_s(
             data, parameter_copies_s(cluster, self.engine, d, state),
-            tuple([activation_copies_s(cluster, k) for k in cost.kept]) if moves else (),
+            tuple([activation_copies_s(cluster, d.tiers["activations"], k) for k in cost.kept])
+            if moves else (),
             cost.kernels_s, self.engine.fsdp_interference,
         )  # fmt: skip
 

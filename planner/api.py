@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,14 +140,16 @@ def meta() -> AbstractContextManager[None]:
 
 
 def parallelize(
-    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor"
-) -> Parallel:
+    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor",
+    folder: str | os.PathLike[str] | None = None,
+) -> Parallel:  # fmt: skip
     """Turn a model into what this rank runs under the plan, inside a job that torchrun started.
 
     model: best built under `planner.meta()`; changed in place. device: "cuda" or "cpu", by default
-    the process group's. compile_backend: for plans with compile on.
+    the process group's. compile_backend: for plans with compile on. folder: on the disk, or the
+    pool, that the plan lays parameters, activations or the optimizer on.
     Raises PlanError (a world of another size), GateError (another model than the plan's).
     """
     from planner.runtime.parallelize import parallelize as apply
 
-    return apply(model, plan, device=device, compile_backend=compile_backend)
+    return apply(model, plan, device=device, compile_backend=compile_backend, folder=folder)

@@ -229,12 +229,8 @@ def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
             what not in OFFLOADED or not tier or found.get(what, tier) != tier
             or (":" in tier and not counted)
         ):
-            _refuse(text, "optimizer:TIER, params:cpu, activations:cpu, optimizer:TIER:12 or"
-                          " activations:cpu:12 (layers per stage), or none")  # fmt: skip
-        if what != "optimizer" and tier.partition(":")[0] != "cpu":
-            raise UsageError(f"--fix {text}: {what} are offloaded to the cpu alone",
-                             why="each micro-batch moves them, which a disk is too slow for",
-                             hints=(f"offload={what}:cpu",))  # fmt: skip
+            _refuse(text, "optimizer:TIER, params:TIER, activations:TIER, optimizer:TIER:12 or"
+                          " activations:TIER:12 (layers per stage), or none")  # fmt: skip
         found[what] = tier
     if "params" in found:
         found.setdefault("optimizer", "cpu")

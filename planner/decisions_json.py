@@ -72,11 +72,10 @@ def decisions_from_json(
         word = tier if isinstance(tier, str) else ""
         counted = what in COUNTED and COUNTED_TIER.fullmatch(word)
         alone = word.partition(":")[0] if counted else word
-        fits = bool(alone) and ":" not in alone if what == "optimizer" else alone == "cpu"
-        if what not in OFFLOADED or not fits:
+        if what not in OFFLOADED or not alone or ":" in alone:
             raise PlanError(f"decisions.offload.{what} is {tier!r}",
-                            why='expected {"optimizer": TIER or "TIER:4/3", "params": "cpu", '
-                                '"activations": "cpu" or "cpu:4/3"}, or some of them')  # fmt: skip
+                            why='expected {"optimizer": TIER or "TIER:4/3", "params": TIER, '
+                                '"activations": TIER or "TIER:4/3"}, or some of them')  # fmt: skip
     if "params" in raw["offload"] and "optimizer" not in raw["offload"]:
         raise PlanError("decisions.offload has params and no optimizer",
                         why="parameters are updated where they lie")  # fmt: skip

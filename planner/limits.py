@@ -77,7 +77,8 @@ def parse_share(text: str, flag: str) -> float:
 
 
 def parse_sizes(text: str | None, flag: str) -> tuple[int, ...]:
-    """Read "512", or "256..1024": the low end, doubled while it is below the high end, and that.
+    """Read "512", or "256..1024": the low end, doubled while it is below the high end, that, and
+    of the powers of two between them, which divide in the most ways, the same number.
 
     Raises UsageError where it is neither.
     """
@@ -91,4 +92,5 @@ def parse_sizes(text: str | None, flag: str) -> tuple[int, ...]:
                          f" 256..1024, of whole numbers up to {MOST_COUNT:,}")  # fmt: skip
     first, last = map(int, ends)
     doubled = itertools.takewhile(lambda n: n < last, (first << k for k in itertools.count()))
-    return (*doubled, last)
+    powers = (1 << k for k in range(first.bit_length(), last.bit_length()))
+    return tuple(sorted({*doubled, *powers, last}))

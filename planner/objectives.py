@@ -70,7 +70,7 @@ def plan_within(
                          hints=("a range is searched for time, cost or energy",))  # fmt: skip
     best: TraceResult | None = None
     fault: PlanError | None = None
-    pairs = itertools.product(options.batches or (options.asked.global_batch,),
+    pairs = itertools.product(_batches(options, hardware) or (options.asked.global_batch,),
                               options.seq_lens or (options.asked.seq_len,))  # fmt: skip
     for batch, seq_len in pairs:
         asked = replace(options.asked, global_batch=batch, seq_len=seq_len)
@@ -92,6 +92,15 @@ def plan_within(
         most = f"least {options.objective} a token"
     line = f"--global-batch {w.global_batch} --seq-len {w.seq_len}: {most} of the ranges"
     return replace(best, echo=(*best.echo, line), timing=clock.timing())
+
+
+def _batches(options: TraceOptions, hardware: Hardware) -> tuple[int, ...]:
+    """Those of the options and, of a range, the largest that all GPUs divide."""
+    sizes = options.batches
+    if len(sizes) < 2:
+        return sizes
+    even = sizes[-1] // hardware.count * hardware.count
+    return tuple(sorted({*sizes, *([even] if even >= sizes[0] else [])}))
 
 
 def _merit(found: TraceResult, options: TraceOptions, hardware: Hardware) -> float:

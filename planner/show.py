@@ -24,7 +24,7 @@ from planner.plan_text import SCHEMA, recompute_records, stage_records, workload
 from planner.proved import all_pinned, an_axis, gain_words, status_words
 from planner.share_words import microbatch_words, tp_words
 from planner.tightness import tight, tight_words
-from planner.wrapping import wrapped
+from planner.wrapping import side_by_side, wrapped
 
 WIDTH = 80
 BAR = 32
@@ -104,16 +104,16 @@ def summary(
 
     notes: lines to print first, such as the defaults used or that the estimate is stale.
     """
-    parts = (
-        _stages(plan), _memory(estimate), _time(estimate, plan.graph.seq_in_input),
-        _verdict(plan, estimate, baselines),
-    )  # fmt: skip
-    lines = [*_head(plan), *(line for part in parts for line in ("", *part))]
-    folded = "\n".join(wrapped(line, 12) for line in lines).split("\n")
-    said = "\n".join(wrapped(note) for note in notes).split("\n") if notes else []
-    if len(folded) + len(said) > MOST_LINES:  # notes are cut, decisions never
-        said = [*map(_cut, notes)]
-    return "\n".join([*said, *folded])
+    parts = (_stages(plan), _memory(estimate), _time(estimate, plan.graph.seq_in_input))
+    lines = [*_head(plan), *(line for part in parts for line in ("", *part)), ""]
+    beside = side_by_side(notes)  # samples of assumptions go before notes do
+    for told, shown in ((notes, MOST_ASSUMPTIONS), (beside, MOST_ASSUMPTIONS), (beside, 0)):
+        rows = [*lines, *_verdict(plan, estimate, baselines, shown)]
+        folded = "\n".join(wrapped(line, 12) for line in rows).split("\n")
+        said = "\n".join(map(wrapped, told)).split("\n") if told else []
+        if len(folded) + len(said) <= MOST_LINES:
+            return "\n".join([*said, *folded])
+    return "\n".join([*map(_cut, beside), *folded])  # notes are cut, decisions never
 
 
 def _head(plan: Plan) -> list[str]:
@@ -254,7 +254,9 @@ def _most(items: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     return [*ordered[: MOST_BARS - 1], (f"{len(rest)} others", sum(size for _, size in rest))]
 
 
-def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str]:
+def _verdict(
+    plan: Plan, e: Estimate, baselines: Sequence[Baseline], shown: int
+) -> list[str]:
     s = plan.solver
     better = {"cost": "costs less", "energy": "takes less energy"}.get(s.objective, "is better")
     proof = {
@@ -282,9 +284,9 @@ def _verdict(plan: Plan, e: Estimate, baselines: Sequence[Baseline]) -> list[str
             _row("baselines" if not i else "", row) for i, row in enumerate(_pack(rows, "  "))
         ]
     if e.assumptions:
-        shown = e.assumptions[:MOST_ASSUMPTIONS]
-        lines.append(_row("assumed", f"{len(e.assumptions)} things; first of them:"))
-        lines += [_cut(_row("", text)) for text in shown]  # plan report has them whole
+        where = "first of them:" if shown else "plan report has them"
+        lines.append(_row("assumed", f"{len(e.assumptions)} things; {where}"))
+        lines += [_cut(_row("", text)) for text in e.assumptions[:shown]]  # the report's are whole
     return lines
 
 

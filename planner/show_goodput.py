@@ -100,7 +100,8 @@ def _costs(
         return []
     parts = used_parts(checked.hardware, checked.plan.decisions)
     said = charges_said(_charges(checked, operations, prices), parts, prices, unit)
-    return [f"  {'' if i else 'cost':12}{line}" for i, line in enumerate(said)]
+    lines = [line for text in said for line in textwrap.wrap(text, WIDTH - 14)]
+    return [f"  {'' if i else 'cost':12}{line}" for i, line in enumerate(lines)]
 
 
 def _cost_json(

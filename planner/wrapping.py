@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 WIDTH = 80
 
 
@@ -15,3 +17,15 @@ def wrapped(line: str, indent: int = 4) -> str:
         lines.append(line[:cut].rstrip())
         line = " " * indent + line[cut:].lstrip()
     return "\n".join([*lines, line])
+
+
+def side_by_side(notes: Sequence[str]) -> tuple[str, ...]:
+    """Short notes that come one after the other in a line together, where it has room for them."""
+    lines: list[str] = []
+    for note in notes:
+        both = f"{lines[-1]}; {note}" if lines else ""
+        if both and len(both) <= WIDTH:
+            lines[-1] = both
+        else:
+            lines.append(note)
+    return tuple(lines)

@@ -176,6 +176,33 @@ def trained(rank, plan, kind, folder=None, steps=3, options=None):
     return found, left, (len(mapped), len(state))
 
 
+def in_files(rank, plan, folder):
+    """What three steps make of the parameters, what is left in the folder, and how many of the
+    parameters, or of the tensors that were saved for backward, lie in files."""
+    from planner.runtime import offload
+
+    module, _, parallel, ids, targets = made(plan, folder=folder)
+    optimizer = parallel.optimizer(lr=1e-2)
+    send, filed = offload.Host._send, []
+
+    def noted(self, local):
+        moved = send(self, local)
+        filed.append(moved.host.untyped_storage().filename)
+        return moved
+
+    offload.Host._send = noted
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            parallel.step(ids, targets, module.loss)
+            optimizer.step()
+    finally:
+        offload.Host._send = send
+    filed += [whole_local(p).untyped_storage().filename for p in parallel.parameters()]
+    found = {n: whole(p.detach()).clone() for n, p in parallel.named_parameters()}
+    return found, os.listdir(folder) if folder else [], sum(map(bool, filed))
+
+
 def trained_below(rank, plan, options):
     """What three steps make of the parameters; the modules that FSDP2 updates on the host, each of
     whose parameters the plan lays there."""

@@ -11,9 +11,11 @@ from random_problems import BIG_MOE, INTER, SMALL, WIDE, make, small_cluster
 from test_offload_layers import BASE, stepped
 from test_stages import choices, weigh
 from test_stages import tiny as tiny_problem
+from tiny_models import costs_of, graph_of
 
 from cost_models.decisions import Decisions
 from cost_models.estimate import stage_problem
+from cost_models.hardware import load_hardware
 from cost_models.rank_ledger import tier_uses
 from cost_models.stage_problem import Room, below_bytes, evaluate
 from cost_models.tiers import Tier, fullest, together
@@ -22,6 +24,7 @@ from planner.infeasible import infeasible
 from planner.legality import illegal
 from planner.mesh import Mesh
 from planner.score import score_of
+from planner.search import Searcher
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
 from planner.stages import lower_bound_ps, solve, surely_infeasible
@@ -144,6 +147,7 @@ def test_what_fits_only_with_layers_on_the_disk(tmp_path):
     (("optimizer", "cpu"), ("activations", "cpu:1/2")), (("optimizer", "nvme"),),
     (("optimizer", "cpu:1/2"), ("activations", "cpu:1/1")), (("activations", "cpu"),),
     (("optimizer", "nvme:0/1"), ("params", "cpu")),
+    (("optimizer", "cpu:1/2"), ("params", "nvme"), ("activations", "nvme:1/1")),
 ])  # fmt: skip
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_rooms_are_what_tiers_hold(zero, offload):
@@ -229,3 +233,21 @@ def test_a_tier_is_named_where_more_of_it_would_do(tmp_path):
     tight = tiny(tmp_path, 4, 1).searcher.under(pins)
     told = infeasible(tight, tight.run())
     assert "tier" not in "\n".join(told.lines())
+
+
+def test_parameters_on_the_disk_are_hinted_at_where_the_host_is_full():
+    """Four layers of 8B on two GPUs of 14 GB, a host of 12 GB: nothing that is searched fits, and
+    what is hinted at, pinned, does, in as many bytes."""
+    h100, points = load_hardware("h100x2"), tuple((n, 1) for n in (1, 2, 4))
+    cpu, nvme = h100.tiers
+    small = replace(h100, tiers=(replace(cpu, bytes=12 * 10**9), nvme),
+                    device=replace(h100.device, memory_bytes=14 * 10**9))  # fmt: skip
+    costs = costs_of(graph_of("llama", size="8b", n_layers=4), small, points, seq_len=2048,
+                     global_batch=4, engine="native-compiled")  # fmt: skip
+    searcher = Searcher(costs=costs)
+    out = searcher.run()
+    assert out.best is None and out.full.name == "cpu"
+    word, hint = "offload=optimizer:nvme,params:nvme", infeasible(searcher, out).hints[0]
+    assert hint.startswith(f"with --fix {word} it fits: ")
+    pinned = searcher.under(parse_pins([word])).run()
+    assert pinned.best is not None and pinned.best.decisions.tiers["params"] == "nvme"

@@ -144,7 +144,7 @@ def test_the_command_takes_objective_and_limits(plan):
 def test_a_range_is_its_ends_and_doublings_between():
     assert parse_sizes(None, "--seq-len") == ()
     assert parse_sizes("512", "--seq-len") == (512,)
-    assert parse_sizes("100..450", "--seq-len") == (100, 200, 400, 450)
+    assert parse_sizes("100..450", "--seq-len") == (100, 128, 200, 256, 400, 450)
     assert parse_sizes("7..7", "--seq-len") == (7,)
     for bad in ("", "0", "x", "2..1", "1..", "..4", "1...4", "-3", "1.5"):
         with pytest.raises(UsageError):
@@ -165,7 +165,9 @@ def test_of_a_range_the_plan_of_most_tokens_a_second_is_taken():
     assert (found.plan.workload.global_batch, found.plan.workload.seq_len) == best
     assert found.estimate.tokens / found.estimate.step_time_s == rates[best]
     with pytest.raises(UsageError, match="divide"):
-        plan_within(graph, options(asked=Asked(), batches=(13, 17)), cluster, Clock())
+        plan_within(graph, options(asked=Asked(), batches=(13, 15)), cluster, Clock())
+    even = plan_within(graph, options(asked=Asked(), batches=(13, 17)), cluster, Clock())
+    assert even.plan.workload.global_batch == 16  # neither end; what eight GPUs divide
     with pytest.raises(UsageError, match="one batch"):
         plan_within(graph, options(objective="gpus", batches=(8, 16)), cluster, Clock())
 

@@ -9,10 +9,14 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import estimate_step
 from cost_models.hardware import load_hardware
 from cost_models.rank_ledger import moved_level
+from cost_models.tiers import Tier
 from planner.search import Searcher
 
 H100 = load_hardware("h100x8")
 LAYERS, LINK = 4, 5e10  # bytes/s of one GPU's link; the host's 5.6e11 for 8 GPUs is more
+POOLED = replace(H100, tiers=(*H100.tiers, Tier(
+    name="cxl", bytes=8 << 40, read_bytes_per_s=2e11, write_bytes_per_s=2e11, gpus=32
+)))  # fmt: skip
 BELOW = (("optimizer", "cpu"), ("params", "cpu"))
 KEPT = (("activations", "cpu"),)
 BASE = Decisions(
@@ -138,6 +142,48 @@ def test_the_optimizer_s_link_is_taken_once_a_step():
     _, disk, _ = stepped(replace(d, offload=(("optimizer", "nvme"),)))
     more = 8 * n * 8 * (1 / 5e10 + 1 / 3e10) * 1e12
     assert layer(disk).offload_ps - layer(step).offload_ps == pytest.approx(more, rel=1e-9)
+
+
+def test_activations_on_another_tier_go_there_through_the_host():
+    """A CXL pool of 200 GB/s leaves each of eight GPUs 25, less than its link of 50: what a layer
+    keeps takes so long each way, all but what kernels hide."""
+    d = replace(BASE, zero=1, reshard=False, offload=(("activations", "cxl"),))
+    costs, step, e = stepped(d, POOLED)
+    kept = layer(stepped(replace(d, offload=()))[1]).kept[0]
+    unit = step.chain.links[step.chain.layers[0]].unit
+    point = costs.at(d, unit, True, Searcher(costs=costs).assign(1, False)[unit, True])
+    share, seconds = costs.engine.fsdp_interference, kept / (2e11 / 8)
+    expected = [max(share * seconds, seconds - hidden) for hidden in point.kernels_s]
+    assert layer(step).moved[0] == pytest.approx([s * 1e12 for s in expected], abs=1)
+    assert any("tier cxl: through the host's memory" in note for note in e.assumptions)
+    (use,) = e.tiers  # eight GPUs' layers of the one micro-batch in flight
+    assert (use.name, use.used_bytes, use.bytes) == ("cxl", 8 * LAYERS * kept, 8 << 40)
+    by_count = replace(d, offload=(("activations", "cxl:3"),))
+    assert stepped(by_count, POOLED)[2].tiers[0].used_bytes == 8 * 3 * kept
+
+
+def test_parameters_on_another_tier():
+    """fp32 shards lie there and are gathered from there at its rate; gradients go to the host's
+    memory, and the update reads and writes the shards on the tier besides."""
+    pool = 2e11 / 8
+    d = replace(BASE, offload=(("optimizer", "cpu"), ("params", "cxl")))
+    _, near, _ = stepped(replace(d, offload=BELOW), POOLED)
+    costs, step, e = stepped(d, POOLED)
+    row, state = layer(step), layer(step).state
+    n = state.updated
+    assert n == state.shard and dict(row.below) == {"cpu": 12 * n, "cxl": 4 * n}
+    more = 4 * n * 8 * (2 / 2e11) * 1e12
+    assert row.offload_ps - layer(near).offload_ps == pytest.approx(more, rel=1e-6)
+    unit = step.chain.links[step.chain.layers[0]].unit
+    point = costs.at(d, unit, True, Searcher(costs=costs).assign(1, False)[unit, True])
+    gather = costs.transfers(d, state, "all_gather", 2)
+    reduce = costs.transfers(d, state, "reduce_scatter", 4)
+    share, up, down = costs.engine.fsdp_interference, 4 * n / pool, 4 * n / LINK
+    for found, both, kernels in ((row.forward, gather + up, point.kernels_s[0]),
+                                 (row.backward, gather + reduce + up + down, point.kernels_s[1])):
+        expected = max(share * both, both - kernels) * 1e12
+        assert found[-2] + found[-1] == pytest.approx(expected, abs=2)
+    assert {use.name for use in e.tiers} == {"cpu", "cxl"}
 
 
 def test_nothing_offloaded_costs_nothing():

@@ -190,8 +190,8 @@ def test_a_pinned_count_is_kept(count):
 def test_words_of_counts():
     assert parse_pins(["offload=activations:cpu:4/3"]).offload == (("activations", "cpu:4/3"),)
     assert parse_pins(["offload=optimizer:nvme:3"]).offload == (("optimizer", "nvme:3"),)
-    for bad in ("optimizer:nvme:x", "optimizer::3", "params:cpu:1", "activations:cpu:",
-                "activations:nvme:3"):  # fmt: skip
+    assert parse_pins(["offload=activations:cxl:3"]).offload == (("activations", "cxl:3"),)
+    for bad in ("optimizer:nvme:x", "optimizer::3", "params:cpu:1", "activations:cpu:"):
         with pytest.raises(UsageError):
             parse_pins([f"offload={bad}"])
     d = replace(BASE, stages=(2, 2), recompute=((1, 0), (0, 0)), pp=2, dp=4, shard=4,

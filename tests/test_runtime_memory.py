@@ -327,6 +327,24 @@ def test_state_on_disk_is_loaded_to_disk(world, tmp_path):
         assert mapped
 
 
+@pytest.mark.parametrize("held", ["gathered", "kept"])
+def test_parameters_and_activations_in_files_are_bit_for_bit(world, tmp_path, held):
+    """FSDP2's fp32 shards, and what layers keep, in files: three steps give the same bits as in
+    memory, and no name is left in the folder."""
+    what = {"gathered": ("params", "optimizer"), "kept": ("activations",)}[held]
+    words = [(w, "cpu") for w in ("optimizer", "params", "activations") if w in what]
+    memory = plan(offload=tuple(words))
+    disk = plan(offload=tuple((w, "cpu" if w == "optimizer" else "cxl") for w, _ in words))
+    kept = world.run(2, cases.in_files, memory, None)
+    filed = world.run(2, cases.in_files, disk, str(tmp_path))
+    for (expected, none, before), (found, left, mapped) in zip(kept, filed):
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+        assert left == none == [] and before == 0
+        assert mapped == (len(expected) if held == "gathered" else mapped) and mapped > 0
+    with pytest.raises(RankFailure, match="no folder is given"):
+        world.run(2, cases.in_files, disk, None)
+
+
 def test_a_disk_needs_a_folder(world, tmp_path):
     disk = plan(zero=1, offload=(("optimizer", "nvme"),))
     for folder, words in ((None, "no folder is given"), (str(tmp_path / "gone"), "is no folder")):

@@ -103,6 +103,19 @@ def test_the_largest_plan_is_one_screen():
     assert max(map(len, lines)) <= 80
 
 
+def test_notes_are_whole_before_assumptions_are_sampled():
+    """Short ones share a line, and what assumptions begin with leaves its lines to them."""
+    plan, told = toy_plan(), "changes " + ", ".join(f"decision_{n}" for n in range(12))
+    e = replace(estimated(plan), assumptions=("an assumption",) * 9)
+    short = tuple(f"--flag-{n} {n} (default)" for n in range(18))
+    alone = summary(plan, e, baselines=BASELINES).splitlines()
+    lines = summary(plan, e, notes=(*short, told), baselines=BASELINES).splitlines()
+    assert len(alone) + len(short) + 2 >= 40 > len(lines)
+    assert told in " ".join(" ".join(lines).split()) and lines[0].startswith(f"{short[0]}; {short[1]}; ")
+    assert all(len(line) <= 80 and not line.endswith("...") for line in lines)
+    assert summary(plan, e).splitlines()[-1].strip() == "an assumption"
+
+
 def test_no_decision_is_cut_off():
     """Of the layout and of stages with long names, what does not fit a line is on the next."""
     plan = toy_plan()

@@ -14,6 +14,7 @@ from planner.plan import Plan
 FILE = "deepspeed.json"
 OURS = "meshwright"  # a key that DeepSpeed's parser does not look at: JSON has no comments
 TAKES = ("pp=1",)
+NVME = "/local_nvme"  # where a node's disk is mounted: to be replaced
 KEEPS = 10**15  # stage3_max_live_parameters: none are released after forward
 
 
@@ -60,9 +61,10 @@ def _zero(p: Plan) -> dict[str, Any]:
     if optimizer == "cpu":
         found["offload_optimizer"] = {"device": "cpu"}
     if optimizer == "nvme":
-        found["offload_optimizer"] = {"device": "nvme", "nvme_path": "/local_nvme"}
+        found["offload_optimizer"] = {"device": "nvme", "nvme_path": NVME}
     if "params" in d.tiers:
-        found["offload_param"] = {"device": d.tiers["params"]}
+        tier = d.tiers["params"]
+        found["offload_param"] = {"device": tier} | ({"nvme_path": NVME} if tier == "nvme" else {})
     return found
 
 

@@ -119,7 +119,8 @@ def _work(p: Plan) -> Flags:
 
 
 def _offloads_layers(d: Decisions) -> bool:
-    return "activations" in d.tiers and d.pp == 1 and not any(f + s for f, s in d.recompute)
+    on_host = d.tiers.get("activations") == "cpu"
+    return on_host and d.pp == 1 and not any(f + s for f, s in d.recompute)
 
 
 def _offloaded_layers(d: Decisions) -> int:

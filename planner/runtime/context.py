@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ir.errors import PlanError
 from ir.graph import Tensor
 from planner.plan import Plan
 from planner.runtime.health import Health
@@ -50,6 +52,20 @@ class Context:
     health: Health = field(default_factory=Health)
     weights: Weights = field(default_factory=Weights)
     sample: Sample = field(default_factory=Sample)
+    folder: Path | None = None  # what another tier below than the host's memory is here
+
+    def folder_of(self, what: str) -> Path | None:
+        """Where files of what is offloaded lie; None: nowhere, or in the host's memory.
+
+        Raises PlanError where the plan names another tier and there is no folder.
+        """
+        tier = self.plan.decisions.tiers.get(what, "cpu")
+        if tier == "cpu":
+            return None
+        if self.folder is None:
+            raise PlanError(f"the plan holds {what} on {tier}, and no folder is given",
+                            hints=("planner.parallelize(..., folder=...)",))  # fmt: skip
+        return self.folder
 
     def sizes(self, spec: Tensor) -> tuple[int, ...]:
         """The shape of a value of the graph as it runs now, whole."""

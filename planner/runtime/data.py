@@ -54,7 +54,9 @@ def shard_over_data(
     d = meshes.decisions
     experts = {p for site in sites for p in _experts(site)} if d.ep * d.etp * d.tp > 1 else set()
     over_experts, place = _over_experts(experts, meshes) if experts else (None, None)
-    host = CPUOffloadPolicy(pin_memory=meshes.device_type != "cpu")
+    # what lies in files is not pinned: that would be a copy in the host's memory
+    pinned = meshes.device_type != "cpu" and d.tiers.get("params", "cpu") == "cpu"
+    host = CPUOffloadPolicy(pin_memory=pinned)
     below = {site.module for site in sites if site.below}
     whole = "optimizer" in d.tiers and d.below is None  # the stage itself as well
     reshard = d.zero == 3 and d.reshard

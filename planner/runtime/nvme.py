@@ -1,8 +1,9 @@
-"""Optimizer state in files, mapped into memory: what the plan lays on a disk.
+"""Files mapped into memory: what the plan lays on a disk, or on another tier that is a folder.
 
 A state tensor is written to a file of its own as the optimizer makes it, and read and updated
-through the mapping; the system moves pages. Files have no name once they are mapped, so nothing
-is left behind, whatever ends the process.
+through the mapping; the system moves pages. FSDP2's fp32 shards are moved to such files, saved
+activations written to them. Files have no name once they are mapped, so nothing is left behind,
+whatever ends the process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -32,10 +36,7 @@ def hold_on_disk(
 
     Raises PlanError where the folder cannot be written or has no room.
     """
-    place = Path(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise PlanError(f"{place} is no folder that can be written", hints=("mkdir it first",))
-
+    place = writable(folder)
     below = None if those is None else frozenset(those)
 
     def remap(changed: Optimizer) -> None:
@@ -46,6 +47,38 @@ def hold_on_disk(
 
     remap(optimizer)
     optimizer.register_load_state_dict_post_hook(remap)
+
+
+def writable(folder: str | os.PathLike[str]) -> Path:
+    """The folder. Raises PlanError where it is none that can be written."""
+    place = Path(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise PlanError(f"{place} is no folder that can be written", hints=("mkdir it first",))
+    return place
+
+
+def hold_shards(modules: Iterable[nn.Module], folder: Path) -> None:
+    """Move the shards that FSDP2 holds on the CPU to files in `folder`, with their padding: each
+    parameter stays the object that it is. Raises PlanError where there is no room."""
+    for module in modules:
+        for group in fully_shard.state(module)._fsdp_param_groups:  # type: ignore[attr-defined]
+            if isinstance(group.offload_policy, CPUOffloadPolicy):
+                for one in group.fsdp_params:
+                    _hold_shard(one, folder)
+
+
+def _hold_shard(one: FSDPParam, folder: Path) -> None:
+    one.reset_sharded_param()  # what was filled since is padded first
+    flat, local = one._sharded_param_data, one.sharded_param._local_tensor  # type: ignore[attr-defined]
+    fake = isinstance(flat, FakeTensor)  # has no bytes
+    if not flat.numel() or flat.is_meta or fake or flat.untyped_storage().filename:
+        return
+    held = map_file(folder, flat.numel(), flat.dtype, "parameters", "params")
+    held.copy_(flat)
+    one._sharded_param_data = held
+    one.sharded_param._local_tensor = held.as_strided(  # type: ignore[attr-defined]
+        local.size(), local.stride(), local.storage_offset() - flat.storage_offset()
+    )
 
 
 class States(defaultdict[Tensor, Any]):
@@ -82,7 +115,8 @@ class OnDisk(dict[str, Any]):
 
     def _mapped(self, value: Tensor) -> Tensor:
         local = value._local_tensor if isinstance(value, DTensor) else value
-        if local.device.type != "cpu" or local.numel() * local.element_size() < LEAST_BYTES:
+        small = local.numel() * local.element_size() < LEAST_BYTES
+        if small or local.device.type != "cpu" or isinstance(local, FakeTensor):
             return value
         flat = map_file(self._folder, local.numel(), local.dtype)
         held = flat.view(local.shape)
@@ -90,18 +124,25 @@ class OnDisk(dict[str, Any]):
         return DTensor(held, value._spec, requires_grad=False) if value is not local else held  # type: ignore[attr-defined]
 
 
-def map_file(folder: Path, numel: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor whose memory is a new file in `folder`. Raises PlanError where it is full."""
-    handle, path = tempfile.mkstemp(prefix="optimizer-", suffix=".state", dir=folder)
+def map_file(
+    folder: Path, numel: int, dtype: torch.dtype, what: str = "optimizer state",
+    word: str = "optimizer",
+) -> Tensor:  # fmt: skip
+    """A flat tensor whose memory is a new file in `folder`. what, word: of it, for people and as
+    a pin says it. Raises PlanError where the folder is full, or gone."""
+    try:
+        handle, path = tempfile.mkstemp(prefix=f"{word}-", suffix=".state", dir=folder)
+    except OSError as fault:
+        raise PlanError(f"no file for {what} can be made in {folder}", why=str(fault)) from fault
     try:
         # pages without room behind them would end the process when they are written
         os.posix_fallocate(handle, 0, numel * dtype.itemsize)
         return torch.from_file(path, shared=True, size=numel, dtype=dtype)
     except OSError as fault:
         raise PlanError(
-            f"optimizer state does not fit {folder}",
+            f"{what} does not fit {folder}",
             why=f"{numel * dtype.itemsize} bytes: {fault.strerror}",
-            hints=("a folder with more room", "offload=optimizer:cpu"),
+            hints=("a folder with more room", f"offload={word}:cpu"),
         ) from fault
     finally:
         os.close(handle)

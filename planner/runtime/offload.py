@@ -1,5 +1,6 @@
-"""What a layer keeps for backward, held in host memory until its backward: all layers', or so
-many of each stage.
+"""What a layer keeps for backward, held below the device until its backward: all layers', or so
+many of each stage. It lies in host memory, or in files of a folder where the plan names another
+tier.
 
 A layer's saved tensors are copied down as they are saved, each storage once, and come up again
 when its backward starts, those of the layer before it with them. On an accelerator the copies run
@@ -15,10 +16,12 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
@@ -27,6 +30,7 @@ from torch.utils import _pytree as pytree
 from cost_models.chain import chain_of
 from cost_models.stage_problem import starts_of
 from planner.runtime.context import Context
+from planner.runtime.nvme import map_file
 from planner.runtime.site import Site
 
 LEAST_BYTES = 1024  # a copy costs more than what is smaller is worth: seeds and scalars stay
@@ -45,7 +49,7 @@ def apply_activations(sites: Sequence[Site], stage: nn.Module, context: Context)
         for place, path in enumerate(paths[start : start + count])
         if d.moved is None or full <= place < full + n
     }  # fmt: skip
-    host = Host(context.meshes.device_type)
+    host = Host(context.meshes.device_type, context.folder_of("activations"))
     moved = [site for site in sites if site.path in layers]
     for place, site in enumerate(moved):
         site.module.forward = host.around(site.module, site.module.forward, first=place == 0)
@@ -87,8 +91,8 @@ class Packed:
 class Host:
     """The copies of one stage: two streams on an accelerator, none on the CPU."""
 
-    def __init__(self, device_type: str) -> None:
-        self._type = device_type
+    def __init__(self, device_type: str, folder: Path | None = None) -> None:
+        self._type, self._folder = device_type, folder
         self._streams = None if device_type == "cpu" else torch.get_device_module(device_type)
         self._down = self._streams.Stream() if self._streams else None
         self._up = self._streams.Stream() if self._streams else None
@@ -187,9 +191,12 @@ class Host:
         """Copy a tensor's whole storage down."""
         size = local.untyped_storage().nbytes() // local.element_size()
         flat = local.as_strided((size,), (1,), 0)
-        host = torch.empty(
-            size, dtype=flat.dtype, device="cpu", pin_memory=self._streams is not None
-        )
+        if self._folder is None or isinstance(flat, FakeTensor):  # a fake one has no bytes
+            host = torch.empty(
+                size, dtype=flat.dtype, device="cpu", pin_memory=self._streams is not None
+            )
+        else:
+            host = map_file(self._folder, size, flat.dtype, "what layers keep", "activations")
         with self._on(self._down):
             host.copy_(flat, non_blocking=True)
         return Moved(host)

@@ -25,6 +25,7 @@ from planner.runtime.health import ExpertLoad, OnLoad
 from planner.runtime.init import init
 from planner.runtime.load import load
 from planner.runtime.loss import parallel_loss, plain_loss
+from planner.runtime.nvme import hold_shards
 from planner.runtime.optimizer import Factory, make_optimizer
 from planner.runtime.pipeline import Stage
 from planner.runtime.schedules import Pipeline
@@ -38,6 +39,10 @@ def _several(given: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     return () if given is None else (given,) if isinstance(given, torch.optim.Optimizer) else (
         tuple(given)
     )  # fmt: skip
+
+
+def _sharded(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    return (m for module in modules for m in module.modules() if isinstance(m, FSDPModule))
 
 
 class Parallel:
@@ -139,8 +144,15 @@ class Parallel:
         self, kind: str | Factory | None = None, *, folder: str | None = None, **options: Any
     ) -> torch.optim.Optimizer:
         """The plan's optimizer of this rank's parameters, or another: a name, or what makes one
-        of parameters. folder: where state lies that the plan holds on a disk."""
-        return make_optimizer(self.named_parameters(), self.plan, kind, folder=folder, **options)
+        of parameters. folder: where state lies that the plan holds on a disk, by default that of
+        `parallelize`. fp32 shards that the plan lays there are moved there now."""
+        place = self._context.folder_of("params")
+        if place is not None:
+            hold_shards(_sharded(self.modules), place)
+        return make_optimizer(
+            self.named_parameters(), self.plan, kind,
+            folder=self._context.folder if folder is None else folder, **options,
+        )  # fmt: skip
 
     def clip_grad_norm_(
         self, max_norm: float, *, norm_type: float = 2.0, error_if_nonfinite: bool = False

@@ -7,8 +7,10 @@ user's modules runs as it is; what a part adds is around it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ from planner.runtime.data import precision_policy, shard_over_data
 from planner.runtime.init import refuse_without_values
 from planner.runtime.leaving import settle_at_exit
 from planner.runtime.meshes import make_meshes
+from planner.runtime.nvme import writable
 from planner.runtime.parallel import Parallel
 from planner.runtime.pipeline import Stage, split
 from planner.runtime.site import Site, find_sites
@@ -38,15 +41,18 @@ from planner.runtime.weights import weights_of
 
 
 def parallelize(
-    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor"
-) -> Parallel:
+    model: nn.Module, plan: Plan, *, device: str | None = None, compile_backend: str = "inductor",
+    folder: str | os.PathLike[str] | None = None,
+) -> Parallel:  # fmt: skip
     """Turn a model into what this rank runs under the plan; the process group is there already.
 
     model: best built under `planner.meta()`; its modules are changed in place. device: "cuda" or
-    "cpu", by default the process group's. compile_backend: for plans with compile on.
-    Raises PlanError (another world size), GateError (another model).
+    "cpu", by default the process group's. compile_backend: for plans with compile on. folder: on
+    the disk, or the pool, that the plan lays something on.
+    Raises PlanError (another world size, no folder), GateError (another model).
     """
-    context, stages = begin(model, plan, device)
+    context, stages = begin(model, plan, device, None if folder is None else writable(folder))
+    context.folder_of("params")  # refused before anything is changed
     for stage in stages:
         prepare(stage.sites, stage.module, context, compile_backend)
         shard_over_data(stage.module, stage.sites, context.meshes,
@@ -56,7 +62,7 @@ def parallelize(
 
 
 def begin(
-    model: nn.Module, plan: Plan, device: str | None = None
+    model: nn.Module, plan: Plan, device: str | None = None, folder: Path | None = None
 ) -> tuple[Context, tuple[Stage, ...]]:
     """The meshes, and the stages of the model that this rank runs, before any part is applied."""
     if not dist.is_initialized():
@@ -72,7 +78,9 @@ def begin(
     plan = replace(plan, decisions=own)
     sites = find_sites(model, plan)
     weights = weights_of(model, plan.graph.tied)
-    context = Context(plan=plan, meshes=meshes, report=Report(), weights=weights)
+    context = Context(
+        plan=plan, meshes=meshes, report=Report(), weights=weights, folder=folder
+    )  # fmt: skip
     in_fp32(model, plan)
     return context, split(model, sites, context)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,7 +152,8 @@ def _run(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     ours = _without_memory(model, fake)
     run_as_captured(ours, plan.graph)
-    parallel = parallelize(ours, plan, device="cpu")
+    # nothing is written to the folder: fake tensors have no bytes
+    parallel = parallelize(ours, plan, device="cpu", folder=tempfile.gettempdir())
     at_rest = list(parallel.parameters())
     seen, known = Seen(local=_bytes_of(at_rest)), set(map(id, at_rest))
     groups = _groups(parallel.meshes)

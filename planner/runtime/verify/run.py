@@ -85,8 +85,11 @@ def on_rank(rank: int, plan: Plan, recipe: Recipe, compile_backend: str) -> Rank
     case, seed = unsharded(plan, recipe)
     model, _ = _built(recipe, seed)
     _copy(model, case.model)
-    parallel = parallelize(model, plan, compile_backend=compile_backend)
-    with torch._inductor.config.patch(PLAIN):
+    with (  # a folder for what the plan holds on a disk
+        tempfile.TemporaryDirectory() as folder,
+        torch._inductor.config.patch(PLAIN),
+    ):
+        parallel = parallelize(model, plan, compile_backend=compile_backend, folder=folder)
         ours = run_sharded(parallel, case)
     theirs = run_whole(case, plan.decisions)
     report = parallel.report
@@ -112,10 +115,9 @@ def run_sharded(parallel: Parallel, case: Case) -> Ran:
     first = float(parallel.step(case.batch, case.targets, case.loss_fn))
     gradients = {name: _gradient(p) for name, p in learning().items()}
     norm = float(parallel.clip_grad_norm_(UNCLIPPED))
-    with tempfile.TemporaryDirectory() as folder:  # for state that the plan holds on a disk
-        optimizer = parallel.optimizer(torch.optim.AdamW, folder=folder, **ADAM)
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = parallel.optimizer(torch.optim.AdamW, **ADAM)
+    optimizer.step()
+    optimizer.zero_grad()
     parameters = {name: p.detach().clone() for name, p in learning().items()}
     second = float(parallel.step(case.batch, case.targets, case.loss_fn))
     return Ran(losses=(first, second), norm=norm, gradients=gradients, parameters=parameters)
