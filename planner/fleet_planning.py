@@ -213,4 +213,5 @@ def _infeasible(graph: Graph, options: TraceOptions, found: FleetSearch) -> Infe
         asked, options.pins, answer.outcome if answer else Outcome(), "\n".join(lines),
         "every part has whole stages of as many GPUs, and dp divides the global batch of"
         f" {found.workload.global_batch}",
+        (options.limits.memory_bytes, max(p.device.memory_bytes for p in found.fleet.parts)),
     )  # fmt: skip

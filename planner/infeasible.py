@@ -18,8 +18,8 @@ from cost_models.decisions import Decisions, Workload
 from cost_models.estimate import estimate_step
 from cost_models.fleet import Fleet, Hardware, parts_of
 from cost_models.hardware import Cluster
-from cost_models.ledger import Estimate
-from cost_models.units import format_seconds
+from cost_models.ledger import Estimate, RankLedger
+from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError
 from planner.asking import Answer, Asking
 from planner.decisions import Pins, summarise_recompute
@@ -32,6 +32,7 @@ from planner.share_words import share_words
 if TYPE_CHECKING:  # it plans a part as `tracing` does, which asks here
     from planner.fleet_asking import FleetAsking
 
+Memory = tuple[int | None, int]
 EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
 MOST_TIMES = 16  # so many times the GPUs are asked for at most
@@ -75,22 +76,28 @@ class Core:
     proved: bool
 
 
-def infeasible(searcher: Searcher, out: Outcome) -> InfeasibleError:
-    """Why no plan fits hardware of one kind, by name, and hints that were solved again."""
-    costs = searcher.costs
+def infeasible(searcher: Searcher, out: Outcome, memory: Memory = (None, 0)) -> InfeasibleError:
+    """Why no plan fits hardware of one kind, by name, and hints that were solved again. memory:
+    as in `explained`."""
+    costs, (limit, has) = searcher.costs, memory
     nearest = f"nearest needs {needs(searcher, out.misfit)}" if out.misfit else ""
+    least = math.ceil(_fullest_bytes(searcher, out.misfit) / 1e8) / 10 if out.misfit else 0.0
+    known = limit is not None and out.misfit is not None and not out.full and least * 1e9 <= has
     return explained(
         Asking(searcher=searcher), searcher.pins, out, nearest,
         f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
         f" {costs.workload.global_batch}",
+        memory, (f"--max-memory {least:.1f}GB holds the nearest",) if known else (),
     )  # fmt: skip
 
 
 def explained(
-    asked: Asking | FleetAsking, pins: Pins, out: Outcome, nearest: str, rule: str
-) -> InfeasibleError:
+    asked: Asking | FleetAsking, pins: Pins, out: Outcome, nearest: str, rule: str,
+    memory: Memory = (None, 0), hints: tuple[str, ...] = (),
+) -> InfeasibleError:  # fmt: skip
     """Why no plan of what is asked fits. nearest: what the nearest misfit needs, rule: what a legal
-    mesh keeps, in words."""
+    mesh keeps, in words. memory: bytes that the user lets a plan use of each GPU, if so, and what
+    it has. hints: that are known already."""
     legal = out.misfit is None and out.full is None
     questions = Questions(asked=asked, pins=pins, legal=legal)
     core, spec, tier, roomier = questions.core(), asked.hardware.spec, [], []
@@ -99,7 +106,11 @@ def explained(
         binds = roomier or isinstance(asked.hardware, Fleet)  # of these it is not asked
         tier = [f"tier {out.full.said}"] if binds else []
     core = replace(core, hints=(*roomier, *core.hints))
-    words = [*core.limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
+    limit, has = memory
+    lent = f" (--max-memory {format_bytes(limit)})" if limit is not None and limit < has else ""
+    limits = [word + lent * (word == "memory") for word in core.limits]
+    core = replace(core, hints=(*hints, *core.hints))
+    words = [*limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
     binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
     if legal:
         return InfeasibleError(
@@ -119,12 +130,20 @@ def explained(
     )
 
 
-def needs(searcher: Searcher, misfit: Misfit) -> str:
-    """What the fullest rank of a plan that does not fit holds, in GB by name."""
+def _fullest(searcher: Searcher, misfit: Misfit) -> RankLedger:
     costs = searcher.costs
     step = costs.step(misfit.decisions, misfit.assignments)
     made = estimate_step(costs, step, misfit.decisions)
-    worst = max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+    return max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
+
+
+def _fullest_bytes(searcher: Searcher, misfit: Misfit) -> int:
+    return sum(size for _, size in _fullest(searcher, misfit).memory_bytes)
+
+
+def needs(searcher: Searcher, misfit: Misfit) -> str:
+    """What the fullest rank of a plan that does not fit holds, in GB by name."""
+    worst = _fullest(searcher, misfit)
     total = sum(size for _, size in worst.memory_bytes)
     named = sorted(worst.memory_bytes, key=lambda row: -row[1])
     parts = [f"{name} {size / 1e9:.1f}" for name, size in named[:4]]

@@ -7,6 +7,7 @@ time, cost and energy have one search. The others are made of that search under 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 from cost_models.fleet import Fleet, Hardware, load_any, parts_of
@@ -24,7 +25,9 @@ from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
 from planner.tracing import Clock, attempt, capture, plan_graph
 from planner.workload import inherit, precision_of, resolve
+from planner.worth import Worth
 
+CHARGED = ("cost", "energy")
 RESOLVED = 100  # memory is minimised to 1/100 of a GPU's
 
 
@@ -137,10 +140,15 @@ def _of_one_kind(
     """The plan of one cluster, or of fewer of its GPUs.
 
     Below --max-gpus the counts of `plan size` are tried, the most first, the batch being that of
-    the whole cluster. Raises as `run` does.
+    the whole cluster; all of them where it is cost or energy that is to be least. Raises as `run`
+    does.
     """
     limits, most = options.limits, min(options.limits.gpus or cluster.count, cluster.count)
-    if options.objective != "gpus" and most == cluster.count:
+    smaller = most < cluster.count or cluster.name in catalogue()  # a file says its own count
+    left_open = options.objective == "gpus" or bool(
+        options.objective in CHARGED and limits.gpus and smaller
+    )
+    if not left_open and most == cluster.count:
         found = charged(_planned(graph, options, cluster, clock, progress), options, cluster)
         if _usd(found) <= limits.usd:
             groups = () if options.objective == "memory" else quicker_in_groups(
@@ -151,6 +159,8 @@ def _of_one_kind(
         raise _unmet(graph, options, cluster, most, [(found, cluster)])
     asked, over = _same_batch(graph, options, cluster), []
     sizes = [*_fewer(cluster, most), *([cluster] if most == cluster.count else [])]
+    if options.objective in CHARGED:
+        return _least_of(graph, asked, cluster, sizes, clock, progress)
     for fewer in sizes if options.objective == "gpus" else reversed(sizes):
         tried = asked if fewer is cluster else _on(asked, fewer)
         fits = _try(graph, tried, fewer, clock, progress)
@@ -166,6 +176,54 @@ def _of_one_kind(
     if not over and most == cluster.count:
         return plan_graph(graph, asked, cluster, clock, progress)  # says what binds
     raise _unmet(graph, asked, cluster, most, over)
+
+
+def _least_of(
+    graph: Graph,
+    options: TraceOptions,
+    cluster: Cluster,
+    sizes: Sequence[Cluster],
+    clock: Clock,
+    progress: Progress | None,
+) -> TraceResult:
+    """Of the plans of all these sizes the one that costs least, or takes least energy, a token;
+    without prices GPU hours are what costs. Of like ones that of the most GPUs is taken."""
+    best: tuple[float, TraceResult, Cluster] | None = None
+    over: list[tuple[TraceResult, Cluster]] = []
+    for size in reversed(sizes):
+        tried = options if size is cluster else _on(options, size)
+        found = _try(graph, tried, size, clock, progress)
+        if found is None:
+            continue
+        if _usd(found) > options.limits.usd:
+            over.append((found, size))
+            continue
+        amount = _amount(found, tried, size)
+        if best is None or amount < best[0]:
+            best = amount, found, size
+        if found.interrupted:
+            break
+    if best is None:
+        if not over and sizes and sizes[-1] is cluster:
+            return plan_graph(graph, options, cluster, clock, progress)  # says what binds
+        raise _unmet(graph, options, cluster, sizes[-1].count if sizes else 0, over)
+    _, found, size = best
+    tried_counts = ", ".join(str(s.count) for s in sizes)
+    line = f"--objective {options.objective}: {size.count} GPUs take least, of {tried_counts}"
+    kept = tuple(row for row in found.echo if not row.endswith("the fastest plan has least"))
+    return replace(found, echo=(*kept, line), timing=clock.timing())
+
+
+def _amount(found: TraceResult, options: TraceOptions, cluster: Cluster) -> float:
+    """USD a million tokens, or joules a token; the latter where there are no prices, as both are
+    hours of like GPUs then."""
+    plan = found.plan
+    worth = Worth(
+        graph=plan.graph, hardware=cluster, workload=plan.workload, prices=options.prices,
+        objective=options.objective if options.prices else "energy",
+        operations=options.operations,
+    )  # fmt: skip
+    return worth.of(plan.decisions, found.estimate)[0]
 
 
 def _planned(

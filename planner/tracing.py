@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import os
 import sys
 import time
@@ -51,7 +52,8 @@ def plan_graph(
     """Plan a graph that is captured already, for time; raises as `run` does."""
     found, searcher, outcome = attempt(graph, options, cluster, clock, progress)
     if found is None:
-        raise infeasible(searcher, outcome)
+        memory = options.limits.memory_bytes, cluster.device.memory_bytes
+        raise infeasible(searcher, outcome, memory)
     return found
 
 
@@ -253,8 +255,11 @@ def check_model(graph: Graph, cluster: Cluster, workload: Workload, pins: Pins) 
         degree = getattr(pins, key) or 1
         if degree > 1 and (not sizes or any(n % degree for n in sizes)):
             what = "experts" if key == "ep" else "expert features"
+            words = " and ".join(map(str, sizes)) or "none"
+            fit = [n for n in divisors(math.gcd(*sizes)) if n > 1][-3:] if sizes else []
             raise UsageError(
-                f"--fix {key}={degree}: it does not divide the {what} ({sizes or 'none'})"
+                f"--fix {key}={degree}: it does not divide the {what} ({words})",
+                hints=(f"--fix {' or '.join(f'{key}={n}' for n in fit)}",) if fit else (),
             )
     _check_places(graph, pins)
     check_formats(pins.formats, graph, cluster, workload)

@@ -23,6 +23,7 @@ from planner.wrapping import wrapped
 SCHEMA = "why/1"
 WIDTH = 80
 TERMS = 5  # parts of the step that are told, the largest first
+UNSEARCHED = ("compile", "grad_dtype")  # left as the engine has them, or as they are pinned
 LEAST_SHARE = 0.001  # of the step: a smaller difference of a part is not told
 
 
@@ -36,7 +37,7 @@ def alternative_text(base: Checked, found: Alternative) -> str:
     lines = [
         f"{without}: step {format_seconds(old.step_time_s)} -> "
         f"{format_seconds(new.step_time_s)}, {_change(old, new):+.1%}"
-        + (f", within the model's error of {new.error:.0%}" * _within(old, new)),
+        + (f", within error of {new.error:.0%}" * _within(old, new)),
         *_row("instead", decided(found.decisions)),
         *_row("memory", f"{format_bytes(old.peak_memory_bytes)} -> "
               f"{format_bytes(new.peak_memory_bytes)} of {format_bytes(new.capacity_bytes)}"),
@@ -195,6 +196,9 @@ def _no_slower(found: Alternative, base: Checked) -> str:
     pace = f"quicker by {gain:.1%}" if gain >= LEAST_SHARE else "as quick"
     if base.plan.solver.objective != "time":
         return f"{pace}; the plan was chosen for {base.plan.solver.objective}, this is not"
+    unasked = [key for key, _ in found.refused if key in UNSEARCHED]
+    if unasked and not base.plan.solver.pins:
+        return f"{pace}; {' and '.join(unasked)} is not searched unless a pin says so"
     pinned = f"pinned to {pins_words(base.plan)}" if base.plan.solver.pins else "pinned"
     return f"{pace}; the plan was {pinned}, or made with other constants or effort"
 

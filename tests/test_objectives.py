@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,10 @@ def test_the_command_takes_objective_and_limits(plan):
     assert code == 64 and "known: time, cost" in err
     code, out, err = plan("trace", LLAMA, *tiny, "--slack", "much", "--objective", "memory")
     assert code == 64 and "--slack much" in err
+    fault = plan("trace", LLAMA, *tiny, "--max-memory", "700MB")
+    assert fault[0] == 3 and "binding: memory (--max-memory 700.0 MB)" in fault[2]
+    (least,) = re.findall("hint: --max-memory (.*GB) holds the nearest", fault[2])
+    assert plan("trace", LLAMA, *tiny, "--max-memory", least)[0] == 0
     (fault := plan("trace", LLAMA, "--hardware", "h100x4", "--max-memory", "lots"))
     assert fault[0] == 64 and "'lots'" in fault[2]
     code, _, err = plan("trace", LLAMA, *tiny, "--fix", "dp=3")  # 33 samples would not do either
@@ -232,6 +237,23 @@ def test_fewer_gpus_where_more_cost_too_much():
     assert fewest.plan.decisions.gpus == min(kept)
 
 
+@pytest.mark.parametrize("objective", ["cost", "energy"])
+@pytest.mark.parametrize("prices", [{}, {"h100": PRICE}])
+def test_with_the_count_open_the_least_cost_of_all_counts_is_taken(objective, prices):
+    """Without prices what costs are GPU hours, which energy is as well."""
+    usd, joules = {}, {}
+    for n in (1, 2, 4, 8):
+        found = traced(options(hardware=f"h100x{n}", prices={"h100": PRICE}))
+        usd[n], joules[n] = found.charges.least_usd, found.charges.joules_per_token
+    wanted = usd if objective == "cost" and prices else joules
+    for most in (8, 4):
+        best = min((n for n in wanted if n <= most), key=lambda n: wanted[n])
+        found = traced(options(objective=objective, prices=prices, limits=Limits(gpus=most)))
+        assert found.plan.decisions.gpus == best and found.plan.workload.global_batch == 32
+        assert f"--objective {objective}: {best} GPUs take least" in found.echo[-1]
+    assert min(wanted, key=lambda n: wanted[n]) < 8  # the most would be another answer
+
+
 def test_a_limit_that_cannot_be_met_says_by_how_much_and_the_nearest_that_can():
     free = within().charges.least_usd
     with pytest.raises(InfeasibleError) as raised:
@@ -287,6 +309,14 @@ def test_the_command_takes_what_an_axis_must_earn(plan):
     again = ("trace", "--hardware", "h100x4", "--base", "plan.json", "--stability", "2%")
     code, _, err = plan(*again, "--axis-gain", "0%")
     assert code == 64 and "--stability and --axis-gain" in err
+
+
+def test_ep_that_does_not_divide_is_told_what_does(plan):
+    tiny = ("trace", str(EXAMPLES / "moe.py"), "--arg", "size=tiny", "--hardware", "h100x16")
+    code, _, err = plan(*tiny, "--fix", "ep=16")
+    (experts,) = re.findall(r"does not divide the experts \((\d+)\)", err)
+    degrees = [int(n) for n in re.findall(r"ep=(\d+)", err.partition("hint:")[2])]
+    assert code == 64 and degrees and all(int(experts) % n == 0 for n in degrees)
 
 
 def test_a_schedule_that_runs_eager_is_not_refused_for_what_compiles_not():

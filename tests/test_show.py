@@ -111,7 +111,8 @@ def test_notes_are_whole_before_assumptions_are_sampled():
     alone = summary(plan, e, baselines=BASELINES).splitlines()
     lines = summary(plan, e, notes=(*short, told), baselines=BASELINES).splitlines()
     assert len(alone) + len(short) + 2 >= 40 > len(lines)
-    assert told in " ".join(" ".join(lines).split()) and lines[0].startswith(f"{short[0]}; {short[1]}; ")
+    assert told in " ".join(" ".join(lines).split())
+    assert lines[0].startswith(f"{short[0]}; {short[1]}; ")
     assert all(len(line) <= 80 and not line.endswith("...") for line in lines)
     assert summary(plan, e).splitlines()[-1].strip() == "an assumption"
 

@@ -135,6 +135,16 @@ def test_memory_binds_where_more_of_it_gains(tmp_path):
     assert seen == {"memory", "time"}
 
 
+def test_what_is_not_searched_is_said_to_be(tmp_path):
+    """bf16 gradients are quicker, and were no choice: not a matter of pins, constants or effort."""
+    *_, base = best_of("four", tmp_path)
+    found = Why(base).alternative(parse_refused(["grad_dtype=fp32"]), 10**9)
+    assert found.estimate.step_time_ps <= base.estimate.step_time_ps
+    text = " ".join(alternative_text(base, found).split())
+    assert "grad_dtype is not searched unless a pin says so" in text
+    assert max(map(len, alternative_text(base, found).splitlines())) <= 80
+
+
 def test_a_rule_is_named(tmp_path):
     """One layer has no pipeline; no experts, no ep."""
     *_, base = best_of("four", tmp_path)
