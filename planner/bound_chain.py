@@ -15,7 +15,7 @@ from cost_models.decisions import Decisions, Keep
 from cost_models.offload import host_s
 from cost_models.step import Assignments, Costs
 from cost_models.unit_costs import UnitCost
-from planner.bound_ranks import Layers, freed, freed_by
+from planner.bound_ranks import Layers, freed, freed_by, least_layer
 
 Floats = NDArray[np.float64]
 
@@ -28,6 +28,7 @@ class Through:
     forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
     free: [piece, (bytes, seconds a byte), point], the cheapest piece first; again_freed: where
     nothing moves to the host. working: the least that any choice uses. layer: the commonest kind;
+    every: what all layers are, the least of all kinds;
     first, last: (seconds, bytes kept, the most that is used) before the first layer and behind the
     last. kinds_s: one link
     of each kind.
@@ -44,6 +45,7 @@ class Through:
     least_working: Floats
     common: int
     layer: Layers
+    every: Layers
     first: tuple[Floats, Floats, Floats]
     last: tuple[Floats, Floats, Floats]
     kinds_s: tuple[Floats, ...]
@@ -131,6 +133,7 @@ def through_chain(
         step_s=step, kernels_s=busy, quickest_s=quickest, forward_s=ahead, kept=kept,
         freed=in_order(all_freed), again_freed=in_order(all_again), working=working,
         least_working=least_working, common=common, layer=layers[common],
+        every=least_layer(list(layers.values())),
         first=end(range(places[0])), last=end(range(places[-1] + 1, len(costs.kind_of))),
         kinds_s=tuple(row[0] for row in each),
     )  # fmt: skip

@@ -36,6 +36,28 @@ class Layers:
     again_freed: Floats
 
 
+def least_layer(kinds: Sequence[Layers]) -> Layers:
+    """A layer that is no harder than one of any kind, as often as there are layers: its pieces are
+    as large as any kind's, and as cheap."""
+    if len(kinds) == 1:
+        return kinds[0]
+
+    def cheapest(tables: Sequence[Floats]) -> Floats:
+        most = max(len(t) for t in tables)
+        padded = [np.pad(t, ((0, most - len(t)), (0, 0), (0, 0))) for t in tables]
+        size = np.maximum.reduce([t[:, 0] for t in padded])
+        rate = np.minimum.reduce([np.where(t[:, 0] > 0, t[:, 1], np.inf) for t in padded])
+        return np.stack([size, np.where(size > 0, rate, 0.0)], axis=1)
+
+    return Layers(
+        count=sum(k.count for k in kinds), step_s=np.minimum.reduce([k.step_s for k in kinds]),
+        kept_bytes=np.minimum.reduce([k.kept_bytes for k in kinds]),
+        working_bytes=np.minimum.reduce([k.working_bytes for k in kinds]),
+        freed=cheapest([k.freed for k in kinds]),
+        again_freed=cheapest([k.again_freed for k in kinds]),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """Meshes with one number of stages, each under one way to hold its state.

@@ -56,10 +56,11 @@ class Sizes:
 
 
 def sizes_of(
-    units: Sequence[tuple[Iterable[Held], Collection[str]]], parts: Sequence[Counter[int]]
+    units: Sequence[tuple[Iterable[Held], Collection[str]]], parts: Sequence[Counter[int]],
+    layers: Collection[int],
 ) -> Sizes:
     """units: what a rank holds of each kind, and the names that are aliases there, left out. parts:
-    how many of each kind lie in a part."""
+    how many of each kind lie in a part. layers: kinds; one part more is what each of them has."""
     found: dict[tuple[int, int, bool], int] = {}
     numbers: list[Counter[tuple[int, bool]]] = []  # of each unit, by kind and whether it learns
     for some, aliases in units:
@@ -69,7 +70,10 @@ def sizes_of(
                 kind = found.setdefault((h.rows, h.row_elements, h.expert), len(found))
                 mine[kind, not h.frozen] += 1
         numbers.append(mine)
-    counts = np.zeros((2, len(parts), len(found)))
+    counts = np.zeros((2, len(parts) + 1, len(found)))
+    for kind in range(len(found)):
+        counts[0, -1, kind] = min(numbers[k][kind, True] + numbers[k][kind, False] for k in layers)
+        counts[1, -1, kind] = min(numbers[k][kind, True] for k in layers)
     for at, part in enumerate(parts):
         for unit, times in part.items():
             for (kind, learns), number in numbers[unit].items():

@@ -167,7 +167,7 @@ class States:
         parts = Counter(kinds), Counter([layer]), *map(Counter, ends)
         units = [(held(unit, laid[unit, is_layer], ep, etp), earlier)
                  for unit, is_layer, earlier in costs.kinds]  # fmt: skip
-        found = sizes_of(units, parts)
+        found = sizes_of(units, parts, sorted({kinds[i] for i in layers}))
         return self._sizes.setdefault(found.same, found)
 
     def reserved(self, m: Mesh) -> float:

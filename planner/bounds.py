@@ -50,6 +50,7 @@ Ints = NDArray[np.int64]
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
 MOST_BEYOND = 50.0
+FEW = 10  # one in so many layers, or fewer: other kinds say little of the ranks
 # schedules with one stage a rank, whose first layers may have their optimizer below, by kind
 ALONE = {
     "fused": {"1f1b", "gpipe"}, "gpipe": {"gpipe"}, "zbh1": {"zbh1"}, "folded": set[str](),
@@ -255,6 +256,13 @@ class _Table:
                     at_most = np.minimum(at_most, least)
         return least, tail, held_bytes
 
+    @functools.cached_property
+    def _counted(self) -> tuple[str, ...]:
+        """What the layers of ranks are counted as: where other kinds are not few, also as what all
+        layers are."""
+        few = (self.layers - self.chain[0].layer.count) * FEW <= self.layers
+        return ("layer",) if few else ("layer", "every")
+
     @property
     def _merged(self) -> frozenset[str]:
         """The schedules that are bounded together, by kind."""
@@ -394,8 +402,11 @@ class _Table:
         if not self._elsewhere(way):
             for p in np.unique(pp[near]):
                 some = near[pp[near] == p]
-                sharper = self._by_ranks(mine, some, held, room, kind, way_s, own, int(p), below, v)
-                least[some] = np.maximum(least[some], sharper)
+                for name in self._counted if below is None else ("layer",):
+                    sharper = self._by_ranks(
+                        mine, some, held, room, kind, way_s, own, int(p), below, v, name
+                    )
+                    least[some] = np.maximum(least[some], sharper)
         bound: Floats = least + tail
         return bound
 
@@ -423,22 +434,25 @@ class _Table:
 
     def _by_ranks(
         self, mine: Ints, some: Ints, held: Held, room: Floats, kind: str, way_s: Floats,
-        own_s: Floats, pp: int, below: Held | None, v: int,
+        own_s: Floats, pp: int, below: Held | None, v: int, name: str,
     ) -> Floats:  # fmt: skip
-        these, count, chunks = mine[some], self.chain[0].layer.count, None
+        """name: of the layers that are counted, the commonest kind or what all of them are."""
+        these, chunks, part = mine[some], None, 1 if name == "layer" else 4
+        count = getattr(self.chain[0], name).count
         if v:
             chain, common = self.costs.chain, self.chain[0].common
-            others = [n for n, i in enumerate(chain.layers) if self.costs.kind_of[i] != common]
+            others = [n for n, i in enumerate(chain.layers)
+                      if part == 1 and self.costs.kind_of[i] != common]  # fmt: skip
             chunks = Chunks(count=v, filled=filled_chunks(pp, v, self.layers, others))
-        working = self.get(these, "layer.working_bytes")
-        working = working + 2 * self._wide(held.gathered_bytes[some, 1])
+        working = self.get(these, f"{name}.working_bytes")
+        working = working + 2 * self._wide(held.gathered_bytes[some, part])
         seconds, kept, uses = (
             np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
             for n in range(3)
         )
-        alone = held.state_bytes[some, 2:] + kept + uses - room[some, None]  # of an end, with one
+        alone = held.state_bytes[some, 2:4] + kept + uses - room[some, None]  # of an end, with one
         never = (alone > ROUNDING_BYTES).any(axis=1)  # micro-batch, whatever layers are beside it
-        more = np.maximum(0.0, uses - self.get(these, "layer.working_bytes")[:, None])
+        more = np.maximum(0.0, uses - self.get(these, f"{name}.working_bytes")[:, None])
         if kind == "folded":  # one rank has both ends, and uses the larger
             more = np.stack([np.zeros(len(some)), more.max(axis=1)], axis=1)
         lowered = np.zeros((3, len(some)))
@@ -446,13 +460,14 @@ class _Table:
             lowered[0] = held.state_bytes[some, 1] - below.state_bytes[some, 1]
             rate = self._lowering(mine).freed(held, below, room)[1][some]
             lowered[1] = rate / (pp * self.m[these])
-            copies = below.gathered_bytes[some, 1] - held.gathered_bytes[some, 1]
+            copies = below.gathered_bytes[some, 1] - held.gathered_bytes[some, part]
             lowered[2] = 2 * self._wide(np.maximum(0.0, copies))
         rows = Rows(
-            m=self.m[these].astype(float), layer_s=self.get(these, "layer.step_s"),
-            state_bytes=held.state_bytes[some, 1], kept_bytes=self.get(these, "layer.kept_bytes"),
-            freed=self.get(these, "layer.freed"), room_bytes=room[some] - working, ends_s=seconds,
-            ends_bytes=held.state_bytes[some, 2:] + more, ends_kept=kept, way_s=way_s[some, :pp],
+            m=self.m[these].astype(float), layer_s=self.get(these, f"{name}.step_s"),
+            state_bytes=held.state_bytes[some, part],
+            kept_bytes=self.get(these, f"{name}.kept_bytes"),
+            freed=self.get(these, f"{name}.freed"), room_bytes=room[some] - working, ends_s=seconds,
+            ends_bytes=held.state_bytes[some, 2:4] + more, ends_kept=kept, way_s=way_s[some, :pp],
             own_s=own_s[some], lowered=lowered.T,
         )  # fmt: skip
         found = ranks_s(rows, pp, count, kind, chunks, self.layers - count)

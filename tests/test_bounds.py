@@ -16,9 +16,17 @@ from cost_models.schedule import schedule_illegal, simulate
 from cost_models.state import ranks_of
 from ir.capture import hf_cut
 from planner.bound_chain import through_chain
-from planner.bound_ranks import Rows, bubble_s, flight, forced_s, ranks_s
+from planner.bound_ranks import (
+    Layers,
+    Rows,
+    bubble_s,
+    flight,
+    forced_s,
+    least_layer,
+    ranks_s,
+)
 from planner.bound_state import States
-from planner.bounds import mesh_bounds_ps
+from planner.bounds import _Table, mesh_bounds_ps
 from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.options import TraceOptions
@@ -220,3 +228,51 @@ def test_what_is_never_computed_again_is_no_relief():
         found[name] = bound_s(costs, Pins(tp=2, micro_batch=8), repeats=repeats)[1]
     assert not Searcher(costs=costs).repeats(2) and Searcher(costs=costs).repeats(1)
     assert np.all(found["none"] >= found["any"]) and np.any(found["none"] > 1.01 * found["any"])
+
+
+TWO_KINDS = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 1024,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024,
+    "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 1024,
+    "layer_types": ["sliding_attention", "full_attention"] * 8,
+}  # fmt: skip
+
+
+def test_layers_of_kinds_almost_alike_fill_ranks_together(tmp_path, monkeypatch):
+    """Where each of two kinds is half of the layers, ranks are bounded by what all of them are: by
+    one kind alone half of their memory would be free."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TWO_KINDS))
+    graph = capture(TraceOptions(model=str(path), hardware="h100x4", asked=Asked()))
+    tight = with_memory(load_hardware("h100x4"), int(5e9))
+    pin, found = Pins(pp=4, micro_batch=4, offload=()), {}
+    for counted in ("both", "one"):
+        if counted == "one":
+            monkeypatch.setattr(_Table, "_counted", ("layer",))
+        costs = costs_of(graph, tight, global_batch=32, seq_len=4096)
+        found[counted] = bound_s(costs, pin, apart=True)[1]
+    laid = Searcher(costs=costs).assign(1, False)
+    through = through_chain(costs, Decisions(), laid)
+    assert through.every.count == 16 and through.layer.count == 8
+    assert np.all(found["both"] >= found["one"]) and np.any(found["both"] > 1.01 * found["one"])
+
+
+def test_a_layer_no_harder_than_any_is_computed_again_for_no_more():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        kinds = []
+        for pieces in rng.integers(1, 4, size=2):
+            size = rng.integers(0, 5, size=(pieces, 1)) * 1e6
+            rate = np.sort(rng.random((pieces, 1)), axis=0)
+            freed = np.stack([size, np.where(size > 0, rate, 0.0)], axis=1)
+            numbers = rng.random((3, 1))
+            kinds.append(Layers(
+                count=1, step_s=numbers[0], kept_bytes=numbers[1], working_bytes=numbers[2],
+                freed=freed, again_freed=freed,
+            ))  # fmt: skip
+        least = least_layer(kinds)
+        assert least.count == 2
+        for kind, over in itertools.product(kinds, (0.0, 1e6, 5e6, 9e6)):
+            assert least.step_s <= kind.step_s and least.kept_bytes <= kind.kept_bytes
+            short = np.array([over])
+            assert forced_s(least.freed, short) <= forced_s(kind.freed, short) * ROUNDING
