@@ -242,6 +242,11 @@ class Inputs:
     tier: str
     share: float | None
 
+    @property
+    def waits(self) -> float:
+        """Times as long a step takes as storage gives its samples: 1 where it is quick enough."""
+        return max(1.0, self.share or 0.0)
+
 
 def inputs(
     graph: Graph,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from cost_models.decisions import Decisions, Workload
 from cost_models.fleet import Hardware, used_parts
-from cost_models.goodput import Goodput, chosen, goodput
+from cost_models.goodput import Goodput, chosen, goodput, inputs
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
 from cost_models.operations import Operations
@@ -60,11 +60,12 @@ def charges(
     def kept(under: Operations) -> Goodput | None:
         return chosen(goodput(graph, hardware, workload, d, e, under), parts, under)
 
-    usual, rate = kept(operations), e.tokens / e.step_time_s
+    reads = inputs(graph, hardware, workload, d, e.step_time_s, operations)
+    usual, rate = kept(operations), e.tokens / e.step_time_s / reads.waits
     expected = rate * (usual.useful if usual else 1.0)
     watts = watts_of(parts, operations)
     found = Charges(
-        goodput=usual, tokens_per_s=rate, expected_tokens_per_s=expected,
+        goodput=usual, tokens_per_s=e.tokens / e.step_time_s, expected_tokens_per_s=expected,
         joules_per_token=watts / expected if expected else math.inf,
     )  # fmt: skip
     hourly = usd_per_hour(parts, prices)

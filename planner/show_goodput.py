@@ -44,14 +44,16 @@ def goodput_text(
             f"{'tier':10}{'write':>9}{'restart':>9}{'every':>9}{'steps':>8}{'useful':>9}"
             f"{unit + '/s':>14}",
         ]
-    lines += [_tier(row, e.step_time_s, rate) for row in rows]
+    lines += [_tier(row, e.step_time_s * reads.waits, rate / reads.waits) for row in rows]
     named = dict.fromkeys(tier.name for part in parts for tier in part.tiers)
     counted = {row.tier for row in rows}
     lines += [f"{name:10}{_unfit(name, parts)}" for name in named if name not in counted]
     share = f", {reads.share:.1%} of what {reads.tier} gives" if reads.share is not None else ""
+    lines += ["", f"  input       a node reads {format_bytes_per_s(reads.node_bytes_per_s)}{share}"]
+    if reads.waits > 1:
+        most = format_rate(rate / reads.waits)
+        lines.append(f"{'':14}steps wait for it: {most} {unit}/s at most")
     lines += [
-        "",
-        f"  input       a node reads {format_bytes_per_s(reads.node_bytes_per_s)}{share}",
         *_costs(checked, operations, prices, unit),
         *_defaults(operations),
     ]
@@ -73,7 +75,7 @@ def goodput_json(
         "tokens_per_s": rate,
         "tiers": [
             {key: _finite(value) for key, value in asdict(row).items()}
-            | {"expected_tokens_per_s": rate * row.useful}
+            | {"expected_tokens_per_s": rate / reads.waits * row.useful}
             for row in rows
         ],
         "input": asdict(reads),

@@ -13,6 +13,7 @@ from cost_models.hardware import load_hardware
 from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.errors import InfeasibleError, UsageError
+from planner.charges import charges
 from planner.decisions import Pins, parse_pins
 from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped, usd_at_least
 from planner.objectives import RESOLVED, plan_for, plan_within
@@ -218,6 +219,25 @@ def test_what_a_plan_costs_is_its_price_by_the_rate_that_failures_leave():
     assert cost.least_usd == cost.spot_usd_per_million_tokens
     assert sum("USD a million tokens" in line for line in found.echo) == 2
     assert traced(options()).charges is None
+
+
+def test_a_step_waits_for_samples_that_storage_gives_too_slowly():
+    """Samples of twice the bytes that the disk gives a step's nodes: half the rate, twice the
+    energy; as many as it gives cost nothing."""
+    found = unlimited()
+    cluster, p = load_hardware("h100x8"), found.plan  # one node, which reads the whole batch
+    disk = cluster.tier("nvme").read_bytes_per_s
+    gives = disk * found.estimate.step_time_s / p.workload.global_batch
+
+    def charged(sample_bytes):
+        under = Operations(sample_bytes=sample_bytes)
+        return charges(p.graph, cluster, p.workload, p.decisions, found.estimate, under, {})
+
+    fine, slow = charged(gives), charged(2 * gives)
+    assert fine.expected_tokens_per_s == charged(1.0).expected_tokens_per_s
+    assert slow.expected_tokens_per_s == pytest.approx(fine.expected_tokens_per_s / 2)
+    assert slow.joules_per_token == pytest.approx(2 * fine.joules_per_token)
+    assert slow.tokens_per_s == fine.tokens_per_s
 
 
 def test_fewer_gpus_where_more_cost_too_much():
