@@ -20,6 +20,7 @@ from cost_models.step import Assignments
 from ir.errors import PlanError
 from planner.bound_chain import Through, through_chain
 from planner.bounds import NEVER_PS, Bounds
+from planner.expanding import Expander
 from planner.fleet_bounds import Fits
 from planner.mesh import Mesh, laid_out, parted
 from planner.outcome import Outcome
@@ -129,7 +130,7 @@ class FleetSearcher(Searcher):
         return Bounds(lower_ps=lower, guess_ps=guess)
 
     def _sharpen(
-        self, rest: Sequence[int], candidates: Sequence[tuple[Searcher, Mesh]], lower: list[int],
+        self, rest: Sequence[int], candidates: Sequence[tuple[Expander, Mesh]], lower: list[int],
         out: Outcome,
     ) -> None:  # fmt: skip
         """Leave out those that would not fit if all ranks had as much memory as any part's."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from cost_models.decisions import Decisions
 from cost_models.stage_problem import Nearest, Pair, StageProblem
 from cost_models.step import Assignments, Step
 from cost_models.tiers import TierUse
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+
+CLOSEST = 3  # states that hold the least over, where nothing fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,24 @@ class Program:
     step: Step | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsettled:
+    """A stage program that was not proved: its bound as a score and as an objective."""
+
+    bound: int
+    bound_ps: int
+    order: int
+    decisions: Decisions
+    assignments: Assignments
+    problem: StageProblem
+    stages: tuple[int, ...] = ()  # of a choice found that beats the best, if tiers have room
+    members: tuple[Unsettled, ...] = ()  # of a program that is no harder than any of these
+
+    def raised(self, bound_ps: int, gain_ppm: int) -> Unsettled:
+        score = score_of(bound_ps, self.decisions, gain_ppm)
+        return replace(self, bound=score, bound_ps=bound_ps)
+
+
 @dataclass(kw_only=True)
 class Outcome:
     """What a search found. bound: no plan of the space has a score below it. searched: the best as
@@ -67,6 +89,41 @@ class Outcome:
     full: TierUse | None = None  # the tier below that was the least over, where one was
     interrupted: bool = False
 
+    def part(self, place: int) -> Outcome:
+        """What a mesh is expanded with and adds to, the one at that place of those expanded at
+        once: what it spends and solves is counted from zero."""
+        return Outcome(
+            best=self.best and bare(self.best), misfit=self.misfit and bare(self.misfit),
+            closest=[*self.closest], full=self.full, expanded=self.expanded + place,
+            misfits=self.misfits,
+        )  # fmt: skip
+
+    def take(self, parts: Sequence[Outcome], lay: Callable[[Decisions], Assignments]) -> None:
+        """Add what these parts found, of equals the first. lay: how units lie on a mesh."""
+        misfits = self.misfits
+        for part in parts:
+            best, misfit, full = part.best, part.misfit, part.full
+            if best and (self.best is None or best.score < self.best.score):
+                self.best = replace(best, assignments=lay(best.decisions))
+            if misfit and nearer(self.misfit, misfit) is misfit:
+                self.misfit = replace(misfit, assignments=lay(misfit.decisions))
+            if full:
+                self.full = less_over(self.full, full)
+            for row in part.closest:
+                if row not in self.closest:
+                    self.note_closest(*row)
+            self.expanded += 1
+            self.solved += part.solved
+            self.spent += part.spent
+            self.misfits += part.misfits - misfits
+
+    def note_closest(self, least_bytes: int, order: int, d: Decisions) -> None:
+        """Keep a state that is too much if few hold less: of other pp each, as what else ranks hold
+        differs by stages."""
+        rows = sorted([*self.closest, (least_bytes, order, d)], key=lambda r: r[:2])
+        of_pp = {row[2].pp: row for row in rows[::-1]}
+        self.closest = sorted(of_pp.values(), key=lambda r: r[:2])[:CLOSEST]
+
     @property
     def proved(self) -> bool:
         return self.best is not None and self.bound >= self.best.score
@@ -83,6 +140,14 @@ class Outcome:
         if self.best is None:
             return 0
         return min(self.best.objective_ps, self.best.below(self.bound))
+
+
+Bare = TypeVar("Bare", Tried, Misfit, Unsettled)
+
+
+def bare(one: Bare) -> Bare:
+    """Without how units lie, which the mesh says: as it goes from one process to another."""
+    return replace(one, assignments={})
 
 
 def less_over(old: TierUse | None, new: TierUse) -> TierUse:

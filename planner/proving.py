@@ -12,45 +12,29 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
 from cost_models.stage_problem import StageProblem, least_of
-from cost_models.step import Assignments
+from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
-from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+from planner.score import AXIS_GAIN_PPM, objective_below
 from planner.stage_paths import Shapes
 from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 4_800  # linear programs at most, some ms each, or as much of trees
-BEYOND = 1_600  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 7_200  # linear programs at most, some ms each, or as much of trees
+BEYOND = 4_000  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # of one stage program when it is asked; then these and the first node of a tree; then
 MORE = 100  # so many, and a tree of so many nodes, twice as many each time that it was no use
 NODES = 100
 MOST = 6  # times that it is asked with more
 MOST_LINES = 1  # where its stages are too many for a tree
+AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
+HARD = 2  # times that more effort was needed, from which on it is asked until its bound is raised
 TREES = 48  # stages of a program that is asked in whole numbers, at most
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WITHIN = 2_000  # what is nearer is raised until it is so near to where it was not
 ENDLESS = 1 << 62  # picoseconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unsettled:
-    """A stage program that was not proved: its bound as a score and as an objective."""
-
-    bound: int
-    bound_ps: int
-    order: int
-    decisions: Decisions
-    assignments: Assignments
-    problem: StageProblem
-    stages: tuple[int, ...] = ()  # of a choice found that beats the best, if tiers have room
-    members: tuple[Unsettled, ...] = ()  # of a program that is no harder than any of these
-
-    def raised(self, bound_ps: int, gain_ppm: int) -> Unsettled:
-        score = score_of(bound_ps, self.decisions, gain_ppm)
-        return replace(self, bound=score, bound_ps=bound_ps)
 
 
 def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
@@ -87,15 +71,151 @@ def _by_planes(one: Unsettled) -> bool:
     return one.problem.chunks > 1 and applies(one.problem)
 
 
-def _in_trees(one: Unsettled) -> bool:
-    """Whether that is in whole numbers too."""
-    return _by_planes(one) and one.problem.count <= TREES
+def trees(p: StageProblem) -> bool:
+    """Whether cutting planes ask in whole numbers too."""
+    return p.count <= TREES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """To raise the bound of a program as far as the next time that it is weighed against others.
+
+    limit_ps: no choice is better than the best plan from there on. asked, high_ps: how often more
+    effort was needed, and the least step that this much did not refute. programs: linear
+    programs at most, some more. others: what is refuted without a limit to memory helps other
+    programs. look: the problem of which a better plan is looked for, before what is hard.
+    """
+
+    problem: StageProblem
+    bound_ps: int
+    limit_ps: int
+    asked: int = 0
+    high_ps: int = ENDLESS
+    programs: int
+    others: bool
+    look: StageProblem | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """bound_ps: no choice has a step below it. stuck: it is raised no further. took: linear
+    programs. better: of a better plan, if it was looked for."""
+
+    bound_ps: int
+    asked: int
+    high_ps: int
+    took: int
+    stuck: bool
+    better: StageSolution | None = None
+
+
+def far_below(bound_ps: int, limit_ps: int) -> bool:
+    """Whether a bound is further from the best than the goal."""
+    return bound_ps < limit_ps - limit_ps // GOAL
+
+
+@dataclass(slots=True, kw_only=True)
+class Prover:
+    """Raises bounds, with what it learned of other programs."""
+
+    shapes: Shapes = field(default_factory=Shapes)
+    known: Refuted = field(default_factory=Refuted)
+
+    def told(self, ask: Ask) -> Told:
+        """With more effort each time that it was no use."""
+        asked, high, left = ask.asked, ask.high_ps, ask.programs
+        stuck, better = False, None
+        limit, bound = ask.limit_ps, ask.bound_ps
+        far = far_below(bound, limit)
+        top = limit - limit // GOAL if far else limit
+        most = MOST if trees(ask.problem) else MOST_LINES
+        hard = min(HARD, most)
+        worth = far or trees(ask.problem)  # else looking takes longer than it gains
+        while bound == ask.bound_ps:
+            if high - bound <= limit // (GOAL if far else WITHIN):
+                asked, high = asked + 1, ENDLESS  # as near as so much effort comes
+            stuck = asked > most or left <= (0 if far else BEYOND)
+            if stuck:
+                break
+            if asked >= hard and worth and ask.look is not None:
+                cuts, took = self._tight(ask.problem, bound)
+                left -= took
+                better = near(ask.look, cuts, incumbent_ps=limit)
+                break
+            target = top
+            if high <= top or limit - bound > NEAR * limit // GOAL:
+                target = max(bound + 1, (bound + 3 * min(high, limit)) // 4)
+            answer, took = self._refuted(ask, target, asked, left)
+            left -= took
+            if answer.refuted:
+                bound = target
+            elif answer.least_ps > bound:  # by a tree: another time would tell no more
+                bound, asked, high = answer.least_ps, asked + 1, ENDLESS
+            else:
+                asked, high = (asked, target) if asked else (asked + 1, ENDLESS)
+            if ask.asked < hard:
+                break
+        return Told(
+            bound_ps=bound, asked=asked, high_ps=high, took=ask.programs - left, stuck=stuck,
+            better=better,
+        )  # fmt: skip
+
+    def _tight(self, p: StageProblem, bound_ps: int) -> tuple[list[tuple[int, ...]], int]:
+        """Cuts that may have a step little above a bound: the tighter, the more they are alike. And
+        the linear programs that took."""
+        effort = Effort(programs=FIRST)
+        found = refute(p, bound_ps + bound_ps // GOAL, self.shapes.of(p), effort)
+        return found.cuts, _counts(p) * (FIRST - effort.programs)
+
+    def _refuted(self, ask: Ask, target: int, asked: int, left: int) -> tuple[Answer, int]:
+        """As `refute`, with more effort the more often that was no use, and the linear programs
+        that took. Of what is refuted without a limit to memory other programs are too, so that is
+        asked first, with few."""
+        p, counts = ask.problem, _counts(ask.problem)
+        answer, took = Answer(refuted=True, least_ps=target, cuts=[]), 0
+        if self.known.covers(p, target):
+            return answer, 0
+        free = unlimited(p)
+        first = ask.others and free != p and self.known.promising(free, target)
+        for one in (free, p) if first else (p,):
+            effort = _effort(asked, p.count) if one is p else Effort(programs=FIRST)
+            given = effort.programs = max(0, min(effort.programs, -(-(left - took) // counts)))
+            answer = refute(one, target, self.shapes.of(p), effort)
+            took += counts * (given - effort.programs)
+            if answer.least_ps:
+                self.known.add(one, answer.least_ps)
+            if answer.refuted:
+                break
+            if one is free:
+                self.known.failed(free, target)
+        return answer, took
+
+
+def _effort(asked: int, stages: int) -> Effort:
+    """Of a program that was asked so often in vain."""
+    if stages > TREES:
+        return Effort(programs=FIRST << asked)
+    if asked < 2:
+        return Effort(programs=FIRST, nodes=asked)
+    return Effort(programs=MORE, nodes=NODES << asked - 2)
+
+
+def _counts(p: StageProblem) -> int:
+    """What a linear program of it counts."""
+    return -(-p.count // STAGES)
+
+
+def in_turn() -> Callable[[Sequence[Ask]], Sequence[Told]]:
+    """Answers here, one after the other."""
+    prover = Prover()
+    return lambda asks: list(map(prover.told, asks))
 
 
 @dataclass(slots=True, kw_only=True)
 class Proof:
     """best: the score of the best plan. untried: the least bound of what is not in `left`.
-    found: is told of a better plan, and returns the score that is the best then."""
+    found: is told of a better plan, and returns the score that is the best then. answers: to what
+    is asked at once."""
 
     best: int
     untried: int
@@ -105,32 +225,48 @@ class Proof:
     stopped: Callable[[], bool] = lambda: False  # Ctrl-C: the bounds so far are what is proved
     programs: int = PROGRAMS
     certified: int = 0
-    shapes: Shapes = field(default_factory=Shapes)
-    known: Refuted = field(default_factory=Refuted)
+    answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=in_turn)
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often more
     # effort was needed, and the least step that this much did not refute
     looked: set[int] = field(default_factory=set)  # orders: a better plan was looked for
 
     def run(self) -> list[Unsettled]:
-        """Least bound first, while that raises the whole; returns what is left. Before that the
-        best plan is made better, which all others are held against."""
+        """Least bound first, some at once, while that raises the whole; returns what is left.
+        Before that the best plan is made better, which all others are held against."""
         own = next((u for u in reversed(self.left) if u.stages), None)
-        if own is not None and _in_trees(own):
-            self._look(own, [own.stages])
+        if own is not None and _by_planes(own) and trees(own.problem):
+            self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
         self.left = joined(self.left)
         while self.left and not self.stopped():
-            weakest = min(self.left, key=lambda u: (u.bound, u.order))
+            in_order = sorted(self.left, key=lambda u: (u.bound, u.order))
+            weakest = in_order[0]
             if weakest.bound >= min(self.untried, self.best):
                 break
-            raised = self._raised(weakest) if _by_planes(weakest) else self._by_solver(weakest)
-            if raised is weakest and not weakest.members:
+            on = self._next(in_order) if _by_planes(weakest) else ()
+            if not (self._raise(on, weakest) if on else self._by_solver(weakest)):
                 break
-            self.left.remove(weakest)
-            if raised is weakest:  # that is as far as all of them come together
-                self.left += self._apart(weakest)
-            elif raised is not None:
-                self.left.append(raised)
         return [one for u in self.left for one in self._apart(u)]
+
+    def _next(self, in_order: Sequence[Unsettled]) -> Sequence[Unsettled]:
+        """Those that are asked about next: of the least bounds all that took the least until now,
+        as most are easily raised; of the hardest two, each beside another that is."""
+        limit, far = min(self.untried, self.best), self._far(in_order[0])
+        rows = [
+            (self._hard(u), u) for u in in_order[:AHEAD]
+            if u.bound < limit and _by_planes(u) and self._far(u) == far
+        ]  # fmt: skip
+        least = min(hard for hard, _ in rows)
+        some = [u for hard, u in rows if hard == least]
+        return some if least <= HARD else some[:2]
+
+    def _hard(self, one: Unsettled) -> int:
+        """How often it took more effort; of what is hard, whether a better plan was looked for."""
+        asked, _ = self._asked(one)
+        return asked if asked < HARD else HARD + (one.order in self.looked)
+
+    def _far(self, one: Unsettled) -> bool:
+        """Whether its bound is further from the best than the goal."""
+        return far_below(one.bound_ps, self._limit(one))
 
     def _apart(self, one: Unsettled) -> Sequence[Unsettled]:
         """The members of what was joined, each with the bound of all if that is more."""
@@ -141,93 +277,65 @@ class Proof:
             for u in one.members
         ]
 
-    def _by_solver(self, one: Unsettled) -> Unsettled | None:
+    def _by_solver(self, one: Unsettled) -> bool:
+        """Raise a bound by CP-SAT; False where that cannot be."""
         if self.certified >= CERTIFIED:
-            return one
+            return False
         self.certified += 1
         known = solve(one.problem)
         if known.status not in ("OPTIMAL", "FEASIBLE"):
-            return one
+            return False
         proved = max(known.bound_ps, certify(one.problem, incumbent_ps=known.step_ps))
-        return one.raised(max(one.bound_ps, proved), self.gain_ppm)
+        self._put(one, [one.raised(max(one.bound_ps, proved), self.gain_ppm)])
+        return True
+
+    def _put(self, old: Unsettled, new: Sequence[Unsettled]) -> None:
+        self.left = [u for u in self.left if u is not old] + [*new]
 
     def _limit(self, one: Unsettled) -> int:
         """The least objective of it that is no better than the best plan."""
         return objective_below(self.best, one.decisions, self.gain_ppm)
 
-    def _raised(self, one: Unsettled) -> Unsettled | None:
-        """None where no choice of it is better than the best plan; itself where it is stuck."""
-        limit = self._limit(one)
-        if one.bound_ps >= limit:
-            return None
-        asked, high = self.asked.get(one.order, (0, ENDLESS))
-        far = one.bound_ps < limit - limit // GOAL
-        top = limit - limit // GOAL if far else limit
-        if high - one.bound_ps <= limit // (GOAL if far else WITHIN):
-            asked, high = asked + 1, ENDLESS  # as near as so much effort comes
-        most = MOST if _in_trees(one) else MOST_LINES
-        if asked > most or self.programs <= (0 if far else BEYOND):
-            return one
-        target = top
-        if high <= top or limit - one.bound_ps > NEAR * limit // GOAL:
-            target = max(one.bound_ps + 1, (one.bound_ps + 3 * min(high, limit)) // 4)
-        answer = self._refuted(one.problem, target, asked)
-        if answer.refuted:
-            self.asked[one.order] = asked, high
-            return None if target == limit else one.raised(target, self.gain_ppm)
-        told = answer.least_ps > one.bound_ps  # by a tree: another time would tell no more
-        again = asked and not told
-        self.asked[one.order] = (asked, target) if again else (asked + 1, ENDLESS)
-        worth = far or _in_trees(one)  # else looking takes longer than it gains
-        if asked and worth and one.order not in self.looked:
-            self.looked.add(one.order)
-            real = min(one.members or (one,), key=lambda u: (u.bound, u.order))
-            self._look(real, [*answer.cuts, *self._tight(one.problem, answer.least_ps)])
-        return one.raised(answer.least_ps, self.gain_ppm) if told else replace(one)
+    def _raise(self, some: Sequence[Unsettled], weakest: Unsettled) -> bool:
+        """Raise the bounds of these; False where the weakest of all is stuck."""
+        answers = self.answers([self._ask(one) for one in some])
+        for one, answer in zip(some, answers):
+            asked = max(HARD, answer.asked) if answer.stuck else answer.asked
+            self.asked[one.order] = asked, answer.high_ps
+            if answer.stuck or answer.better is not None:
+                self.looked.add(one.order)
+            self.programs -= answer.took
+            limit = self._limit(one)
+            if answer.better is not None:
+                self._take(_least(one), answer.better)
+            if answer.bound_ps >= limit:
+                self._put(one, [])
+            elif answer.bound_ps > one.bound_ps:
+                self._put(one, [one.raised(answer.bound_ps, self.gain_ppm)])
+            elif answer.stuck and one is weakest:
+                if not one.members:
+                    return False
+                self._put(one, self._apart(one))  # that is as far as all of them come together
+        return True
 
-    def _tight(self, p: StageProblem, least_ps: int) -> list[tuple[int, ...]]:
-        """Cuts that may have a step little above this: the tighter, the more they are alike."""
-        if not least_ps:
-            return []
-        effort = Effort(programs=FIRST)
-        found = refute(p, least_ps + least_ps // GOAL, self.shapes.of(p), effort)
-        self.programs -= -(-p.count // STAGES) * (FIRST - effort.programs)
-        return found.cuts
+    def _asked(self, one: Unsettled) -> tuple[int, int]:
+        return self.asked.get(one.order, (0, ENDLESS))
 
-    def _look(self, one: Unsettled, cuts: Sequence[tuple[int, ...]]) -> None:
-        """A better plan, near these cuts."""
-        better = near(one.problem, cuts, incumbent_ps=self._limit(one))
-        if better.stages:
+    def _ask(self, one: Unsettled) -> Ask:
+        asked, high = self._asked(one)
+        return Ask(
+            problem=one.problem, bound_ps=one.bound_ps, limit_ps=self._limit(one), asked=asked,
+            high_ps=high, programs=self.programs,
+            others=len(self.left) > 1,
+            look=None if one.order in self.looked else _least(one).problem,
+        )  # fmt: skip
+
+    def _take(self, one: Unsettled, better: StageSolution) -> None:
+        """Tell of a better plan, unless one was found that is better still."""
+        if better.stages and better.step_ps < self._limit(one):
             self.best = self.found(one, better)
 
-    def _refuted(self, p: StageProblem, target: int, asked: int) -> Answer:
-        """As `refute`, with more effort the more often that was no use. Of what is refuted without
-        a limit to memory other programs are too, so that is asked first, with few."""
-        if self.known.covers(p, target):
-            return Answer(refuted=True, least_ps=target, cuts=[])
-        paths, free = self.shapes.of(p), unlimited(p)
-        others = len(self.left) > 1 and free != p
-        first = [free] if others and self.known.promising(free, target) else []
-        answer = Answer(refuted=False, least_ps=0, cuts=[])
-        counts = -(-p.count // STAGES)
-        for one in (*first, p):
-            effort = self._effort(asked, p.count) if one is p else Effort(programs=FIRST)
-            given = effort.programs = max(0, min(effort.programs, -(-self.programs // counts)))
-            answer = refute(one, target, paths, effort)
-            self.programs -= counts * (given - effort.programs)
-            if answer.least_ps:
-                self.known.add(one, answer.least_ps)
-            if answer.refuted:
-                return answer
-            if one is free:
-                self.known.failed(free, target)
-        return answer
 
-    @staticmethod
-    def _effort(asked: int, stages: int) -> Effort:
-        """Of a program that was asked so often in vain."""
-        if stages > TREES:
-            return Effort(programs=FIRST << asked)
-        if asked < 2:
-            return Effort(programs=FIRST, nodes=asked)
-        return Effort(programs=MORE, nodes=NODES << asked - 2)
+def _least(one: Unsettled) -> Unsettled:
+    """Of what was joined the member with the least bound."""
+    return min(one.members or (one,), key=lambda u: (u.bound, u.order))

@@ -25,10 +25,11 @@ from cost_models.stage_problem import Pair, StageProblem, tail_ps
 from cost_models.step import Assignments, Costs, Step
 from planner.bound_chain import Through, through_chain
 from planner.bounds import Bounds
+from planner.expanding import Expander
 from planner.fleet_bounds import Fits
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
-from planner.outcome import Outcome, Tried, decided
-from planner.proving import ENDLESS, Unsettled
+from planner.outcome import Outcome, Tried, Unsettled, decided
+from planner.proving import ENDLESS
 from planner.search import SHARPENED, Searcher
 from planner.share_splits import Division
 from planner.stages import solve, surely_infeasible
@@ -216,7 +217,7 @@ class ShareSearcher(Searcher):
         return np.array(found, dtype=np.int64)
 
     def _sharpen(
-        self, rest: Sequence[int], candidates: Sequence[tuple[Searcher, Mesh]], lower: list[int],
+        self, rest: Sequence[int], candidates: Sequence[tuple[Expander, Mesh]], lower: list[int],
         out: Outcome,
     ) -> None:  # fmt: skip
         """Weigh the memory of each part: for one micro-batch, and for several, which accumulate
@@ -243,7 +244,7 @@ class ShareSearcher(Searcher):
         inside = [replace(m, dp=math.gcd(*self.data_ranks(m))) for m in whole]
         return fits.on(side, whole, (0, 1)) | fits.on(side, inside, (2, 3))
 
-    def _expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
+    def expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
         """Solve a mesh's variants, each exactly."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [made for d in self.variants(mesh) for made in self.schedules(d)]

@@ -182,11 +182,12 @@ def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Cand
 def search_near(
     p: StageProblem, cuts: Sequence[tuple[int, ...]], below: int, operations: int
 ) -> Found:
-    """The best step found from these cuts on, a layer moved from any stage to any other while it
-    pays; it proves nothing of the others."""
-    chunks, found, seen = Chunks(p), Found(), set(cuts)
-    simulated = 2 * p.microbatches * p.count
-    starts = (_candidate(p, chunks, cut) for cut in dict.fromkeys(cuts))
+    """The best step found from these cuts on and from near-even ones, a layer moved from any stage
+    to any other while it pays; it proves nothing of the others."""
+    chunks, found = Chunks(p), Found()
+    given = dict.fromkeys([*cuts, *_near_even(p, chunks)])
+    seen, simulated = set(given), 2 * p.microbatches * p.count
+    starts = (_candidate(p, chunks, cut) for cut in given)
     for here in sorted(c for c in starts if c is not None):
         least = step_ps(p, here.stages, here.pairs)
         while least < below + below // PROMISING:

@@ -1,7 +1,8 @@
-"""Which mesh is tried next."""
+"""Which meshes are tried next, two at once."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
@@ -9,14 +10,16 @@ from typing import TypeVar
 from planner.mesh import Mesh
 from planner.outcome import Outcome
 
+AT_ONCE = 2
+PROMISES = 1.25  # times its guess: where the best is worse, it is waited for, and cuts others short
 S = TypeVar("S")
 
 
 def in_turn(
     guess: Sequence[int], lower: Sequence[int], kinds: Sequence[Hashable], out: Outcome,
     effort: int, sharpen: Callable[[Sequence[int]], None],
-) -> Iterator[int]:  # fmt: skip
-    """The best guess first; once that much effort is spent, what holds the bound down. Before
+) -> Iterator[tuple[int, ...]]:  # fmt: skip
+    """Two at once, the best guess first; after that much effort what holds the bound down. Before
     that, `sharpen` is told of all that are left, and may raise their bounds in `lower`.
 
     guess, lower: scores of every mesh. kinds: meshes whose guesses err alike. What the meshes of a
@@ -29,19 +32,32 @@ def in_turn(
         rest.setdefault(kinds[i], deque()).append(i)
     errs: dict[Hashable, float] = {}
     while rest and (out.best is None or out.spent < effort):
-        kind = min(rest, key=lambda k: (guess[rest[k][0]] * errs.get(k, 1.0), rest[k][0]))
-        i = rest[kind].popleft()
-        if not rest[kind]:
-            del rest[kind]
-        if out.best is None or lower[i] < out.best.score:
-            yield i
+        some: list[tuple[Hashable, int]] = []
+        while rest and len(some) < (AT_ONCE if _near(out, guess, some) else 1):
+            kind = min(rest, key=lambda k: (guess[rest[k][0]] * errs.get(k, 1.0), rest[k][0]))
+            i = rest[kind].popleft()
+            if not rest[kind]:
+                del rest[kind]
+            if out.best is None or lower[i] < out.best.score:
+                some.append((kind, i))
+        if some:
+            yield tuple(i for _, i in some)
+        for kind, i in some:
             if out.best is not None:
                 came_to = out.best.score / max(1, guess[i])
                 errs[kind] = min(errs.get(kind, came_to), came_to)
     left = [i for row in rest.values() for i in row]
     if left:
         sharpen(left)
-    yield from sorted(left, key=lambda i: (lower[i], i))
+    by_bound = iter(sorted(left, key=lambda i: (lower[i], i)))
+    ahead = (i for i in by_bound if out.best is None or lower[i] < out.best.score)
+    while pair := tuple(itertools.islice(ahead, AT_ONCE)):
+        yield pair
+
+
+def _near(out: Outcome, guess: Sequence[int], some: Sequence[tuple[Hashable, int]]) -> bool:
+    """Whether the best is about as good as what these promise."""
+    return out.best is not None and all(out.best.score < PROMISES * guess[i] for _, i in some)
 
 
 def by_space(

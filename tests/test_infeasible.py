@@ -71,13 +71,13 @@ def test_what_a_recipe_has_seen_not_to_fit_is_told_as_memory():
 
 def test_leaving_out_what_cannot_fit_changes_nothing(tmp_path, monkeypatch):
     """The same best plan as where every program is solved."""
-    from planner import search
+    from planner import expanding
 
     for name in ("offload", "slow, tight", "both", "moe, tight"):
         searcher = searched(name, tmp_path).searcher
         fast = searcher.run()
-        monkeypatch.setattr(search, "least_bytes", lambda step, recomputes: 0)
-        monkeypatch.setattr(search, "state_bytes", lambda step: 0)
+        monkeypatch.setattr(expanding, "least_bytes", lambda step, recomputes: 0)
+        monkeypatch.setattr(expanding, "state_bytes", lambda step: 0)
         slow = replace(searcher, _over={}).run()
         monkeypatch.undo()
         assert fast.best == slow.best and fast.bound == slow.bound

@@ -1,0 +1,372 @@
+"""A mesh expanded: the ways to hold its state and its schedules are tried, dominated ones left
+out, and the stage program of each solved, the least bound first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cost_models.decisions import Decisions
+from cost_models.rooms import with_sure_rooms
+from cost_models.stage_problem import Nearest, StageProblem
+from cost_models.step import Assignments, Step
+from cost_models.tiers import TierUse
+from planner.bounds import Bounds, mesh_bounds_ps
+from planner.dominance import undominated
+from planner.mesh import Mesh
+from planner.offloads import lower
+from planner.outcome import (
+    CLOSEST,
+    Misfit,
+    Outcome,
+    Program,
+    Tried,
+    Unsettled,
+    decided,
+    less_over,
+    nearer,
+)
+from planner.proving import ENDLESS, FIRST, Prover
+from planner.refuted import UNLIMITED, Refuted, unlimited
+from planner.room import least_bytes, over_below, state_bytes
+from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+from planner.some_below import named, programs_below, whole_below
+from planner.space import MOST_VIRTUAL_STAGES, Space
+from planner.stage_bounds import forced_ps
+from planner.stage_paths import Shapes
+from planner.stage_planes import Effort, applies, refute
+from planner.stage_ranks import bound_ps
+from planner.stages import StageSolution, lower_bound_ps, refutes, solve, surely_infeasible
+
+PROBE = 6  # linear programs without a limit to memory, where paths that matter are known
+MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
+
+
+@dataclass(kw_only=True)
+class Expander(Space):
+    """The space of one model on one cluster, with what was learned of its stage programs."""
+
+    gain_ppm: int = AXIS_GAIN_PPM  # of the step that an axis must earn
+    _over: dict[tuple[object, ...], bool] = field(default_factory=dict)  # state alone is too much
+    _shapes: Shapes = field(default_factory=Shapes)
+    _known: Refuted = field(default_factory=Refuted)
+
+    @property
+    def prover(self) -> Prover:
+        """It knows what was learned of stage programs."""
+        return Prover(shapes=self._shapes, known=self._known)
+
+    def _score(self, objective_ps: int, mesh: Mesh | Decisions) -> int:
+        return score_of(objective_ps, mesh, self.gain_ppm)
+
+    def _below(self, best: Tried, mesh: Mesh | Decisions) -> int:
+        """The least objective of a mesh that is no better than the best."""
+        return objective_below(best.score, mesh, self.gain_ppm)
+
+    def bounds(
+        self, candidates: Sequence[Mesh], below: Sequence[int] | None = None
+    ) -> Bounds:
+        """Of every mesh a lower bound of its objective, and a guess at it. below: bounds are not
+        sharpened beyond these."""
+        return self._bounds(candidates, below, apart=False)
+
+    def _bounds(
+        self, candidates: Sequence[Mesh], below: Sequence[int] | None, apart: bool
+    ) -> Bounds:
+        return mesh_bounds_ps(
+            self.costs, candidates, self.assign, most_virtual=MOST_VIRTUAL_STAGES,
+            schedules=self.searched_schedules, pins=self.pins, below=below, formats=self.formats,
+            keeps=self.keeps, repeats=self.repeats, apart=apart,
+        )  # fmt: skip
+
+    def expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
+        """Solve a mesh's variants; note those whose bound is below what was found. Where a tier is
+        full, again on the next; where memory may be in the way, with activations on the host."""
+        laid = self.assign(mesh.tp, mesh.sequence_parallel)
+        ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
+        out.spent += bool(ways) + len(ways) // 12
+        known: dict[Decisions, Step] = {}
+        while ways:
+            full: list[Decisions] = []
+            held: list[tuple[Decisions, Step]] = []
+            for d in ways:
+                step = known[d] = self.costs.step(d, laid)
+                use = None if d.parts else over_below(self.costs.cluster, step)
+                if use is not None:
+                    out.full = less_over(out.full, use)
+                    full.append(d)
+                else:
+                    held.append((d, step))
+            steps = undominated([row for row in held if self._may_fit(*row, out)])
+            todo: list[Program] = []
+            least: dict[Decisions, int] = {}
+            for d, step in steps:
+                for made in self.schedules(d):
+                    problem = self.problem(step, made)
+                    least[made] = lower_bound_ps(unlimited(problem))
+                    if not out.best or least[made] < self._below(out.best, mesh):
+                        todo += self._programs(step, made, problem, out)
+                        if problem.rooms:  # a slower tier with more room may be better
+                            full.append(d)
+            held = [row for row in held if not self._over[_state_key(row[0])]]
+            todo += self._by_count(undominated(held), mesh, laid, least, full, out)
+            full += self._solve_all(todo, mesh, laid, out, unsettled)
+            target = self._below(out.best, mesh) if out.best else ENDLESS
+            some = [*programs_below(self, ways, laid, known, least, target)]
+            full += self._solve_all(some, mesh, laid, out, unsettled)
+            ways = [*dict.fromkeys(filter(None, map(self.lower, full)))]
+
+    def lower(self, d: Decisions) -> Decisions | None:
+        """The same with the optimizer on the next slower tier that is searched."""
+        return lower(d, self.pins, self.costs.cluster)
+
+    def _by_count(
+        self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,
+        least: Mapping[Decisions, int], full: list[Decisions], out: Outcome,
+    ) -> Iterator[Program]:  # fmt: skip
+        """The programs of states with activations on the host by count of layers, that could be
+        better than the best if memory were in nobody's way. least: bounds of that, where known.
+        full: is told of states beside which a tier may be too full."""
+        target = self._below(out.best, mesh) if out.best else ENDLESS
+        for d, step in held:
+            made = self.by_count(d)
+            if made is None:
+                continue
+            below = self.costs.counted(step, made, laid)
+            if not self._may_fit(made, below, out):
+                continue
+            for one in self.schedules(made):
+                if least.get(replace(one, offload=d.offload), 0) >= target:
+                    continue
+                problem = self.problem(below, one)
+                pays = lower_bound_ps(unlimited(problem)) < target
+                if pays and problem.rooms:
+                    full.append(d)
+                if pays and not (out.best and surely_infeasible(problem)):
+                    yield Program(
+                        bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
+                        step=None,
+                    )
+
+    def _solve_all(
+        self, todo: Sequence[Program], mesh: Mesh, laid: Assignments, out: Outcome,
+        unsettled: list[Unsettled],
+    ) -> list[Decisions]:  # fmt: skip
+        """Solve programs, the least bound first; the states that were too much for a tier."""
+        full: list[Decisions] = []
+        out.spent += len(todo) // 4
+        rows = [(row.bound_ps, i) for i, row in enumerate(todo)]
+        for bound, i in sorted(rows):
+            if out.best and bound >= self._below(out.best, mesh):
+                break
+            if self._idle(todo[i], out):
+                continue
+            for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
+                if not self._solve(row, laid, out, unsettled):
+                    full.append(replace(
+                        whole_below(row.decisions), schedule="1f1b", virtual_stages=1,
+                        keep=self.kept,
+                    ))  # fmt: skip
+        return full
+
+    def _programs(
+        self, step: Step, d: Decisions, problem: StageProblem, out: Outcome
+    ) -> Iterator[Program]:
+        """The stage programs of a schedule that may have a solution: as layers are recomputed in
+        part by default, and where memory surely binds as they may be otherwise."""
+        weighed = out.best is not None or out.misfits >= MISFITS
+        below = self._below(out.best, d) if out.best else ENDLESS
+        fits = not weighed or not surely_infeasible(problem)
+        eased = fits and forced_ps(problem) == 0
+        others = eased and bool(self.keeps(d.tp, d.sequence_parallel))
+        if fits:  # a bound that memory forces would leave out the others, of which it says nothing
+            least = lower_bound_ps(problem) if others else bound_ps(problem, below)
+            yield Program(
+                bound_ps=least, decisions=d, problem=problem, step=step if others else None
+            )
+        if not eased:
+            yield from self._kept_otherwise(step, d, problem, below)
+
+    def _kept_otherwise(
+        self, step: Step, d: Decisions, problem: StageProblem, below: int
+    ) -> Iterator[Program]:
+        for made, other in self.kept_otherwise(step, d, problem):
+            if not surely_infeasible(other):
+                yield Program(bound_ps=bound_ps(other, below), decisions=made, problem=other)
+
+    def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
+        """Of a solved program whose bound has no recomputation in it: the same with other sets
+        that layers may keep, if without a limit to memory it were better than the best."""
+        best = out.best
+        below = self._below(best, row.decisions) if best else ENDLESS
+        if row.step is None or row.bound_ps >= below:
+            return
+        others = list(self._kept_otherwise(row.step, row.decisions, row.problem, below))
+        if best is not None and others and row.problem.chunks == 1:
+            out.solved += 1
+            out.spent += 1
+            if solve(unlimited(row.problem), incumbent_ps=below).status == "CUTOFF":
+                return
+        for other in others:
+            if out.best is None or other.bound_ps < self._below(out.best, row.decisions):
+                yield other
+
+    def _idle(self, row: Program, out: Outcome) -> bool:
+        """Whether a program with several stages a rank has nothing better without a limit to
+        memory, and so with no set that its layers may keep."""
+        d = row.decisions
+        if row.step is None or out.best is None or not self.keeps(d.tp, d.sequence_parallel):
+            return False
+        return self._refuted(unlimited(row.problem), self._below(out.best, d), out)
+
+    def _solve(
+        self, row: Program, laid: Assignments, out: Outcome, unsettled: list[Unsettled]
+    ) -> bool:
+        """Solve a stage program; note it if its bound stays below what was found. False where what
+        was found is too much for a tier."""
+        d, problem = row.decisions, row.problem
+        best = self._below(out.best, d) if out.best else None
+        if best is not None and self._refuted(problem, best, out):
+            return True
+        found, over = solve(problem, incumbent_ps=best), None
+        out.solved += 1
+        out.spent += 1 if d.keep != self.kept else 1 + d.pp * d.virtual_stages // 8
+        if found.status == "INFEASIBLE":
+            assert found.nearest is not None
+            if problem.chunks > 1:  # layers were moved about before that was said
+                out.spent += d.pp * d.virtual_stages // 2
+            self._note_misfit(row, found.nearest, laid, out)
+        elif found.status != "CUTOFF":
+            over = self._keep(row, found, laid, out)
+            if over is not None and problem.rooms:  # it fits alone, not with those beside it
+                out.solved += 1
+                out.spent += 1
+                less = solve(with_sure_rooms(problem), incumbent_ps=best)
+                if less.stages:
+                    self._keep(row, less, laid, out)
+        settled = (found.status == "OPTIMAL" and over is None) or (
+            found.status == "INFEASIBLE" and refutes(problem)
+        )
+        proved = bound_ps(problem)
+        if found.status != "INFEASIBLE":
+            proved = max(proved, found.bound_ps)
+        if not settled and (best is None or proved < best):
+            unsettled.append(Unsettled(
+                bound=self._score(proved, d), bound_ps=proved,
+                order=out.solved, decisions=d, assignments=laid, problem=problem,
+                stages=found.stages,
+            ))  # fmt: skip
+        return over is None
+
+    def _keep(
+        self, row: Program, found: StageSolution, laid: Assignments, out: Outcome
+    ) -> TierUse | None:
+        """Take a solution for the best, unless a tier is too full for it, which is returned."""
+        d, problem = row.decisions, row.problem
+        cut = decided(named(d, problem, found.below), found.stages, found.recompute)
+        over = self._overfull(cut, d, problem, laid)
+        if over is None:
+            out.best = Tried(
+                decisions=cut, assignments=laid, objective_ps=found.step_ps, gain_ppm=self.gain_ppm
+            )
+        else:
+            out.full = less_over(out.full, over)
+        return over
+
+    def _overfull(
+        self, cut: Decisions, d: Decisions, problem: StageProblem, laid: Assignments
+    ) -> TierUse | None:
+        """A tier below that is too full for a plan, if one is."""
+        if not cut.offload:
+            return None
+        step = self.costs.step(d if problem.lowered is None else cut, laid)
+        return next((use for use in self.tier_uses(step, cut, problem) if not use.fits), None)
+
+    def _note_misfit(
+        self, row: Program, nearest: Nearest, laid: Assignments, out: Outcome
+    ) -> None:
+        """A program has no solution: what is nearest to one, or the tier that is too full."""
+        d, problem = row.decisions, row.problem
+        cut = decided(named(d, problem), nearest.stages, nearest.recompute)
+        out.misfits += 1
+        if nearest.overflow_bytes > 0 or not problem.rooms:
+            out.misfit = nearer(
+                out.misfit, Misfit(decisions=cut, assignments=laid, nearest=nearest)
+            )
+            return
+        over = self._overfull(cut, d, problem, laid)
+        if over is not None:
+            out.full = less_over(out.full, over)
+
+    def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
+        """Whether a few linear programs show that a program with several stages a rank has nothing
+        better, or what they showed of others does: cheaper than to solve it. At first without a
+        limit to memory: that says something of others."""
+        if self._known.covers(problem, best) or bound_ps(problem, best) >= best:
+            return True
+        if problem.chunks == 1 or not applies(problem):
+            return False
+        free = unlimited(problem)
+        if self._known.promising(free, best) and self._planes(free, best, out):
+            return True
+        return free != problem and self._planes(problem, best, out)
+
+    def _planes(self, problem: StageProblem, best: int, out: Outcome) -> bool:
+        paths, free = self._shapes.of(problem), problem.capacity_bytes == UNLIMITED
+        most = PROBE if free and paths.useful else FIRST
+        effort = Effort(programs=most)
+        refuted = refute(problem, best, paths, effort).refuted
+        out.spent += 1 + (most - effort.programs) * problem.count // 256
+        if refuted:
+            self._known.add(problem, best)
+        elif free:
+            self._known.failed(problem, best)
+        return refuted
+
+    def _may_fit(self, d: Decisions, step: Step, out: Outcome) -> bool:
+        """Whether a state may fit; where none was found that does, the closest are kept."""
+        again, capacity = self.pins.recompute, self.capacity_bytes
+        recomputes = again is None or any((*again.full, *again.selective))
+        recomputes |= d.moved is not None  # half is on the host
+        steps = (step, *step.beside)
+        self._over[_state_key(d)] = min(map(state_bytes, steps)) > capacity
+        least = min(least_bytes(one, recomputes=recomputes) for one in steps)
+        if d.tp_by_part:  # what is apart from layers differs as well: a rank has the least
+            apart = [sum(size for _, size in one.reserved) for one in steps]
+            least -= max(apart) - min(apart)
+        if least > capacity and out.best is None:
+            out.note_closest(least, out.expanded, d)
+        return least <= capacity
+
+    def seen_over(self, meshes: Sequence[Mesh], out: Outcome) -> None:
+        """Weigh states of which an earlier search, of a recipe, has seen that they are too much:
+        this one left them out, and had no other."""
+        seen = (
+            d for mesh in meshes for d in self.variants(mesh) if self._over.get(_state_key(d))
+        )
+        for d in itertools.islice(seen, CLOSEST):
+            self._may_fit(d, self.costs.step(d, self.assign(d.tp, d.sequence_parallel)), out)
+
+    def weigh_closest(self, out: Outcome) -> None:
+        """The nearest misfit among the states that hold least beside those whose programs were
+        solved: none of these need be near."""
+        for least, _, d in out.closest:
+            if out.misfit and least - self.capacity_bytes >= out.misfit.nearest.overflow_bytes:
+                continue
+            laid = self.assign(d.tp, d.sequence_parallel)
+            made = next(self.schedules(d), None)
+            if made is None:
+                continue
+            near = solve(self.problem(self.costs.step(d, laid), made)).nearest
+            if near is not None:
+                nearest = decided(made, near.stages, near.recompute)
+                out.misfit = nearer(
+                    out.misfit, Misfit(decisions=nearest, assignments=laid, nearest=near)
+                )
+
+
+def _state_key(d: Decisions) -> tuple[object, ...]:
+    """What the bytes of a mesh's state depend on: not its schedule nor the size of its batches."""
+    axes = (d.pp, d.dp, d.cp, d.tp, d.ep, d.etp, d.dp_outer, d.sequence_parallel, d.tp_by_part)
+    return (*axes, d.zero, d.shard, d.reshard, d.offload, d.microbatches == 1)

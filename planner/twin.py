@@ -1,0 +1,114 @@
+"""A second process that works beside this one.
+
+It is forked, so that it begins with all that this one knows; then each learns by itself, and only
+questions and answers go between them. Who is asked what depends on nothing but the questions, so
+the answers are the same where there is no second core, and one process does the work of both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+W = TypeVar("W")
+
+
+def forks() -> bool:
+    """Whether a second process may be forked, and has a core."""
+    if not hasattr(os, "fork") or threading.current_thread() is not threading.main_thread():
+        return False
+    if multiprocessing.current_process().daemon:  # it may have no children
+        return False
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) > 1
+    return (os.cpu_count() or 1) > 1
+
+
+class Pair(Generic[W]):
+    """Two workers of one kind: `own` in this process, `other` in a second one if that is asked for.
+    What they are asked by name must go through pickle, and so must what they answer."""
+
+    def __init__(self, own: W, other: W, *, apart: bool) -> None:
+        self.own, self.other = own, other
+        self._there: tuple[BaseProcess, Connection] | None = _fork(other) if apart else None
+
+    def __enter__(self) -> Pair[W]:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        self._end()
+
+    def both(self, name: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What the method of that name answers to these arguments: `own` to the first, `other` to
+        the second if there is one."""
+        sent = len(asked) > 1 and self._send(name, asked[1])
+        answers = [getattr(self.own, name)(*one) for one in asked[:1]]
+        if len(asked) > 1:
+            found, answer = self._received() if sent else (False, None)
+            answers.append(answer if found else getattr(self.other, name)(*asked[1]))
+        return answers
+
+    def _send(self, name: str, asked: tuple[Any, ...]) -> bool:
+        if self._there is None:
+            return False
+        try:
+            self._there[1].send((name, asked))
+        except OSError:
+            self._end()
+        return self._there is not None
+
+    def _received(self) -> tuple[bool, Any]:
+        """An answer. A process that failed or was killed (out of memory) has none: it is asked for
+        nothing more, and this one does its work, and meets its fault if there is one."""
+        assert self._there is not None
+        try:
+            return True, self._there[1].recv()
+        except (EOFError, OSError):
+            self._end()
+            return False, None
+
+    def _end(self) -> None:
+        if self._there is None:
+            return
+        process, line = self._there
+        self._there = None
+        line.close()
+        process.kill()
+        process.join()
+
+
+def _fork(worker: object) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(worker, here, there), daemon=True)
+    with warnings.catch_warnings():
+        # it uses nothing that a thread of this process may hold: Python's locks and the memory's
+        # are taken over by fork, and it solves in one thread
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    there.close()
+    return process, here
+
+
+def _serve(worker: object, here: Connection, there: Connection) -> None:
+    """Answer until nobody asks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's
+    here.close()  # or its end would never be seen
+    while True:
+        try:
+            name, asked = there.recv()
+            there.send(getattr(worker, name)(*asked))
+        except (EOFError, OSError):
+            return
+        except Exception:  # the first process asks itself, and says what the fault is
+            return
+
+
+__all__ = ["Pair", "forks"]
