@@ -368,8 +368,9 @@ def _least_memory(
             best, most = found, min(limit, _most_bytes(found))
     peaks = [format_bytes(_most_bytes(r)) for r in (best, fastest)]
     line = (
-        f"--objective memory: {peaks[0]}, where the fastest plan takes {peaks[1]} and"
-        f" {format_seconds(fastest.estimate.step_time_s)} (--slack {options.slack:.0%})"
+        f"--objective memory: {peaks[0]}, to {format_bytes(fine)}, where the fastest plan takes"
+        f" {peaks[1]} and {format_seconds(fastest.estimate.step_time_s)}"
+        f" (--slack {options.slack:.0%})"
     )
     return replace(best, echo=(*best.echo, line), timing=clock.timing())
 

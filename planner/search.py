@@ -25,7 +25,7 @@ from planner.outcome import Outcome, Tried, Unsettled, decided
 from planner.proving import PROGRAMS, Proof
 from planner.refuted import Refuted
 from planner.relaid import relaid
-from planner.sides import APART, Side, answers
+from planner.sides import APART, Side, answers, bounds
 from planner.stage_paths import Shapes
 from planner.stages import StageSolution
 from planner.turns import by_space, in_turn
@@ -75,19 +75,22 @@ class Searcher(Expander):
         if not own.candidates:  # nothing is better there
             out.bound = out.best.score if out.best else 1 << 62
             return out
-        below = [self._below(out.best, m) for m in runs] if out.best else None
-        bounds = [space.bounds(runs, below) for space in spaces[0]]
-        lower = [self._score(int(x), m) for b in bounds for x, m in zip(b.lower_ps, runs)]
-        guess = [self._score(int(x), m) for b in bounds for x, m in zip(b.guess_ps, runs)]
-        # from here on: both sides know the costs that bounds took
+        for space, (tp, split) in itertools.product(
+            spaces[0], sorted({(m.tp, m.sequence_parallel) for m in runs})
+        ):
+            space.assign(tp, split)  # that is known before there are two sides
+            space.keeps(tp, split)
         with Pair(own, other, apart=out.meshes >= APART and forks()) as pair:
-            return self._run(pair, lower, guess, out)
+            return self._run(pair, out)
 
-    def _run(
-        self, pair: Pair[Side], lower: list[int], guess: Sequence[int], out: Outcome
-    ) -> Outcome:
-        """Try the candidates, of which these are lower bounds and guesses."""
+    def _run(self, pair: Pair[Side], out: Outcome) -> Outcome:
+        """Bound the candidates, try them, and prove what is left."""
         candidates, incumbent = pair.own.candidates, out.best
+        below = [self._below(out.best, m) for _, m in candidates] if out.best else None
+        lower, guess = (
+            [self._score(ps, m) for ps, (_, m) in zip(some, candidates)]
+            for some in bounds(pair, below)
+        )
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found

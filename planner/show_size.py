@@ -32,6 +32,7 @@ BEST = {
 }  # fmt: skip
 LEFT = {
     "slow": "too slow", "memory": "do not fit", "cost": "too expensive",
+    "unpriced": "have no price",
     "dominated": "cannot beat a row in anything", "gpus": "have more GPUs than may be",
 }  # fmt: skip
 Column = tuple[str, int, Callable[[Sized], str]]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.expanding import Expander
 from planner.mesh import Mesh
 from planner.outcome import Outcome, Unsettled, bare
 from planner.proving import Ask, Prover, Told
+from planner.turns import by_space
 from planner.twin import Pair
 
+Ints = NDArray[np.int64]
 APART = 256  # meshes from which on two sides pay
+CHAIN = 40  # meshes are bounded in the time in which another chain is added up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +28,18 @@ class Side:
 
     candidates: Sequence[tuple[Expander, Mesh]]
     prover: Prover
+
+    def bound(self, some: Sequence[int], below: Sequence[int] | None) -> tuple[Ints, Ints]:
+        """Lower bounds of some candidates, and guesses at them. below: as `Expander.bounds` has
+        it, of each of these."""
+        lower, guess = np.empty((2, len(some)), dtype=np.int64)
+        at = {i: place for place, i in enumerate(some)}
+        for space, mine in by_space(some, self.candidates):
+            places = [at[i] for i in mine]
+            limits = None if below is None else [below[k] for k in places]
+            found = space.bounds([self.candidates[i][1] for i in mine], limits)
+            lower[places], guess[places] = found.lower_ps, found.guess_ps
+        return lower, guess
 
     def expand(self, candidate: int, out: Outcome) -> tuple[Outcome, list[Unsettled]]:
         """A part of an outcome with what a candidate adds to it; how units lie is left out, which
@@ -34,6 +53,40 @@ class Side:
 
     def prove(self, asked: Sequence[Ask]) -> list[Told]:
         return list(map(self.prover.told, asked))
+
+
+def bounds(pair: Pair[Side], below: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Lower bounds of all candidates, and guesses at them, those that lie alike over tp on one
+    side."""
+    meshes = [mesh for _, mesh in pair.own.candidates]
+    halves = [half for half in _halves(meshes) if half]
+    found: list[tuple[Ints, Ints]] = pair.both("bound", [
+        (half, None if below is None else [below[i] for i in half]) for half in halves
+    ])  # fmt: skip
+    lower, guess = np.empty((2, len(meshes)), dtype=np.int64)
+    for half, (low, at) in zip(halves, found):
+        lower[half], guess[half] = low, at
+    return lower.tolist(), guess.tolist()
+
+
+def _halves(meshes: Sequence[Mesh]) -> tuple[list[int], list[int]]:
+    """Places of meshes: what takes the longest goes where there is less. Few are all on one."""
+    if len(meshes) < APART:
+        return [*range(len(meshes))], []
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for i, m in enumerate(meshes):
+        alike.setdefault((m.tp, m.sequence_parallel), []).append(i)
+    chains = Counter(
+        key[:2] for key in {(m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp) for m in meshes}
+    )
+    work = {key: len(some) + CHAIN * chains[key] for key, some in alike.items()}
+    halves: tuple[list[int], list[int]] = [], []
+    taken = [0, 0]
+    for key in sorted(alike, key=lambda key: (-work[key], key)):
+        to = taken.index(min(taken))
+        taken[to] += work[key]
+        halves[to].extend(alike[key])
+    return sorted(halves[0]), sorted(halves[1])
 
 
 def answers(pair: Pair[Side], asked: Sequence[Ask]) -> list[Told]:

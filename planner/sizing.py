@@ -104,7 +104,8 @@ class Sized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A candidate that is no row. reason: memory, slow, cost, dominated, or gpus of a sum."""
+    """A candidate that is no row. reason: memory, slow, cost, unpriced, dominated, or
+    gpus of a sum."""
 
     hardware: str
     reason: str
@@ -244,7 +245,7 @@ class Sizer:
             self._leave(row.hardware, "slow")
         elif usd > self.limits.usd:
             self.missed.append(row)
-            self._leave(row.hardware, "cost")
+            self._leave(row.hardware, "cost" if usd < math.inf else "unpriced")
         else:
             self.rows.append(row)
         return row

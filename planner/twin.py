@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -22,13 +23,12 @@ W = TypeVar("W")
 
 def forks() -> bool:
     """Whether a second process may be forked, and has a core."""
-    if not hasattr(os, "fork") or threading.current_thread() is not threading.main_thread():
+    if sys.platform != "linux":  # elsewhere libraries' threads do not outlive it, or there is none
         return False
     if multiprocessing.current_process().daemon:  # it may have no children
         return False
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) > 1
-    return (os.cpu_count() or 1) > 1
+    main = threading.current_thread() is threading.main_thread()
+    return main and len(os.sched_getaffinity(0)) > 1
 
 
 class Pair(Generic[W]):

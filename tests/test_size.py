@@ -196,6 +196,11 @@ def test_limits_hold_and_nothing_is_an_error_that_says_what_came_near():
     with pytest.raises(InfeasibleError) as fault:
         sizer(Target(tokens_per_s=1.0), limits=dear, prices=PRICES).run(some("h100", "a100"))
     assert "nearest: h100x" in fault.value.why and "a step" in fault.value.why
+    some_usd = Limits(gpus=8, usd_per_million_tokens=1e12)  # l4 has no price there
+    found = sizer(Target(tokens_per_s=1.0), limits=some_usd, prices=PRICES).run(some("h100", "l4"))
+    assert {row.hardware.name for row in found.rows} == {"h100"}
+    assert {left.reason for left in found.left if "l4" in left.hardware} <= {"unpriced", "memory"}
+    assert any(left.reason == "unpriced" for left in found.left)
 
 
 def test_counts_end_where_the_target_is_well_exceeded():
