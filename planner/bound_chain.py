@@ -5,6 +5,7 @@ Sums of unit costs at every work point: what bounds of many meshes are made of.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -94,10 +95,11 @@ def through_chain(
             costs.unit(unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep))
             for keep in (keeps if of_layers[k] else ())
         ]
-        key = *map(id, (*found, *(c for other in others for c in other))), bool(of_layers[k])
-        if (*key, repeats) not in known:
-            known[*key, repeats] = _link(costs, found, others, moves, bool(of_layers[k]), repeats)
-        one = known[*key, repeats]
+        held, in_stack = (*found, *itertools.chain(*others)), bool(of_layers[k])
+        key = (*map(id, held), in_stack, repeats)
+        if key not in known:
+            known[key] = _link(costs, found, others, moves, in_stack, repeats)
+        one = known[key]
         step = step + counts[k] * one.step_s
         busy = busy + counts[k] * one.kernels_s
         each.append((one.step_s, one.kept_bytes, one.working_bytes))

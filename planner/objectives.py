@@ -149,7 +149,11 @@ def _of_one_kind(
         options.objective in CHARGED and limits.gpus and smaller
     )
     if not left_open and most == cluster.count:
-        found = charged(_planned(graph, options, cluster, clock, progress), options, cluster)
+        found = _planned(graph, options, cluster, clock, progress)
+        if options.objective in CHARGED:
+            line = f"--objective {options.objective}: on {cluster.count} GPUs the fastest plan has"
+            found = replace(found, echo=(*found.echo, f"{line} least"))
+        found = charged(found, options, cluster)
         if _usd(found) <= limits.usd:
             groups = () if options.objective == "memory" else quicker_in_groups(
                 options, cluster, found
@@ -210,8 +214,7 @@ def _least_of(
     _, found, size = best
     tried_counts = ", ".join(str(s.count) for s in sizes)
     line = f"--objective {options.objective}: {size.count} GPUs take least, of {tried_counts}"
-    kept = tuple(row for row in found.echo if not row.endswith("the fastest plan has least"))
-    return replace(found, echo=(*kept, line), timing=clock.timing())
+    return replace(found, echo=(*found.echo, line), timing=clock.timing())
 
 
 def _amount(found: TraceResult, options: TraceOptions, cluster: Cluster) -> float:
@@ -236,11 +239,7 @@ def _planned(
     """The plan of one cluster, for any objective but its size."""
     if options.objective == "memory":
         return _least_memory(graph, options, cluster, clock, progress)
-    found = plan_graph(graph, options, cluster, clock, progress)
-    if options.objective in ("time", "gpus"):
-        return found
-    line = f"--objective {options.objective}: on {cluster.count} GPUs the fastest plan has least"
-    return replace(found, echo=(*found.echo, line))
+    return plan_graph(graph, options, cluster, clock, progress)
 
 
 # --- limits of GPUs and USD ----------------------------------------------------------------------

@@ -89,8 +89,8 @@ class Ask:
     problem: StageProblem
     bound_ps: int
     limit_ps: int
-    asked: int = 0
-    high_ps: int = ENDLESS
+    asked: int
+    high_ps: int
     programs: int
     others: bool
     look: StageProblem | None
@@ -205,7 +205,7 @@ def _counts(p: StageProblem) -> int:
     return -(-p.count // STAGES)
 
 
-def in_turn() -> Callable[[Sequence[Ask]], Sequence[Told]]:
+def alone() -> Callable[[Sequence[Ask]], Sequence[Told]]:
     """Answers here, one after the other."""
     prover = Prover()
     return lambda asks: list(map(prover.told, asks))
@@ -225,7 +225,7 @@ class Proof:
     stopped: Callable[[], bool] = lambda: False  # Ctrl-C: the bounds so far are what is proved
     programs: int = PROGRAMS
     certified: int = 0
-    answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=in_turn)
+    answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often more
     # effort was needed, and the least step that this much did not refute
     looked: set[int] = field(default_factory=set)  # orders: a better plan was looked for
