@@ -194,9 +194,9 @@ class Decisions:
             return none
         return tuple((full, n) for (full, _), n in zip(none, self.moved))
 
-    def on(self, tier: str) -> Decisions:
-        """The same with the optimizer on another tier."""
-        below = ((w, tier if w == "optimizer" else t) for w, t in self.offload)
+    def on(self, tier: str, what: str = "optimizer") -> Decisions:
+        """The same with the optimizer, or other things, on another tier."""
+        below = ((w, tier if w == what else t) for w, t in self.offload)
         return replace(self, offload=tuple(below))
 
     def cut(self, stages: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> Decisions:

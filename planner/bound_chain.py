@@ -17,6 +17,7 @@ from cost_models.offload import host_s
 from cost_models.step import Assignments, Costs
 from cost_models.unit_costs import UnitCost
 from planner.bound_ranks import Layers, freed, freed_by, least_layer
+from planner.offloads import HOST, beside_host
 
 Floats = NDArray[np.float64]
 
@@ -28,8 +29,8 @@ class Through:
     step_s: all of it; kernels_s: what of it transfers hide behind; quickest_s: the quickest layer,
     forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
     free: [piece, (bytes, seconds a byte), point], the cheapest piece first; again_freed: where
-    nothing moves to the host. working: the least that any choice uses. layer: the commonest kind;
-    every: what all layers are, the least of all kinds;
+    nothing moves to the host's memory, but may to other tiers. working: the least that any choice
+    uses. layer: the commonest kind; every: what all layers are, the least of all kinds;
     first, last: (seconds, bytes kept, the most that is used) before the first layer and behind the
     last. kinds_s: one link
     of each kind.
@@ -76,7 +77,7 @@ def through_chain(
     moves: bool = False, known: Known | None = None, repeats: bool = True,
 ) -> Through:  # fmt: skip
     """Add up the chain for a mesh's tp, cp kind and expert layout. keeps: what its layers may keep
-    in part beside what d says. moves: a layer may lie on the host as well as be recomputed. known:
+    in part beside what d says. moves: a layer may lie below as well as be recomputed. known:
     links of chains of the same costs, which units without experts have in common. repeats: layers
     may be recomputed in full."""
     known = {} if known is None else known
@@ -168,23 +169,27 @@ def _link(
         for other in others:
             held = wide * sum((c.kept_bytes[1] for c in other), zero)
             ways.append((held, sum((c.light_s for c in other), zero)))
-        again = freed_by(holds[0], ways)
-        if moves:
-            kernels = (sum((c.forward_s for c in found), zero),
-                       sum((c.backward_s for c in found), zero))  # fmt: skip
-            ways.append((zero, _moved_s(costs, holds[0] / wide, kernels)))
-        pieces = freed_by(holds[0], ways)
+        kernels = (sum((c.forward_s for c in found), zero),
+                   sum((c.backward_s for c in found), zero))  # fmt: skip
+        elsewhere, on_host = (
+            [(zero, _moved_s(costs, holds[0] / wide, kernels, tier)) for tier in tiers * moves]
+            for tiers in (beside_host(costs.cluster), (HOST,))
+        )
+        again = freed_by(holds[0], ways + elsewhere)
+        pieces = freed_by(holds[0], ways + on_host)
     return Link(
         step_s=one, kernels_s=busy, forward_s=whole, kept_bytes=holds[0],
         working_bytes=np.minimum.reduce(uses[: 2 + repeats]), freed=pieces, again_freed=again,
     )  # fmt: skip
 
 
-def _moved_s(costs: Costs, kept_bytes: Floats, kernels: tuple[Floats, Floats]) -> Floats:
-    """Seconds that a layer's copies to the host and back add at least: nothing else is on the
-    link, or waits behind the same kernels."""
+def _moved_s(
+    costs: Costs, kept_bytes: Floats, kernels: tuple[Floats, Floats], tier: str
+) -> Floats:
+    """Seconds that a layer's copies to a tier and back add at least: nothing else is on the link,
+    or waits behind the same kernels."""
     share, added = costs.engine.fsdp_interference, np.zeros_like(kept_bytes)
     for compute, up in zip(kernels, (False, True)):
-        takes = np.asarray(host_s(costs.cluster, kept_bytes, up=up))
+        takes = np.asarray(host_s(costs.cluster, kept_bytes, up=up, tier=tier))
         added = added + np.maximum(share * takes, takes - compute)
     return added

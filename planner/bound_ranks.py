@@ -26,7 +26,7 @@ SPLIT_KINDS = ("zbh1", "folded")  # of schedules whose backward is split
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """The commonest kind of layer, by work point; freed: [piece, (bytes, seconds), point];
-    again_freed: where nothing moves to the host."""
+    again_freed: where nothing moves to the host's memory."""
 
     count: int
     step_s: Floats

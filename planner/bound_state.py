@@ -37,7 +37,7 @@ from planner.bound_sharing import Shared, Sizes, in_table, sizes_of
 from planner.decisions import Pins
 from planner.legality import illegal
 from planner.mesh import Mesh, outside
-from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
+from planner.offloads import counts_layers, counts_state, grad_dtypes, off_host, offloads
 
 Floats = NDArray[np.float64]
 MANY = 10**9  # parameters of which a rate is taken
@@ -118,16 +118,15 @@ class States:
 
     def ways(self, pipeline: bool, every_tier: bool = False) -> tuple[Way, ...]:
         """What the table and the pins allow, of those that hold and move the same the first: that
-        depends on there being a pipeline. every_tier: optimizers lie on slower ones than the host's
-        memory too, where no pin says where."""
+        depends on there being a pipeline. every_tier: state lies on others than the host's memory
+        too, where no pin says where."""
         pins, found = self.pins, {}  # type: ignore[var-annotated]
         places = [*offloads(pins, self.costs.cluster)]
         if every_tier and pins.offload is None:
-            places += [
-                tuple((what, tier.name if what == "optimizer" else on) for what, on in place)
-                for place in places if place
-                for tier in self.costs.cluster.tiers if tier.name != "cpu"
-            ]  # fmt: skip
+            engine, cluster = self.costs.workload.engine, self.costs.cluster
+            for place in places:  # what is added is asked in turn
+                on = off_host(Decisions(offload=place), pins, engine, cluster)
+                places += [d.offload for d in on if d.offload not in places]
         held = [*itertools.product(
             places, grad_dtypes(pins, self.costs.engine, self.costs.cluster)
         )]  # fmt: skip

@@ -15,7 +15,7 @@ from cost_models.tiers import TierUse
 from planner.bounds import Bounds, mesh_bounds_ps
 from planner.dominance import undominated
 from planner.mesh import Mesh
-from planner.offloads import lower
+from planner.offloads import HOST, fills_host
 from planner.outcome import (
     CLOSEST,
     Misfit,
@@ -81,8 +81,9 @@ class Expander(Space):
         )  # fmt: skip
 
     def expand(self, mesh: Mesh, out: Outcome, unsettled: list[Unsettled]) -> None:
-        """Solve a mesh's variants; note those whose bound is below what was found. Where a tier is
-        full, again on the next; where memory may be in the way, with activations on the host."""
+        """Solve a mesh's variants; note those whose bound is below what was found. Where the host's
+        memory may be full, again on other tiers; where the device's may be in the way, with
+        activations below."""
         laid = self.assign(mesh.tp, mesh.sequence_parallel)
         ways = [d for d in self.variants(mesh) if not self._over.get(_state_key(d))]
         out.spent += bool(ways) + len(ways) // 12
@@ -107,47 +108,50 @@ class Expander(Space):
                     least[made] = lower_bound_ps(unlimited(problem))
                     if not out.best or least[made] < self._below(out.best, mesh):
                         todo += self._programs(step, made, problem, out)
-                        if problem.rooms:  # a slower tier with more room may be better
+                        if fills_host(problem):
                             full.append(d)
             held = [row for row in held if not self._over[_state_key(row[0])]]
             todo += self._by_count(undominated(held), mesh, laid, least, full, out)
             full += self._solve_all(todo, mesh, laid, out, unsettled)
             target = self._below(out.best, mesh) if out.best else ENDLESS
-            some = [*programs_below(self, ways, laid, known, least, target)]
+            some = [*programs_below(self, ways, laid, known, least, target, full)]
             full += self._solve_all(some, mesh, laid, out, unsettled)
-            ways = [*dict.fromkeys(filter(None, map(self.lower, full)))]
+            moved = itertools.chain.from_iterable(map(self.off_host, full))
+            ways = [d for d in dict.fromkeys(moved) if d not in known]
 
-    def lower(self, d: Decisions) -> Decisions | None:
-        """The same with the optimizer on the next slower tier that is searched."""
-        return lower(d, self.pins, self.costs.cluster)
+    def _state(self, d: Decisions) -> Decisions:
+        """How decisions hold state, as `variants` has it."""
+        return replace(whole_below(d), schedule="1f1b", virtual_stages=1, keep=self.kept)
 
     def _by_count(
         self, held: Sequence[tuple[Decisions, Step]], mesh: Mesh, laid: Assignments,
         least: Mapping[Decisions, int], full: list[Decisions], out: Outcome,
     ) -> Iterator[Program]:  # fmt: skip
-        """The programs of states with activations on the host by count of layers, that could be
-        better than the best if memory were in nobody's way. least: bounds of that, where known.
-        full: is told of states beside which a tier may be too full."""
+        """The programs of states with activations below by count of layers, that could be better
+        than the best if memory were in nobody's way: in the host's memory, and where that may be
+        too full on other tiers. least: bounds of that, where known. full: is told of states beside
+        which it may be."""
         target = self._below(out.best, mesh) if out.best else ENDLESS
         for d, step in held:
-            made = self.by_count(d)
-            if made is None:
-                continue
-            below = self.costs.counted(step, made, laid)
-            if not self._may_fit(made, below, out):
-                continue
-            for one in self.schedules(made):
-                if least.get(replace(one, offload=d.offload), 0) >= target:
-                    continue
-                problem = self.problem(below, one)
-                pays = lower_bound_ps(unlimited(problem)) < target
-                if pays and problem.rooms:
+            for made in self.by_count(d):
+                below, fills = self.costs.counted(step, made, laid), False
+                if not self._may_fit(made, below, out):
+                    break  # it is the same on the device wherever they lie
+                for one in self.schedules(made):
+                    if least.get(replace(one, offload=d.offload), 0) >= target:
+                        continue
+                    problem = self.problem(below, one)
+                    pays = lower_bound_ps(unlimited(problem)) < target
+                    fills |= pays and fills_host(problem)
+                    if pays and not (out.best and surely_infeasible(problem)):
+                        yield Program(
+                            bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
+                            step=None,
+                        )
+                if fills:
                     full.append(d)
-                if pays and not (out.best and surely_infeasible(problem)):
-                    yield Program(
-                        bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
-                        step=None,
-                    )
+                elif made.tiers["activations"] == HOST:
+                    break
 
     def _solve_all(
         self, todo: Sequence[Program], mesh: Mesh, laid: Assignments, out: Outcome,
@@ -164,10 +168,7 @@ class Expander(Space):
                 continue
             for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
                 if not self._solve(row, laid, out, unsettled):
-                    full.append(replace(
-                        whole_below(row.decisions), schedule="1f1b", virtual_stages=1,
-                        keep=self.kept,
-                    ))  # fmt: skip
+                    full.append(self._state(row.decisions))
         return full
 
     def _programs(

@@ -102,7 +102,7 @@ def explained(
     questions = Questions(asked=asked, pins=pins, legal=legal)
     core, spec, tier, roomier = questions.core(), asked.hardware.spec, [], []
     if out.full:
-        roomier = [*questions.lower(out.full.name), *questions.roomier(out.full.name)]
+        roomier = questions.roomier(out.full.name)
         binds = roomier or isinstance(asked.hardware, Fleet)  # of these it is not asked
         tier = [f"tier {out.full.said}"] if binds else []
     core = replace(core, hints=(*roomier, *core.hints))
@@ -293,20 +293,6 @@ class Questions:
         except PlanError:  # the pins or the hardware's levels do not go with that count
             return None
         return None if found is None else f"{bigger.spec} {self._told(found, (), 'holds it')}"
-
-    def lower(self, name: str) -> list[str]:
-        """What fits with parameters and their optimizer on another tier, which is not searched."""
-        hardware = self.asked.hardware
-        if isinstance(hardware, Fleet) or self.legal or self.pins.offload is not None:
-            return []
-        for tier in hardware.tiers:
-            pins = replace(
-                self.pins, offload=tuple((what, tier.name) for what in ("optimizer", "params"))
-            )
-            found = self.answer(pins) if tier.name not in ("cpu", name) else None
-            if found:
-                return [f"with --fix {pins.said('offload')} {self._told(found, ())}"]
-        return []
 
     def roomier(self, name: str) -> list[str]:
         """What fits if a tier below had more room, as little more as is asked about."""

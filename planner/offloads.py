@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cost_models.decisions import STATE_BELOW, Decisions
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
+from cost_models.stage_problem import StageProblem
 from planner.decisions import ANY, Pins
 from planner.runnable import NATIVE
 
+TIERED = (*NATIVE, "deepspeed")  # whose parameters may lie on another tier than the host's memory
+
 Offload = tuple[tuple[str, str], ...]
+HOST = "cpu"  # the tier that all others are reached through
 SEARCHED: tuple[Offload, ...] = (
     (), (("optimizer", "cpu"),), (("optimizer", "cpu"), ("params", "cpu")),
 )  # fmt: skip
@@ -43,18 +47,30 @@ def counts_state(pins: Pins, cluster: Cluster, engine: str) -> bool:
     return pins.offload is None and host and engine in NATIVE
 
 
-def lower(d: Decisions, pins: Pins, cluster: Cluster) -> Decisions | None:
-    """The same with the optimizer on the next slower tier, for where a tier is full. On one with
-    room a slower one gains nothing: what lies there leaves the GPU alike."""
-    if pins.offload is not None or "optimizer" not in d.tiers or d.parts:
-        return None
+def beside_host(cluster: Cluster) -> tuple[str, ...]:
+    """The tiers behind the host's memory, the quickest first."""
     seconds = {
         t.name: (1 / t.read_bytes_per_s + 1 / t.write_bytes_per_s) * cluster.sharers(t)
         for t in cluster.tiers
     }
-    order = ["cpu", *sorted(seconds.keys() - {"cpu"}, key=lambda name: (seconds[name], name))]
-    at = order.index(d.tiers["optimizer"]) + 1
-    return d.on(order[at]) if at < len(order) else None
+    return tuple(sorted(seconds.keys() - {HOST}, key=lambda name: (seconds[name], name)))
+
+
+def off_host(d: Decisions, pins: Pins, engine: str, cluster: Cluster) -> Iterator[Decisions]:
+    """The same with the optimizer, or the parameters, on another tier than the host's memory, for
+    where that may be full. What goes to another tier goes through it, so nothing is quicker there;
+    and what lies there leaves the GPU alike: where the host has room, no other tier is better."""
+    if pins.offload is not None or d.parts:
+        return
+    for what in STATE_BELOW if engine in TIERED else STATE_BELOW[:1]:
+        if d.tiers.get(what) == HOST:
+            for tier in beside_host(cluster):
+                yield d.on(tier, what)
+
+
+def fills_host(problem: StageProblem) -> bool:
+    """Whether the host's memory may be too full for a plan of this program."""
+    return any(room.tier == HOST for room in problem.rooms)
 
 
 def grad_dtypes(pins: Pins, engine: Engine, *clusters: Cluster) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,26 +58,30 @@ class Without(Searcher):
                      if not any(_includes(way, some) for some in away))  # fmt: skip
 
     def variants(self, mesh: Mesh) -> Iterator[Decisions]:
-        """Also without the refused ways to hold state: an optimizer whose tier is refused lies on
-        the next slower one."""
+        """Also without the refused ways to hold state: what a tier is refused to lies on others."""
         keys = ("zero", "shard", "reshard", "dp_outer")
         away = [(key, value) for key, value in self.refused if key in keys]
         for d in super().variants(mesh):
             if not any(getattr(d, key) == value for key, value in away):
-                left = self.lower(d) if self._lies_below(d) else d
-                if left is not None:
-                    yield left
+                yield from self._allowed([d])
 
-    def lower(self, d: Decisions) -> Decisions | None:
-        """Also not on a refused tier: on the next after it."""
-        found = super().lower(d)
-        return self.lower(found) if found is not None and self._lies_below(found) else found
+    def off_host(self, d: Decisions) -> Iterator[Decisions]:
+        """Also not on a refused tier."""
+        return self._allowed(super().off_host(d))
 
-    def by_count(self, d: Decisions) -> Decisions | None:
+    def _allowed(self, rows: Iterable[Decisions]) -> Iterator[Decisions]:
+        """Of these, what may lie as it does; of others what still does, less of it on the host."""
+        for d in rows:
+            if self._lies_below(d):
+                yield from self.off_host(d)
+            else:
+                yield d
+
+    def by_count(self, d: Decisions) -> Iterator[Decisions]:
         """Also not where activations are refused a place below beside what else lies there, or a
         kind of recomputation is: the program by count has another kind in its place."""
-        made = None if self._levels else super().by_count(d)
-        return None if made is None or self._lies_below(made) else made
+        if not self._levels:
+            yield from (made for made in super().by_count(d) if not self._lies_below(made))
 
     def schedules(self, d: Decisions) -> Iterator[Decisions]:
         """Also without the refused schedules, which are a formality without a pipeline; one that

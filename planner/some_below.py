@@ -11,6 +11,7 @@ from cost_models.stage_problem import Lowered, StageProblem, least_of
 from cost_models.step import Assignments, Step
 from planner.by_layer import best_count
 from planner.dominance import undominated
+from planner.offloads import HOST, fills_host
 from planner.outcome import Program
 from planner.refuted import unlimited
 from planner.room import over_below
@@ -20,13 +21,14 @@ from planner.stage_bounds import lower_bound_ps, surely_infeasible
 
 def programs_below(
     space: Space, ways: Sequence[Decisions], laid: Assignments, known: Mapping[Decisions, Step],
-    least: Mapping[Decisions, int], target: int,
+    least: Mapping[Decisions, int], target: int, full: list[Decisions],
 ) -> Iterator[Program]:  # fmt: skip
     """The programs that may have a step below `target`, one for each set of operations that may be
     kept, and one with activations on the host by count of layers: without a pipeline each of the
     best count, with one of all counts. A stage's kernels and transfers are the same with any, as
     under a pipeline parameters are gathered once a step. known: steps of some ways. least: bounds
-    if memory were in nobody's way, where known."""
+    if memory were in nobody's way, where known. full: is told of states beside which the host's
+    memory may be too full."""
 
     def may_pay(d: Decisions) -> list[Decisions]:
         """Its schedules with one stage a rank that may be better with no optimizer below."""
@@ -42,14 +44,15 @@ def programs_below(
         both[d] = replace(none, rows=(*none.rows, *every.rows))
     if states and states[0][0].pp == 1:
         for d, _ in states:
-            yield from _alone(space, d, both[d], laid, target)
+            yield from _alone(space, d, both[d], laid, target, full)
         return
     schedules = dict(states)
     for d, step in undominated([*both.items()]):
         none, every = _ends(space, d, step)
         for one in schedules[d]:
             pairs = _pairs(space, _counted(one, 1), none, every, laid, target)
-            for made, low, high in pairs:
+            for made, low, high, fills in pairs:
+                full += [d] * fills
                 problem = with_lowered(low, high)
                 bound = lower_bound_ps(problem)
                 if bound < target and not surely_infeasible(problem):
@@ -77,7 +80,7 @@ def _ends(space: Space, d: Decisions, step: Step) -> tuple[Step, Step]:
 
 
 def _alone(
-    space: Space, d: Decisions, both: Step, laid: Assignments, target: int
+    space: Space, d: Decisions, both: Step, laid: Assignments, target: int, full: list[Decisions]
 ) -> Iterator[Program]:
     """One stage: the programs of the best count."""
     costs, most = space.costs, len(space.costs.chain.layers)
@@ -85,7 +88,8 @@ def _alone(
     while most and over_below(costs.cluster, costs.lowered(step, _counted(d, most))):
         most -= 1
     for one in space.schedules(step.decisions):
-        for made, low, high in _pairs(space, one, *_ends(space, d, step), laid, target):
+        for made, low, high, fills in _pairs(space, one, *_ends(space, d, step), laid, target):
+            full += [d] * fills
             every = _easier(low, high)
             if lower_bound_ps(every) >= target or surely_infeasible(every):
                 continue
@@ -120,20 +124,25 @@ def _of_count(space: Space, d: Decisions, step: Step, laid: Assignments) -> Prog
 
 def _pairs(
     space: Space, d: Decisions, none: Step, every: Step, laid: Assignments, target: int
-) -> Iterator[tuple[Decisions, StageProblem, StageProblem]]:
-    """Of each set that layers may keep and with activations by count: the program with the
-    optimizers of no layers below, and of all."""
+) -> Iterator[tuple[Decisions, StageProblem, StageProblem, bool]]:
+    """Of each set that layers may keep and with activations by count, on each tier where the host's
+    memory may be too full: the program with the optimizers of no layers below, and of all; and
+    whether they may fill it."""
     pairs = [[(d, space.problem(end, d))] for end in (none, every)]
     if lower_bound_ps(unlimited(pairs[0][0][1])) >= target:
         return
     for found, end in zip(pairs, (none, every)):
         found += space.kept_otherwise(end, *found[0])
-        moved = space.by_count(d)
-        if moved is not None:
-            below = space.costs.counted(end, moved, laid)
-            found.append((moved, space.problem(below, moved)))
-    for (made, low), (_, high) in zip(*pairs):
-        yield made, low, high
+    for (made, low), (_, high) in zip(*pairs, strict=True):
+        yield made, low, high, fills_host(with_binding(high))
+    for moved in space.by_count(d):
+        low, high = (
+            space.problem(space.costs.counted(end, moved, laid), moved) for end in (none, every)
+        )
+        fills = any(fills_host(with_binding(end)) for end in (low, high))
+        yield moved, low, high, fills
+        if not fills and moved.tiers["activations"] == HOST:
+            return
 
 
 def _lowered(every: StageProblem) -> Lowered:

@@ -32,7 +32,15 @@ from planner.keeps import keep_sets
 from planner.legality import Case, case_of, illegal, refusal
 from planner.mesh import Mesh, meshes, outside, shard_sizes
 from planner.names import matches
-from planner.offloads import counts_layers, counts_state, grad_dtypes, offloads
+from planner.offloads import (
+    HOST,
+    beside_host,
+    counts_layers,
+    counts_state,
+    grad_dtypes,
+    off_host,
+    offloads,
+)
 from planner.runnable import GraphRule, refusals, whole_recomputation_fault
 from planner.sharding import best_assignment
 
@@ -237,15 +245,21 @@ class Space:
         """How many data ranks may share the state."""
         return shard_sizes(mesh, self.clusters, self.pins, zero, outer)
 
-    def by_count(self, d: Decisions) -> Decisions | None:
-        """The same with activations of so many layers a stage on the host, or None where that is
-        not searched: what is pinned, and schedules and engines that it does not go with."""
+    def off_host(self, d: Decisions) -> Iterator[Decisions]:
+        """The same with a part of its state on another tier than the host's memory."""
+        return off_host(d, self.pins, self.costs.workload.engine, self.costs.cluster)
+
+    def by_count(self, d: Decisions) -> Iterator[Decisions]:
+        """The same with activations of so many layers a stage below, on the host first; none where
+        that is not searched: what is pinned, and schedules and engines that it does not go with."""
         costs = self.costs
         free = counts_layers(self.pins, costs.cluster, costs.workload.engine)
         if len(self.clusters) > 1 or self.kept or not free:
-            return None
-        made = replace(d, offload=(*d.offload, ("activations", "cpu:")))
-        return made if illegal(made, costs.workload) is None else None
+            return
+        for tier in (HOST, *beside_host(costs.cluster)):
+            made = replace(d, offload=(*d.offload, ("activations", f"{tier}:")))
+            if illegal(made, costs.workload) is None:
+                yield made
 
     def by_layer(self, d: Decisions) -> bool:
         """Whether the optimizer of some layers alone is searched to lie below as here that of all

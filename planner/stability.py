@@ -21,6 +21,7 @@ enough, else the quickest with as many of the old stages' recomputations as can 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -218,8 +219,15 @@ class Steadying:
             self._offer_stages(mesh, d)
 
     def _ways(self, space: Searcher, held: Decisions) -> Iterator[Decisions]:
-        """A way to hold the state, and the same with layers' activations below by count."""
-        return filter(None, (held, space.by_count(held)))
+        """A way to hold the state, and the same with layers' activations below by count; each of
+        them also on the tiers that the old plan has it on."""
+        old = self.old.decisions.tiers
+        for way in (held, *itertools.islice(space.by_count(held), 1)):
+            yield way
+            on = {what: old.get(what, tier) for what, tier in way.tiers.items()}
+            if on != way.tiers:
+                words = (tier.replace(way.tiers[what], on[what], 1) for what, tier in way.offload)
+                yield replace(way, offload=tuple(zip(way.tiers, words)))
 
     def _coarse(self, old: Decisions, d: Decisions) -> tuple[int, int, int]:
         axes, state, program = map(len, changed(old, self.named(d)))

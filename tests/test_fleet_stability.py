@@ -50,7 +50,7 @@ def ways(searcher):
     costs = searcher.costs
     for mesh in filter(searcher.runs, searcher.meshes()):
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
-        held = [way for d in searcher.variants(mesh) for way in (d, searcher.by_count(d)) if way]
+        held = [way for d in searcher.variants(mesh) for way in (d, *searcher.by_count(d))]
         for d in (made for one in held for made in searcher.schedules(one)):
             step = costs.step(d, laid)
             default = searcher.problem(step, d)

@@ -6,7 +6,16 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-from enumerated import MESH_AXES, SCHEDULE_AXES, STATE_AXES, _schedule, cuts, product, stage_choices
+from enumerated import (
+    MESH_AXES,
+    SCHEDULE_AXES,
+    STATE_AXES,
+    _schedule,
+    cuts,
+    product,
+    recomputed,
+    stage_choices,
+)
 from random_problems import BIG_MOE, INTER, SMALL, WIDE, make, small_cluster
 from test_offload_layers import BASE, stepped
 from test_stages import choices, weigh
@@ -29,6 +38,7 @@ from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
 from planner.stages import lower_bound_ps, solve, surely_infeasible
 
+TIERS = ("cpu", "disk")
 DISK = Tier(name="disk", bytes=10**13, read_bytes_per_s=8e9, write_bytes_per_s=6e9)
 
 
@@ -43,11 +53,12 @@ def tiny(folder, gigabytes, host_gigabytes, gpus=2, example="llama", **workload)
 
 
 def offloads(p, d):
-    """What of the state may lie where: nothing, or the optimizer, or parameters with it, on either
-    tier, of all units or of the first layers."""
+    """What of the state may lie where: nothing, or the optimizer, or parameters with it, each on
+    either tier, of all units or of the first layers."""
     def on(tier):
         optimizer = [(("optimizer", tier),)] * (d.zero < 2 or d.pp > 1)
-        return optimizer + [(("optimizer", tier), ("params", "cpu"))] * (d.zero == 3)
+        return optimizer + [(("optimizer", tier), ("params", other))
+                            for other in TIERS * (d.zero == 3)]  # fmt: skip
 
     return [(), *on("cpu"), *on("disk")]
 
@@ -79,8 +90,8 @@ def least_by_mesh(p, **pins):
             for stages in cuts(p.layers, way.pp * way.virtual_stages):
                 states = [way.offload]
                 states += counted(way.offload, stages) if way.virtual_stages == 1 else ()
-                for state, moved in itertools.product(states, (False, True)):
-                    below = (*state, ("activations", "cpu:")) if moved else state
+                for state, moved in itertools.product(states, ("", *TIERS)):
+                    below = (*state, ("activations", f"{moved}:")) if moved else state
                     d = replace(way, offload=below, stages=stages)
                     if illegal(d, costs.workload):
                         continue
@@ -98,7 +109,7 @@ def best_cut(p, d, laid, steps):
     step = p.costs.rescheduled(steps[key], d)
     if d.below is not None:
         step = p.costs.lowered(step, d)
-    problem, best = stage_problem(p.costs, step), None
+    problem, best = stage_problem(p.costs, step, levels=recomputed(p, d)), None
     for pairs in itertools.product(*(stage_choices(problem, n) for n in d.stages)):
         objective, _, fits = evaluate(problem, d.stages, pairs)
         if not fits or (best is not None and objective >= best):
@@ -235,9 +246,9 @@ def test_a_tier_is_named_where_more_of_it_would_do(tmp_path):
     assert "tier" not in "\n".join(told.lines())
 
 
-def test_parameters_on_the_disk_are_hinted_at_where_the_host_is_full():
-    """Four layers of 8B on two GPUs of 14 GB, a host of 12 GB: nothing that is searched fits, and
-    what is hinted at, pinned, does, in as many bytes."""
+def test_parameters_lie_on_the_disk_where_the_host_is_full():
+    """Four layers of 8B on two GPUs of 14 GB, a host of 12 GB: with parameters on the host nothing
+    fits, and what is found, pinned, is found again."""
     h100, points = load_hardware("h100x2"), tuple((n, 1) for n in (1, 2, 4))
     cpu, nvme = h100.tiers
     small = replace(h100, tiers=(replace(cpu, bytes=12 * 10**9), nvme),
@@ -246,8 +257,10 @@ def test_parameters_on_the_disk_are_hinted_at_where_the_host_is_full():
                      global_batch=4, engine="native-compiled")  # fmt: skip
     searcher = Searcher(costs=costs)
     out = searcher.run()
-    assert out.best is None and out.full.name == "cpu"
-    word, hint = "offload=optimizer:nvme,params:nvme", infeasible(searcher, out).hints[0]
-    assert hint.startswith(f"with --fix {word} it fits: ")
+    d = out.best.decisions
+    assert d.tiers["params"] == "nvme" and out.proved and out.full.name == "cpu"
+    word = "offload=" + ",".join(f"{what}:{tier}" for what, tier in d.offload)
     pinned = searcher.under(parse_pins([word])).run()
-    assert pinned.best is not None and pinned.best.decisions.tiers["params"] == "nvme"
+    assert pinned.searched.score == out.searched.score
+    for word in ("offload=optimizer:cpu,params:cpu", "offload=optimizer:nvme,params:cpu"):
+        assert searcher.under(parse_pins([word])).run().best is None

@@ -20,7 +20,7 @@ from planner.decisions_json import decisions_from_json, decisions_json
 from planner.infeasible import infeasible
 from planner.legality import illegal, inconsistent
 from planner.mesh import meshes
-from planner.offloads import keeps_offload, lower, offload_words
+from planner.offloads import keeps_offload, off_host, offload_words
 from planner.pin_checks import check_pins
 from planner.refused import Without
 from planner.search import Searcher
@@ -159,16 +159,22 @@ def test_offload_never_where_it_fits():
     assert out.best.decisions.offload == () and out.proved
 
 
-def test_lower_tiers_are_the_next_slower():
+FREE = Pins()
+
+
+def test_state_goes_from_the_host_to_any_other_tier():
     pool = Tier(name="cxl", bytes=10**12, read_bytes_per_s=9e10, write_bytes_per_s=9e10, gpus=8)
     cluster = replace(H100, tiers=(*H100.tiers, pool))
-    d, found = replace(BASE, offload=(*OPTIMIZER, ("params", "cpu"))), []
-    while d is not None:
-        found.append(d.tiers["optimizer"])
-        d = lower(d, Pins(), cluster)
-    assert found == ["cpu", "cxl", "nvme"]
-    assert lower(BASE, Pins(), cluster) is None
-    assert lower(replace(BASE, offload=OPTIMIZER), Pins(offload=OPTIMIZER), cluster) is None
+    d = replace(BASE, offload=(*OPTIMIZER, ("params", "cpu")))
+
+    def on(d, engine="native", pins=FREE):
+        return [tuple(x.tiers.values()) for x in off_host(d, pins, engine, cluster)]
+
+    assert on(d) == [("cxl", "cpu"), ("nvme", "cpu"), ("cpu", "cxl"), ("cpu", "nvme")]
+    assert on(d.on("nvme")) == [("nvme", "cxl"), ("nvme", "nvme")]
+    assert on(d, "torchtitan") == on(d)[:2]  # its parameters lie in the host's memory
+    assert on(BASE) == on(d.on("nvme", "params").on("cxl")) == []
+    assert on(replace(BASE, offload=OPTIMIZER), pins=Pins(offload=OPTIMIZER)) == []
 
 
 @pytest.mark.parametrize("count", ["1", "2", "9"])

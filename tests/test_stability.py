@@ -54,7 +54,7 @@ def every_way(problem):
     costs, searcher, found = problem.costs, problem.searcher, []
     for mesh in every_mesh(problem):
         laid = searcher.assign(mesh.tp, mesh.sequence_parallel)
-        ways = [way for d in searcher.variants(mesh) for way in (d, searcher.by_count(d)) if way]
+        ways = [way for d in searcher.variants(mesh) for way in (d, *searcher.by_count(d))]
         for held in ways:
             made = costs.step(held, laid)
             for d in searcher.schedules(held):
