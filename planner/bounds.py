@@ -49,7 +49,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 ROUNDING_BYTES = 1e4  # of sums of bytes as floats
 LATE_S = 1e5  # meshes that seem not to fit come behind all others, the nearest to fitting first
-MOST_BEYOND = 50.0
+MOST_BEYOND = 25.0
 FEW = 10  # one in so many layers, or fewer: other kinds say little of the ranks
 # schedules with one stage a rank, whose first layers may have their optimizer below, by kind
 ALONE = {
@@ -119,7 +119,7 @@ def mesh_bounds_ps(
         through = through_chain(costs, d, laid, keeps(tp, split), states.moves, known, repeats(tp))
         at = [point[candidates[i].micro_batch, candidates[i].cp] for i in members]
         table.fill(members, through, at, states.sizes(laid, ep, etp, through.common))
-    bounds, guesses = np.zeros(len(candidates)), np.zeros(len(candidates))
+    bounds, guesses, beyond = (np.zeros(len(candidates)) for _ in range(3))
     limit = np.full(len(candidates), np.inf) if below is None else np.array(below) / 1e12
     for pipeline in (False, True):
         mine = np.flatnonzero((table.pp > 1) == pipeline)
@@ -129,8 +129,10 @@ def mesh_bounds_ps(
                     bounds[some] = table.shared_s(some, states, limit, tight)
                     continue
                 bounds[some], tails, guess_bytes = table.least_s(some, states, limit, tight, found)
-                guesses[some] = table.guess_s(some, tails, guess_bytes, most_virtual)
+                guesses[some], beyond[some] = table.guess_s(some, tails, guess_bytes, most_virtual)
     guesses = np.maximum(guesses, np.minimum(bounds, LATE_S * (2 + MOST_BEYOND)))
+    # of meshes that cannot fit, in the order of what they are over
+    guesses += np.where(bounds * 1e12 >= NEVER_PS, beyond, 0.0)
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
     lower = np.minimum(np.floor(bounds * 1e12 * (1 - 1e-6)), NEVER_PS)
     return Bounds(
@@ -473,8 +475,10 @@ class _Table:
         found = ranks_s(rows, pp, count, kind, chunks, self.layers - count)
         return np.where(never, np.inf, found)
 
-    def guess_s(self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int) -> Floats:
-        """What a plan of the mesh may come to."""
+    def guess_s(
+        self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int
+    ) -> tuple[Floats, Floats]:
+        """What a plan of the mesh may come to; and how late it is for what it seems to be over."""
         pp, m, layers = self.pp[mine], self.m[mine], self.layers
         step = self.get(mine, "step_s")
         again, beyond = self._again_s(mine, pp, m, held_bytes)
@@ -483,8 +487,8 @@ class _Table:
             load = -(-layers // (pp * v)) * v * (step + again) / layers
             legal = (pp * v <= layers) & ((v == 1) | (m % pp == 0))
             guess = np.where(legal, np.minimum(guess, (m + (pp - 1) / v) * load), guess)
-        late = LATE_S * (1 + np.minimum(beyond, MOST_BEYOND))
-        return np.where(beyond > 0, late, np.minimum(guess + tail, LATE_S))
+        late = LATE_S * np.minimum(beyond, MOST_BEYOND)
+        return np.where(beyond > 0, LATE_S + late, np.minimum(guess + tail, LATE_S)), late
 
     def _again_s(self, mine: Ints, pp: Ints, m: Ints, held_bytes: Floats) -> tuple[Floats, Floats]:
         """A guess at what memory forces on the first rank, recomputation or copies to

@@ -181,6 +181,7 @@ class FleetSearch:
         found = Outcome(
             meshes=sum(out.meshes for out in outs), expanded=sum(out.expanded for out in outs),
             interrupted=any(out.interrupted for out in outs),
+            hopeless=sum(out.hopeless for out in outs),
         )  # fmt: skip
         if self.best is None:
             costs = self.rows[0].searcher.costs

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # it plans a part as `tracing` does, which asks here
 
 Memory = tuple[int | None, int]
 EFFORT = 100  # of one question: a hint is a plan that fits, not the best one
+MORE_EFFORT = 800  # where that found none, and did not see all that may fit
 LEGAL_TIMES = 10  # where no plan is legal, a mesh is seen through at once
 MOST_TIMES = 16  # so many times the GPUs are asked for at most
 MORE_ROOM = (1.25, 1.5, 2, 4, 8, 64)  # times what a tier has; the last is as good as no limit
@@ -80,9 +81,10 @@ def infeasible(searcher: Searcher, out: Outcome, memory: Memory = (None, 0)) -> 
     """Why no plan fits hardware of one kind, by name, and hints that were solved again. memory:
     as in `explained`."""
     costs, (limit, has) = searcher.costs, memory
-    nearest = f"nearest needs {needs(searcher, out.misfit)}" if out.misfit else ""
-    least = math.ceil(_fullest_bytes(searcher, out.misfit) / 1e8) / 10 if out.misfit else 0.0
-    known = limit is not None and out.misfit is not None and not out.full and least * 1e9 <= has
+    worst = _fullest(searcher, out.misfit) if out.misfit else None
+    nearest = f"nearest needs {_holds(worst)}" if worst else ""
+    least = math.ceil(worst.peak_bytes / 1e8) / 10 if worst else 0.0
+    known = limit is not None and worst is not None and not out.full and least * 1e9 <= has
     return explained(
         Asking(searcher=searcher), searcher.pins, out, nearest,
         f"pp*dp*cp*tp = {costs.cluster.count}, dp divides the global batch of"
@@ -118,7 +120,7 @@ def explained(
             why=f"{rule}\n{binding}",
             hints=core.hints or ("another --global-batch, or fewer pins",),
         )
-    proved = out.expanded == out.meshes
+    proved = out.seen
     sizes = dict.fromkeys(
         f"{part.device.memory_bytes / 1e9:.1f}" for part in parts_of(asked.hardware)
     )
@@ -134,17 +136,16 @@ def _fullest(searcher: Searcher, misfit: Misfit) -> RankLedger:
     costs = searcher.costs
     step = costs.step(misfit.decisions, misfit.assignments)
     made = estimate_step(costs, step, misfit.decisions)
-    return max(made.ranks, key=lambda r: sum(size for _, size in r.memory_bytes))
-
-
-def _fullest_bytes(searcher: Searcher, misfit: Misfit) -> int:
-    return sum(size for _, size in _fullest(searcher, misfit).memory_bytes)
+    return max(made.ranks, key=lambda r: r.peak_bytes)
 
 
 def needs(searcher: Searcher, misfit: Misfit) -> str:
     """What the fullest rank of a plan that does not fit holds, in GB by name."""
-    worst = _fullest(searcher, misfit)
-    total = sum(size for _, size in worst.memory_bytes)
+    return _holds(_fullest(searcher, misfit))
+
+
+def _holds(worst: RankLedger) -> str:
+    total = worst.peak_bytes
     named = sorted(worst.memory_bytes, key=lambda row: -row[1])
     parts = [f"{name} {size / 1e9:.1f}" for name, size in named[:4]]
     parts.append(f"other {sum(size for _, size in named[4:]) / 1e9:.1f}")
@@ -168,16 +169,24 @@ class Questions:
         hardware, workload = hardware or self.asked.hardware, workload or self.asked.workload
         key = (pins, hardware.count, workload)
         if key not in self._answers:
-            hope = self.legal or self.asked.can_fit(pins, hardware=hardware, workload=workload)
-            self._answers[key] = self.asked.ask(
-                pins, hardware=hardware, workload=workload,
-                effort=self._effort,
-            ) if hope else None  # fmt: skip
+            self._answers[key] = None
+            if self.legal or self.asked.can_fit(pins, hardware=hardware, workload=workload):
+                self._answers[key] = self._searched(pins, hardware, workload)
         found = self._answers[key]
         if found is None:
             return None
         legal = self.legal and found.outcome.misfit is not None
         return found if found.outcome.best is not None or legal else None
+
+    def _searched(self, pins: Pins, hardware: Hardware, workload: Workload) -> Answer | None:
+        """What is found with little effort, or with more where something may yet fit."""
+        for effort in (self._effort, MORE_EFFORT):
+            found = self.asked.ask(pins, hardware=hardware, workload=workload, effort=effort)
+            if self.legal or not isinstance(self.asked, Asking) or found is None:
+                break  # bounds of several kinds say little of what may fit
+            if found.outcome.best or found.outcome.seen:
+                break
+        return found
 
     @property
     def _effort(self) -> int:
@@ -208,7 +217,7 @@ class Questions:
         seen = self._answers[pins, hardware.count, self.asked.workload]
         return Core(
             pins=kept, limits=tuple(limits), hints=tuple(hints),
-            proved=seen is None or seen.outcome.expanded == seen.outcome.meshes,
+            proved=seen is None or seen.outcome.seen,
         )  # fmt: skip
 
     def _minimal(self) -> tuple[Constraint, ...]:

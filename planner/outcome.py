@@ -86,6 +86,7 @@ class Outcome:
     solved: int = 0
     spent: int = 0
     misfits: int = 0
+    hopeless: int = 0  # meshes not tried as nothing fitted and their bounds say that none does
     full: TierUse | None = None  # the tier below that was the least over, where one was
     interrupted: bool = False
 
@@ -123,6 +124,11 @@ class Outcome:
         rows = sorted([*self.closest, (least_bytes, order, d)], key=lambda r: r[:2])
         of_pp = {row[2].pp: row for row in rows[::-1]}
         self.closest = sorted(of_pp.values(), key=lambda r: r[:2])[:CLOSEST]
+
+    @property
+    def seen(self) -> bool:
+        """Whether every mesh was tried, or is known to fit nowhere."""
+        return self.expanded + self.hopeless == self.meshes
 
     @property
     def proved(self) -> bool:

@@ -17,6 +17,7 @@ from cost_models.decisions import Decisions
 from cost_models.estimate import whole_step_ps
 from cost_models.step import Assignments
 from cost_models.units import format_seconds
+from planner.bounds import NEVER_PS
 from planner.decisions import Pins
 from planner.expanding import Expander
 from planner.interrupts import interruptible
@@ -36,6 +37,7 @@ DEFAULT_EFFORT = 1_600  # a stage program counts one, and one for every 8 stages
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 10 s
 GUESSES = 600  # of it, half at most, go to the best guesses; what is beyond that to the proof
 MOST_PROVING = 8  # times the effort of the default's proof, whatever the effort is
+NEAREST = 60  # meshes that cannot fit that are tried at most, where only such are left
 SHARPENED = 8  # meshes whose bounds are sharpened count one
 
 
@@ -94,6 +96,7 @@ class Searcher(Expander):
         left = sorted(lower)[::-1]  # of meshes not tried; those tried are crossed out
         tried: Counter[int] = Counter()
         unsettled: list[Unsettled] = []  # tried, with a bound below what was found
+        most = out.meshes  # to try
         with interruptible() as stopped:
             kinds = [m.pp for _, m in candidates]
 
@@ -105,6 +108,10 @@ class Searcher(Expander):
             for some in in_turn(guess, lower, kinds, out, min(GUESSES, self.effort // 2), sharpen):
                 if stopped() or out.spent >= self.effort:
                     break
+                if out.best is None and left[-1] >= NEVER_PS:  # nothing fits: what is nearest?
+                    most = min(most, out.expanded + NEAREST)
+                    if out.expanded >= most:
+                        break
                 unsettled += self._expanded(some, pair, out)
                 tried.update(lower[i] for i in some)
                 while left and tried[left[-1]]:
@@ -119,6 +126,8 @@ class Searcher(Expander):
                 untried = left[-1] if left else 1 << 62
                 unsettled = self._prove(out, pair, unsettled, untried, stopped)
             out.interrupted = stopped()
+            if out.best is None and left and left[-1] >= NEVER_PS:
+                out.hopeless = out.meshes - out.expanded
         rest = [*left[-1:], *(u.bound for u in unsettled)]
         out.searched = out.best
         if out.best and out.best is not incumbent and not out.interrupted:  # that is its search's

@@ -359,7 +359,7 @@ class _Searches:
                 d, costs = out.best.decisions, searcher.costs
                 made = estimate_step(costs, costs.step(d, out.best.assignments), d)
                 return d, uncapped(made, cluster), out.gap
-            if out.expanded == out.meshes:
+            if out.seen:
                 return None
         return None
 

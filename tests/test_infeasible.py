@@ -10,11 +10,22 @@ from enumerated import best_of_problem, cuts, every_mesh, stage_choices
 from test_search import searched
 from tiny_models import EXAMPLES, costs_of, graph_of, with_memory
 
+from cost_models.estimate import estimate_step
 from cost_models.hardware import load_hardware
 from cost_models.stage_problem import rank_bytes
+from planner import infeasible as module
+from planner import search
 from planner.asking import Asking
 from planner.decisions import Pins, parse_pins
-from planner.infeasible import Constraint, Questions, constraints, infeasible, needs
+from planner.infeasible import (
+    EFFORT,
+    MORE_EFFORT,
+    Constraint,
+    Questions,
+    constraints,
+    infeasible,
+    needs,
+)
 from planner.mesh import meshes
 from planner.pin_checks import check_pins
 from planner.room import least_bytes, state_bytes
@@ -224,3 +235,43 @@ def test_with_less_than_the_nearest_misfit_holds_nothing_fits():
     held = megabytes * MB + out.misfit.nearest.overflow_bytes
     assert small(held * 97 // 100 // MB, **of).run().best is None
     assert small(-(-held // MB), **of).run().best is not None
+
+
+def test_meshes_known_not_to_fit_are_not_tried_one_after_the_other(monkeypatch):
+    """Once nothing else is left a few of them say what is nearest, and it is known that nothing
+    fits: as if all were tried, and no plan is nearer than that."""
+    of = {"count": 16, "layers": 6, "global_batch": 64, "seq_len": 4096}
+    out = small(1_000, **of).run()
+    assert out.best is None and out.seen and out.expanded + out.hopeless == out.meshes
+    assert out.expanded == search.NEAREST < out.meshes - 40
+    monkeypatch.setattr(search, "NEAREST", 10**9)
+    every = small(1_000, **of).run()
+    assert every.best is None and every.expanded == every.meshes
+    assert out.misfit.nearest.overflow_bytes <= every.misfit.nearest.overflow_bytes
+
+
+def test_a_question_goes_on_while_something_may_fit(monkeypatch):
+    """Little effort that finds nothing does not say that nothing fits."""
+    searcher = small(7_000, "offload=none", count=8)
+    asked, efforts, ask = Asking(searcher=searcher), [], Asking.ask
+
+    def little(self, pins, *, effort, **rest):
+        efforts.append(effort)
+        return ask(self, pins, effort=0 if effort == EFFORT else effort, **rest)
+
+    monkeypatch.setattr(Asking, "ask", little)
+    found = Questions(asked=asked, pins=searcher.pins).answer(Pins())
+    assert found is not None and found.outcome.best is not None
+    assert efforts == [EFFORT, MORE_EFFORT]
+
+
+def test_the_nearest_is_estimated_once(monkeypatch):
+    """With a limit to memory, which names what it holds in a hint as well."""
+    searcher, asked = small(8_000, "recompute=none", "offload=none"), []
+    out = searcher.run()
+    monkeypatch.setattr(module, "estimate_step", lambda *a: asked.append(a) or estimate_step(*a))
+    fault = infeasible(searcher, out, (8_000 * MB, 85_000 * MB))
+    said, held = (float(re.search(rf"{words} (\d+\.\d) ?GB", text)[1]) for words, text in (
+        ("nearest needs", fault.why), ("--max-memory", fault.hints[0])
+    ))  # fmt: skip
+    assert said <= held <= said + 0.11 and len(asked) == 1
