@@ -51,6 +51,21 @@ def tier_uses(
 def _tiers_of(
     cluster: Cluster, steps: Sequence[Step | None], d: Decisions, problem: StageProblem
 ) -> Iterator[TierUse]:
+    for name, rank_bytes in laid_by_rank(steps, d, problem).items():
+        tier = cluster.tier(name)
+        gpus = cluster.sharers(tier)
+        if d.tp_by_part:  # the part's ranks alone, whose stages are alike
+            own = d.alone(cluster.name)
+            used = fullest(own, [n for n, one in zip(rank_bytes, steps) if one], gpus)
+        else:
+            used = fullest(d, rank_bytes, gpus)
+        yield TierUse(name=name, used_bytes=used, bytes=tier.bytes, gpus=gpus)
+
+
+def laid_by_rank(
+    steps: Sequence[Step | None], d: Decisions, problem: StageProblem
+) -> dict[str, list[int]]:
+    """By tier the bytes that a GPU of each pp rank lays there, of those that have a step."""
     by_rank: dict[str, list[int]] = {name: [0] * d.pp for name in d.tiers.values()}
     for rank, step in enumerate(steps):
         if step is None:
@@ -63,15 +78,7 @@ def _tiers_of(
         aside = [sum(step.row(i).aside[levels.get(i, 0)] for i in links[k]) for k in stages]
         if any(aside):
             by_rank[d.tiers["activations"]][rank] += stash_bytes(problem, rank, aside)
-    for name, rank_bytes in by_rank.items():
-        tier = cluster.tier(name)
-        gpus = cluster.sharers(tier)
-        if d.tp_by_part:  # the part's ranks alone, whose stages are alike
-            own = d.alone(cluster.name)
-            used = fullest(own, [n for n, one in zip(rank_bytes, steps) if one], gpus)
-        else:
-            used = fullest(d, rank_bytes, gpus)
-        yield TierUse(name=name, used_bytes=used, bytes=tier.bytes, gpus=gpus)
+    return by_rank
 
 
 def moved_level(d: Decisions, fixed: tuple[tuple[int, int], ...] | None = None) -> int:

@@ -59,6 +59,7 @@ class Room:
     """A tier below the device, as one GPU has it: the bytes it may lay there whatever the others
     do that share it, the most that all may in the mean, and what each surely may.
 
+    limits_bytes: of each rank, where they are to lay less than the most.
     state_bytes: of each layer as it is; lowered_bytes: where its optimizer lies below, empty where
     that is not open; aside_bytes: of its activations a micro-batch, by level; ends_bytes: of what
     the first and the last stage have besides.
@@ -72,6 +73,11 @@ class Room:
     lowered_bytes: tuple[int, ...] = ()
     aside_bytes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     ends_bytes: tuple[int, int]
+    limits_bytes: tuple[int, ...] = ()
+
+    def of_rank(self, rank: int) -> int:
+        """The most bytes that a GPU of a rank may lay there."""
+        return self.limits_bytes[rank] if self.limits_bytes else self.most_bytes
 
     def beside_bytes(self, stage: Any, count: int) -> Any:
         """Of a stage of so many, or an array of them: bytes there beside its layers'."""

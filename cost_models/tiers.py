@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -72,16 +72,23 @@ def together(each: int, pipeline: int, gpus: int) -> int:
     return max(-(-each // windows), gpus // pipeline * each)
 
 
-def fullest(d: Decisions, rank_bytes: Sequence[int], gpus: int) -> int:
-    """Bytes of the fullest so many GPUs in a row, of what each pp rank's GPUs lay below."""
+def sharing(d: Decisions, gpus: int) -> Iterator[dict[int, int]]:
+    """Of every so many GPUs in a row, how many each pp rank has there; alike ones are left out
+    where ranks lie as before."""
     each = d.pipeline // d.pp  # GPUs in a row that are one pp rank
     period = d.pipeline * gpus // gcd(d.pipeline, gpus)
-    most = 0
     for start in range(0, min(d.gpus, period), gpus):
-        total, at, end = 0, start, min(start + gpus, d.gpus)
+        found: dict[int, int] = {}
+        at, end = start, min(start + gpus, d.gpus)
         while at < end:
-            more = min(each - at % each, end - at)
-            total += more * rank_bytes[at % d.pipeline // each]
+            more, rank = min(each - at % each, end - at), at % d.pipeline // each
+            found[rank] = found.get(rank, 0) + more
             at += more
-        most = max(most, total)
-    return most
+        yield found
+
+
+def fullest(d: Decisions, rank_bytes: Sequence[int], gpus: int) -> int:
+    """Bytes of the fullest so many GPUs in a row, of what each pp rank's GPUs lay below."""
+    return max(
+        sum(count * rank_bytes[rank] for rank, count in some.items()) for some in sharing(d, gpus)
+    )

@@ -3,11 +3,13 @@ out, and the stage program of each solved, the least bound first."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_models.decisions import Decisions
+from cost_models.rank_ledger import laid_by_rank
 from cost_models.rooms import with_sure_rooms
 from cost_models.stage_problem import Nearest, StageProblem
 from cost_models.step import Assignments, Step
@@ -31,6 +33,7 @@ from planner.proving import ENDLESS, FIRST, Prover
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
+from planner.shared_rooms import parts_of
 from planner.some_below import named, programs_below, whole_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_bounds import forced_ps
@@ -40,6 +43,7 @@ from planner.stage_ranks import bound_ps
 from planner.stages import StageSolution, lower_bound_ps, refutes, solve, surely_infeasible
 
 PROBE = 6  # linear programs without a limit to memory, where paths that matter are known
+MOST_PARTS = 12  # times that a program is parted whose stages share a tier
 MISFITS = 40  # programs that are weighed for the nearest misfit, where nothing fits
 
 
@@ -240,25 +244,63 @@ class Expander(Space):
             self._note_misfit(row, found.nearest, laid, out)
         elif found.status != "CUTOFF":
             over = self._keep(row, found, laid, out)
-            if over is not None and problem.rooms:  # it fits alone, not with those beside it
+        open_parts = [(problem, found)]
+        if over is not None and problem.rooms:  # it fits alone, not with those beside it
+            out.solved += 1
+            out.spent += 1
+            less = solve(with_sure_rooms(problem), incumbent_ps=best)
+            if less.stages:
+                self._keep(row, less, laid, out)
+            open_parts = self._by_parts(row, found, laid, out)
+        elif found.status == "OPTIMAL" or (found.status == "INFEASIBLE" and refutes(problem)):
+            open_parts = []
+        best = self._below(out.best, d) if over is not None and out.best else best
+        for part, left in open_parts:
+            proved = _proved(part, left)
+            if best is None or proved < best:
+                unsettled.append(Unsettled(
+                    bound=self._score(proved, d), bound_ps=proved, order=out.solved, decisions=d,
+                    assignments=laid, problem=part, stages=left.stages,
+                ))  # fmt: skip
+        return over is None
+
+    def _by_parts(
+        self, row: Program, found: StageSolution, laid: Assignments, out: Outcome
+    ) -> list[tuple[StageProblem, StageSolution]]:
+        """Solve a program in parts whose best choice is too much for a tier that stages share, the
+        least bound first; what is not settled of it."""
+        left, done = [(found.bound_ps, 0, row.problem, found)], []
+        for _ in range(MOST_PARTS):
+            if not left or (out.best and left[0][0] >= self._below(out.best, row.decisions)):
+                break
+            _, _, problem, whole = heapq.heappop(left)
+            parts = self._parts(row.decisions, problem, whole, laid)
+            if not parts:
+                done.append((problem, whole))
+            for part in parts:
+                best = self._below(out.best, row.decisions) if out.best else None
                 out.solved += 1
                 out.spent += 1
-                less = solve(with_sure_rooms(problem), incumbent_ps=best)
-                if less.stages:
-                    self._keep(row, less, laid, out)
-        settled = (found.status == "OPTIMAL" and over is None) or (
-            found.status == "INFEASIBLE" and refutes(problem)
-        )
-        proved = bound_ps(problem)
-        if found.status != "INFEASIBLE":
-            proved = max(proved, found.bound_ps)
-        if not settled and (best is None or proved < best):
-            unsettled.append(Unsettled(
-                bound=self._score(proved, d), bound_ps=proved,
-                order=out.solved, decisions=d, assignments=laid, problem=problem,
-                stages=found.stages,
-            ))  # fmt: skip
-        return over is None
+                one = solve(part, incumbent_ps=best)
+                over = bool(one.stages) and self._keep(
+                    replace(row, problem=part), one, laid, out
+                ) is not None  # fmt: skip
+                if over:
+                    heapq.heappush(left, (one.bound_ps, out.solved, part, one))
+                elif one.status == "FEASIBLE" or (
+                    one.status == "INFEASIBLE" and not refutes(part)
+                ):
+                    done.append((part, one))
+        return [*done, *((problem, whole) for _, _, problem, whole in left)]
+
+    def _parts(
+        self, d: Decisions, problem: StageProblem, found: StageSolution, laid: Assignments
+    ) -> list[StageProblem]:
+        """Of a program whose choice is too much for a tier: parts without it."""
+        cut = decided(named(d, problem, found.below), found.stages, found.recompute)
+        step = self.costs.step(d if problem.lowered is None else cut, laid)
+        by_rank = laid_by_rank([step] * d.pp, cut, problem)
+        return parts_of(problem, d, self.costs.cluster, by_rank)
 
     def _keep(
         self, row: Program, found: StageSolution, laid: Assignments, out: Outcome
@@ -365,6 +407,12 @@ class Expander(Space):
                 out.misfit = nearer(
                     out.misfit, Misfit(decisions=nearest, assignments=laid, nearest=near)
                 )
+
+
+def _proved(problem: StageProblem, found: StageSolution) -> int:
+    """What a solved program has no choice below, picoseconds."""
+    least = bound_ps(problem)
+    return least if found.status == "INFEASIBLE" else max(least, found.bound_ps)
 
 
 def _state_key(d: Decisions) -> tuple[object, ...]:

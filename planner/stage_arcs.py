@@ -235,7 +235,8 @@ def _leaves_room(p: StageProblem) -> Allowed:
             sums = upto(room.state_bytes)
             laid = sums[i + n + 1] - sums[i]
             laid += room.beside_bytes(s, p.count)
-            fits &= laid[:, None] + flight[s][:, None] * aside <= room.most_bytes
+            most = np.array([room.of_rank(r) for r in range(p.count)])[s]
+            fits &= laid[:, None] + flight[s][:, None] * aside <= most[:, None]
         return fits
 
     return allowed

@@ -264,7 +264,7 @@ class Chunks:
                 laid += sum(room.state_bytes[start : start + count])
                 laid += room.beside_bytes(k, self.p.count)
             aside = np.array([row[3][place] for row in rows])
-            if laid + int((aside @ self.moments[rank]).max()) > room.most_bytes:
+            if laid + int((aside @ self.moments[rank]).max()) > room.of_rank(rank):
                 return False
         return True
 

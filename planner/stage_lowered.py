@@ -101,7 +101,7 @@ class Below:
     def _left(self, stage: int) -> list[int]:
         """Of each room, what the layers of a stage may lay there."""
         return [
-            room.most_bytes - room.beside_bytes(stage, self.p.count) for room in self.p.rooms
+            room.of_rank(stage) - room.beside_bytes(stage, self.p.count) for room in self.p.rooms
         ]
 
     def _allowed(self, spare: Array, limit_ps: int) -> Allowed:
@@ -134,7 +134,7 @@ class Below:
         kind, at = self.kinds[stage], (start, layers - 1, slice(layers + 1))
         can = self.saved[kind][at] >= over_bytes
         for room, laid, used in zip(self.p.rooms, self.laid, used_bytes):
-            can = can & (laid[at] + used <= room.most_bytes)
+            can = can & (laid[at] + used <= room.of_rank(stage))
         tails = np.where(can, self.tails[kind][at], INF)
         best = int(np.argmin(tails))
         return int(tails[best]), best

@@ -255,7 +255,7 @@ class _Planes:
         ends = sum(room.beside_bytes(k, self.p.count) for k in stages)
         for counts in self.p.in_flight(rank):
             held = dict(zip(stages, counts))
-            row = self.solver.Constraint(-self.inf, 1 - ends / room.most_bytes)
+            row = self.solver.Constraint(-self.inf, (room.of_rank(rank) - ends) / room.most_bytes)
             for k, kind, level, x in mine:
                 aside = [column[places[kind]] for column in room.aside_bytes]
                 size = held[k] * (aside[level] - (aside[0] if level else 0))

@@ -34,6 +34,7 @@ from planner.legality import illegal
 from planner.mesh import Mesh
 from planner.score import score_of
 from planner.search import Searcher
+from planner.shared_rooms import parts_of
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
 from planner.stages import lower_bound_ps, solve, surely_infeasible
@@ -135,8 +136,21 @@ CASES = [
 
 @pytest.mark.parametrize(("example", "gigabytes", "host", "pins"), CASES)
 def test_a_full_host(tmp_path, example, gigabytes, host, pins):
+    check_against_enumeration(tiny(tmp_path, gigabytes, host, example=example), pins)
+
+
+@pytest.mark.parametrize(("gigabytes", "host", "seq_len", "batch", "zero"), [
+    (15.222, 8.249, 1024, 2, 1), (15.15, 5.88, 512, 4, 3), (17.8, 3.78, 2048, 4, 1),
+])  # fmt: skip
+def test_ranks_that_share_a_host(tmp_path, gigabytes, host, seq_len, batch, zero):
+    """Two stages of which one may lay more below if the other lays less: of the last there is no
+    plan where each lays no more than half."""
+    p = tiny(tmp_path, gigabytes, host, seq_len=seq_len, global_batch=batch)
+    check_against_enumeration(p, {"pp": 2, "zero": zero, "schedule": "1f1b"})
+
+
+def check_against_enumeration(p, pins):
     """The search finds what costing every plan finds, proves it, and no mesh's bound is above."""
-    p = tiny(tmp_path, gigabytes, host, example=example)
     least, searching = least_by_mesh(p, **pins), p.searcher.under(Pins(**pins))
     out, bounds = searching.run(), searching.bounds([*least]).lower_ps
     assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
@@ -196,7 +210,16 @@ def with_room(p, rng):
         state_bytes=tuple(rng.randint(0, 30) for _ in none), aside_bytes=(none, aside, none),
         ends_bytes=(rng.randint(0, 20), rng.randint(0, 20)),
     )  # fmt: skip
-    return replace(p, rooms=(room,))
+    other = random.Random(most)
+    limits = tuple(other.randint(most // 2, most) for _ in range(p.pp) if most % 3 == 0)
+    return replace(p, rooms=(replace(room, limits_bytes=limits),))
+
+
+def keeps_to(p, room, choice):
+    """Whether no rank lays more on a tier than it may."""
+    laid = below_bytes(p, room, *choice)
+    return all(used <= (room.limits_bytes or [room.most_bytes] * p.pp)[rank]
+               for rank, used in enumerate(laid))  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zbh1"])
@@ -210,7 +233,7 @@ def test_stage_programs_keep_to_their_rooms(schedule):
         fits = [(step, choice) for (step, _, fit), choice in weighed if fit]
         (room,) = p.rooms
         free = min((step for step, _ in fits), default=None)
-        rooms = [max(below_bytes(p, room, *choice)) <= room.most_bytes for _, choice in fits]
+        rooms = [keeps_to(p, room, choice) for _, choice in fits]
         best = min((step for (step, _), left in zip(fits, rooms) if left), default=None)
         found = solve(p)
         if best is None:
@@ -219,7 +242,7 @@ def test_stage_programs_keep_to_their_rooms(schedule):
         kept += 1
         tight += best > free
         assert (found.status, found.step_ps, found.bound_ps) == ("OPTIMAL", best, best), seed
-        assert max(below_bytes(p, room, found.stages, found.recompute)) <= room.most_bytes
+        assert keeps_to(p, room, (found.stages, found.recompute))
         assert lower_bound_ps(p) <= best and not surely_infeasible(p)
         if applies(p):
             effort = Effort(programs=50, nodes=200)
@@ -264,3 +287,36 @@ def test_parameters_lie_on_the_disk_where_the_host_is_full():
     assert pinned.searched.score == out.searched.score
     for word in ("offload=optimizer:cpu,params:cpu", "offload=optimizer:nvme,params:cpu"):
         assert searcher.under(parse_pins([word])).run().best is None
+
+
+def test_parts_of_a_program_leave_out_what_overflows_alone():
+    """Of random bytes that ranks lay on a tier they share: a choice that fits is in one part at
+    least, and the one that was too much in none."""
+    rng, seen = random.Random(5), 0
+    for _ in range(400):
+        pp, tp = rng.choice([(2, 1), (2, 2), (3, 1), (4, 2), (4, 1)])
+        gpus, d = rng.choice([2, 4, 8]), Decisions(pp=pp, tp=tp)
+        cluster = replace(load_hardware("h100x8"), tiers=(
+            Tier(name="cpu", bytes=rng.randint(20, 90), read_bytes_per_s=1e9,
+                 write_bytes_per_s=1e9, gpus=gpus),
+        ))  # fmt: skip
+        none = (0,) * 4
+        room = Room(
+            tier="cpu", most_bytes=99, mean_bytes=99, sure_bytes=99, state_bytes=none,
+            aside_bytes=(none, none, none), ends_bytes=(0, 0),
+        )  # fmt: skip
+        p = replace(tiny_problem(0, "1f1b"), pp=pp, rooms=(room,))
+        used = [rng.randint(0, 40) for _ in range(pp)]
+        share, most = cluster.sharers(cluster.tiers[0]), cluster.tiers[0].bytes
+        parts = parts_of(p, d, cluster, {"cpu": used})
+        assert bool(parts) <= (fullest(d, used, share) > most)
+        if fullest(d, used, share) <= most:
+            continue
+        limits = [part.rooms[0].limits_bytes for part in parts]
+        assert not any(all(map(int.__le__, used, row)) for row in limits)
+        for _ in range(60):
+            other = [rng.randint(0, 40) for _ in range(pp)]
+            if fullest(d, other, share) <= most:
+                seen += 1
+                assert any(all(map(int.__le__, other, row)) for row in limits)
+    assert seen > 1000
