@@ -42,10 +42,10 @@ def trace(
     from cost_models.fleet import load_any
     from ir.capture import capture_graph
     from ir.capture.module import source_of
+    from planner.capturing import Clock
     from planner.decisions import parse_pins
     from planner.objectives import plan_for
     from planner.options import TraceOptions
-    from planner.tracing import Clock
     from planner.workload import Asked, precision_of
 
     found, asked = load_any(hardware), Asked(**workload)

@@ -14,6 +14,7 @@ from cost_models.ledger import Estimate
 from cost_models.words import sharding_of
 from ir.errors import InfeasibleError, UsageError
 from ir.graph import Graph
+from planner.capturing import Clock
 from planner.charged import charged
 from planner.charges import decided_by
 from planner.decisions import Pins
@@ -29,7 +30,6 @@ from planner.outcome import Outcome
 from planner.plan import Plan, Solver, make_plan
 from planner.proved import pins_said
 from planner.sizing import RETRY_EFFORT
-from planner.tracing import Clock
 from planner.workload import resolve
 from planner.worth import Worth
 

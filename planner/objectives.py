@@ -15,6 +15,7 @@ from cost_models.hardware import Cluster, catalogue
 from cost_models.units import format_bytes, format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from ir.graph import Graph
+from planner.capturing import Begun, Clock, capture
 from planner.charged import charged
 from planner.fleet_planning import attempt_fleet, plan_fleet, worth_of
 from planner.grouping import quicker_in_groups
@@ -23,7 +24,7 @@ from planner.names import gpus_hold
 from planner.options import Progress, TraceOptions, TraceResult
 from planner.plan import load
 from planner.sizing import RETRY_EFFORT, counts
-from planner.tracing import Clock, attempt, capture, plan_graph
+from planner.tracing import attempt, plan_graph
 from planner.workload import inherit, precision_of, resolve
 from planner.worth import Worth
 
@@ -31,13 +32,15 @@ CHARGED = ("cost", "energy")
 RESOLVED = 100  # memory is minimised to 1/100 of a GPU's
 
 
-def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
-    """Plan a model. progress: takes a line now and then.
+def run(
+    options: TraceOptions, progress: Progress | None = None, ahead: Begun | None = None
+) -> TraceResult:
+    """Plan a model. progress: takes a line now and then. ahead: its trace, if that was begun.
 
     Raises PlanError for a model that cannot be read or traced, UsageError for flags and pins that
     cannot be meant, InfeasibleError naming what binds where nothing fits or keeps the limits.
     """
-    clock = Clock()
+    clock = ahead.clock if ahead is not None else Clock()
     echo: tuple[str, ...] = ()
     hardware = load_any(options.hardware)
     base = load(options.base) if options.base else None
@@ -45,7 +48,7 @@ def run(options: TraceOptions, progress: Progress | None = None) -> TraceResult:
         asked, echo = inherit(options.asked, base.workload, options.base)
         options = replace(options, asked=asked, old=base)
     if base is None or options.model:
-        graph = capture(options, hardware, clock, progress)
+        graph = capture(options, hardware, clock, progress, ahead)
     else:
         graph = base.graph
         if precision_of(options.asked, hardware)[0] != base.workload.precision:

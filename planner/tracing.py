@@ -1,22 +1,13 @@
-"""`plan trace`, of one cluster: capture (or the cache), workload, search, baselines, plan."""
+"""`plan trace`, of one cluster: workload, search, baselines, plan."""
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import math
-import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from cost_models.decisions import Workload
 from cost_models.engines import load_engine
 from cost_models.estimate import estimate_step, whole_step_ps
-from cost_models.fleet import Hardware, load_any
 from cost_models.forward import forward_of
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
@@ -24,6 +15,7 @@ from cost_models.step import Costs
 from cost_models.words import sharding_of
 from ir.errors import PlanError, UsageError
 from ir.graph import Graph
+from planner.capturing import Clock
 from planner.decisions import Pins
 from planner.formats import check_formats
 from planner.infeasible import infeasible
@@ -31,15 +23,15 @@ from planner.interrupts import interruptible
 from planner.keep_checks import pinned_keep
 from planner.limits import capped, uncapped
 from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
-from planner.options import Baseline, Progress, Timing, TraceOptions, TraceResult
+from planner.options import Baseline, Progress, TraceOptions, TraceResult
 from planner.pin_checks import check_mesh, check_pins
-from planner.plan import Plan, Solver, make_plan, write_whole
+from planner.plan import Plan, Solver, make_plan
 from planner.proved import pins_said
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.scale import check_scale
 from planner.search import Outcome, Searcher, Tried
 from planner.stability import steady
-from planner.workload import precision_of, resolve
+from planner.workload import resolve
 
 
 def plan_graph(
@@ -110,101 +102,6 @@ def _chain(graph: Graph):  # type: ignore[no-untyped-def]
     from cost_models.chain import chain_of
 
     return chain_of(graph)
-
-
-class Clock:
-    """Wall seconds of the parts, each since the last mark."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.parts: dict[str, float] = {}
-
-    def mark(self, part: str) -> None:
-        now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
-
-    def timing(self) -> Timing:
-        return Timing(**self.parts, total_s=time.perf_counter() - self.start)
-
-
-# --- capture and its cache --------------------------------------------------------------------
-
-
-def capture(
-    options: TraceOptions,
-    hardware: Hardware | None = None,
-    clock: Clock | None = None,
-    progress: Progress | None = None,
-) -> Graph:
-    """The model's graph: from the cache if nothing it depends on changed, else traced."""
-    from ir.capture.load import source_key
-    from ir.text import format_graph, parse_graph
-
-    clock = clock or Clock()
-    hardware = hardware or load_any(options.hardware)
-    precision, _ = precision_of(options.asked, hardware)
-    args = dict(options.args)
-    key = f"{source_key(options.model, args)} {precision} {options.fold} {_own_digest()}"
-    path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.graph"
-    if options.cache and path.exists():
-        graph = parse_graph(path.read_text(encoding="utf-8"))
-        clock.mark("trace_s")
-        return graph
-    if progress:
-        progress("tracing")
-    first = "torch" not in sys.modules
-    with _uncollected():
-        import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
-
-        clock.mark("import_s")
-        from ir.capture import capture_graph
-        from ir.capture.load import load as load_model
-
-        source = load_model(options.model, args)
-        if first:  # what is loaded by now stays, and is not walked through again
-            gc.freeze()
-        graph = capture_graph(source, precision=precision, fold=options.fold)
-    text = format_graph(graph)
-    if options.cache:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
-        except OSError as fault:  # a cache that cannot be written costs time, not the plan
-            if progress:
-                progress(f"the graph is not cached: {fault}")
-    graph = parse_graph(text)  # what a later command reads is what was planned
-    clock.mark("trace_s")
-    return graph
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without searches for cycles: torch's modules are a million objects that all stay, and are
-    walked through again and again while they load.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "meshwright"
-
-
-def _own_digest() -> str:
-    """The text of the IR's own code: another version may make another graph."""
-    import ir
-
-    digest = hashlib.sha256()
-    for path in sorted(Path(str(ir.__file__)).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 # --- searching --------------------------------------------------------------------------------

@@ -7,18 +7,23 @@ the answers are the same where there is no second core, and one process does the
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 W = TypeVar("W")
+A = TypeVar("A")
+LEAVES_S = 1.0  # what a process that answered may take to end by itself
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process is sent when its parent ends
 
 
 def forks() -> bool:
@@ -111,4 +116,60 @@ def _serve(worker: object, here: Connection, there: Connection) -> None:
             return
 
 
-__all__ = ["Pair", "forks"]
+class Later(Generic[A]):
+    """One answer, of a second process that may run the user's own code: it has the terminal, hears
+    Ctrl-C, and ends with this process however that ends. On Linux."""
+
+    def __init__(self, asked: Callable[[], A]) -> None:
+        self._line, there = multiprocessing.Pipe(duplex=False)
+        sys.stdout.flush()  # or it would be printed by both
+        sys.stderr.flush()
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as in `_fork`
+            self._pid = os.fork()
+        if not self._pid:
+            _tell(asked, self._line, there, parent)
+        there.close()
+        self._answered = False
+
+    def answer(self) -> A | None:
+        """What it answers, once. None where it failed or was killed: this process then does its
+        work, and meets its fault if there is one."""
+        try:
+            found: A = self._line.recv()
+        except (EOFError, OSError):
+            return None
+        self._answered = True
+        return found
+
+    def end(self) -> None:
+        """End the process; one that answered may tidy up before."""
+        if self._answered:
+            self._line.poll(LEAVES_S)  # it is closed there as the process ends
+        self._line.close()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
+
+def _tell(
+    asked: Callable[[], A], here: Connection, there: Connection, parent: int
+) -> NoReturn:
+    """Answer, and end."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        here.close()
+        atexit._clear()  # what the first process does at its end
+        if os.getppid() == parent:  # else it ended before that was heard of
+            answer = asked()
+            sys.stdout.flush()  # before the first process prints
+            sys.stderr.flush()
+            there.send(answer)
+            atexit._run_exitfuncs()
+    except BaseException:  # the first process does it itself, and says what the fault is
+        pass
+    finally:
+        os._exit(0)
+
+
+__all__ = ["Later", "Pair", "forks"]

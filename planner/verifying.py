@@ -71,7 +71,7 @@ def require_same_model(
     plan: Plan | ServingPlan, options: VerifyOptions, precision: str
 ) -> None:
     """Trace the model anew. Raises GateError where the plan is another model's."""
-    from planner.tracing import capture
+    from planner.capturing import capture
 
     traced = capture(
         TraceOptions(

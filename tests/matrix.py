@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cost_models.hardware import load_hardware
 from ir.errors import PlanError
+from planner.capturing import Clock, capture
 from planner.decisions import parse_pins
 from planner.options import TraceOptions
 from planner.plan import Plan
-from planner.tracing import Clock, capture, plan_graph
+from planner.tracing import plan_graph
 from planner.workload import Asked
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

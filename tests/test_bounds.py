@@ -27,11 +27,11 @@ from planner.bound_ranks import (
 )
 from planner.bound_state import States
 from planner.bounds import _Table, mesh_bounds_ps
+from planner.capturing import capture
 from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.options import TraceOptions
 from planner.search import Searcher
-from planner.tracing import capture
 from planner.workload import Asked
 
 ROUNDING = 1 + 1e-9

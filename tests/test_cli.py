@@ -55,7 +55,7 @@ def search(monkeypatch):
     """A stand-in for the search; keeps the options it was given."""
     seen = SimpleNamespace(options=None, interrupted=False, graph=toy_graph())
 
-    def run(options, progress):
+    def run(options, progress, ahead=None):
         seen.options = options
         found = fresh_plan()
         e = toy_estimate(found.graph, CLUSTER, found.workload, found.decisions, {})
@@ -65,9 +65,8 @@ def search(monkeypatch):
             baselines=(Baseline(name="fsdp", step_time_s=0.002, fits=True),),
         )  # fmt: skip
 
-    fake = SimpleNamespace(run=run, capture=lambda *given: seen.graph)
-    for name in ("planner.objectives", "planner.tracing"):
-        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setitem(sys.modules, "planner.objectives", SimpleNamespace(run=run))
+    monkeypatch.setattr("planner.capturing.capture", lambda *given: seen.graph)
     return seen
 
 

@@ -25,6 +25,7 @@ from cost_models.stage_problem import evaluate
 from cost_models.units import format_seconds
 from ir.errors import InfeasibleError, PlanError, UsageError
 from planner.bounds import NEVER_PS
+from planner.capturing import Clock
 from planner.commands.shared import prices_of
 from planner.decisions import Pins
 from planner.fleet_planning import attempt_fleet, plan_fleet
@@ -39,7 +40,6 @@ from planner.outcome import Outcome, Tried
 from planner.plan import hardware_name, load, recost
 from planner.show_hardware import hardware_json, hardware_text
 from planner.stages import certify, lower_bound_ps, solve, surely_infeasible
-from planner.tracing import Clock
 from planner.workload import Asked, resolve
 
 LLAMA = str(EXAMPLES / "llama.py")

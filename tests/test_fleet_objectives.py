@@ -20,6 +20,7 @@ from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.errors import InfeasibleError
 from planner.asking import estimated
+from planner.capturing import Clock
 from planner.charges import charges
 from planner.check import Checked
 from planner.decisions import Pins
@@ -30,7 +31,6 @@ from planner.objectives import plan_within
 from planner.options import TraceOptions
 from planner.plan import load, recost
 from planner.report.verdict import proof
-from planner.tracing import Clock
 from planner.workload import resolve
 
 EVERY = 10**9

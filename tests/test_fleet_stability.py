@@ -15,6 +15,7 @@ from cost_models.estimate import stage_problem, whole_step_ps
 from cost_models.share_rules import share_fault
 from cost_models.stage_problem import tail_ps
 from planner import load
+from planner.capturing import Clock
 from planner.decisions import Pins, parse_pins
 from planner.fleet_planning import _planned, attempt_fleet
 from planner.fleet_search import FleetSearch, named, searchers
@@ -22,7 +23,6 @@ from planner.fleet_stability import as_of, steady_fleet
 from planner.options import TraceOptions
 from planner.share_space import ShareSearcher
 from planner.stability import changed, distance, keeps
-from planner.tracing import Clock
 from planner.workload import resolve
 
 EVERY = 10**9

@@ -7,9 +7,10 @@ import pytest
 from tiny_models import graph_of, with_memory
 
 from cost_models.hardware import load_hardware
+from planner.capturing import Clock
 from planner.decisions import Pins, parse_pins
 from planner.options import TraceOptions
-from planner.tracing import Clock, attempt
+from planner.tracing import attempt
 from planner.workload import Asked
 
 # example: (its arguments, hardware, samples a step, GB of a GPU)

@@ -13,12 +13,13 @@ from cost_models.hardware import load_hardware
 from cost_models.operations import Operations
 from cost_models.prices import Price
 from ir.errors import InfeasibleError, UsageError
+from planner.capturing import Clock
 from planner.charges import charges
 from planner.decisions import Pins, parse_pins
 from planner.limits import Limits, capped, parse_share, parse_sizes, uncapped, usd_at_least
 from planner.objectives import RESOLVED, plan_for, plan_within
 from planner.options import TraceOptions
-from planner.tracing import Clock, attempt, check_model, plan_graph
+from planner.tracing import attempt, check_model, plan_graph
 from planner.workload import Asked, resolve
 
 LLAMA = str(EXAMPLES / "llama.py")

@@ -7,11 +7,12 @@ from test_sharding import laid
 from tiny_models import costs_of, graph_of
 
 from cost_models.hardware import load_hardware
+from planner.capturing import Clock
 from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.options import TraceOptions
 from planner.search import Searcher
-from planner.tracing import Clock, plan_graph
+from planner.tracing import plan_graph
 from planner.workload import Asked
 
 WIDE = {"size": "8b", "n_layers": 2}

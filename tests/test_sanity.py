@@ -8,10 +8,11 @@ from tiny_models import costs_of, graph_of, with_memory
 
 from cost_models.estimate import estimate_step
 from cost_models.hardware import load_hardware
+from planner.capturing import Clock, capture
 from planner.decisions import Pins, Recompute
 from planner.options import TraceOptions
 from planner.search import Searcher
-from planner.tracing import Clock, capture, plan_graph
+from planner.tracing import plan_graph
 from planner.workload import Asked
 
 CONFIGS = os.environ.get("MESHWRIGHT_DATA")

@@ -18,13 +18,13 @@ from cost_models.fleet import load_any
 from ir.capture import capture_graph
 from ir.capture.module import source_of
 from ir.errors import PlanError
+from planner.capturing import Clock
 from planner.decisions import parse_pins
 from planner.objectives import plan_for
 from planner.options import TraceOptions
 from planner.runtime.meta import meta
 from planner.runtime.verify.full_size import look_at
 from planner.runtime.verify.ledger import LedgerResult, Row, check_ledger
-from planner.tracing import Clock
 from planner.workload import Asked, precision_of
 
 pytestmark = pytest.mark.usefixtures("shared_shardings", "no_baselines")

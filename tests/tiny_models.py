@@ -10,8 +10,8 @@ from cost_models.decisions import Workload
 from cost_models.hardware import Cluster, load_hardware
 from cost_models.step import Costs
 from ir.graph import Graph
+from planner.capturing import capture
 from planner.options import TraceOptions
-from planner.tracing import capture
 from planner.workload import Asked
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -188,7 +188,7 @@ def check(
         return check_serving(given, plan, model=model, update=update, as_json=as_json)
     checked = checks.examine(given, folder_of(plan))
     if model is not None:
-        from planner.tracing import capture
+        from planner.capturing import capture
 
         found = checked.plan
         options = TraceOptions(

@@ -127,10 +127,10 @@ def trace_serving(
     """Plan serving, write the plan, print what it is. options: TraceOptions of the capture.
     training: options that only training has, as given."""
     from cost_models.hardware import load_hardware
+    from planner.capturing import Clock, capture
     from planner.serving.asked import parse_serve_pins
     from planner.serving.show import document, summary
     from planner.serving.tracing import plan_serving
-    from planner.tracing import Clock, capture
     from planner.workload import precision_of
 
     used = [name for name in TRAINING if training.get(name)]

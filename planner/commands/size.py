@@ -140,13 +140,13 @@ def size(
     from cost_models.operations import parse_operations
     from cost_models.prices import load_prices
     from cost_models.units import parse_count
+    from planner.capturing import capture
     from planner.decisions import Pins
     from planner.limits import Limits, parse_memory
     from planner.options import TraceOptions
     from planner.show_size import ordered, size_json, size_text
     from planner.sizing import MOST_GPUS, Sizer
     from planner.sizing_options import Question, parse_devices, parse_target
-    from planner.tracing import capture
     from planner.workload import Asked, resolve
 
     flags = ServeFlags(

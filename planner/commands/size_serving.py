@@ -24,12 +24,12 @@ def size_serving(
     from cost_models.hardware import catalogue
     from cost_models.prices import load_prices
     from cost_models.serving_reading import served_model
+    from planner.capturing import capture
     from planner.serving.asked import parse_serve_pins
     from planner.serving.runnable import experts_of
     from planner.serving.show_size import Served, ordered, size_json, size_text
     from planner.serving.sizing import MOST_GPUS, ServeSizer
     from planner.sizing_options import parse_devices
-    from planner.tracing import capture
 
     used = [name for name, value in training.items() if value]
     if used:

@@ -179,6 +179,7 @@ def trace(
     """
     from cost_models.fleet import load_any, parts_of
     from cost_models.operations import parse_operations
+    from planner.capturing import begun
     from planner.decisions import parse_pins
     from planner.limits import Limits, parse_memory, parse_share, parse_sizes
     from planner.options import TraceOptions
@@ -258,10 +259,11 @@ def trace(
         batches=batches if len(batches) > 1 else (),
         seq_lens=seq_lens if len(seq_lens) > 1 else (),
     )
-    from planner.objectives import run as search
+    with begun(options, found) as ahead:  # before what plans is loaded
+        from planner.objectives import run as search
 
-    with progress() as report:
-        result: TraceResult = search(options, progress=report)
+        with progress() as report:
+            result: TraceResult = search(options, progress=report, ahead=ahead)
     result.plan.save(path, embed=embed)
     _print(result, path, as_json=as_json)
     if verbose:

@@ -103,8 +103,8 @@ def run(
     Raises PlanError for a file that is not read or cannot be planned, UsageError where a flag
     contradicts it, InfeasibleError where it does not fit.
     """
+    from planner.capturing import Clock, capture
     from planner.objectives import plan_for
-    from planner.tracing import Clock, capture
 
     source = source_of(engine)
     settings = source.parse(read_file(path), path)

@@ -122,9 +122,10 @@ def predict(trial: Trial, hardware: str, cluster: Cluster) -> tuple[Plan, float]
     """The plan of that step, everything pinned, and its predicted seconds."""
     from ir.capture import capture_graph
     from ir.capture.module import source_of
+    from planner.capturing import Clock
     from planner.decisions import parse_pins
     from planner.options import TraceOptions
-    from planner.tracing import Clock, plan_graph
+    from planner.tracing import plan_graph
     from planner.workload import Asked
 
     source = source_of(build(trial), inputs, loss, trial.seq_len)

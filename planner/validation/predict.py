@@ -17,10 +17,10 @@ from cost_models.stage_problem import step_ps
 from cost_models.step import Assignments, Costs
 from ir.errors import PlanError
 from ir.graph import Graph
+from planner.capturing import capture
 from planner.decisions import Pins
 from planner.options import TraceOptions
 from planner.search import Searcher
-from planner.tracing import capture
 from planner.validation.configure import Case
 from planner.validation.configure_layout import stages_of
 from planner.validation.rows import Skipped

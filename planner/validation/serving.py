@@ -19,8 +19,8 @@ from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import ServedModel
 from cost_models.validation.metrics import Pair, Scores, kendall_tau, scores
 from ir.errors import PlanError
+from planner.capturing import capture
 from planner.options import TraceOptions
-from planner.tracing import capture
 from planner.validation.serving_recipes import LOADS
 from planner.validation.serving_rows import ServedRow, ServingTable, read_serving
 

@@ -25,8 +25,8 @@ from cost_models.serving_handling import told
 from cost_models.serving_ops import Costs, step_of
 from cost_models.serving_reading import served_model
 from cost_models.serving_shapes import ServedModel
+from planner.capturing import capture
 from planner.options import TraceOptions
-from planner.tracing import capture
 from planner.validation.report import DIGITS, WIDTH
 
 POINTS = Path(str(cost_models.validation.__file__)).with_name("serving_points.toml")
