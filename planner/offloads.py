@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from cost_models.decisions import STATE_BELOW, Decisions
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
-from cost_models.stage_problem import StageProblem
 from planner.decisions import ANY, Pins
 from planner.runnable import NATIVE
+
+if TYPE_CHECKING:  # it has arrays, and what reads plans starts without
+    from cost_models.stage_problem import StageProblem
 
 TIERED = (*NATIVE, "deepspeed")  # whose parameters may lie on another tier than the host's memory
 
