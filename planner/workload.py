@@ -178,12 +178,14 @@ def _batch(
     if batch % step:
         raise _does_not_divide(batch, step, "the pinned dp*micro_batch")
     dp = gcd(batch // step, widest)
-    if dp == 1 < min(widest, batch):
-        unit = next(n for n in range(2, widest + 1) if widest % n == 0)
-        raise _does_not_divide(batch, unit * step, f"any part of {widest} data-parallel ranks")
-    if dp < min(widest, batch // step) and pins.dp is None:
-        return batch, (f"--global-batch {batch} lets dp be {dp} at most, of {widest}",)
-    return batch, ()
+    if dp == min(widest, batch // step) or pins.dp is not None:
+        return batch, ()
+    note = f"--global-batch {batch} lets dp be {dp} at most, of {widest}"
+    if dp == 1:  # all GPUs are tp, pp and cp: a batch beside it may be far quicker
+        unit = step * next(n for n in range(2, widest + 1) if widest % n == 0)
+        near = [n for n in _beside(batch, unit) if n]
+        note += "; " + ", ".join(f"{n} lets it be {gcd(n // step, widest)}" for n in near)
+    return batch, (note,)
 
 
 def _fixed_samples(pins: Pins) -> int:
@@ -208,9 +210,13 @@ def _legal_near(samples: int, widest: int, step: int) -> int:
     return unit * min(smooth, key=lambda n: (abs(n * unit - samples), n))
 
 
+def _beside(batch: int, unit: int) -> tuple[int, int]:
+    """The multiples of a unit below and above a batch that is none."""
+    return batch // unit * unit, -(-batch // unit) * unit
+
+
 def _does_not_divide(batch: int, unit: int, by: str) -> UsageError:
-    near = [n for n in (batch // unit * unit, -(-batch // unit) * unit)
-            if 0 < n <= MOST_COUNT]
+    near = [n for n in _beside(batch, unit) if 0 < n <= MOST_COUNT]
     return UsageError(
         f"a global batch of {batch} does not divide by {by}",
         why=f"dp*micro_batch*microbatches = global batch; multiples of {unit} do",

@@ -257,7 +257,7 @@ def test_images_have_no_sequence():
 
 @pytest.mark.parametrize(
     ("batch", "pins", "hint"),
-    [(511, [], "--global-batch 510 or 512"), (100, ["dp=64"], "--global-batch 64 or 128"),
+    [(100, ["dp=64"], "--global-batch 64 or 128"),
      (100, ["dp=4", "micro_batch=8"], "--global-batch 96 or 128")],
 )  # fmt: skip
 def test_batch_that_does_not_divide(batch, pins, hint):
@@ -270,6 +270,13 @@ def test_batch_that_divides_by_little_is_noted():
     echo = resolve(toy_graph(), H100, Asked(global_batch=100), Pins())[1]
     assert "--global-batch 100 lets dp be 4 at most, of 64" in echo
     assert resolve(toy_graph(), H100, Asked(global_batch=1), Pins())[0].global_batch == 1
+    for batch, words, pins in [
+        (511, "1 at most, of 64; 510 lets it be 2, 512 lets it be 64", []),
+        (7, "1 at most, of 32; 6 lets it be 2, 8 lets it be 8", ["tp=2"]),
+        (9, "1 at most, of 64; 6 lets it be 2, 12 lets it be 4", ["micro_batch=3"]),
+    ]:  # fmt: skip
+        echo = resolve(toy_graph(), H100, Asked(global_batch=batch), parse_pins(pins))[1]
+        assert f"--global-batch {batch} lets dp be {words}" in echo
 
 
 def test_precision():

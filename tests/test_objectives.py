@@ -164,7 +164,7 @@ def test_of_a_range_the_plan_of_most_tokens_a_second_is_taken():
         graph, options(asked=Asked(), batches=(8, 13, 32), seq_lens=(512, 1024)), cluster, Clock()
     )
     rates = {}
-    for batch, seq_len in itertools.product((8, 32), (512, 1024)):  # of 13 no part divides
+    for batch, seq_len in itertools.product((8, 13, 32), (512, 1024)):
         asked = Asked(global_batch=batch, seq_len=seq_len)
         alone = plan_graph(graph, options(asked=asked), cluster, Clock())
         rates[batch, seq_len] = alone.estimate.tokens / alone.estimate.step_time_s
@@ -172,7 +172,8 @@ def test_of_a_range_the_plan_of_most_tokens_a_second_is_taken():
     assert (found.plan.workload.global_batch, found.plan.workload.seq_len) == best
     assert found.estimate.tokens / found.estimate.step_time_s == rates[best]
     with pytest.raises(UsageError, match="divide"):
-        plan_within(graph, options(asked=Asked(), batches=(13, 15)), cluster, Clock())
+        pinned = options(asked=Asked(), batches=(13, 15), pins=Pins(micro_batch=2))
+        plan_within(graph, pinned, cluster, Clock())
     even = plan_within(graph, options(asked=Asked(), batches=(13, 17)), cluster, Clock())
     assert even.plan.workload.global_batch == 16  # neither end; what eight GPUs divide
     with pytest.raises(UsageError, match="one batch"):

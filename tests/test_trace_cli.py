@@ -221,7 +221,7 @@ def test_bad_models_are_errors(plan, tmp_path, model, words):
         (["--hardware", "h100x8", "--fix", "ep=2"], 64, ["ep=2"]),
         (["--hardware", "h100x8", "--fix", "banana=2"], 64, ["banana"]),
         (["--hardware", "h100x8", "--fix", "place:nothing=R", "--fix", "tp=2"], 64, ["nothing"]),
-        (["--hardware", "h100x8", "--global-batch", "7"], 64, ["7", "--global-batch"]),
+        (["--hardware", "h100x8", "--global-batch", "7", "--fix", "micro_batch=2"], 64, ["6 or 8"]),
         (["--hardware", "h100x8", "--global-batch", "12", "--fix", "dp=8"], 64, ["12", "16"]),
         (["--hardware", "h100x8", "--global-batch", "0"], 64, ["0"]),
         (["--hardware", "h100x8", "--seq-len", "0"], 64, ["0"]),
@@ -244,6 +244,17 @@ def test_bad_flags(plan, tmp_path, arguments, code, words):
     for word in words:
         assert word in err, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_no_gpus_divide_is_planned_without_data_parallelism(plan, tmp_path):
+    """Where the others have room for all GPUs; else it is said which batch does."""
+    words = ["trace", LLAMA, "--arg", "size=tiny", "--global-batch", "7"]
+    code, out, err = plan(*words, "--hardware", "h100x8", "-o", str(tmp_path / "p"))
+    assert code == 0 and "lets dp be 1 at most, of 8; 6 lets it be 2, 8 lets it be 8" in out
+    d = load(str(tmp_path / "p")).decisions
+    assert (d.dp, d.pp * d.cp * d.tp) == (1, 8)
+    code, out, err = plan(*words, "--hardware", "h100x64")
+    assert code == 3 and "no mesh of h100x64 suits" in err and "hint: with --global-batch " in err
 
 
 def test_infeasible_names_what_binds_and_solves_again(plan):
