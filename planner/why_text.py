@@ -161,20 +161,31 @@ def decided(d: Decisions) -> str:
 
 
 def told(found: Alternative, base: Checked) -> str:
-    """What first stands in the way, in words."""
+    """What first stands in the way, in words; of what is no slower, what does beside that."""
     b = found.binding
     if b.kind == "rule":
         return f"a rule: {b.reason}"
     if not _slower(found, base):
-        return f"none: {_no_slower(found, base)}"
+        beside = f"; then {_memory(found, base)}" if b.kind == "memory" else ""
+        return f"none: {_no_slower(found, base)}{beside}"
     if b.kind == "memory":
-        where = f"pp rank {b.pp_rank}{f' of {b.part}' * bool(b.part)} (stage {b.stage})"
-        where += f" is {format_bytes(b.over_bytes)} over"
-        capacity = format_bytes(b.capacity_bytes)
-        most = f"{b.component} {format_bytes(b.component_bytes)} of it"
-        with_more = f"with more it would take {format_seconds(b.step_s)}; "
-        return f"memory: {with_more * (found.estimate is not None)}{where} {capacity}, {most}"
+        return _memory(found, base)
     return f"time: memory and rules allow it, {b.component} takes {_signed(b.more_s)}"
+
+
+def _memory(found: Alternative, base: Checked) -> str:
+    """By how much a rank is over, and what the step would be with room for that."""
+    b = found.binding
+    where = f"pp rank {b.pp_rank}{f' of {b.part}' * bool(b.part)} (stage {b.stage})"
+    where += f" is {format_bytes(b.over_bytes)} over"
+    capacity = format_bytes(b.capacity_bytes)
+    most = f"{b.component} {format_bytes(b.component_bytes)} of it"
+    step = format_seconds(b.step_s)
+    change = b.step_s / base.estimate.step_time_s - 1
+    if found.estimate is not None:
+        return f"memory: with more it would take {step}; {where} {capacity}, {most}"
+    quicker = f", quicker by {-change:.1%}" * (-change >= LEAST_SHARE)
+    return f"memory: {where} {capacity}, {most}; the nearest would take {step}{quicker}"
 
 
 def _slower(found: Alternative, base: Checked) -> bool:
@@ -207,11 +218,12 @@ def _short(found: Alternative, base: Checked) -> str:
     b = found.binding
     if b.kind == "rule":
         return f"rule: {b.reason}"
+    of = f" of {b.part}" * bool(b.part)
+    memory = f"memory: rank {b.pp_rank}{of} +{format_bytes(b.over_bytes)} ({b.component})"
     if not _slower(found, base):
-        return _no_slower(found, base)
+        return _no_slower(found, base) + f"; {memory}" * (b.kind == "memory")
     if b.kind == "memory":
-        of = f" of {b.part}" * bool(b.part)
-        return f"memory: rank {b.pp_rank}{of} +{format_bytes(b.over_bytes)} ({b.component})"
+        return memory
     return f"time: {b.component} {_signed(b.more_s)}"
 
 

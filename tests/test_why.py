@@ -10,6 +10,7 @@ from test_search import searched
 from tiny_models import EXAMPLES, with_memory
 
 from cost_models.estimate import estimate_step, whole_step_ps
+from cost_models.units import format_bytes, format_seconds
 from ir.errors import UsageError
 from planner import load
 from planner.check import Checked, examine
@@ -133,6 +134,32 @@ def test_memory_binds_where_more_of_it_gains(tmp_path):
             grown = {k: ps - old[k] for k, ps in found.estimate.breakdown_ps}
             assert b.more_s == max(grown.values()) / 1e12 == grown[b.component] / 1e12
     assert seen == {"memory", "time"}
+
+
+def test_memory_that_binds_is_said_of_a_quicker_alternative(tmp_path):
+    """Beside why it was not chosen, with the step that room would give; in the table in short."""
+    *_, base = best_of("tp", tmp_path, zero=3)
+    found = Why(base).alternative(parse_refused(["zero=3"]), 10**9)
+    b = found.binding
+    assert b.kind == "memory" and b.step_s < found.estimate.step_time_s
+    assert found.estimate.step_time_s < base.estimate.step_time_s
+    text = " ".join(alternative_text(base, found).split())
+    over = f"pp rank {b.pp_rank} (stage {b.stage}) is {format_bytes(b.over_bytes)} over"
+    assert "binding none: quicker by" in text and over in text
+    assert f"then memory: with more it would take {format_seconds(b.step_s)};" in text
+    short = " ".join(table_text(base, (found,)).split())
+    assert f"; memory: rank {b.pp_rank} +{format_bytes(b.over_bytes)} ({b.component})" in short
+
+
+def test_of_what_does_not_fit_the_step_is_said_and_whether_it_were_quicker(tmp_path):
+    *_, base = best_of("recompute", tmp_path)
+    found = Why(base).alternative(parse_refused(["micro_batch=1"]), 10**9)
+    assert found.estimate is None and found.binding.kind == "memory"
+    for seconds, said in ((1.25, ""), (0.75, ", quicker by 25.0%")):
+        step_s = seconds * base.estimate.step_time_s
+        row = replace(found, binding=replace(found.binding, step_s=step_s))
+        text = " ".join(alternative_text(base, row).split())
+        assert text.endswith(f"; the nearest would take {format_seconds(step_s)}{said}")
 
 
 def test_what_is_not_searched_is_said_to_be(tmp_path):
