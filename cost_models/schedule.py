@@ -147,21 +147,52 @@ def _program(schedule: str, pp: int, m: int, v: int) -> _Program:
     return _Program(ranks=tuple(ranks), costs=tuple(costs), inputs=tuple(inputs))
 
 
+def _durations(
+    forward_ps: Sequence[int], input_grad_ps: Sequence[int], weight_grad_ps: Sequence[int]
+) -> list[int]:
+    """By cost id."""
+    rows = zip(forward_ps, input_grad_ps, weight_grad_ps)
+    return [t for f, b, w in rows for t in (f, b, w, b + w)]
+
+
+def latencies_ps(schedule: str, pp: int, stages: int, p2p_ps: Sequence[int]) -> list[int]:
+    """Of inputs, by cost id. A boundary inside a rank has no latency."""
+    found = []
+    for k in range(stages):
+        here = rank_of(schedule, pp, k)
+        left = p2p_ps[k - 1] if k and rank_of(schedule, pp, k - 1) != here else 0
+        right = p2p_ps[k] if k < stages - 1 and rank_of(schedule, pp, k + 1) != here else 0
+        found += [left, right, 0, right]
+    return found
+
+
 def _costs(
     schedule: str, pp: int, forward_ps: Sequence[int], input_grad_ps: Sequence[int],
     weight_grad_ps: Sequence[int], p2p_ps: Sequence[int],
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Duration and input latency by cost id. A boundary inside a rank has no latency."""
-    stages = len(forward_ps)
-    duration, latency = [], []
-    for k in range(stages):
-        f, b, w = forward_ps[k], input_grad_ps[k], weight_grad_ps[k]
-        duration += [f, b, w, b + w]
-        here = rank_of(schedule, pp, k)
-        left = p2p_ps[k - 1] if k and rank_of(schedule, pp, k - 1) != here else 0
-        right = p2p_ps[k] if k < stages - 1 and rank_of(schedule, pp, k + 1) != here else 0
-        latency += [left, right, 0, right]
-    return duration, latency
+    """Duration and input latency by cost id."""
+    return (
+        _durations(forward_ps, input_grad_ps, weight_grad_ps),
+        latencies_ps(schedule, pp, len(forward_ps), p2p_ps),
+    )
+
+
+def makespan_ps(
+    schedule: str, forward_ps: Sequence[int], input_grad_ps: Sequence[int],
+    weight_grad_ps: Sequence[int], latency_ps: list[int], microbatches: int, pp: int,
+    virtual_stages: int = 1,
+) -> int:  # fmt: skip
+    """What `simulate` makes of a step where links carry any number of sends at once, and no more:
+    for many steps of one schedule. latency_ps: as `latencies_ps` has it. Raises UsageError where
+    the schedule cannot run so."""
+    reason = schedule_illegal(schedule, pp, microbatches, virtual_stages)
+    if reason is not None:
+        raise UsageError(reason)
+    duration = _durations(forward_ps, input_grad_ps, weight_grad_ps)
+    if pp == 1:
+        return microbatches * (duration[0] + duration[3])
+    program = _program(schedule, pp, microbatches, virtual_stages)
+    return max(_unhindered(program, duration, latency_ps, pp)[1])
 
 
 def simulate(

@@ -19,6 +19,8 @@ from cost_models.schedule import (
     Timeline,
     chunks_of,
     global_stage,
+    latencies_ps,
+    makespan_ps,
     order,
     peak_stash,
     rank_of,
@@ -305,31 +307,97 @@ def slow_of(problem: StageProblem) -> list[tuple[int, int]]:
 
 def step_ps(problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
     """The schedule simulated plus the longest tail of a rank."""
-    return timeline(problem, stages, recompute).makespan_ps + tail_ps(problem, stages)
+    return Steps(problem).step_ps(stages, recompute)
 
 
 def timeline(
     problem: StageProblem, stages: Sequence[int], recompute: Sequence[Pair], events: bool = False
 ) -> Timeline:
     """The schedule of a choice, simulated. events: with every operation of it."""
-    forward: list[int] = []
-    backward: list[int] = []
-    weight: list[int] = []
-    for k, (i, n, pair) in enumerate(zip(starts_of(stages), stages, recompute)):
-        full, middle = i + pair[0], i + pair[0] + pair[1]
-        q = problem.at(problem.rank_of(k))
-        more, again = q.extras(k), q.recompute_ps
-        forward.append(sum(q.forward_ps[i : i + n]) + sum(e.forward_ps for e in more)
-                        + q.rank_glue_forward_ps)  # fmt: skip
-        backward.append(sum(q.input_grad_ps[i : i + n]) + q.rank_glue_backward_ps
-                        + sum(again[0][i:full]) + sum(again[1][full:middle])
-                        + sum(e.input_grad_ps for e in more))  # fmt: skip
-        weight.append(sum(q.weight_grad_ps[i : i + n])
-                        + sum(e.weight_grad_ps for e in more))  # fmt: skip
     return simulate(
-        problem.schedule, forward, backward, weight, sends_ps(problem), problem.microbatches,
-        problem.pp, problem.virtual_stages, events, [busy for _, busy in slow_of(problem)],
+        problem.schedule, *Steps(problem).times_ps(stages, recompute), sends_ps(problem),
+        problem.microbatches, problem.pp, problem.virtual_stages, events,
+        [busy for _, busy in slow_of(problem)],
     )  # fmt: skip
+
+
+Times = tuple[list[int], list[int], list[int]]
+
+
+class Steps:
+    """`step_ps` of many choices of one problem: what is in all of them is added up once."""
+
+    def __init__(self, problem: StageProblem) -> None:
+        p = self.problem = problem
+        sums = {id(q): _sums(q) for q, _ in p.sides}
+        self._stages: list[tuple[list[list[int]], int, int, int]] = []
+        for k in range(p.count):  # running sums of its rank, and times beside its layers
+            q = p.at(p.rank_of(k))
+            more = q.extras(k)
+            self._stages.append((
+                sums[id(q)],
+                sum(e.forward_ps for e in more) + q.rank_glue_forward_ps,
+                sum(e.input_grad_ps for e in more) + q.rank_glue_backward_ps,
+                sum(e.weight_grad_ps for e in more),
+            ))  # fmt: skip
+        self._ranks: list[tuple[list[list[int]], tuple[int, ...], int, int]] = []
+        for rank in range(p.pp):
+            q, mine = p.at(rank), p.stages_of(rank)
+            more = tuple(e for k in mine for e in q.extras(k))
+            self._ranks.append((
+                sums[id(q)], mine,
+                sum(e.tail_comm_ps - e.tail_hide_ps for e in more),
+                sum(e.tail_own_ps for e in more),
+            ))  # fmt: skip
+        self._queued = any(busy for _, busy in slow_of(p))
+        self._latency = latencies_ps(p.schedule, p.pp, p.count, sends_ps(p))
+
+    def step_ps(self, stages: Sequence[int], recompute: Sequence[Pair]) -> int:
+        """The step of a choice."""
+        p = self.problem
+        if self._queued:
+            return timeline(p, stages, recompute).makespan_ps + self.tail_ps(stages)
+        return makespan_ps(
+            p.schedule, *self.times_ps(stages, recompute), self._latency, p.microbatches, p.pp,
+            p.virtual_stages,
+        ) + self.tail_ps(stages)  # fmt: skip
+
+    def times_ps(self, stages: Sequence[int], recompute: Sequence[Pair]) -> Times:
+        """By stage: forward, input gradient with what is computed again, weight gradient."""
+        found: Times = ([], [], [])
+        forward, backward, weight = found
+        i = 0
+        for n, (full, selective), (sums, f, b, w) in zip(stages, recompute, self._stages):
+            j = i + n
+            forward.append(f + sums[0][j] - sums[0][i])
+            b += sums[1][j] - sums[1][i]
+            if full or selective:
+                middle = i + full
+                b += sums[3][middle] - sums[3][i] + sums[4][middle + selective] - sums[4][middle]
+            backward.append(b)
+            weight.append(w + sums[2][j] - sums[2][i])
+            i = j
+        return found
+
+    def tail_ps(self, stages: Sequence[int]) -> int:
+        """The longest tail of a rank."""
+        starts, longest = starts_of(stages), 0
+        for sums, mine, comm, own in self._ranks:
+            for k in mine:
+                i = starts[k]
+                j = i + stages[k]
+                comm += sums[5][j] - sums[5][i]
+                own += sums[6][j] - sums[6][i]
+            longest = max(longest, max(0, comm) + own)
+        return longest
+
+
+def _sums(q: StageProblem) -> list[list[int]]:
+    """Running sums over layers: forward, input and weight gradients, what full and selective
+    recomputation take, what of a tail waits, and its own."""
+    waits = map(operator.sub, q.tail_comm_ps, q.tail_hide_ps)
+    rows = (q.forward_ps, q.input_grad_ps, q.weight_grad_ps, *q.recompute_ps, waits, q.tail_own_ps)
+    return [list(itertools.accumulate(row, initial=0)) for row in rows]
 
 
 def sends_ps(problem: StageProblem) -> list[int]:
@@ -341,18 +409,7 @@ def sends_ps(problem: StageProblem) -> list[int]:
 
 def tail_ps(problem: StageProblem, stages: Sequence[int]) -> int:
     """The longest tail of a rank."""
-    starts, longest = starts_of(stages), 0
-    for rank in range(problem.pp):
-        comm = own = 0
-        q = problem.at(rank)
-        for k in problem.stages_of(rank):
-            i, j = starts[k], starts[k] + stages[k]
-            comm += sum(q.tail_comm_ps[i:j]) - sum(q.tail_hide_ps[i:j])
-            own += sum(q.tail_own_ps[i:j])
-            comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in q.extras(k))
-            own += sum(e.tail_own_ps for e in q.extras(k))
-        longest = max(longest, max(0, comm) + own)
-    return longest
+    return Steps(problem).tail_ps(stages)
 
 
 def rank_bytes(

@@ -123,47 +123,57 @@ class Chunks:
         self._class = tuple(names.setdefault(row, len(names)) for row in rows)
         self._names: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def times(self, stages: Sequence[int]) -> Array:
-        """[forward, backward, weight; stage], without recomputation."""
-        p, cuts = self.p, np.concatenate(([0], np.cumsum(stages)))
-        t = self.sums[:3, cuts[1:]] - self.sums[:3, cuts[:-1]]
+    def times(self, stages: Sequence[int] | Array) -> Array:
+        """[forward, backward, weight; ..., stage], without recomputation, of one cut or of many."""
+        p, ends = self.p, _ends(stages)
+        t = self.sums[:3, ends[..., 1:]] - self.sums[:3, ends[..., :-1]]
         t[0] += p.rank_glue_forward_ps
         t[1] += p.rank_glue_backward_ps
         for k, e in ((0, p.first), (p.count - 1, p.last)):
-            t[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
+            t[0, ..., k] += e.forward_ps
+            t[1, ..., k] += e.input_grad_ps
+            t[2, ..., k] += e.weight_grad_ps
         return t
 
     def bound(self, stages: Sequence[int], extra: Sequence[int]) -> int:
         """The step of a cut is at least this, `extra` being the time added to each stage."""
+        return int(self.bounds(np.array(stages), np.array(extra)))
+
+    def bounds(self, stages: Array, extra: Array) -> Array:
+        """`bound` of cuts in rows. extra: of each, or 0."""
         f, b, w = self.times(stages)
-        b = b + np.array(extra)
+        b = b + extra
         q, m, cross = self.profile, self.p.microbatches, self.cross
         back = b if self.split else b + w  # before a gradient is passed on
-        before = np.concatenate(([0], np.cumsum(f)))
-        behind = np.concatenate(([0], np.cumsum(back)))
-        load = m * (f + b + w)[q.stage].sum(axis=1)
+        before, behind = _running(f), _running(back)
+        load = m * (f + b + w)[..., q.stage].sum(axis=-1)
         rank = np.arange(self.p.pp)
-        head = before[rank] + cross[rank]
-        home = np.zeros(self.p.pp, dtype=np.int64) if self.split else behind[rank] + cross[rank]
-        returned = before[-1] + 2 * cross[-1] - cross[q.first_stage]
-        returned = returned + behind[-1] - behind[q.first_stage + 1]
-        after_first = returned + load - (q.first_done * f[q.stage]).sum(axis=1) + home
-        done = sum((q.last_done[:, i] * t[q.stage]).sum(axis=1) for i, t in enumerate((f, b, w)))
-        to_last = head + done + before[-1] - before[q.last_stage + 1]
-        to_last = to_last + 2 * cross[-1] - cross[q.last_stage] + behind[-1]
-        once = int(before[-1] + behind[-1] + 2 * cross[-1])
-        found = max(once, int(np.maximum(np.maximum(head + load + home, after_first),
-                                         to_last).max()))  # fmt: skip
-        return found + self.tail(stages)
+        head = before[..., rank] + cross[rank]
+        home = np.zeros_like(head) if self.split else behind[..., rank] + cross[rank]
+        whole = before[..., -1:] + 2 * cross[-1]
+        returned = whole - cross[q.first_stage] + behind[..., -1:] - behind[..., q.first_stage + 1]
+        forwards = (q.first_done * f[..., q.stage]).sum(axis=-1)
+        after_first = returned + load - forwards + home
+        done = sum((q.last_done[:, i] * t[..., q.stage]).sum(axis=-1)
+                   for i, t in enumerate((f, b, w)))  # fmt: skip
+        to_last = head + done + whole - before[..., q.last_stage + 1] - cross[q.last_stage]
+        to_last = to_last + behind[..., -1:]
+        once = whole[..., 0] + behind[..., -1]
+        found = np.maximum(np.maximum(head + load + home, after_first), to_last).max(axis=-1)
+        return np.maximum(once, found) + self.tails_of(stages)
 
-    def tail(self, stages: Sequence[int]) -> int:
-        """`tail_ps`, of all ranks at once where they are alike."""
+    def tails_of(self, stages: Array) -> Array:
+        """`tail_ps` of cuts in rows, of all ranks at once where they are alike."""
         if self.p.ranks:
-            return tail_ps(self.p, stages)
-        cuts = np.concatenate(([0], np.cumsum(stages)))
-        each = self.tails[:, cuts[1:]] - self.tails[:, cuts[:-1]] + self.tails_beside
-        comm, own = each[:, self.profile.stage].sum(axis=2)
-        return int((np.maximum(comm, 0) + own).max())
+            rows = stages.reshape(-1, self.p.count).tolist()
+            tails = np.array([tail_ps(self.p, row) for row in rows], dtype=np.int64)
+            return tails.reshape(stages.shape[:-1])
+        ends = _ends(stages)
+        each = self.tails[:, ends[..., 1:]] - self.tails[:, ends[..., :-1]]
+        for place, row in enumerate(self.tails_beside):
+            each[place] += row
+        comm, own = each[..., self.profile.stage].sum(axis=-1)
+        return (np.maximum(comm, 0) + own).max(axis=-1)
 
     def choices(self, stages: Sequence[int]) -> list[tuple[Pairs, ...]]:
         """By rank the recomputations that fit and are not worse in every chunk, up to one that has
@@ -343,10 +353,21 @@ class Chunks:
 
     def spread(self, chosen: Sequence[Pairs]) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
         """Pairs and times added by global stage, from those by rank."""
-        at = {k: (one.pairs[c], one.extra_ps[c]) for r, one in enumerate(chosen)
-              for c, k in enumerate(self.of_rank[r])}  # fmt: skip
-        stages = range(self.p.count)
-        return tuple(at[k][0] for k in stages), tuple(at[k][1] for k in stages)
+        at = {k: row for one, mine in zip(chosen, self.of_rank) for k, row in zip(mine, one.rows)}
+        rows = [at[k] for k in range(self.p.count)]
+        return tuple([row[4] for row in rows]), tuple([row[0] for row in rows])
+
+
+def _running(each: Array) -> Array:
+    """Of [..., n] numbers the sums of the first 0, 1, .. n: [..., n + 1]."""
+    found = np.zeros((*each.shape[:-1], each.shape[-1] + 1), dtype=np.int64)
+    np.cumsum(each, axis=-1, out=found[..., 1:])
+    return found
+
+
+def _ends(stages: Sequence[int] | Array) -> Array:
+    """Where stages begin and the last ends, in layers."""
+    return _running(np.asarray(stages))
 
 
 def _chosen(rows: Sequence[Choice], needed: int) -> Pairs:

@@ -20,14 +20,14 @@ from cost_models.stage_problem import (
     Nearest,
     Pair,
     StageProblem,
+    Steps,
     moved,
     neighbours,
     shifted,
-    step_ps,
 )
 from planner.stage_arcs import INF, Array
 from planner.stage_bounds import mean_tail_ps, sure_extra
-from planner.stage_chunks import Chunks
+from planner.stage_chunks import Chunks, Pairs
 
 ALL_CUTS = 1000  # so many cuts are all looked at
 PROMISING = 8  # a cut is bettered if its step is within one part in so many of the best
@@ -122,7 +122,7 @@ def _every(
     if not rows:
         return Found(nearest=_nearest(p, chunks, cuts))
     rows.sort(key=lambda row: row[:2])
-    found, best, bound = Found(), below, INF
+    found, best, bound, steps = Found(), below, INF, Steps(p)
     for floor, stages, choices in rows:
         if floor >= best:
             break
@@ -132,7 +132,7 @@ def _every(
             if chunks.bound(stages, extra) >= best:
                 continue
             operations -= 2 * p.microbatches * p.count
-            step = step_ps(p, stages, pairs)
+            step = steps.step_ps(stages, pairs)
             if step < best:
                 best, found = step, Found(stages=stages, recompute=pairs, step_ps=step)
             if nodes < 0 or operations < 0:
@@ -170,13 +170,34 @@ class Candidate:
     pairs: tuple[Pair, ...]
 
 
-def _candidate(p: StageProblem, chunks: Chunks, stages: tuple[int, ...]) -> Candidate | None:
-    choices = chunks.choices(stages)
-    if not all(choices):
-        return None
-    chosen = [min(some, key=lambda one: (sum(one.extra_ps), one.extra_ps)) for some in choices]
-    pairs, extra = chunks.spread(chosen)
-    return Candidate(bound_ps=chunks.bound(stages, extra), stages=stages, pairs=pairs)
+def _candidates(
+    p: StageProblem, chunks: Chunks, cuts: Sequence[tuple[int, ...]], below: int = INF
+) -> list[Candidate]:
+    """Of these cuts those that fit and whose bounds are below that, the least bound first. Most are
+    ruled out by what they are bounded by without recomputation, all at once."""
+    if not cuts:
+        return []
+    rows = np.array(cuts)
+    able = np.flatnonzero(chunks.bounds(rows, np.zeros(1, dtype=np.int64)) < below).tolist()
+    places, spread = [], []
+    for i in able:
+        choices = chunks.choices(cuts[i])
+        if all(choices):
+            places.append(i)
+            spread.append(chunks.spread([_quickest(some) for some in choices]))
+    if not places:
+        return []
+    bounds = chunks.bounds(rows[places], np.array([extra for _, extra in spread])).tolist()
+    return sorted(
+        Candidate(bound_ps=bound, stages=cuts[i], pairs=pairs)
+        for i, bound, (pairs, _) in zip(places, bounds, spread) if bound < below
+    )  # fmt: skip
+
+
+def _quickest(some: Sequence[Pairs]) -> Pairs:
+    if len(some) == 1:
+        return some[0]
+    return min(some, key=lambda one: (sum(one.extra_ps), one.extra_ps))
 
 
 def search_near(
@@ -184,12 +205,11 @@ def search_near(
 ) -> Found:
     """The best step found from these cuts on and from near-even ones, a layer moved from any stage
     to any other while it pays; it proves nothing of the others."""
-    chunks, found = Chunks(p), Found()
+    chunks, found, steps = Chunks(p), Found(), Steps(p)
     given = dict.fromkeys([*cuts, *_near_even(p, chunks)])
     seen, simulated = set(given), 2 * p.microbatches * p.count
-    starts = (_candidate(p, chunks, cut) for cut in given)
-    for here in sorted(c for c in starts if c is not None):
-        least = step_ps(p, here.stages, here.pairs)
+    for here in _candidates(p, chunks, [*given]):
+        least = steps.step_ps(here.stages, here.pairs)
         while least < below + below // PROMISING:
             if least < below:
                 below = least
@@ -200,12 +220,11 @@ def search_near(
                 return found
             seen.update(more)
             after = here
-            pool = (_candidate(p, chunks, cut) for cut in more)
-            for one in sorted(c for c in pool if c is not None and c.bound_ps < least):
+            for one in _candidates(p, chunks, more, least):
                 if one.bound_ps >= least or operations <= 0:
                     break
                 operations -= simulated
-                step = step_ps(p, one.stages, one.pairs)
+                step = steps.step_ps(one.stages, one.pairs)
                 if step < least:
                     least, after = step, one
             if after is here:
@@ -220,19 +239,19 @@ def _some(p: StageProblem, chunks: Chunks, bound: int, below: int, operations: i
     That nothing fits is found by moving layers off the fullest rank; it is not proved.
     """
     starts = list(dict.fromkeys(_near_even(p, chunks)))
-    pool = sorted(c for c in (_candidate(p, chunks, s) for s in starts) if c is not None)
+    pool = _candidates(p, chunks, starts)
     if not pool:
         relieved = [_relieved(p, chunks, stages) for stages in starts[:2]]
-        pool = sorted(c for c in (_candidate(p, chunks, s) for s in relieved) if c is not None)
+        pool = _candidates(p, chunks, relieved)
         if not pool:
             return Found(nearest=_nearest(p, chunks, [*starts, *relieved]))
-    found, best, seen = Found(), below, set(starts)
+    found, best, seen, steps = Found(), below, set(starts), Steps(p)
     while pool and operations > 0:
         one = pool.pop(0)
         if one.bound_ps >= best:
             break
         operations -= 2 * p.microbatches * p.count
-        step = step_ps(p, one.stages, one.pairs)
+        step = steps.step_ps(one.stages, one.pairs)
         if step >= best:
             continue
         best = step
@@ -241,8 +260,7 @@ def _some(p: StageProblem, chunks: Chunks, bound: int, below: int, operations: i
             break
         near = [s for s in neighbours(one.stages) if s not in seen][:64]
         seen.update(near)
-        more = (_candidate(p, chunks, stages) for stages in near)
-        pool = sorted([*pool, *(c for c in more if c is not None)])
+        pool = sorted([*pool, *_candidates(p, chunks, near, best)])
     return _with_bound(found, min(bound, best))
 
 

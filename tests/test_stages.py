@@ -7,15 +7,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
-from cost_models.stage_problem import Lowered, tail_ps
+from cost_models.stage_problem import Lowered, Steps, step_ps, tail_ps, timeline
 from ir.errors import UsageError
 from planner.by_layer import best_count
 from planner.stage_bounds import filled_ps, forced_ps
 from planner.stage_chunks import Chunks
-from planner.stage_cuts import bound_all
+from planner.stage_cuts import _candidates, _quickest, bound_all
 from planner.stages import (
     Effort,
     Extra,
@@ -385,6 +386,38 @@ def test_the_best_count_of_optimizers_below_equals_enumeration():
 def test_the_tail_of_all_ranks_at_once_is_the_longest_of_theirs():
     for seed in range(40):
         p = tiny(seed, "interleaved")
-        chunks = Chunks(p)
-        for stages in cuts(p.layers, p.count):
-            assert chunks.tail(stages) == tail_ps(p, stages), (seed, stages)
+        chunks, every = Chunks(p), [*cuts(p.layers, p.count)]
+        assert chunks.tails_of(np.array(every)).tolist() == [tail_ps(p, one) for one in every], seed
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_steps_of_one_problem_are_those_of_each_choice_alone(schedule):
+    for seed in range(20):
+        p = tiny(seed, schedule)
+        steps = Steps(p)
+        for stages, recompute in itertools.islice(choices(p), 0, None, 7):
+            assert steps.step_ps(stages, recompute) == weigh(p, stages, recompute)[0], seed
+        queued = replace(p, slow_sends=((3, 40),) * p.pp)
+        for stages, recompute in itertools.islice(choices(p), 0, None, 31):
+            line = timeline(queued, stages, recompute)
+            found = Steps(queued).step_ps(stages, recompute)
+            assert found == line.makespan_ps + tail_ps(p, stages), seed
+
+
+@pytest.mark.parametrize("schedule", ("interleaved", "zbv", "dualpipev"))
+def test_cuts_at_once_are_bounded_as_each_alone_and_none_below_is_left_out(schedule):
+    for seed in range(40):
+        p = tiny(seed, schedule)
+        chunks, every = Chunks(p), [*cuts(p.layers, p.count)]
+        pool = _candidates(p, chunks, every)
+        for one in pool:
+            own = [row.extra_ps for row in map(_quickest, chunks.choices(one.stages))]
+            at = {k: t for r, row in enumerate(own) for k, t in zip(p.stages_of(r), row)}
+            extra = [at[k] for k in range(p.count)]
+            assert one.bound_ps == chunks.bound(one.stages, extra) <= step_ps(
+                p, one.stages, one.pairs
+            )
+        fit = {one.stages for one in pool}
+        assert fit == {stages for stages in every if all(chunks.choices(stages))}
+        below = sorted(one.bound_ps for one in pool)[len(pool) // 2] if pool else 0
+        assert _candidates(p, chunks, every, below) == [o for o in pool if o.bound_ps < below]
