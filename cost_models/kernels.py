@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -237,7 +237,7 @@ def chains(unit: Unit) -> list[list[Node]]:
 
 
 def light_s(
-    run: list[Node], unit: Unit, at: dict[str, int], learns: dict[str, bool], work: Work
+    run: list[Node], unit: Unit, at: Mapping[str, int], learns: dict[str, bool], work: Work
 ) -> tuple[Floats, Floats]:
     """One fused kernel each way: reads what the run is given, writes what leaves it; backward
     reads that and the gradients of what leaves, and writes those of what is given."""

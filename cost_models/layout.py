@@ -8,7 +8,9 @@ is whole, and its gradient a partial sum; a result without it is a partial sum.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ir.backward import differentiable, storage_roots
 from ir.graph import Dim, Node, Tensor, Unit
@@ -173,7 +175,8 @@ def given_placements(unit: Unit, sequence_parallel: bool) -> dict[str, int]:
     }
 
 
-def produced(unit: Unit, assignment: Assignment) -> dict[str, int]:
+@functools.lru_cache(maxsize=1024)
+def produced(unit: Unit, assignment: Assignment) -> Mapping[str, int]:
     """The placement of every value where it is made; parameters where they are read first."""
     table = given_placements(unit, assignment.sequence_parallel)
     for node, option in zip(unit.nodes, assignment.chosen):
@@ -183,7 +186,7 @@ def produced(unit: Unit, assignment: Assignment) -> dict[str, int]:
         table.update(zip(node.refs(), option.outs))
     for p in unit.parameters:
         table.setdefault(p.name, WHOLE)
-    return table
+    return MappingProxyType(table)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ by ep and etp on experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -60,7 +61,7 @@ learns_of = functools.cache(differentiable)  # of a unit, which costing asks for
 
 
 def _kept(
-    unit: Unit, names: tuple[str, ...], assignment: Assignment, at: dict[str, int], work: Work
+    unit: Unit, names: tuple[str, ...], assignment: Assignment, at: Mapping[str, int], work: Work
 ) -> Floats:
     """Bytes of kept values. A reader that gathers a split value keeps what it gathered, unless
     the engine gathers again in backward."""
@@ -80,7 +81,7 @@ def _kept(
     )
 
 
-def _whole(unit: Unit, assignment: Assignment, at: dict[str, int]) -> tuple[str, ...]:
+def _whole(unit: Unit, assignment: Assignment, at: Mapping[str, int]) -> tuple[str, ...]:
     """Values that are split, and whole for a moment: gathered for a reader, or partial sums."""
     found = dict[str, None]()
     for node, option in zip(unit.nodes, assignment.chosen):
@@ -229,7 +230,7 @@ def expert_cost(
         return None
     none, some = (
         _kept(unit, names, assignment, produced(unit, assignment), work) * (work.skew - 1)
-        for names in _dispatched(unit, work)
+        for names in _dispatched(unit, work.engine.saves)
     )
     host_f, host_b = _host(unit, alone.kernels, alone.forward_s, alone.backward_s, work)
     return replace(
@@ -241,16 +242,17 @@ def expert_cost(
     )  # fmt: skip
 
 
-def _dispatched(unit: Unit, work: Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
+@functools.lru_cache(maxsize=256)
+def _dispatched(unit: Unit, saves: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Values kept for backward that lie with their experts, without recomputation and selective:
-    what follows from a dispatch and leads to a grouped matmul."""
+    what follows from a dispatch and leads to a grouped matmul. saves: what the engine does."""
     there, leads = set[str](), _leads(unit)
     for node in unit.nodes:
         if node.op == "dispatch":
             there.add(node.name)
         elif node.op != "combine" and any(r in there for r in node.inputs):
             there.update(node.refs())
-    keep = unit.saved_fused if work.engine.saves == "min-cut" else unit.saved
+    keep = unit.saved_fused if saves == "min-cut" else unit.saved
     found = tuple(r for r in keep if r in there & leads)
     return found, tuple(r for r in unit.saved_selective if r in found)
 

@@ -44,9 +44,9 @@ def least_layer(kinds: Sequence[Layers]) -> Layers:
 
     def cheapest(tables: Sequence[Floats]) -> Floats:
         most = max(len(t) for t in tables)
-        padded = [np.pad(t, ((0, most - len(t)), (0, 0), (0, 0))) for t in tables]
-        size = np.maximum.reduce([t[:, 0] for t in padded])
-        rate = np.minimum.reduce([np.where(t[:, 0] > 0, t[:, 1], np.inf) for t in padded])
+        rows = [padded(t, most, 0) for t in tables]
+        size = np.maximum.reduce([t[:, 0] for t in rows])
+        rate = np.minimum.reduce([np.where(t[:, 0] > 0, t[:, 1], np.inf) for t in rows])
         return np.stack([size, np.where(size > 0, rate, 0.0)], axis=1)
 
     return Layers(
@@ -97,6 +97,15 @@ def kind_of_schedule(schedule: str) -> str:
     return "zbh1" if schedule in SPLIT_BACKWARD else "fused"
 
 
+def padded(table: Floats, most: int, axis: int) -> Floats:
+    """A table with zeros behind, of that length along an axis."""
+    if table.shape[axis] == most:
+        return table
+    shape = [*table.shape]
+    shape[axis] = most - table.shape[axis]
+    return np.concatenate([table, np.zeros(shape)], axis=axis)
+
+
 def flight(pp: int, m: Floats, kind: str) -> Floats:
     """[mesh, rank]: micro-batches of every layer that a rank holds at one moment, at least.
 
@@ -129,19 +138,19 @@ def freed(holds: Sequence[Floats], light_s: Floats, whole_s: Floats) -> Floats:
 
 def freed_by(none: Floats, ways: Sequence[tuple[Floats, Floats]]) -> Floats:
     """As `freed`, of any ways to recompute a layer, each (bytes that it keeps, seconds)."""
-    sizes = np.stack([np.maximum(none - kept, 0.0) for kept, _ in ways])
-    spent = np.stack([seconds for _, seconds in ways])
-    at_bytes, at_s, pieces = np.zeros_like(none), np.zeros_like(none), []
-    for _ in ways:
-        more = sizes - at_bytes
-        rate = np.where(more > 0, np.maximum(spent - at_s, 0.0) / np.maximum(more, 1e-9), np.inf)
-        best = np.argmin(rate, axis=0)[None]
-        least, size = (np.take_along_axis(x, best, axis=0)[0] for x in (rate, more))
-        found = np.isfinite(least)
-        size, least = np.where(found, size, 0.0), np.where(found, least, 0.0)
-        pieces.append(np.stack([size, least]))
-        at_bytes, at_s = at_bytes + size, at_s + least * size
-    return np.stack(pieces)
+    sizes = [np.maximum(none - kept, 0.0) for kept, _ in ways]
+    at_bytes, at_s = np.zeros_like(none), np.zeros_like(none)
+    pieces = np.empty((len(ways), 2, *none.shape))
+    for piece in pieces:
+        size, least = np.zeros_like(none), np.full_like(none, np.inf)
+        for whole, (_, seconds) in zip(sizes, ways):  # the first of the cheapest
+            more = whole - at_bytes
+            rate = np.maximum(seconds - at_s, 0.0) / np.maximum(more, 1e-9)
+            better = (more > 0) & (rate < least)
+            size, least = np.where(better, more, size), np.where(better, rate, least)
+        piece[0], piece[1] = size, np.where(size > 0, least, 0.0)
+        at_bytes, at_s = at_bytes + size, at_s + piece[1] * size
+    return pieces
 
 
 def with_piece(pieces: Floats, size: Floats, rate: Floats) -> Floats:

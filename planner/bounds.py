@@ -37,6 +37,7 @@ from planner.bound_ranks import (
     flight,
     forced_s,
     kind_of_schedule,
+    padded,
     ranks_s,
     with_piece,
 )
@@ -170,7 +171,7 @@ class _Table:
             rows = [np.moveaxis(np.asarray(v[at[0]] if at else v), -1, 0) for v in values]
             if name.endswith("freed"):  # of chains that recompute in fewer ways, pieces of nothing
                 most = max(v.shape[1] for v in rows)
-                rows = [np.pad(v, ((0, 0), (0, most - v.shape[1]), (0, 0))) for v in rows]
+                rows = [padded(v, most, 1) for v in rows]
             self._stacks[name, *at] = np.stack(rows)
         found: Floats = self._stacks[name, *at][self.group[0, mine], self.group[1, mine]]
         return found

@@ -7,6 +7,7 @@ modules gets or gives it. Else it is moved where the module that reads it gets i
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_models.layout import (
@@ -184,7 +185,7 @@ def _earlier(
 
 
 def _later(
-    unit: Unit, made: dict[str, int], ref: str, reader: _Reader, out_of: dict[str, list[Crossing]]
+    unit: Unit, made: Mapping[str, int], ref: str, reader: _Reader, out_of: dict[str, list[Crossing]]
 ) -> bool:
     """Reduce a partial sum where its module gives it: views and a bias may come before."""
     if made[ref] != PARTIAL or not reader.module:
@@ -203,7 +204,7 @@ def _prefixes(module: str) -> list[str]:
 
 
 def _results(
-    unit: Unit, made: dict[str, int], leaving: dict[str, int], learns: dict[str, bool],
+    unit: Unit, made: Mapping[str, int], leaving: dict[str, int], learns: dict[str, bool],
     assignment: Assignment,
 ) -> tuple[Crossing, ...]:  # fmt: skip
     """What the module returns, and where it is to lie."""
