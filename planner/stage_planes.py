@@ -24,6 +24,7 @@ import numpy as np
 from cost_models.schedule_paths import critical_path
 from cost_models.stage_problem import Room, StageProblem, slow_of
 from planner.interrupts import held
+from planner.linear import INF, Draft
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 from planner.stage_order import hulls
@@ -89,8 +90,6 @@ def refute(p: StageProblem, below_ps: int, known: Known, effort: Effort) -> Answ
     if bound_ps(p) >= below_ps:
         return Answer(refuted=True, least_ps=below_ps, cuts=[])
     planes = _Planes(p, below_ps, known, effort)
-    for path in known.useful:  # a program of the same shape mostly needs the same
-        planes._join(path)
     refuted = planes.empty()
     known.used(planes.joined)
     least = below_ps if refuted else min(below_ps, math.floor(planes.least * below_ps))
@@ -105,8 +104,7 @@ class _Planes:
 
         self.p, self.known, self.effort = p, known, effort
         self.unit = float(below_ps)
-        self.inf = pywraplp.Solver.infinity()
-        self.solver: Any = pywraplp.Solver.CreateSolver("GLOP")
+        self.draft = Draft()
         self.warm = pywraplp.MPSolverParameters()  # a program begins where the last one ended
         self.warm.SetIntegerParam(self.warm.PRESOLVE, self.warm.PRESOLVE_OFF)
         self.warm.SetIntegerParam(self.warm.LP_ALGORITHM, self.warm.DUAL)
@@ -121,18 +119,16 @@ class _Planes:
         most = int(below_ps * (1 + TOLERANCE) / max(1.0, p.microbatches * each.min()))
         self.fixed = self._fixed()
         most = max(p.chunks, min(p.layers, most))
-        self.number = [self.solver.NumVar(p.chunks, most, "") for _ in range(p.pp)]
-        self.span, self.tail = (self.solver.NumVar(0, 1 + TOLERANCE, "") for _ in range(2))
-        self.columns: list[tuple[int, int, int, Any]] = []  # stage, class, level, variable
-        self._add_columns()
+        number = [self.draft.variable(p.chunks, most) for _ in range(p.pp)]
+        self.span, self.tail = (self.draft.variable(0, 1 + TOLERANCE) for _ in range(2))
+        self.columns: list[tuple[int, int, int, int]] = []  # stage, class, level, variable
+        self._add_columns(number)
         self._add_order()
         self._add_memory()
         self._add_tails()
         self._add_ranks()
-        together = self.solver.Constraint(-self.inf, 1 + TOLERANCE)
-        for x in (self.span, self.tail):
-            together.SetCoefficient(x, 1)
-        s, k, level = np.array([c[:3] for c in self.columns]).T
+        self.draft.row(-INF, 1 + TOLERANCE, (self.span, self.tail), (1, 1))
+        s, k, level, self.places = np.array(self.columns).T
         self.at = s, k, level
         stages = p.count
         # what a unit of each variable adds to (forward, input gradient, weight gradient) of stages
@@ -151,6 +147,12 @@ class _Planes:
         ], dtype=float)  # fmt: skip
         self.constant: Array = np.zeros(0)
         self._price()
+        for path in known.useful:  # a program of the same shape mostly needs the same
+            self.joined.add(path)
+            self.draft.row(*self._row_of(path))
+        self.solver: Any = self.draft.load()
+        self.variables: list[Any] = self.solver.variables()
+        self.number = [self.variables[i] for i in number]
 
     def _fixed(self) -> Array:
         """[kind, stage]: times of a stage beside its layers."""
@@ -174,54 +176,54 @@ class _Planes:
         places = range(stage, last + 1) if stage else range(p.layers - p.count + 1)
         return any(self.kind_of[i] == kind for i in places)
 
-    def _add_columns(self) -> None:
-        p, s = self.p, self.solver
+    def _add_columns(self, number: list[int]) -> None:
+        p, s = self.p, self.draft
         counts = [self.kind_of.count(k) for k in range(len(self.kinds))]
         again = [level for level, name in ((1, "selective"), (2, "full")) if name in p.levels]
-        of_class = [s.Constraint(n, n) for n in counts]
-        of_rank = [s.Constraint(0, 0) for _ in range(p.pp)]
-        for row, x in zip(of_rank, self.number):
-            row.SetCoefficient(x, -1)
+        of_class = [s.row(n, n) for n in counts]
+        of_rank = [s.row(0, 0) for _ in range(p.pp)]
+        for row, x in zip(of_rank, number):
+            row.put(x, -1)
         for stage in range(p.count):
-            some = s.Constraint(1, p.layers)
+            some = s.row(1, p.layers)
             for k, n in enumerate(counts):
                 if not self._may_be(stage, k):
                     continue
-                x = s.NumVar(0, n, "")
+                x = s.variable(0, n)
                 self.columns.append((stage, k, 0, x))
                 for row in (some, of_class[k], of_rank[p.rank_of(stage)]):
-                    row.SetCoefficient(x, 1)
+                    row.put(x, 1)
                 if again:
-                    within = s.Constraint(-self.inf, 0)
-                    within.SetCoefficient(x, -1)
+                    within = s.row(-INF, 0)
+                    within.put(x, -1)
                 for level in again:
-                    y = s.NumVar(0, n, "")
+                    y = s.variable(0, n)
                     self.columns.append((stage, k, level, y))
-                    within.SetCoefficient(y, 1)
+                    within.put(y, 1)
 
     def _add_order(self) -> None:
         """Layers are in a row: of the first so many, so many are of a class, between the hulls of
         what the chain has at any whole number."""
-        p, s = self.p, self.solver
+        p, s = self.p, self.draft
         own = {(stage, k): x for stage, k, level, x in self.columns if level == 0}
         sides = [(k, *side) for k in range(len(self.kinds) - 1)
                  for side in hulls(self.kind_of, k)]  # fmt: skip
-        before: list[Any] = []
+        before: list[int] = []
         for stage in range(p.count - 1):
             upto = []
             for k in range(len(self.kinds)):
-                row, total = s.Constraint(0, 0), s.NumVar(0, p.layers, "")
-                row.SetCoefficient(total, -1)
+                row, total = s.row(0, 0), s.variable(0, p.layers)
+                row.put(total, -1)
                 if before:
-                    row.SetCoefficient(before[k], 1)
+                    row.put(before[k], 1)
                 if (stage, k) in own:
-                    row.SetCoefficient(own[stage, k], 1)
+                    row.put(own[stage, k], 1)
                 upto.append(total)
             before = upto
             for k, rate, least, most in sides:
-                row = s.Constraint(least, most)
+                row = s.row(least, most)
                 for kind, total in enumerate(upto):
-                    row.SetCoefficient(total, (kind == k) - rate)
+                    row.put(total, (kind == k) - rate)
 
     def _add_memory(self) -> None:
         """Of every rank at every moment that can be its peak, in shares of the capacity."""
@@ -240,27 +242,27 @@ class _Planes:
             for counts in p.in_flight(rank):
                 held = dict(zip(stages, counts))
                 beside = sum(held[k] * e.activation_bytes for k in stages for e in p.extras(k))
-                row = self.solver.Constraint(-self.inf, (capacity - used - beside) / capacity)
+                row = self.draft.row(-INF, (capacity - used - beside) / capacity)
                 for k, kind, level, x in mine:
                     size = held[k] * self.of[10 + level, kind]
                     size -= held[k] * self.of[10, kind] if level else -self.of[3, kind]
-                    row.SetCoefficient(x, size / capacity)
+                    row.put(x, size / capacity)
             for room in p.rooms:
                 self._add_room(room, rank, mine)
 
-    def _add_room(self, room: Room, rank: int, mine: list[tuple[int, int, int, Any]]) -> None:
+    def _add_room(self, room: Room, rank: int, mine: list[tuple[int, int, int, int]]) -> None:
         """Of a rank at the same moments, in shares of what it may lay on a tier below."""
         stages = self.p.stages_of(rank)
         places = [self.kind_of.index(k) for k in range(len(self.kinds))]
         ends = sum(room.beside_bytes(k, self.p.count) for k in stages)
         for counts in self.p.in_flight(rank):
             held = dict(zip(stages, counts))
-            row = self.solver.Constraint(-self.inf, (room.of_rank(rank) - ends) / room.most_bytes)
+            row = self.draft.row(-INF, (room.of_rank(rank) - ends) / room.most_bytes)
             for k, kind, level, x in mine:
                 aside = [column[places[kind]] for column in room.aside_bytes]
                 size = held[k] * (aside[level] - (aside[0] if level else 0))
                 size += 0 if level else room.state_bytes[places[kind]]
-                row.SetCoefficient(x, size / room.most_bytes)
+                row.put(x, size / room.most_bytes)
 
     def _add_tails(self) -> None:
         p = self.p
@@ -272,10 +274,10 @@ class _Planes:
             for share in (0, 1):
                 fixed = sum(e.tail_own_ps + share * (e.tail_comm_ps - e.tail_hide_ps)
                             for e in ends)  # fmt: skip
-                row = self.solver.Constraint(fixed / self.unit, self.inf)
-                row.SetCoefficient(self.tail, 1)
+                row = self.draft.row(fixed / self.unit, INF)
+                row.put(self.tail, 1)
                 for _, kind, _, x in mine:
-                    row.SetCoefficient(x, -(own[kind] + share * comm[kind]) / self.unit)
+                    row.put(x, -(own[kind] + share * comm[kind]) / self.unit)
 
     def _add_ranks(self) -> None:
         """The most layers of a kind that a rank has in the time, in whole numbers, and what so
@@ -286,25 +288,31 @@ class _Planes:
             for rank, most in enumerate(table.most(math.ceil(self.unit * (1 + TOLERANCE)))):
                 mine = [c for c in self.columns if p.rank_of(c[0]) == rank]
                 layers = [x for _, kind, level, x in mine if level == 0 and kind in kinds]
-                row = self.solver.Constraint(-self.inf, most)
+                row = self.draft.row(-INF, most)
                 for x in layers:
-                    row.SetCoefficient(x, 1)
+                    row.put(x, 1)
                 for fixed, rate in table.recomputed(rank, most):
-                    row = self.solver.Constraint(fixed / self.unit, self.inf)
+                    row = self.draft.row(fixed / self.unit, INF)
                     for x in layers:
-                        row.SetCoefficient(x, -rate / self.unit)
+                        row.put(x, -rate / self.unit)
                     for _, kind, level, x in mine:
                         if level:
-                            row.SetCoefficient(x, float(self.of[10 - level, kind]) / self.unit)
+                            row.put(x, float(self.of[10 - level, kind]) / self.unit)
+
+    def _row_of(self, path: int) -> tuple[float, float, list[int], list[float]]:
+        """The makespan is at least this path: bounds, variables, coefficients."""
+        prices = self.known.runs[path] @ self.adds / self.unit
+        some = np.flatnonzero(prices)
+        columns = [self.span, *self.places[some].tolist()]
+        return self.constant[path] / self.unit, INF, columns, [1.0, *(-prices[some]).tolist()]
 
     def _join(self, path: int) -> None:
-        """A row: the makespan is at least this path."""
+        """A row more, once the solver has the program."""
         self.joined.add(path)
-        prices = self.known.runs[path] @ self.adds / self.unit
-        row = self.solver.Constraint(self.constant[path] / self.unit, self.inf)
-        row.SetCoefficient(self.span, 1)
-        for at in np.flatnonzero(prices).tolist():
-            row.SetCoefficient(self.columns[at][3], -float(prices[at]))
+        lower, upper, columns, values = self._row_of(path)
+        row = self.solver.Constraint(lower, upper)
+        for column, value in zip(columns, values):
+            row.SetCoefficient(self.variables[column], value)
 
     def _solved(self, variable: Any, most: bool) -> Point | None:
         """The least or the most of a variable; None where nothing is left."""
@@ -324,17 +332,17 @@ class _Planes:
             return Point(
                 times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[]
             )
-        return self._point(np.array([x.solution_value() for x in self.solver.variables()]))
+        return self._point(np.array([x.solution_value() for x in self.variables]))
 
     def _point(self, values: Array) -> Point:
         """A solution of the program, by its variables' indices."""
-        columns = values[[c[3].index() for c in self.columns]]
+        columns = values[self.places]
         layers = np.zeros(self.p.count)
         own = self.at[2] == 0
         np.add.at(layers, self.at[0][own], columns[own])
         return Point(
             times=self.fixed.reshape(-1) + self.adds @ columns,
-            tail_ps=float(values[self.tail.index()]) * self.unit,
+            tail_ps=float(values[self.tail]) * self.unit,
             ranks=values[[x.index() for x in self.number]].tolist(), stages=layers.tolist(),
         )  # fmt: skip
 
@@ -370,7 +378,7 @@ class _Planes:
 
     def empty(self) -> bool:
         """Whether nothing is left: told by the ranks' numbers, or in whole numbers."""
-        point = self._least(self.span, False)
+        point = self._least(self.variables[self.span], False)
         while point is not None and self.effort.programs > 0:
             before = [x.ub() for x in self.number]
             ranks = point.ranks
@@ -387,7 +395,7 @@ class _Planes:
                 if sum(y.ub() for y in self.number) < self.p.layers or x.ub() < x.lb():
                     return True
             else:
-                point = self._least(self.span, False)
+                point = self._least(self.variables[self.span], False)
             if before == [x.ub() for x in self.number]:
                 break
         if point is None:
@@ -406,8 +414,9 @@ class _Planes:
         objective.Clear()
         objective.SetOptimizationDirection(False)
         for x in (self.span, self.tail):
-            objective.SetCoefficient(x, 1)
-        whole = [x.index() for x in (*self.number, *(c[3] for c in self.columns), *self._sums())]
+            objective.SetCoefficient(self.variables[x], 1)
+        sums = (x.index() for x in self._sums())
+        whole = [*(x.index() for x in self.number), *self.places.tolist(), *sums]
         while self.effort.nodes > 0:
             found = solve_whole(self.solver, whole, self.effort.nodes)
             self.effort.nodes -= ROOT + found.nodes
@@ -427,14 +436,14 @@ class _Planes:
         """Of each rank how many layers of a class it has, and recomputes: a tree that parts these
         is smaller than one that parts what is on each of its stages."""
         p, s = self.p, self.solver
-        groups: dict[tuple[int, int, int], list[Any]] = {}
+        groups: dict[tuple[int, int, int], list[int]] = {}
         for stage, kind, level, x in self.columns:
             groups.setdefault((p.rank_of(stage), kind, level), []).append(x)
         for some in groups.values():
             total, row = s.NumVar(0, p.layers, ""), s.Constraint(0, 0)
             row.SetCoefficient(total, -1)
             for x in some:
-                row.SetCoefficient(x, 1)
+                row.SetCoefficient(self.variables[x], 1)
             yield total
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ortools.linear_solver import pywraplp
+from ortools.linear_solver import linear_solver_pb2, pywraplp
 from test_stages import brute, large, tiny
 
 from cost_models.decisions import Decisions
@@ -16,6 +16,7 @@ from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal
 from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
+from planner.linear import INF, Draft
 from planner.proving import Proof, Unsettled, easiest_of, joined
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
@@ -252,3 +253,28 @@ def test_whole_numbers_are_solved_or_said_to_be_open():
     none = solve_whole(solver, [0, 1], 100)
     assert none.complete and none.values is None and first.least == 1
     assert solve_whole(solver, [0], 100).values.tolist() == [0, 1 / 3]
+
+
+def test_a_program_written_down_is_the_one_given_number_by_number():
+    rng = random.Random(0)
+    for _ in range(20):
+        draft, solver = Draft(), pywraplp.Solver.CreateSolver("GLOP")
+        count = rng.randint(1, 6)
+        bounds = [(0, rng.randint(1, 9)) for _ in range(count)]
+        places = [draft.variable(*one) for one in bounds]
+        variables = [solver.NumVar(*one, "") for one in bounds]
+        assert places == [*range(count)]
+        for _ in range(rng.randint(1, 5)):
+            some = rng.sample(places, rng.randint(1, count))
+            values = [rng.choice((-1.5, 0.0, 1.0, 2.25)) for _ in some]
+            most = rng.uniform(0, 9)
+            row, half = solver.Constraint(-INF, most), len(some) // 2
+            made = draft.row(-INF, most, some[:half], values[:half])
+            for at, value in zip(some[half:], values[half:]):
+                made.put(at, value)
+            for at, value in zip(some, values):
+                row.SetCoefficient(variables[at], value)
+        protos = [linear_solver_pb2.MPModelProto() for _ in range(2)]
+        for proto, one in zip(protos, (draft.load(), solver)):
+            one.ExportModelToProto(proto)
+        assert protos[0] == protos[1]

@@ -185,7 +185,8 @@ def _earlier(
 
 
 def _later(
-    unit: Unit, made: Mapping[str, int], ref: str, reader: _Reader, out_of: dict[str, list[Crossing]]
+    unit: Unit, made: Mapping[str, int], ref: str, reader: _Reader,
+    out_of: dict[str, list[Crossing]],
 ) -> bool:
     """Reduce a partial sum where its module gives it: views and a bias may come before."""
     if made[ref] != PARTIAL or not reader.module:
