@@ -316,6 +316,8 @@ class Proof:
                 if not one.members:
                     return False
                 self._put(one, self._apart(one))  # that is as far as all of them come together
+                self.asked.pop(one.order)  # of what was joined, not of the member with its order
+                self.looked.discard(one.order)
         return True
 
     def _asked(self, one: Unsettled) -> tuple[int, int]:

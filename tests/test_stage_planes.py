@@ -17,7 +17,7 @@ from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
 from planner.linear import INF, Draft
-from planner.proving import Proof, Unsettled, easiest_of, joined
+from planner.proving import Ask, Proof, Told, Unsettled, easiest_of, joined
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, applies, refute
 from planner.stage_whole import solve_whole
@@ -176,6 +176,17 @@ def test_what_layers_keep_is_asked_about_together():
         assert all(u.bound_ps <= steps[u.order] for u in rest)
         together += not rest or min(u.bound for u in rest) > 0.95 * best
     assert together > 2
+    # a member is asked about anew once all of them come no further together
+    asked: list[Ask] = []
+
+    def stuck(asks):
+        asked.extend(asks)
+        return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
+                for a in asks]  # fmt: skip
+
+    replace(proof, left=left, answers=stuck, asked={}, looked=set()).run()
+    assert asked[0].problem == one.problem and len(asked) > 1
+    assert not any(a.asked or a.problem == one.problem for a in asked[1:])
 
 
 def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
