@@ -77,8 +77,8 @@ def test_the_least_memory_within_the_slack(slack):
 
 def test_the_fewest_gpus_that_hold_it():
     """Of the counts that are tried none smaller has a plan; the batch is that of all GPUs."""
-    graph = graph_of("llama", size="8b")
-    limits, pins = Limits(memory_bytes=24_000_000_000), parse_pins(["offload=none"])
+    graph = graph_of("llama", size="8b", n_layers=8)
+    limits, pins = Limits(memory_bytes=9_000_000_000), parse_pins(["offload=none"])
     given = options(hardware="h100x16", objective="gpus", limits=limits, pins=pins)
     found = plan_for(graph, given, load_hardware("h100x16"), Clock())
     gpus = found.plan.decisions.gpus
