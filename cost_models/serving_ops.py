@@ -171,12 +171,7 @@ class Costs:
         return load_kernels(self.device).clock if self.prompts_alone else 1.0
 
     def _facts(self, peak: str) -> dict[str, FloatArray]:
-        device = self.device
-        numbers = {
-            "flop_per_s": peak_of(device, peak) * self.clock, "sm": float(device.sm_count),
-            "bytes_per_s": device.memory_bandwidth_bytes_per_s, "l2_bytes": 1.0,
-        }  # fmt: skip
-        return {name: np.asarray(value) for name, value in numbers.items()}
+        return _facts(self.device, peak, self.clock)
 
     def _known(self, model: str, family: str) -> dict[str, FloatArray]:
         return _constants(self.device, model, family, self.engine.start_share)
@@ -191,16 +186,11 @@ class Costs:
         tp = self.serving.tp
         written_s = self.written_s(name, matrix.held(tp))
         name = "bf16" if self.engine.handling.unpacks(name) else name
-        family, width, peak = _gemm_family(self.device, name)
-        facts = self._facts(peak)
-        sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
-        facts |= {key: np.asarray(value) for key, value in sizes.items()}
         m = np.maximum(tokens * matrix.rows, 1.0)
-        n, k = np.asarray(matrix.columns(tp)), np.asarray(matrix.inner(tp))
-        known = self._known(f"gemm.{family}", family)
-        known = known | {"overhead_s": np.asarray(0.0)} if beside else known
-        return written_s + gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0,
-                                        steady=True, narrow=family != "bf16")  # fmt: skip
+        shape, rows = np.shape(m), tuple(np.ravel(m).tolist())
+        one = _one_product_s if len(rows) == 1 else _product_s
+        size, share = (matrix.columns(tp), matrix.inner(tp)), self.engine.start_share
+        return written_s + one(self.device, self.clock, share, name, rows, shape, size, beside)
 
     def written_s(self, name: str, elements: FloatArray | float) -> FloatArray | float:
         """Of so many weights that are written out in 16 bits, 0 where a kernel has the format."""
@@ -391,6 +381,36 @@ class Costs:
         sent = size_bytes * (width / 2 if peak == "nvfp4" else 1.0)
         gathered = collective_s(self.cluster, "all_gather", sent, ranks)
         return gathered + collective_s(self.cluster, "reduce_scatter", size_bytes, ranks)
+
+
+def _facts(device: Device, peak: str, clock: float) -> dict[str, FloatArray]:
+    numbers = {
+        "flop_per_s": peak_of(device, peak) * clock, "sm": float(device.sm_count),
+        "bytes_per_s": device.memory_bandwidth_bytes_per_s, "l2_bytes": 1.0,
+    }  # fmt: skip
+    return {name: np.asarray(value) for name, value in numbers.items()}
+
+
+def _product_s(
+    device: Device, clock: float, start_share: float, name: str, rows: tuple[float, ...],
+    shape: tuple[int, ...], size: tuple[float, float], beside: bool,
+) -> FloatArray:  # fmt: skip
+    """Of so many rows, of that shape, with [inner, columns] weights in a format."""
+    family, width, peak = _gemm_family(device, name)
+    facts = _facts(device, peak, clock)
+    sizes = {"weight_bytes": WEIGHT_BYTES[name], "in_bytes": width, "out_bytes": 2.0}
+    facts |= {key: np.asarray(value) for key, value in sizes.items()}
+    known = _constants(device, f"gemm.{family}", family, start_share)
+    known = known | {"overhead_s": np.asarray(0.0)} if beside else known
+    m, (n, k) = np.asarray(rows).reshape(shape), map(np.asarray, size)
+    found = gemm_seconds(known, facts, m, n, k, np.asarray(1.0), copies=1.0, steady=True,
+                         narrow=family != "bf16")  # fmt: skip
+    found.setflags(write=False)  # it may be kept
+    return found
+
+
+# a search asks for the same few products thousands of times, as blocks lie elsewhere
+_one_product_s = functools.lru_cache(maxsize=1 << 16)(_product_s)
 
 
 def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[str, FloatArray]:

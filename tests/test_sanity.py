@@ -18,9 +18,10 @@ from planner.workload import Asked
 CONFIGS = os.environ.get("MESHWRIGHT_DATA")
 
 
-def planned(graph, hardware, pins=None, **asked):
+def planned(graph, hardware, pins=None, effort=0, **asked):
     options = TraceOptions(
-        model="", hardware=hardware, pins=pins or Pins(), asked=Asked(**asked), cache=False
+        model="", hardware=hardware, pins=pins or Pins(), asked=Asked(**asked), cache=False,
+        effort=effort,
     )
     return plan_graph(graph, options, load_hardware(hardware), Clock())
 
@@ -97,7 +98,8 @@ def test_published_405b_within_a_quarter(gpus, batch, tflops, unproved):
 
 def test_405b_on_16384_keeps_tp_inside_the_node(unproved):
     """16M tokens a step: some tensor and pipeline parallelism, tp over NVLink alone."""
-    found = planned(graph_of("llama", size="405b"), "h100x16384", global_batch=2048, seq_len=8192)
+    found = planned(graph_of("llama", size="405b"), "h100x16384", effort=400, global_batch=2048,
+                    seq_len=8192)  # fmt: skip
     d = found.plan.decisions
     assert found.estimate.fits
     assert 1 < d.tp <= 8
@@ -138,6 +140,6 @@ def test_a_longer_sequence_for_less_batch_needs_context_parallelism():
 def test_deepseek_uses_expert_parallelism(unproved):
     path = Path(CONFIGS or "") / "model_configs" / "deepseek-ai--DeepSeek-V3.json"
     graph = capture(TraceOptions(model=str(path), hardware="h100x2048"))
-    found = planned(graph, "h100x2048", seq_len=4096, global_batch=15360)
+    found = planned(graph, "h100x2048", effort=400, seq_len=4096, global_batch=15360)
     assert found.plan.decisions.ep > 1
     assert found.estimate.fits
