@@ -187,10 +187,13 @@ class Costs:
         written_s = self.written_s(name, matrix.held(tp))
         name = "bf16" if self.engine.handling.unpacks(name) else name
         m = np.maximum(tokens * matrix.rows, 1.0)
-        shape, rows = np.shape(m), tuple(np.ravel(m).tolist())
-        one = _one_product_s if len(rows) == 1 else _product_s
+        shape, each = np.shape(m), tuple(np.ravel(m).tolist())
+        product_s = _one_product_s if len(each) == 1 else _product_s
         size, share = (matrix.columns(tp), matrix.inner(tp)), self.engine.start_share
-        return written_s + one(self.device, self.clock, share, name, rows, shape, size, beside)
+        found: FloatArray = written_s + product_s(
+            self.device, self.clock, share, name, each, shape, size, beside
+        )
+        return found
 
     def written_s(self, name: str, elements: FloatArray | float) -> FloatArray | float:
         """Of so many weights that are written out in 16 bits, 0 where a kernel has the format."""
@@ -410,7 +413,7 @@ def _product_s(
 
 
 # a search asks for the same few products thousands of times, as blocks lie elsewhere
-_one_product_s = functools.lru_cache(maxsize=1 << 16)(_product_s)
+_one_product_s = functools.lru_cache(maxsize=1 << 14)(_product_s)
 
 
 def layer_s(costs: Costs, layer: LayerShape, hidden: int, step: Step) -> dict[str, FloatArray]:
