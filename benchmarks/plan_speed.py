@@ -3,8 +3,9 @@
     python benchmarks/plan_speed.py [--data DIR] [--runs N]
 
 Cold: the traced graph is not cached (a fresh XDG_CACHE_HOME every run). Cached: it is. Each row
-has the least of N runs; nothing fails where a target is missed. --data is a folder of Hugging
-Face configs, OWNER--NAME.json; rows whose config is not there are left out.
+has the least of N runs, the first of which compiles our modules, as installing them does; nothing
+fails where a target is missed. --data is a folder of Hugging Face configs, OWNER--NAME.json; rows
+whose config is not there are left out.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Row(NamedTuple):
 def plan(folder: Path, cache: Path, *words: str) -> Run:
     """Run one command in `folder`. Raises SystemExit with its message where it fails."""
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         child = subprocess.Popen(

@@ -57,9 +57,13 @@ class Way:
 class _Stacked:
     """What meshes are, whatever the way: their axes as floats, and `Sizes` as arrays, [mesh, part,
     (dense, expert)]; traffic: by (bytes of a gradient, ZeRO, whether rows are shared whole), as
-    `States._traffic_of` has it; pieces: by the last two, as `States._pieces` has it."""
+    `States._traffic_of` has it; pieces: by the last two, as `States._pieces` has it. firsts: of
+    meshes that share their state alike, whatever the batch, the first; which: of each mesh, whose
+    place among these its like has."""
 
     meshes: Sequence[Mesh]
+    firsts: Sequence[tuple[Mesh, Sizes]]
+    which: NDArray[np.int64]
     axes: Floats
     held: Floats
     learnt: Floats
@@ -223,12 +227,12 @@ class States:
         mode = engine.zero_mode(way.zero, reshard=way.reshard, pp=some.pp)
         fsdp = in_torch(mode)
         accumulates = ((m > 1) | (pp > 1) | (not fsdp))[:, None]
-        pieces, moved = self._pieces(stacked, sizes, way.zero, fsdp)
+        pieces, moved = self._pieces(stacked, way.zero, fsdp)
         state, gathered, updated = self._bytes(
             some, mode, moved, pieces, stacked.learnt.sum(axis=2), accumulates
         )
         grad = grad_bytes(some, costs.workload, engine)
-        reduce_all, gather, reduce = self._traffic_of(stacked, sizes, grad, way.zero, fsdp)
+        reduce_all, gather, reduce = self._traffic_of(stacked, grad, way.zero, fsdp)
         once = mode.reduce_per_step * reduce + mode.gather_per_step * gather
         once = once + mode.all_reduce_per_step * reduce_all
         least = engine.dp_exposed_least
@@ -238,7 +242,7 @@ class States:
         tail = least * once + np.maximum(0.0, (1 - least) * once - behind * kernels_s[:, None])
         each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
         if self._nth is not None:
-            ours = self._ours(meshes, way.zero)
+            ours = self._ours(stacked, way.zero)
             tail, each = np.where(ours, tail, np.inf), np.where(ours, each, np.inf)
         tail, each = tail.min(axis=1), each.min(axis=1)
         shard = pieces[0, :, 0]
@@ -266,52 +270,56 @@ class States:
         """The last one again where the meshes are the same list: every way asks for it."""
         if self._last is None or self._last.meshes is not meshes:
             axes = [(r.cp, r.pp, r.dp, r.microbatches, r.tp, r.ep, r.etp) for r in meshes]
+            firsts: dict[tuple[int | Sizes, ...], tuple[Mesh, Sizes]] = {}
+            keys = [(m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, one) for m, one in zip(meshes, sizes)]
+            for key, m, one in zip(keys, meshes, sizes):
+                firsts.setdefault(key, (m, one))
+            places = {key: i for i, key in enumerate(firsts)}
             self._last = _Stacked(
                 meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={}, pieces={},
+                firsts=tuple(firsts.values()), which=np.array([places[key] for key in keys]),
                 held=np.stack([s.held for s in sizes]), learnt=np.stack([s.learnt for s in sizes]),
             )  # fmt: skip
         return self._last
 
-    def _pieces(
-        self, stacked: _Stacked, sizes: Sequence[Sizes], zero: int, fsdp: bool
-    ) -> tuple[Floats, Floats]:
+    def _pieces(self, stacked: _Stacked, zero: int, fsdp: bool) -> tuple[Floats, Floats]:
         """[(held, learnt), mesh, part] elements of the fullest rank, and those that are moved:
         exactly of one sharing, else of all data ranks, and without what FSDP2 adds to move it."""
         key = min(zero, 1), fsdp
         if key not in stacked.pieces:
-            if self._nth is None:
-                cp, _, dp, _, tp, ep, etp = stacked.axes.astype(np.int64)
-                shard = dp * cp if zero else np.ones_like(dp)
-                ranks = np.stack([shard, dp * cp * tp // (ep * etp) if zero else shard], axis=1)
-            else:
-                rows = [self.sharings.of(m, key[0]) for m in stacked.meshes]
-                ranks = np.array([row.ranks[row.nth(self._nth)] for row in rows])
+            ranks = [self._shared_by(m, key[0]) for m, _ in stacked.firsts]
             found = np.stack([
                 self.sharings.pieces(one, dense, expert, fsdp)
-                for one, (dense, expert) in zip(sizes, ranks.tolist())
-            ], axis=1)  # fmt: skip
+                for (_, one), (dense, expert) in zip(stacked.firsts, ranks)
+            ], axis=1)[:, stacked.which]  # fmt: skip
             moved = np.stack([stacked.held, stacked.learnt])
             if fsdp and self._nth is not None:
-                moved = found * ranks[None, :, None, :]
+                moved = found * np.array(ranks)[stacked.which][None, :, None, :]
             stacked.pieces[key] = found.sum(axis=3), moved.sum(axis=3)
         return stacked.pieces[key]
 
-    def _ours(self, meshes: Sequence[Mesh], zero: int) -> NDArray[np.bool_]:
+    def _shared_by(self, m: Mesh, zero: int) -> tuple[int, int]:
+        """How many ranks share what is dense, and experts: of one sharing, else all data ranks."""
+        if self._nth is None:
+            shard = m.dp * m.cp if zero else 1
+            return shard, m.dp * m.cp * m.tp // (m.ep * m.etp) if zero else 1
+        row = self.sharings.of(m, zero)
+        dense, expert = row.ranks[row.nth(self._nth)].tolist()
+        return dense, expert
+
+    def _ours(self, stacked: _Stacked, zero: int) -> NDArray[np.bool_]:
         """[mesh, way to share]: whether it is of the sharing that is asked about."""
         assert self._nth is not None
-        rows = [self.sharings.of(m, min(zero, 1)) for m in meshes]
-        return in_table([row.of_way == row.nth(self._nth) for row in rows])
+        rows = [self.sharings.of(m, min(zero, 1)) for m, _ in stacked.firsts]
+        return in_table([row.of_way == row.nth(self._nth) for row in rows])[stacked.which]
 
-    def _traffic_of(
-        self, stacked: _Stacked, sizes: Sequence[Sizes], grad: int, zero: int, fsdp: bool
-    ) -> Floats:
+    def _traffic_of(self, stacked: _Stacked, grad: int, zero: int, fsdp: bool) -> Floats:
         """`Shared.moved_s` of all, [3, mesh, way to share], the last again where there are fewer.
         """
         key = grad, min(zero, 1), fsdp
         if key not in stacked.traffic:
-            each = [self.sharings.moved_s(m, one, grad, zero, fsdp)
-                    for m, one in zip(stacked.meshes, sizes)]  # fmt: skip
-            stacked.traffic[key] = np.moveaxis(in_table(each), -1, 0)
+            each = [self.sharings.moved_s(m, one, grad, zero, fsdp) for m, one in stacked.firsts]
+            stacked.traffic[key] = np.moveaxis(in_table(each)[stacked.which], -1, 0)
         return stacked.traffic[key]
 
     def _bytes(
