@@ -202,9 +202,15 @@ def within(**more):
     return traced(options(prices={"h100": PRICE}, limits=Limits(**more)))
 
 
+@functools.cache
+def priced(gpus):
+    """Of so many GPUs, without a limit."""
+    return traced(options(hardware=f"h100x{gpus}", prices={"h100": PRICE}))
+
+
 def test_what_a_plan_costs_is_its_price_by_the_rate_that_failures_leave():
     """Spot machines are taken away beside failing; the share left is Daly's."""
-    cluster, found = load_hardware("h100x8"), within()
+    cluster, found = load_hardware("h100x8"), priced(8)
     e, cost = found.estimate, found.charges
     rate = e.tokens / e.step_time_s
     sure, spot = cost.goodput, cost.spot_goodput
@@ -244,7 +250,7 @@ def test_a_step_waits_for_samples_that_storage_gives_too_slowly():
 
 def test_fewer_gpus_where_more_cost_too_much():
     """The most GPUs of those allowed whose plan keeps the limit of cost; the batch is the same."""
-    alone = {n: traced(options(hardware=f"h100x{n}", prices={"h100": PRICE})) for n in (1, 2, 4)}
+    alone = {n: priced(n) for n in (1, 2, 4)}
     usd = {n: found.charges.least_usd for n, found in alone.items()}
     most = within(gpus=4)
     assert most.plan.hardware == "h100x4" and "--max-gpus 4: 4 of 8" in most.echo[-1]
@@ -265,7 +271,7 @@ def test_with_the_count_open_the_least_cost_of_all_counts_is_taken(objective, pr
     """Without prices what costs are GPU hours, which energy is as well."""
     usd, joules = {}, {}
     for n in (1, 2, 4, 8):
-        found = traced(options(hardware=f"h100x{n}", prices={"h100": PRICE}))
+        found = priced(n)
         usd[n], joules[n] = found.charges.least_usd, found.charges.joules_per_token
     wanted = usd if objective == "cost" and prices else joules
     for most in (8, 4):
@@ -277,12 +283,12 @@ def test_with_the_count_open_the_least_cost_of_all_counts_is_taken(objective, pr
 
 
 def test_a_limit_that_cannot_be_met_says_by_how_much_and_the_nearest_that_can():
-    free = within().charges.least_usd
+    free = priced(8).charges.least_usd
     with pytest.raises(InfeasibleError) as raised:
         within(usd_per_million_tokens=free / 1000)
     fault = raised.value
     assert "99900.0% over --max-cost" in fault.why and "the least that was found" in fault.hints[0]
-    one = traced(options(hardware="h100x1", prices={"h100": PRICE})).charges.least_usd
+    one = priced(1).charges.least_usd
     with pytest.raises(InfeasibleError) as raised:
         within(usd_per_million_tokens=(one + free) / 2)
     assert "--max-gpus" in raised.value.hints[0] and "USD on h100x" in raised.value.hints[0]

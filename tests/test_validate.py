@@ -309,12 +309,12 @@ def test_verbose_has_a_line_a_run_on_stderr(plan, three):
 def test_any_number_of_processes_finds_the_same(monkeypatch, tmp_path, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     rows = [
-        raw_run(f"{i}", config__micro_batch=1 + i % 2, model__layers=1 + i % 3) for i in range(12)
+        raw_run(f"{i}", config__micro_batch=1 + i % 2, model__layers=1 + i % 3) for i in range(6)
     ]
     runs = read_runs(written(tmp_path / "runs.yaml", *rows))
     lines = []
     alone = predict_runs(runs, lines.append, processes=1)
-    assert lines[-1] == "12 of 12 runs"
+    assert lines[-1] == "6 of 6 runs"
     assert alone == predict_runs(runs, processes=2)
     assert all(isinstance(o, Row) for o in alone)
 
