@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,8 +55,8 @@ class Side:
 
 
 def bounds(pair: Pair[Side], below: Sequence[int] | None) -> tuple[list[int], list[int]]:
-    """Lower bounds of all candidates, and guesses at them, those that lie alike over tp on one
-    side."""
+    """Lower bounds of all candidates, and guesses at them, most of those that lie alike over tp on
+    one side."""
     meshes = [mesh for _, mesh in pair.own.candidates]
     halves = [half for half in _halves(meshes) if half]
     found: list[tuple[Ints, Ints]] = pair.both("bound", [
@@ -70,22 +69,28 @@ def bounds(pair: Pair[Side], below: Sequence[int] | None) -> tuple[list[int], li
 
 
 def _halves(meshes: Sequence[Mesh]) -> tuple[list[int], list[int]]:
-    """Places of meshes: what takes the longest goes where there is less. Few are all on one."""
+    """Places of meshes: what takes the longest goes where there is less, and of the shortest, which
+    is left to even that out, each chain by itself. Few are all on one."""
     if len(meshes) < APART:
         return [*range(len(meshes))], []
-    alike: dict[tuple[int, bool], list[int]] = {}
+    alike: dict[tuple[int, bool], dict[tuple[str, int, int], list[int]]] = {}
     for i, m in enumerate(meshes):
-        alike.setdefault((m.tp, m.sequence_parallel), []).append(i)
-    chains = Counter(
-        key[:2] for key in {(m.tp, m.sequence_parallel, m.cp_kind, m.ep, m.etp) for m in meshes}
-    )
-    work = {key: len(some) + CHAIN * chains[key] for key, some in alike.items()}
+        chains = alike.setdefault((m.tp, m.sequence_parallel), {})
+        chains.setdefault((m.cp_kind, m.ep, m.etp), []).append(i)
+
+    def work(chains: Iterable[Sequence[int]]) -> int:
+        return sum(CHAIN + len(chain) for chain in chains)
+
+    *longer, last = sorted(alike, key=lambda key: (-work(alike[key].values()), key))
+    parts = [[*alike[key].values()] for key in longer]
+    parts += [[chain] for _, chain in sorted(alike[last].items())]
     halves: tuple[list[int], list[int]] = [], []
     taken = [0, 0]
-    for key in sorted(alike, key=lambda key: (-work[key], key)):
+    for part in parts:
         to = taken.index(min(taken))
-        taken[to] += work[key]
-        halves[to].extend(alike[key])
+        taken[to] += work(part)
+        for chain in part:
+            halves[to].extend(chain)
     return sorted(halves[0]), sorted(halves[1])
 
 

@@ -3,15 +3,18 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_models import EXAMPLES
+from tiny_models import EXAMPLES, costs_of, graph_of
 
 import planner.search
+from planner import sides
 from planner.decisions import Pins
 from planner.objectives import run
 from planner.options import TraceOptions
+from planner.search import Searcher
 from planner.twin import Pair
 from planner.workload import Asked
 
@@ -103,3 +106,19 @@ def test_a_plan_is_the_same_on_one_process_and_on_two(args, workload, monkeypatc
         run(options).plan.save(str(tmp_path / "plan.json"))
         found.append((tmp_path / "plan.json").read_bytes())
     assert found[0] == found[1] and {*started} == {False, True}
+
+
+def test_two_sides_bound_half_each_as_one_does_all(monkeypatch):
+    graph = graph_of("moe", n_layers=8)
+    points = [(b, cp) for b in (1, 2, 4, 8) for cp in (1, 2, 4)]
+    searcher = Searcher(costs=costs_of(graph, "a100-40gbx16", points, global_batch=32, seq_len=512))
+    meshes = [m for m in searcher.meshes() if (m.micro_batch, m.cp) in points]
+    monkeypatch.setattr(sides, "APART", len(meshes))
+    halves = sides._halves(meshes)
+    assert sorted([*halves[0], *halves[1]]) == [*range(len(meshes))] and len(meshes) > 100
+    assert sides._halves(meshes) == halves and min(map(len, halves)) > 0.8 * max(map(len, halves))
+    whole = searcher.bounds(meshes)
+    for half in halves:
+        found = replace(searcher, costs=replace(searcher.costs)).bounds([meshes[i] for i in half])
+        assert found.lower_ps.tolist() == whole.lower_ps[half].tolist()
+        assert found.guess_ps.tolist() == whole.guess_ps[half].tolist()
