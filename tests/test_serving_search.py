@@ -199,6 +199,26 @@ def test_the_program_of_tiers_finds_the_best_of_all(
     assert objective(served, cluster, engine, made) == pytest.approx(best, rel=1e-4)
 
 
+def test_of_a_tier_that_is_pinned_only_its_ways_are_costed(monkeypatch):
+    """They are the same ways, and the plan is; without a tier none below is costed."""
+    monkeypatch.setattr(tiers, "STEPS", 2)
+    served, cluster, s = model(layers=24), load_hardware("a6000x1"), Serving()
+    engine, steps = load_serving_engine("native"), tiers.steps_of(s, LOAD)
+    alone = Costs(cluster=cluster, engine=engine, serving=s)
+    every = tiers.choices(alone, served, "mlp", steps, ("bf16", "int8"))
+    for only in ("", "cpu", "nvme"):
+        some = tiers.choices(alone, served, "mlp", steps, ("bf16", "int8"), only)
+        assert some == [c for c in every if c.held is None or c.held.tier == only]
+    costed = []
+    monkeypatch.setattr(
+        tiers, "below", lambda one, *rest: costed.append(one.serving.tiers) or below(one, *rest)
+    )
+    for pinned in ((), (("mlp", "nvme"),)):
+        made = tiers.best_tiers(served, cluster, engine, s, LOAD, pinned, {"mlp": ("int8",)})
+        assert {held.tier for held in made.tiers} == {tier for _, tier in pinned}
+        assert {held.tier for row in costed for held in row} == {tier for _, tier in pinned}
+
+
 def test_the_stream_of_a_long_cache_is_beside_that_of_weights(monkeypatch):
     """Against all combinations of formats and places, with 30,000 tokens on the host."""
     monkeypatch.setattr(tiers, "STEPS", 1)

@@ -58,10 +58,11 @@ class Choice:
 
 
 def choices(
-    costs: Costs, model: ServedModel, block: str, steps: tuple[Step, Step], words: tuple[str, ...]
+    costs: Costs, model: ServedModel, block: str, steps: tuple[Step, Step], words: tuple[str, ...],
+    only: str | None = None,
 ) -> list[Choice]:  # fmt: skip
     """Every way for a block in each of these formats; on the GPU first. What the cache streams is
-    not the block's."""
+    not the block's. only: of the tiers below, where not all are asked for; "" is none."""
     own, cluster = replace(costs.serving, kv_tier="gpu", tiers=()), costs.cluster
     found = []
     before_s, total = busy_s(replace(costs, serving=own), model, steps), layers_of(model, block)
@@ -79,7 +80,7 @@ def choices(
         found.append(Choice(word=word, held=None, below_bytes=0.0, freed_bytes=fewer,
                             ring_bytes=0.0, runs_s=more_s, waits_s=(0.0, 0.0),
                             streams_s=(0.0, 0.0)))  # fmt: skip
-        for tier in cluster.tiers:
+        for tier in (t for t in cluster.tiers if only in (None, t.name)):
             for place in _places(block, tier.name):
                 for resident in kept:
                     held = Held(block=block, tier=tier.name, place=place, resident=resident)
@@ -125,14 +126,19 @@ def best_tiers(
     memory = memory_of(model, cluster, engine, s, load)
     blocks = [b for b in model.block_elements() if b != "router"]
     words = {b: (formats or {}).get(b, (s.format_of(b),)) for b in blocks}
-    ways = {block: choices(costs, model, block, steps, words[block]) for block in blocks}
+    wanted = dict(pinned or ())
+    for block, word in wanted.items():
+        cluster.tier(word)
+        if block not in blocks:
+            raise UsageError(f"--fix offload={block}:{word}: {model.name} has no {block}",
+                             why=f"its blocks: {', '.join(blocks)}")  # fmt: skip
+    ways = {
+        block: choices(
+            costs, model, block, steps, words[block],
+            None if pinned is None else wanted.get(block, ""),
+        ) for block in blocks
+    }  # fmt: skip
     if pinned is not None:
-        wanted = dict(pinned)
-        for block, word in wanted.items():
-            cluster.tier(word)
-            if block not in blocks:
-                raise UsageError(f"--fix offload={block}:{word}: {model.name} has no {block}",
-                                 why=f"its blocks: {', '.join(blocks)}")  # fmt: skip
         ways = {b: [c for c in rows if (c.held.tier if c.held else None) == wanted.get(b)]
                 for b, rows in ways.items()}  # fmt: skip
     program = cp_model.CpModel()
