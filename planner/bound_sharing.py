@@ -89,9 +89,11 @@ def sizes_of(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharings:
     """The ways to share a mesh's state. ranks: [sharing, (dense, expert)] that share it, the most
-    first; of_way: which of these each way has."""
+    first; outer: of each, how much of dp lies outside the pipeline; of_way: which of these each way
+    has."""
 
     ranks: NDArray[np.int64]
+    outer: NDArray[np.int64]
     of_way: NDArray[np.int64]
 
     def nth(self, n: int) -> int:
@@ -101,9 +103,14 @@ class Sharings:
 
 def sharings(ways: Sequence[Decisions]) -> Sharings:
     """Where there is no way, as a pinned shard may leave none, one that nobody asks about."""
-    pairs = [(ranks_of(d, False).shard, ranks_of(d, True).shard) for d in ways] or [(1, 1)]
-    ordered = sorted(set(pairs), reverse=True)
-    return Sharings(ranks=np.array(ordered), of_way=np.array([ordered.index(p) for p in pairs]))
+    rows = [
+        (ranks_of(d, False).shard, ranks_of(d, True).shard, d.dp_outer) for d in ways
+    ] or [(1, 1, 1)]  # fmt: skip
+    ordered = sorted(set(rows), reverse=True)
+    found = np.array(ordered)
+    return Sharings(
+        ranks=found[:, :2], outer=found[:, 2], of_way=np.array([ordered.index(row) for row in rows])
+    )
 
 
 def in_table(rows: Sequence[NDArray[Number]]) -> NDArray[Number]:

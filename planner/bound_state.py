@@ -33,6 +33,7 @@ from cost_models.state import (
 )
 from cost_models.step import Assignments, Costs
 from cost_models.tiers import together
+from planner.bound_sends import Sending, Sends, axes_of
 from planner.bound_sharing import Shared, Sizes, in_table, sizes_of
 from planner.decisions import Pins
 from planner.legality import illegal
@@ -57,9 +58,9 @@ class Way:
 class _Stacked:
     """What meshes are, whatever the way: their axes as floats, and `Sizes` as arrays, [mesh, part,
     (dense, expert)]; traffic: by (bytes of a gradient, ZeRO, whether rows are shared whole), as
-    `States._traffic_of` has it; pieces: by the last two, as `States._pieces` has it. firsts: of
-    meshes that share their state alike, whatever the batch, the first; which: of each mesh, whose
-    place among these its like has."""
+    `States._traffic_of` has it; pieces: by the last two, as `States._pieces` has it; sends: by
+    ZeRO, as `States._sends_of` has it. firsts: of meshes that share their state alike, whatever the
+    batch, the first; which: of each mesh, whose place among these its like has."""
 
     meshes: Sequence[Mesh]
     firsts: Sequence[tuple[Mesh, Sizes]]
@@ -69,6 +70,7 @@ class _Stacked:
     learnt: Floats
     traffic: dict[tuple[int, int, bool], Floats]
     pieces: dict[tuple[int, bool], tuple[Floats, Floats]]
+    sends: dict[int, Sends]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +78,15 @@ class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
     of a step that all pp ranks together spend behind the last backward at least; seconds that
     a micro-batch's transfers take the whole chain, those of the host too, hidden or not; by
-    tier below, bytes that all pp ranks lay there at least, a GPU each; and the part of what would
-    lie below that there is room for."""
+    tier below, bytes that all pp ranks lay there at least, a GPU each; what sends
+    take; and the part of what would lie below that there is room for."""
 
     state_bytes: Floats
     gathered_bytes: Floats
     tail_s: Floats
     each_s: Floats
     laid_bytes: dict[str, Floats]
+    sends: Sends
     share: Floats | float = 1.0
 
 
@@ -92,10 +95,8 @@ class States:
 
     def __init__(self, costs: Costs, pins: Pins) -> None:
         self.costs, self.pins = costs, pins
-        self.sharings = Shared(costs, pins)
+        self.sharings, self.sending = Shared(costs, pins), Sending(costs, pins)
         self._sizes: dict[tuple[bytes, ...], Sizes] = {}
-        self._sends: dict[tuple[int, ...], float] = {}
-        self._sent: dict[tuple[int, int, int, bool], int] = {}
         self._last: _Stacked | None = None
         self._nth: int | None = None  # of a mesh's sharings
 
@@ -175,28 +176,19 @@ class States:
 
     def reserved(self, m: Mesh) -> float:
         """Bytes that a rank holds besides, with as few virtual stages as there may be."""
-        sent, engine = self.sent_bytes(m), self.costs.engine
-        return sum(size for _, size in reserved_of(self.costs.graph, _axes(m), engine, sent))
+        sent, engine = self.sending.bytes(m), self.costs.engine
+        return sum(size for _, size in reserved_of(self.costs.graph, axes_of(m), engine, sent))
 
-    def sent_bytes(self, m: Mesh) -> int:
-        """What a stage sends to the next, of a micro-batch."""
-        key = (m.tp, m.cp, m.micro_batch, m.sequence_parallel)
-        if m.pp > 1 and key not in self._sent:
-            self._sent[key] = sum(self.costs.boundary_bytes(_axes(m)))
-        return self._sent[key] if m.pp > 1 else 0
-
-    def send_s(self, m: Mesh) -> float:
-        """Seconds that that takes at least."""
-        if m.pp == 1:
-            return 0.0
-        sent = self.sent_bytes(m)
-        key = (m.pp, m.dp, m.cp * m.tp, m.ep * m.etp, sent)
-        if key not in self._sends:
-            self._sends[key] = min((
-                self.costs.send_s(replace(_axes(m), dp_outer=outer), sent)
-                for outer in outside(m, self.costs.cluster, self.pins.dp_outer)
-            ), default=0.0)  # fmt: skip
-        return self._sends[key]
+    def _sends_of(self, stacked: _Stacked, zero: int) -> Sends:
+        """Of the sharing that is asked about, if one is."""
+        key = min(zero, 1)
+        if key not in stacked.sends:
+            outers: list[int | None] = [None] * len(stacked.meshes)
+            if self._nth is not None:
+                rows = [self.sharings.of(m, key) for m in stacked.meshes]
+                outers = [int(row.outer[row.nth(self._nth)]) for row in rows]
+            stacked.sends[key] = self.sending.of(stacked.meshes, outers)
+        return stacked.sends[key]
 
     def room_bytes(self, meshes: Sequence[Mesh], name: str) -> tuple[Floats, Floats]:
         """Of each mesh, what a GPU may lay on a tier in the mean, and whatever others lay there."""
@@ -250,6 +242,7 @@ class States:
         return Held(
             state_bytes=state, gathered_bytes=gathered, laid_bytes=self._laid(way, shard, updated),
             tail_s=tail + updated[:, 0] * self._update_s(some, way), each_s=each,
+            sends=self._sends_of(stacked, way.zero),
         )  # fmt: skip
 
     def _laid(self, way: Way, shard: Floats, updated: Floats) -> dict[str, Floats]:
@@ -276,7 +269,7 @@ class States:
                 firsts.setdefault(key, (m, one))
             places = {key: i for i, key in enumerate(firsts)}
             self._last = _Stacked(
-                meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={}, pieces={},
+                meshes=meshes, axes=np.array(axes, dtype=float).T, traffic={}, pieces={}, sends={},
                 firsts=tuple(firsts.values()), which=np.array([places[key] for key in keys]),
                 held=np.stack([s.held for s in sizes]), learnt=np.stack([s.learnt for s in sizes]),
             )  # fmt: skip
@@ -382,10 +375,3 @@ class States:
         state = replace(state_of((), d, costs.workload, engine), updated=MANY)
         below = update_s(costs.cluster, engine, costs.workload, d, state) / MANY
         return below if d.below is None else min(below, self._update_s(d.with_state(False), way))
-
-
-def _axes(m: Mesh) -> Decisions:
-    return Decisions(
-        pp=m.pp, dp=m.dp, cp=m.cp, tp=m.tp, ep=m.ep, etp=m.etp, micro_batch=m.micro_batch,
-        microbatches=m.microbatches, sequence_parallel=m.sequence_parallel,
-    )  # fmt: skip

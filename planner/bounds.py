@@ -41,6 +41,7 @@ from planner.bound_ranks import (
     ranks_s,
     with_piece,
 )
+from planner.bound_sends import Sends
 from planner.bound_sharing import Sizes
 from planner.bound_state import Held, States, Way
 from planner.decisions import Pins
@@ -105,9 +106,9 @@ def mesh_bounds_ps(
     table, states = _Table(costs, candidates), states or States(costs, pins or Pins())
     table.schedules = frozenset(schedules)
     table.by_layer = states.by_layer
-    table.reserved, table.sent, table.send_s = (
+    table.reserved, table.sent = (
         np.array([of(m) for m in candidates], dtype=float)
-        for of in (states.reserved, states.sent_bytes, states.send_s)
+        for of in (states.reserved, states.sending.bytes)
     )
     table.most_virtual = max(most_virtual, states.pins.virtual_stages or 1)
     table.apart = apart and "interleaved" in table.schedules
@@ -154,8 +155,8 @@ class _Table:
         self.layers = len(costs.chain.layers)
         self.schedules: frozenset[str] = frozenset()  # that may run, and the most chunks a rank
         self.most_virtual = 1
-        # of each mesh: bytes beside all else, of a micro-batch's send, and what that takes
-        self.reserved, self.sent, self.send_s = (np.zeros(len(candidates)) for _ in range(3))
+        # of each mesh: bytes beside all else, and of a micro-batch's send
+        self.reserved, self.sent = (np.zeros(len(candidates)) for _ in range(2))
         self.apart = False  # whether each number of chunks is bounded by itself
         self.by_layer = False  # whether the optimizer of some layers may lie below
 
@@ -344,9 +345,9 @@ class _Table:
         chunks = v or 1 + (kind == "folded")
         if self.costs.engine.receives_apart:
             room = room - 2 * m * (chunks - 1) * self.sent[mine]
-        own = 2 * self._own_sends(kind, v) * self.send_s[mine]  # of a micro-batch, of each rank
+        own = 2 * self._own_sends(kind, v) * held.sends.each_s  # of a micro-batch, of each rank
         step = step + pp * own
-        quickest, way_s = self.get(mine, "quickest_s"), self._way_s(mine, split)
+        quickest, way_s = self.get(mine, "quickest_s"), self._way_s(mine, split, held.sends)
         each_way = way_s.cumsum(axis=1)[np.arange(len(mine)), pp - 1]  # of all ranks
         if self._elsewhere(way):
             again = np.zeros(len(mine))
@@ -386,11 +387,13 @@ class _Table:
                 )))  # fmt: skip
         least = (m * (step + again) + each_way) / pp
         fullest = -(-self.layers // pp)  # layers of the rank that has the most
-        least = np.maximum(least, m * (fullest * quickest + own))
+        least = np.maximum(least, m * np.maximum(fullest * quickest + own, held.sends.busy_s))
         if not split:  # a micro-batch goes there and back
             hidden = 1 - self.costs.engine.p2p_exposed_interleaved if v else 0  # sends, but awaited
             least = np.maximum(
-                least, step + again + 2 * hidden * self.send_s[mine] * (pp * chunks - 1)
+                least,
+                step + again + 2 * hidden * held.sends.each_s * (pp * chunks - 1)
+                + 2 * held.sends.chain_slower_s(chunks, kind == "folded"),
             )
             most_v = v or self.most_virtual
             least = np.maximum(
@@ -423,11 +426,11 @@ class _Table:
             return single
         return min(single, 2 * several) if self._merged & {"1f1b", "gpipe"} else 2 * several
 
-    def _way_s(self, mine: Ints, split: bool) -> Floats:
+    def _way_s(self, mine: Ints, split: bool, by_mesh: Sends) -> Floats:
         """[mesh, rank]: from the first rank there and home, through as many of the first layers,
         and sent on from as many ranks."""
         ranks = int(self.pp[mine].max())
-        sends: Floats = self.send_s[mine][:, None] * np.arange(ranks)
+        sends = by_mesh.before(ranks)
         if split:
             return self.get(mine, "forward_s")[:, None] * np.arange(ranks) + sends
         chain, rows = self.costs.chain, [np.zeros(len(mine))]

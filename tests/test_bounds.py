@@ -12,6 +12,7 @@ from tiny_models import costs_of, graph_of, with_memory
 
 from cost_models.decisions import Decisions
 from cost_models.hardware import load_hardware
+from cost_models.levels import Level
 from cost_models.schedule import schedule_illegal, simulate
 from cost_models.state import ranks_of
 from ir.capture import hf_cut
@@ -32,6 +33,7 @@ from planner.decisions import Pins
 from planner.mesh import meshes
 from planner.options import TraceOptions
 from planner.search import Searcher
+from planner.stages import solve
 from planner.workload import Asked
 
 ROUNDING = 1 + 1e-9
@@ -216,6 +218,34 @@ def test_sends_take_of_every_ranks_time():
         more = sent * (1 / 1e8 - 1 / 1e9) / inter.efficiency
         slower = found[1e8][1][i] - found[1e9][1][i]
         assert slower >= 0.999 * m.microbatches * 2 * share * more
+
+
+def test_bounds_know_which_sends_cross_the_slow_level():
+    """Two units of four GPUs far from each other: a pipeline sends over what joins them, or the
+    data ranks reduce over it. No bound of a mesh is above the best of all its ways, those that ask
+    of each sharing by itself are near, and far above what the nearest sends alone would take."""
+    inner = Level(name="rail", kind="tree", ranks=4, bytes_per_s=1e10, efficiency=0.9,
+                  latency_s=1e-5)  # fmt: skip
+    far = replace(inner, name="wan", kind="wan", ranks=0, bytes_per_s=2e7, latency_s=6e-4)
+    cluster = replace(load_hardware("h100x8"), domain_size=2, levels=(inner, far))
+    costs = costs_of(graph_of("llama", n_layers="4"), cluster, global_batch=4, seq_len=512)
+    searcher = Searcher(costs=costs)
+    some = [m for m in meshes(costs.chain, cluster, costs.workload, Pins(micro_batch=1))
+            if m.pp > 1 and m.cp == 1]  # fmt: skip
+    costs.points = tuple(dict.fromkeys((m.micro_batch, m.cp) for m in some))
+    both = [searcher._bounds(some, None, apart=apart).lower_ps for apart in (False, True)]
+    near = []
+    for m, once, apart in zip(some, *both):
+        laid, best = searcher.assign(m.tp, m.sequence_parallel), None
+        for d in searcher.variants(m):
+            step = costs.step(d, laid)
+            for one in searcher.schedules(d):
+                found = solve(searcher.problem(step, one), incumbent_ps=best)
+                best = found.step_ps if found.stages else best
+        assert once <= apart <= best
+        near.append((apart / best, once / best))
+    apart, once = np.mean(near, axis=0)
+    assert apart > 0.6 and apart > 2 * once
 
 
 def test_what_is_never_computed_again_is_no_relief():
