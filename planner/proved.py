@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from cost_models.chain import chain_of
@@ -27,7 +28,8 @@ def gain_words(s: Solver) -> str:
     """What a search that ended before it had proved its plan left open. Its gap is of the order of
     plans, in which an axis must earn something: a plan with one more may be quicker by that too."""
     of = f" of {s.objective}" if s.objective != "time" else ""
-    return f"at most {s.gap_ppm / 1e4:.2f}%{of} can be gained{an_axis(s, ', beyond')}"
+    percent = max(math.ceil(s.gap_ppm / 100), 1) / 100  # what is open is not said to be nothing
+    return f"at most {percent:.2f}%{of} can be gained{an_axis(s, ', beyond')}"
 
 
 def pins_said(pins: Pins) -> tuple[str, ...]:

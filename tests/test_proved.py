@@ -76,6 +76,8 @@ def test_what_an_axis_had_to_earn_is_the_plan_s_own():
     assert gain_words(replace(half, gap_ppm=2_700)).endswith("beyond 0.5% an axis")
     free = replace(half, gap_ppm=2_700, axis_gain_ppm=0)
     assert gain_words(free) == "at most 0.27% can be gained"
+    for gap_ppm, said in ((2, "0.01%"), (2_701, "0.28%"), (0, "0.01%")):  # it is not proved
+        assert gain_words(replace(free, gap_ppm=gap_ppm)) == f"at most {said} can be gained"
     one = small()
     said = shown(replace(one.plan, solver=half), one.estimate)
     assert "is better by 0.5% an axis" in " ".join(said.split())
