@@ -255,12 +255,12 @@ class Expander(Space):
         elif found.status == "OPTIMAL" or (found.status == "INFEASIBLE" and refutes(problem)):
             open_parts = []
         best = self._below(out.best, d) if over is not None and out.best else best
-        for part, left in open_parts:
+        for n, (part, left) in enumerate(open_parts):  # each was solved: no two have one order
             proved = _proved(part, left)
             if best is None or proved < best:
                 unsettled.append(Unsettled(
-                    bound=self._score(proved, d), bound_ps=proved, order=out.solved, decisions=d,
-                    assignments=laid, problem=part, stages=left.stages,
+                    bound=self._score(proved, d), bound_ps=proved, order=out.solved - n,
+                    decisions=d, assignments=laid, problem=part, stages=left.stages,
                 ))  # fmt: skip
         return over is None
 
