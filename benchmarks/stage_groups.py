@@ -23,11 +23,12 @@ from cost_models.estimate import whole_step_ps  # noqa: E402
 from cost_models.fleet import Fleet, load_any  # noqa: E402
 from cost_models.hardware import load_hardware  # noqa: E402
 from ir.errors import PlanError  # noqa: E402
+from planner.capturing import Clock, capture  # noqa: E402
 from planner.fleet_search import FleetSearch, searchers  # noqa: E402
 from planner.fleet_space import FleetSearcher  # noqa: E402
 from planner.limits import parse_share  # noqa: E402
 from planner.options import TraceOptions  # noqa: E402
-from planner.tracing import Clock, attempt, capture  # noqa: E402
+from planner.tracing import attempt  # noqa: E402
 from planner.workload import Asked, resolve  # noqa: E402
 
 if TYPE_CHECKING:

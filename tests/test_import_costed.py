@@ -13,7 +13,7 @@ from planner.importing import facts
 
 
 def every_model_is_llama(monkeypatch):
-    for module in ("objectives", "tracing"):  # the former imports the latter's
+    for module in ("objectives", "capturing"):  # the former imports the latter's
         monkeypatch.setattr(f"planner.{module}.capture", lambda *_: graph_of("llama"))
 
 

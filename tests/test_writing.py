@@ -42,7 +42,8 @@ def inputs(tmp_path):
 def test_a_plan_is_not_written_over_what_is_none(plan, tmp_path, inputs, monkeypatch, task, target):
     """Refused before the model is so much as read; every file stays as it was. A name that the
     system does not take is a fault of input."""
-    monkeypatch.setattr("planner.tracing.capture", None)
+    for name in ("objectives.capture", "capturing.capture", "capturing.begun"):
+        monkeypatch.setattr(f"planner.{name}", None)
     command = {"train": ("trace", "config.json"), "serve": ("trace", "model.py", "--task", "serve"),
                "import": ("import", "mega.sh", "--from", "megatron", "--model", "model.py")}
     code, out, err = plan(*command[task], "--hardware", "h100x8", "-o", target)
