@@ -78,8 +78,8 @@ class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
     of a step that all pp ranks together spend behind the last backward at least; seconds that
     a micro-batch's transfers take the whole chain, those of the host too, hidden or not; by
-    tier below, bytes that all pp ranks lay there at least, a GPU each; what sends
-    take; and the part of what would lie below that there is room for."""
+    tier below, bytes that all pp ranks lay there at least, a GPU each; what sends take; and the
+    part of what would lie below that there is room for."""
 
     state_bytes: Floats
     gathered_bytes: Floats

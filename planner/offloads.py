@@ -38,15 +38,14 @@ def offloads(pins: Pins, *clusters: Cluster) -> tuple[Offload, ...]:
 def counts_layers(pins: Pins, cluster: Cluster, engine: str) -> bool:
     """Whether activations are searched to lie on the host by count of layers: where the pins leave
     that open, as our own runtime does it. A pin that no layer is computed again leaves it open."""
-    host = any(t.name == "cpu" for t in cluster.tiers)
     again = pins.recompute is not None and any((*pins.recompute.full, *pins.recompute.selective))
-    return pins.offload is None and not again and host and engine in NATIVE
+    return not again and counts_state(pins, cluster, engine)
 
 
 def counts_state(pins: Pins, cluster: Cluster, engine: str) -> bool:
     """Whether the optimizer is searched to lie on the host by count of layers: without a pipeline,
     where the pins leave that open, as our own runtime does it."""
-    host = any(t.name == "cpu" for t in cluster.tiers)
+    host = any(t.name == HOST for t in cluster.tiers)
     return pins.offload is None and host and engine in NATIVE
 
 
