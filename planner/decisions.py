@@ -220,8 +220,16 @@ def _tp_by_part(text: str, value: str) -> tuple[tuple[str, int], ...]:
 
 def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
     """Pairs (what, tier) in the vocabulary's order; of activations and of the optimizer with layers
-    a stage, one count for all or one each: `activations:cpu:4/3`. Parameters are updated where they
-    lie, so the optimizer goes with them."""
+    a stage, one count for all or one each: `activations:cpu:4/3`. Parameters that lie below are
+    updated there, so the optimizer does too: in the host's memory, where nothing is said of it."""
+    found = dict(read_offload(text, value))
+    if "params" in found:
+        found.setdefault("optimizer", "cpu")
+    return tuple((what, found[what]) for what in OFFLOADED if what in found)
+
+
+def read_offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
+    """The same as it is written, with nothing that goes with it."""
     found: dict[str, str] = {}
     for what, tier in (item.partition(":")[::2] for item in value.split(",") if item != "none"):
         counted = what in COUNTED and COUNTED_TIER.fullmatch(tier)
@@ -232,8 +240,6 @@ def _offload(text: str, value: str) -> tuple[tuple[str, str], ...]:
             _refuse(text, "optimizer:TIER, params:TIER, activations:TIER, optimizer:TIER:12 or"
                           " activations:TIER:12 (layers per stage), or none")  # fmt: skip
         found[what] = tier
-    if "params" in found:
-        found.setdefault("optimizer", "cpu")
     return tuple((what, found[what]) for what in OFFLOADED if what in found)
 
 
@@ -299,7 +305,8 @@ VOCABULARY = (
         meaning="operations whose results are kept where layers are computed again in part"),
     Key(name="offload", words="optimizer:cpu optimizer:nvme params:cpu activations:cpu none",
         parse=_offload,
-        meaning="what lies on which of the hardware's tiers; params needs zero=3;"
+        meaning="what lies on which of the hardware's tiers; params needs zero=3"
+                " and has optimizer:cpu beside it unless that is said;"
                 " activations:cpu:12 or optimizer:TIER:12 is of 12 layers a stage"),
     Key(name="formats", words="layers:fp8 attention:fp8,mlp:fp8 experts:fp8 none", parse=_formats,
         meaning="of layers' matmuls by group, where not the precision",

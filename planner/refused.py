@@ -14,7 +14,7 @@ from cost_models.shares import SharedCosts
 from cost_models.stage_problem import Pair
 from ir.errors import UsageError
 from ir.graph import Graph
-from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins
+from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins, read_offload
 from planner.fleet_space import FleetSearcher
 from planner.formats import settled
 from planner.keep_checks import pinned_keep
@@ -175,11 +175,18 @@ def parse_refused(texts: Sequence[str]) -> Refused:
             what, why = (t.replace("--fix", "--not") for t in (fault.what, fault.why))
             hints = tuple(h.replace("--fix", "--not") for h in fault.hints)
             raise UsageError(what, why=why, hints=hints) from None
-        found += [(k, _kinds(v) if k == "recompute" else v) for k, v in pins.items()]
+        found += [(k, _refused_value(k, v, text)) for k, v in pins.items()]
     levels = {name for key, value in found if key == "recompute" for name in value}
     if len(levels) == 3:
         raise UsageError("--not recompute: every kind is refused")
     return tuple(dict.fromkeys(found))
+
+
+def _refused_value(key: str, pinned: Any, text: str) -> Any:
+    """What is refused, where as a pin it says more: of an offload what is written and no more."""
+    if key == "offload":
+        return read_offload(text, text.partition("=")[2])
+    return _kinds(pinned) if key == "recompute" else pinned
 
 
 def require_held(refused: Refused, d: Decisions, graph: Graph, workload: Workload) -> None:

@@ -16,7 +16,7 @@ from planner import load
 from planner.check import Checked, examine
 from planner.decisions import Pins
 from planner.plan import Solver, make_plan
-from planner.refused import lacks, parse_refused, refused_words
+from planner.refused import lacks, parse_refused, refused_words, require_held
 from planner.score import score_of
 from planner.why import LEAST_GAIN, MOST_MEMORY, Alternative, Binding, Why
 from planner.why_layer import layers
@@ -197,8 +197,21 @@ def test_what_cannot_be_refused(texts, words):
 
 
 def test_words_read_back():
-    for texts in (["tp=8"], ["offload=optimizer:cpu"], ["reshard=on"], ["recompute=full"]):
+    for texts in (
+        ["tp=8"], ["offload=optimizer:cpu"], ["reshard=on"], ["recompute=full"],
+        ["offload=params:nvme"], ["offload=none"],
+    ):  # fmt: skip
         assert refused_words(parse_refused(texts)) == texts[0]
+
+
+def test_of_an_offload_what_is_written_is_refused(tmp_path):
+    """A pin of parameters has the optimizer beside them; their refusal speaks of them alone."""
+    plan = best_of("offload", tmp_path)[1].plan
+    refused = parse_refused(["offload=params:nvme"])
+    below = replace(plan.decisions, offload=(("optimizer", "nvme"), ("params", "nvme")))
+    require_held(refused, below, plan.graph, plan.workload)
+    assert not lacks(below, refused, plan.graph, plan.workload)
+    assert lacks(below.on("cpu", "params"), refused, plan.graph, plan.workload)
 
 
 def test_the_command(plan, tmp_path):
