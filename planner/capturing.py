@@ -23,7 +23,7 @@ from ir.errors import PlanError
 from ir.graph import Graph
 from planner.options import Progress, Timing, TraceOptions
 from planner.plan import write_whole
-from planner.twin import Later, forks
+from planner.twin import Later, beside, forks
 from planner.workload import precision_of
 
 SOLVERS = "ortools.linear_solver.pywraplp", "ortools.math_opt.python.mathopt"
@@ -195,7 +195,9 @@ def _traced(options: TraceOptions, precision: str) -> Traced:
         source = load_model(options.model, dict(options.args))
         if first:  # what is loaded by now stays, and is not walked through again
             gc.freeze()
-        graph = capture_graph(source, precision=precision, fold=options.fold)
+        graph = capture_graph(
+            source, precision=precision, fold=options.fold, beside=beside
+        )
     return Traced(text=format_graph(graph), import_s=import_s)
 
 

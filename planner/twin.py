@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NoReturn, TypeVar
@@ -152,6 +153,18 @@ class Later(Generic[A]):
         os.waitpid(self._pid, 0)
 
 
+@contextmanager
+def beside(work: Callable[[], A]) -> Iterator[Callable[[], A | None]]:
+    """Begin to work in a second process if there may be one, which is ended at the end; its answer,
+    or None where it has none."""
+    later = Later(work) if forks() and threading.active_count() == 1 else None
+    try:
+        yield later.answer if later is not None else lambda: None
+    finally:
+        if later is not None:
+            later.end()
+
+
 def _tell(
     asked: Callable[[], A], here: Connection, there: Connection, parent: int
 ) -> NoReturn:
@@ -172,4 +185,4 @@ def _tell(
         os._exit(0)
 
 
-__all__ = ["Later", "Pair", "forks"]
+__all__ = ["Later", "Pair", "beside", "forks"]

@@ -1,4 +1,4 @@
-"""A model traced in a second process: the same graph and faults, and no process left."""
+"""A model traced in other processes: the same graph and faults, and no process left."""
 
 import os
 import signal
@@ -150,6 +150,29 @@ def test_the_graph_is_that_traced_here(tmp_path, cold, capfd):
     anew = TraceOptions(model=options.model, hardware="h100x8", cache=False)
     assert format_graph(capture(anew, hardware)) == format_graph(graph)
     assert cold()
+
+
+def test_each_of_the_two_sizes_is_traced_in_a_process(tmp_path, cold, monkeypatch):
+    note = tmp_path / "pids"
+    noted = f"open({str(note)!r}, 'a').write(f'{{os.getpid()}} {{x.shape[0]}}\\n')"
+    options = asked(tmp_path, MODEL.replace("return x\n", f"{noted}\n        return x\n"))
+    graph = capture(options, load_any("h100x8"))
+    rows = [row.split() for row in note.read_text().splitlines()]
+    assert {*(size for pid, size in rows if pid == str(os.getpid()))} == {"2"}
+    there = {pid for pid, size in rows if size == "3"}
+    assert len(there) == 1 and ended(int(*there))
+    note.unlink()
+    monkeypatch.setattr("planner.twin.forks", lambda: False)
+    anew = TraceOptions(model=options.model, cache=False)
+    assert format_graph(capture(anew, load_any("h100x8"))) == format_graph(graph)
+    assert {row.split()[0] for row in note.read_text().splitlines()} == {str(os.getpid())}
+
+
+def test_what_is_told_of_the_second_size_alone_is_a_fault(tmp_path, cold):
+    large = "assert len(x) < 3, 'too many'\n        return x\n"
+    options = asked(tmp_path, MODEL.replace("return x\n", large))
+    with pytest.raises(PlanError, match="too many"):
+        capture(options, load_any("h100x8"))
 
 
 def test_a_fault_there_is_the_same_here(tmp_path, cold):

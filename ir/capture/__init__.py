@@ -12,17 +12,21 @@ from ir.errors import PlanError
 from ir.graph import Graph
 
 if TYPE_CHECKING:
+    from ir.capture.export import Beside
     from ir.capture.load import Source
 
 
-def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True) -> Graph:
+def capture_graph(
+    source: Source, *, precision: str = "bf16", fold: bool = True, beside: Beside | None = None
+) -> Graph:
     """Trace, fold and lower a loaded model's training step.
 
     precision: the floating point type of parameters and inputs while tracing (fp8 traces as
     bf16). fold=False traces every layer: slower, and the proof that folding changed nothing.
+    beside: as `trace` takes it.
     """
     from ir.backward import with_saved
-    from ir.capture.export import sizes_for, trace
+    from ir.capture.export import nowhere, sizes_for, trace
     from ir.capture.lower import lower
     from ir.capture.routes import mark_routes
     from ir.join import join_tails
@@ -39,6 +43,7 @@ def capture_graph(source: Source, *, precision: str = "bf16", fold: bool = True)
         found = trace(
             source.model, source.inputs, source.targets, source.loss, sizes,
             precision=precision, fold=fold, where=source.name,
+            beside=beside or nowhere,
         )  # fmt: skip
     graph = lower(found, source.model, source.name)
     for step in (mark_routes, join_tails, with_saved):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import sys
 import traceback
@@ -22,8 +23,9 @@ from torch import nn
 from torch._export.utils import _compiling_state_context
 
 from ir.capture.experts import experts_in_groups, find_routed
-from ir.capture.fold import Folding, classes_of, folded
+from ir.capture.fold import Classes, Folding, classes_of, folded
 from ir.capture.leaf import leaves_as_one
+from ir.capture.sized import Sized, sized
 from ir.errors import PlanError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -35,13 +37,17 @@ _READS_VALUES = (  # what torch says where a forward reads values, or makes shap
 PREFIX = "model."  # the user's model inside the traced step
 
 Size = tuple[int, int]  # batch, sequence
+Traced = tuple[tuple[Sized, ...], set[str]]  # a program, and the classes that branch on their index
+# Begins to work in another process, if it can; tells the answer, or None where there is none.
+Beside = Callable[[Callable[[], Traced]], contextlib.AbstractContextManager[Callable[[], Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A pair of torch programs of one model at two sizes, and what folding found."""
+    """A torch program of a model, what is read of the same at another size, and what folding
+    found."""
 
-    programs: tuple[Any, Any]
+    programs: tuple[Any, tuple[Sized, ...]]
     sizes: tuple[Size, Size]
     folding: Folding
 
@@ -120,6 +126,12 @@ def sizes_for(max_seq_len: int | None, seq_in_input: bool) -> tuple[Size, Size]:
     return (2, top // 2), (3, top)
 
 
+@contextlib.contextmanager
+def nowhere(work: Callable[[], Traced]) -> Iterator[Callable[[], None]]:
+    """No process beside this one."""
+    yield lambda: None
+
+
 def trace(
     model: nn.Module,
     inputs: Callable[[int, int], Any],
@@ -130,17 +142,21 @@ def trace(
     precision: str,
     fold: bool,
     where: str,
+    beside: Beside = nowhere,
 ) -> Trace:
-    """Export the training step at both sizes, folded; a class that branches on its own index is
-    split and the step traced again. Raises PlanError that says where tracing stopped."""
+    """Export the training step at both sizes, folded, at the second `beside` the first; a class
+    that branches on its own index is split and the step traced again. Raises PlanError that says
+    where tracing stopped."""
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    importlib.import_module("torch.export._trace")  # what exporting loads: once, not on two sides
     tied = ties(model)
     cast_floats(model, DTYPES[precision])
     _tie_again(model, tied)
     model.train()
     traced = partial(
-        _trace, model, inputs, targets, loss, sizes, dtype=DTYPES[precision], fold=fold, where=where
-    )
+        _trace, model, inputs, targets, loss, sizes, dtype=DTYPES[precision], fold=fold,
+        where=where, beside=beside,
+    )  # fmt: skip
 
     def once() -> Trace:
         try:
@@ -171,23 +187,36 @@ def _trace(
     fold: bool,
     hollow: bool,
     where: str,
+    beside: Beside,
 ) -> Trace:
+    def at(size: Size, classes: Classes) -> tuple[Any, Folding]:
+        with leaves_as_one(model), folded(classes, fold=fold, hollow=hollow) as folding:
+            args, kwargs = _arguments(inputs, size, dtype)
+            given = [targets(*size)] if targets else []
+            step, wanted = _step(model, loss, args, kwargs, given, where)
+            folding.outputs.clear()  # the trace must see each class anew
+            folding.recorded = True
+            return _export(step, (args, kwargs, _meta(wanted)), where), folding
+
+    def second(classes: Classes) -> Traced:
+        program, folding = at(sizes[1], classes)
+        return sized(program.graph_module), folding.touched
+
+    def apart(classes: Classes) -> Traced:
+        torch.set_num_threads(1)  # threads of this process do not outlive its fork
+        return second(classes)
+
     split: set[str] = set()
     while True:
-        programs, classes = [], classes_of(model, split)
-        for size in sizes:
-            with leaves_as_one(model), folded(classes, fold=fold, hollow=hollow) as folding:
-                args, kwargs = _arguments(inputs, size, dtype)
-                given = [targets(*size)] if targets else []
-                step, wanted = _step(model, loss, args, kwargs, given, where)
-                folding.outputs.clear()  # the trace must see each class anew
-                folding.recorded = True
-                programs.append(_export(step, (args, kwargs, _meta(wanted)), where))
-            if folding.touched - split:
-                break
-        else:
-            return Trace(programs=(programs[0], programs[1]), sizes=sizes, folding=folding)
-        split |= folding.touched
+        classes = classes_of(model, split)
+        with beside(partial(apart, classes)) as answer:
+            first, folding = at(sizes[0], classes)
+            touched = folding.touched
+            if touched <= split:
+                other, touched = answer() or second(classes)
+        if touched <= split:
+            return Trace(programs=(first, other), sizes=sizes, folding=folding)
+        split |= touched
 
 
 def _arguments(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from ir.capture.leaf import MARK, costs
+from ir.capture.sized import Sized
 from ir.capture.sizes import recover
 from ir.graph import Tensor, dim
 
@@ -16,17 +17,14 @@ if TYPE_CHECKING:
     from ir.capture.lower import Lowering
 
 
-def declared_leaf(low: Lowering, a: fx.Node, b: fx.Node) -> None:
+def declared_leaf(low: Lowering, a: fx.Node, b: Sized) -> None:
     """One node with the declared costs; what it keeps is an output of its own."""
     xs: Any = a.args[0]
-    others: Any = b.args[0]
     path, count = str(a.args[2]), int(a.args[3])  # type: ignore[arg-type]
     where = low.source_of(a)
-    outs = [low.tensor(x, y, where) for x, y in zip(a.meta["val"], b.meta["val"])]
-    shapes = tuple(
-        [tuple(int(d) for d in x.meta["val"].shape) for x in nodes[:count]]
-        for nodes in (xs, others)
-    )
+    outs = [low.tensor(x, y, where) for x, y in zip(a.meta["val"], b.value)]
+    given = [[x.meta["val"].shape for x in xs[:count]], [x.shape for x in b.operands[:count]]]
+    shapes = tuple([tuple(int(d) for d in shape) for shape in some] for some in given)
     declared = getattr(type(low.model.get_submodule(path)), MARK)
     attrs, kept = costs(
         declared, path, shapes, lambda x, y: recover(x, y, low.sizes, where), outs, low.sizes
@@ -37,19 +35,19 @@ def declared_leaf(low: Lowering, a: fx.Node, b: fx.Node) -> None:
     low.env[a] = (low.body, list(low.body.nodes[-1].refs()[: len(outs)]))
 
 
-def expert_linear(low: Lowering, a: fx.Node, b: fx.Node) -> None:
+def expert_linear(low: Lowering, a: fx.Node, b: Sized) -> None:
     """One linear of every expert: a grouped matmul over weights that stay where they are."""
     rows, names, offsets = _operands(low, a)
     n, k = low.body.values[names[0]].shape
     held = low.body.values[names[0]].dtype
     stacked = Tensor(shape=(dim(len(names)), k, n), dtype=held)
     pointer = low.put(a, "stack_view", names, (stacked,), {})
-    out = low.tensor(a.meta["val"], b.meta["val"], low.source_of(a))
+    out = low.tensor(a.meta["val"], b.value, low.source_of(a))
     low.put(a, "grouped_matmul", (rows, pointer, offsets), (out,), {})
     low.env[a] = (low.body, low.body.nodes[-1].name)
 
 
-def expert_bias(low: Lowering, a: fx.Node, b: fx.Node) -> None:
+def expert_bias(low: Lowering, a: fx.Node, b: Sized) -> None:
     """The biases of that linear."""
     rows, names, offsets = _operands(low, a)
     one = low.body.values[names[0]]
@@ -67,6 +65,6 @@ def _operands(low: Lowering, a: fx.Node) -> tuple[str, tuple[str, ...], str]:
     return str(low.value(rows)), names, str(low.value(offsets))  # type: ignore[arg-type]
 
 
-LEAVES: Mapping[str, Callable[[Lowering, fx.Node, fx.Node], None]] = MappingProxyType(
+LEAVES: Mapping[str, Callable[[Lowering, fx.Node, Sized], None]] = MappingProxyType(
     {"run": declared_leaf, "expert_linear": expert_linear, "expert_bias": expert_bias}
 )

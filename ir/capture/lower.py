@@ -24,6 +24,7 @@ from ir.capture.body import DTYPES, Body, Known
 from ir.capture.export import PREFIX, Trace, ties
 from ir.capture.leaves import LEAVES
 from ir.capture.markers import MARKERS
+from ir.capture.sized import Shape, Sized
 from ir.capture.sizes import recover
 from ir.capture.special import SPECIAL
 from ir.capture.table import FORGOTTEN, SAME_VALUE, TABLE
@@ -59,18 +60,18 @@ class Lowering:
         self.no_grad = 0
         first, second = trace.programs
         self._placeholders(first, second)
-        self._walk(first.graph_module, second.graph_module, {})
+        self._walk(first.graph_module, second, {})
 
     # --- tensors and names -------------------------------------------------------------------
 
-    def tensor(self, a: torch.Tensor, b: torch.Tensor, where: str) -> Tensor:
+    def tensor(self, a: torch.Tensor, b: Shape, where: str) -> Tensor:
         """Shape in batch and sequence, from the values at both sizes."""
         if any(not isinstance(d, int) for d in (*a.shape, *b.shape)):
             raise PlanError(
                 "a size depends on data", where=where, why=f"shape {tuple(a.shape)}",
                 hints=("declare the module a leaf: ir.leaf(Class, flop=..., output=...)",),
             )  # fmt: skip
-        shape = tuple(recover(x, y, self.sizes, where) for x, y in zip(a.shape, b.shape))
+        shape = tuple(recover(x, int(y), self.sizes, where) for x, y in zip(a.shape, b.shape))
         if a.dtype not in DTYPES:
             raise PlanError(f"tensors of {a.dtype} are not known", where=where)
         return Tensor(shape=shape, dtype=DTYPES[a.dtype])
@@ -99,13 +100,13 @@ class Lowering:
 
     # --- placeholders ------------------------------------------------------------------------
 
-    def _placeholders(self, first: Any, second: Any) -> None:
+    def _placeholders(self, first: Any, second: tuple[Sized, ...]) -> None:
         sig = first.graph_signature
         owned = {**sig.inputs_to_parameters, **sig.inputs_to_buffers}
         constants = getattr(sig, "inputs_to_lifted_tensor_constants", {})
         pairs = zip(
             (n for n in first.graph.nodes if n.op == "placeholder"),
-            (n for n in second.graph.nodes if n.op == "placeholder"),
+            (n for n in second if n.op == "placeholder"),
         )
         for a, b in pairs:
             value = a.meta.get("val")
@@ -114,9 +115,9 @@ class Lowering:
             elif a.name in owned:
                 self.env[a] = (None, ("parameter", owned[a.name].removeprefix(PREFIX)))
             elif a.name in constants:
-                self.env[a] = (None, self.tensor(value, b.meta["val"], a.name))
+                self.env[a] = (None, self.tensor(value, b.value, a.name))
             else:
-                self.root.take(a.name, self.tensor(value, b.meta["val"], a.name), False)
+                self.root.take(a.name, self.tensor(value, b.value, a.name), False)
                 self.env[a] = (self.root, a.name)
 
     # --- values seen from the body being read ------------------------------------------------
@@ -173,11 +174,11 @@ class Lowering:
 
     # --- nodes -------------------------------------------------------------------------------
 
-    def _walk(self, first: fx.GraphModule, second: fx.GraphModule, bound: dict) -> Any:  # type: ignore[type-arg]
-        left, right = list(first.graph.nodes), list(second.graph.nodes)
+    def _walk(self, first: fx.GraphModule, right: tuple[Sized, ...], bound: dict) -> Any:  # type: ignore[type-arg]
+        left = list(first.graph.nodes)
         result: Any = None
         for index, (a, b) in enumerate(zip(left, right)):
-            if (a.op, str(a.target)) != (b.op, str(b.target)) or len(left) != len(right):
+            if (a.op, str(a.target)) != (b.op, b.target) or len(left) != len(right):
                 at = next((n for n in left[index:] if n.op == "call_function"), a)
                 raise PlanError(
                     "the graph depends on the batch or sequence size",
@@ -192,7 +193,7 @@ class Lowering:
             elif a.op == "output":
                 result = a.args[0]
             elif a.op == "call_function":
-                self._call(a, b, first, second)
+                self._call(a, b, first)
             elif a.op == "get_attr" and not isinstance(attribute(first, a), fx.GraphModule):
                 self._constant(a, first)
         return result
@@ -202,13 +203,13 @@ class Lowering:
         shape = tuple(dim(int(d)) for d in value.shape)
         self.env[node] = (None, Tensor(shape=shape, dtype=DTYPES[value.dtype]))
 
-    def _call(self, a: fx.Node, b: fx.Node, first: fx.GraphModule, second: fx.GraphModule) -> None:
+    def _call(self, a: fx.Node, b: Sized, first: fx.GraphModule) -> None:
         name = getattr(a.target, "__name__", str(a.target))
         if name == "getitem":
             owner, value = self.env[a.args[0]]  # type: ignore[index]
             self.env[a] = (owner, value[a.args[1]] if value is not None else None)
         elif name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-            self._higher_order(a, b, first, second)
+            self._higher_order(a, b, first)
         elif isinstance(a.target, torch._ops.OpOverload):
             space, _, base = a.target._schema.name.partition("::")
             if space == "meshwright_fold":
@@ -222,26 +223,24 @@ class Lowering:
         else:
             raise no_row(name, self.module_of(a), self.source_of(a))
 
-    def _higher_order(
-        self, a: fx.Node, b: fx.Node, first: fx.GraphModule, second: fx.GraphModule
-    ) -> None:
+    def _higher_order(self, a: fx.Node, b: Sized, first: fx.GraphModule) -> None:
         """no_grad and autocast regions: read in place."""
         grad_off = "set_grad" in a.target.__name__ and a.args[0] is False  # type: ignore[union-attr]
         at = next(i for i, x in enumerate(a.args) if isinstance(x, fx.Node))
-        inner = [attribute(p, n.args[at]) for p, n in ((first, a), (second, b))]
-        names = [n.name for n in inner[0].graph.nodes if n.op == "placeholder"]
+        inner = attribute(first, a.args[at])
+        names = [n.name for n in inner.graph.nodes if n.op == "placeholder"]
         bound = {
             name: self.env[arg] if isinstance(arg, fx.Node) else (None, None)
             for name, arg in zip(names, a.args[at + 1 :])
         }
         self.no_grad += grad_off
-        outputs = self._walk(inner[0], inner[1], bound)
+        outputs = self._walk(inner, b.inner, bound)
         self.no_grad -= grad_off
         outputs = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
         values = [self.value(x) if isinstance(x, fx.Node) else None for x in outputs]
         self.env[a] = (self.body, values)
 
-    def _operator(self, a: fx.Node, b: fx.Node, base: str) -> None:
+    def _operator(self, a: fx.Node, b: Sized, base: str) -> None:
         in_place = base.endswith("_") and not base.startswith("__")
         base = base.rstrip("_") if in_place else base
         if base in FORGOTTEN:
@@ -268,10 +267,10 @@ class Lowering:
         if in_place:
             self._mutate(tensors[0], a)
 
-    def _broadcast(self, a: fx.Node, b: fx.Node, tensors: list[fx.Node]) -> None:
+    def _broadcast(self, a: fx.Node, b: Sized, tensors: list[fx.Node]) -> None:
         """Several tensors expanded to one shape: a node each, none where nothing changes."""
         refs = []
-        for x, y, z in zip(tensors, a.meta["val"], b.meta["val"]):
+        for x, y, z in zip(tensors, a.meta["val"], b.value):
             ref, out = str(self.value(x)), self.tensor(y, z, self.source_of(a))
             same = self.body.values[ref].shape == out.shape
             refs.append(ref if same else self.put(a, "expand", (ref,), (out,), {}))
@@ -304,11 +303,11 @@ class Lowering:
             target, base = base, self.views.get(base)
 
     def _emit(
-        self, a: fx.Node, b: fx.Node, op: str, refs: tuple[str, ...], attrs: dict[str, Attr]
+        self, a: fx.Node, b: Sized, op: str, refs: tuple[str, ...], attrs: dict[str, Attr]
     ) -> None:
         """Add the node of one torch call, with the outputs that torch keeps to itself."""
         where = self.source_of(a)
-        values, others = a.meta["val"], b.meta["val"]
+        values, others = a.meta["val"], b.value
         single = isinstance(values, torch.Tensor)
         pairs = [(values, others)] if single else list(zip(values, others))
         if any(not isinstance(x, torch.Tensor) for x, _ in pairs):
