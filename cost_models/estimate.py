@@ -33,6 +33,7 @@ from cost_models.stage_problem import (
     LEVELS,
     Extra,
     Pair,
+    PairPin,
     StageProblem,
     evaluate,
     in_flight,
@@ -106,7 +107,7 @@ def stage_problem(
     step: Step,
     *,
     fixed_stages: tuple[int, ...] | None = None,
-    fixed_recompute: tuple[Pair, ...] | None = None,
+    fixed_recompute: tuple[PairPin, ...] | None = None,
     levels: tuple[str, ...] = LEVELS,
 ) -> StageProblem:
     """What the stage solver needs to know of a mesh; the pins are `StageProblem`'s."""
@@ -121,7 +122,7 @@ def stage_problem(
 
 def _alike(
     costs: Costs, step: Step, fixed_stages: tuple[int, ...] | None,
-    fixed_recompute: tuple[Pair, ...] | None, levels: tuple[str, ...],
+    fixed_recompute: tuple[PairPin, ...] | None, levels: tuple[str, ...],
 ) -> StageProblem:  # fmt: skip
     """The problem where all ranks are of one kind."""
     d, wide = step.decisions, step.wide

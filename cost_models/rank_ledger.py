@@ -12,7 +12,7 @@ from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
 from cost_models.hardware import Cluster
 from cost_models.ledger import Collective
-from cost_models.stage_problem import StageProblem, slow_of, starts_of, stash_bytes
+from cost_models.stage_problem import PairPin, StageProblem, slow_of, starts_of, stash_bytes
 from cost_models.state import State, mode_of, ranks_of, replica_sums
 from cost_models.step import Costs, Row, Step
 from cost_models.tiers import TierUse, fullest
@@ -81,12 +81,12 @@ def laid_by_rank(
     return by_rank
 
 
-def moved_level(d: Decisions, fixed: tuple[tuple[int, int], ...] | None = None) -> int:
+def moved_level(d: Decisions, fixed: tuple[PairPin, ...] | None = None) -> int:
     """The level whose copies every layer's time has in it: full where all layers are computed
     again, else none. fixed: a pin of (full, selective), negative for all, of stages to be cut."""
     if d.recompute:
         return 2 * all(full >= count for (full, _), count in zip(d.recompute, d.stages))
-    return 2 * bool(fixed and all(full < 0 for full, _ in fixed))
+    return 2 * bool(fixed and all(full is not None and full < 0 for full, _ in fixed))
 
 
 def moved_again_ps(row: Row, base: int) -> int:

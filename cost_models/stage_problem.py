@@ -28,6 +28,9 @@ from cost_models.schedule import (
 )
 
 Pair = tuple[int, int]
+PairPin = tuple[int | None, int | None]  # as pinned: None is any count, a negative one all layers
+OPEN: PairPin = (None, None)
+ALL_AGAIN: PairPin = (-1, 0)
 LEVELS = ("none", "selective", "full")  # the order of activation_bytes and working_bytes
 
 
@@ -98,7 +101,7 @@ class StageProblem:
     what a send takes longer and for how long it keeps the links; empty where all are alike.
     tail: what a rank does after its last backward, max(0, comm - hide) + own.
     fixed_recompute: one (full, selective) a stage, or a level for every layer, or (level, layers
-    a stage); counts are cut to the stage, a negative one means all of its layers.
+    a stage); counts are cut to the stage, a negative one means all of its layers, None any.
     ranks: where ranks are not alike, of each the problem as if all were as it is, one object a
     kind, kinds in a row; this one's numbers are then the least of theirs, its capacity the most.
     lowered: where the first layers of a stage, as many as is best, may have these numbers instead;
@@ -129,11 +132,16 @@ class StageProblem:
     slow_sends: tuple[tuple[int, int], ...] = ()
     capacity_bytes: int
     fixed_stages: tuple[int, ...] | None = None
-    fixed_recompute: tuple[Pair, ...] | str | tuple[str, int] | None = None
+    fixed_recompute: tuple[PairPin, ...] | str | tuple[str, int] | None = None
     levels: tuple[str, ...] = LEVELS
     ranks: tuple[StageProblem, ...] = ()
     lowered: Lowered | None = None
     rooms: tuple[Room, ...] = ()
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is pinned of every stage what is recomputed."""
+        return all(None not in pin_of(self, stage) for stage in range(self.count))
 
     def at(self, rank: int) -> StageProblem:
         """The problem as this rank has it."""
@@ -206,38 +214,39 @@ def least_of(problems: Sequence[StageProblem], names: Sequence[str]) -> dict[str
     return {name: least([getattr(p, name) for p in problems]) for name in names}
 
 
-def pinned_pair(problem: StageProblem, stage: int, layers: int) -> Pair | None:
-    """The recomputation that is fixed for a stage of so many layers, or None."""
+def pin_of(problem: StageProblem, stage: int) -> PairPin:
+    """What is fixed of a stage's recomputation, before it is cut to the stage's layers."""
     pin = problem.fixed_recompute
     if pin is None:
-        return None
+        return OPEN
     if isinstance(pin, str):
         pin = (pin, -1)
     if isinstance(pin[0], str):
         level, count = pin
-        full, selective = {"full": (count, 0), "selective": (0, count), "none": (0, 0)}[level]
-    else:
-        full, selective = pin[stage]
-    full = layers if full < 0 else min(full, layers)
-    left = layers - full
-    return full, left if selective < 0 else min(selective, left)
+        return {"full": (count, 0), "selective": (0, count), "none": (0, 0)}[level]
+    return pin[stage]
 
 
 def allowed_pairs(problem: StageProblem, stage: int, layers: int) -> tuple[Pair, ...]:
     """Every (full, selective) that a stage of so many layers may have, the least full first."""
-    pin = pinned_pair(problem, stage, layers)
-    return (pin,) if pin is not None else pairs_of(problem.levels, layers)
+    return pairs_of(problem.levels, layers, pin_of(problem, stage))
 
 
 @functools.lru_cache(maxsize=1024)
-def pairs_of(levels: tuple[str, ...], n: int) -> tuple[Pair, ...]:
-    """`allowed_pairs` of n layers where nothing is pinned."""
-    fulls = range(n + 1) if "full" in levels else (0,)
+def pairs_of(levels: tuple[str, ...], n: int, pin: PairPin = OPEN) -> tuple[Pair, ...]:
+    """`allowed_pairs` of n layers. A pin needs no level: what it says is what there is. Where both
+    are pinned the full ones come first, and where one is it has as many layers as there are."""
+    def counts(fixed: int | None, level: str, most: int) -> Sequence[int]:
+        if fixed is not None:
+            return (most if fixed < 0 else min(fixed, most),)
+        return range(most + 1) if level in levels else (0,)
+
+    kept = counts(pin[1], "selective", n)[0] if pin[0] is None and pin[1] is not None else 0
     return tuple(
         (full, selective)
-        for full in fulls
-        for selective in (range(n - full + 1) if "selective" in levels else (0,))
-        if "none" in levels or full + selective == n
+        for full in counts(pin[0], "full", n - kept)
+        for selective in counts(pin[1], "selective", n - full)
+        if "none" in levels or full + selective == n or pin != OPEN
     )
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.stage_problem import Pair, StageProblem, least_of, pairs_of, pinned_pair
+from cost_models.stage_problem import (
+    PairPin,
+    StageProblem,
+    allowed_pairs,
+    least_of,
+    pairs_of,
+    pin_of,
+)
 from planner.stage_arcs import INF, Array, Rows, options_of
 
 WEIGHED = ("1f1b", "gpipe")  # schedules that are one after the other on one stage
@@ -59,7 +66,7 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
         """Of these counts, [layers below]."""
         held, quickest = _quickest(
             (*q.recompute_ps, *q.activation_bytes, *q.working_bytes),
-            pinned_pair(p, 0, p.layers), p.levels, flight, least,
+            pin_of(p, 0), p.levels, flight, least,
         )  # fmt: skip
         some = np.searchsorted(held, p.capacity_bytes - fixed[n], side="right")
         again = quickest[some]
@@ -79,10 +86,9 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
     def tight_ps(q: StageProblem, n: int) -> int:
         """Of one count, where a room below may be too full."""
         asides = [row for _, aside in rooms for row in aside]
-        pin = pinned_pair(p, 0, p.layers)
         o = options_of(
             np.array((*q.recompute_ps, *q.activation_bytes, *q.working_bytes, *asides)),
-            (pin,) if pin is not None else pairs_of(p.levels, p.layers),
+            allowed_pairs(p, 0, p.layers),
         )  # fmt: skip
         used = flight * o.act_bytes + np.maximum(o.work_bytes, least)
         fits = used <= p.capacity_bytes - fixed[n]
@@ -113,13 +119,12 @@ def _steps_ps(none: StageProblem, every: StageProblem, most: int) -> Array:
 
 @functools.lru_cache(maxsize=64)
 def _quickest(
-    rows: Rows, pin: Pair | None, levels: tuple[str, ...], flight: int, least: int
+    rows: Rows, pin: PairPin, levels: tuple[str, ...], flight: int, least: int
 ) -> tuple[Array, Array]:
     """Of one stage of all layers, whatever its state: what it may hold beside that, in order, and
     by how many of these fit the least time added; INF where none does. rows: by layer, as
     `options_of` has them. flight: micro-batches held. least: bytes used at least."""
-    pairs = (pin,) if pin is not None else pairs_of(levels, len(rows[0]))
-    o = options_of(np.array(rows, dtype=np.int64), pairs)
+    o = options_of(np.array(rows, dtype=np.int64), pairs_of(levels, len(rows[0]), pin))
     held = flight * o.act_bytes + np.maximum(o.work_bytes, least)
     order = np.argsort(held, kind="stable")
     return held[order], np.minimum.accumulate(np.concatenate(([INF], o.extra_ps[order])))

@@ -184,13 +184,14 @@ class Expander(Space):
         below = self._below(out.best, d) if out.best else ENDLESS
         fits = not weighed or not surely_infeasible(problem)
         eased = fits and forced_ps(problem) == 0
-        others = eased and bool(self.keeps(d.tp, d.sequence_parallel))
+        below_too = "activations" in d.tiers
+        others = eased and not below_too and bool(self.keeps(d.tp, d.sequence_parallel))
         if fits:  # a bound that memory forces would leave out the others, of which it says nothing
             least = lower_bound_ps(problem) if others else bound_ps(problem, below)
             yield Program(
                 bound_ps=least, decisions=d, problem=problem, step=step if others else None
             )
-        if not eased:
+        if not eased or below_too:
             yield from self._kept_otherwise(step, d, problem, below)
 
     def _kept_otherwise(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cost_models.decisions import STATE_BELOW, Decisions
 from cost_models.engines import Engine
 from cost_models.hardware import Cluster
-from planner.decisions import ANY, Pins
+from planner.decisions import ALL_LAYERS, ANY, Pins
 from planner.runnable import NATIVE
 
 if TYPE_CHECKING:  # it has arrays, and what reads plans starts without
@@ -37,9 +37,11 @@ def offloads(pins: Pins, *clusters: Cluster) -> tuple[Offload, ...]:
 
 def counts_layers(pins: Pins, cluster: Cluster, engine: str) -> bool:
     """Whether activations are searched to lie on the host by count of layers: where the pins leave
-    that open, as our own runtime does it. A pin that no layer is computed again leaves it open."""
-    again = pins.recompute is not None and any((*pins.recompute.full, *pins.recompute.selective))
-    return not again and counts_state(pins, cluster, engine)
+    that open, as our own runtime does it. Beside layers computed again in part none do, and of
+    those computed again in full nothing is left."""
+    again = pins.recompute
+    left = again is None or not (any(again.selective) or set(again.full) == {ALL_LAYERS})
+    return left and counts_state(pins, cluster, engine)
 
 
 def counts_state(pins: Pins, cluster: Cluster, engine: str) -> bool:

@@ -11,7 +11,8 @@ from cost_models.formats import Formats
 from cost_models.mixed import MixedCosts
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.shares import SharedCosts
-from cost_models.stage_problem import Pair
+from cost_models.stage_problem import PairPin, StageProblem
+from cost_models.step import Step
 from ir.errors import UsageError
 from ir.graph import Graph
 from planner.decisions import ALL_LAYERS, Pins, Recompute, parse_pins, read_offload
@@ -94,13 +95,20 @@ class Without(Searcher):
             if not any(getattr(made, key) == value for key, value in away):
                 yield made
 
-    def recomputed(self, d: Decisions) -> tuple[tuple[Pair, ...] | None, tuple[str, ...]]:
+    def recomputed(self, d: Decisions) -> tuple[tuple[PairPin, ...] | None, tuple[str, ...]]:
         """Also without the refused levels of recomputation."""
         fixed, levels = super().recomputed(d)
         left = tuple(level for level in levels if level not in self._levels)
         if d.keep in self._not_kept:
             left = tuple(level for level in left if level != "selective")
         return fixed, left
+
+    def kept_otherwise(
+        self, step: Step, d: Decisions, problem: StageProblem
+    ) -> Iterator[tuple[Decisions, StageProblem]]:
+        """Also without all layers computed again, where some may not be."""
+        if not ("activations" in d.tiers and "full" in self._levels):
+            yield from super().kept_otherwise(step, d, problem)
 
     def keeps(self, tp: int, split: bool) -> tuple[Keep, ...]:
         """Also without what may not be kept."""

@@ -18,7 +18,7 @@ from cost_models.mixed import sides_of
 from cost_models.rank_ledger import tier_uses
 from cost_models.rooms import with_binding
 from cost_models.schedule import SPLIT_BACKWARD, schedule_illegal
-from cost_models.stage_problem import Pair, StageProblem
+from cost_models.stage_problem import ALL_AGAIN, OPEN, PairPin, StageProblem
 from cost_models.step import Assignments, Costs, Step, replicated
 from cost_models.tiers import TierUse
 from cost_models.work import Axes
@@ -117,8 +117,14 @@ class Space:
     def kept_otherwise(
         self, step: Step, d: Decisions, problem: StageProblem
     ) -> Iterator[tuple[Decisions, StageProblem]]:
-        """The stage program of a schedule once more for each other set that layers may keep."""
+        """The stage program of a schedule once more for each other set that layers may keep: of
+        those that keep it below by a pin, nothing but where they begin."""
         again = self.pins.recompute
+        if "activations" in d.tiers:
+            whole = again is None and self.repeats(d.tp) and d.schedule not in SPLIT_BACKWARD
+            if whole and d.moved is None:
+                yield d, self._problem(step, d, (ALL_AGAIN,) * problem.count, ("full",))
+            return
         if "selective" not in problem.levels or (again and not any(again.selective)):
             return
         laid = self.assign(d.tp, d.sequence_parallel)
@@ -304,37 +310,37 @@ class Space:
     def problem(self, step: Step, d: Decisions) -> StageProblem:
         """The stage program of a mesh under one schedule, with the pins it has to keep; of layers
         with their optimizers below, with all rooms there: it is one of a pair."""
-        fixed, levels = self.recomputed(d)
+        return self._problem(step, d, *self.recomputed(d))
+
+    def _problem(
+        self, step: Step, d: Decisions, fixed: tuple[PairPin, ...] | None, levels: tuple[str, ...]
+    ) -> StageProblem:
         problem = stage_problem(
             self.costs, self.costs.rescheduled(step, d), fixed_stages=self.pins.stages,
             fixed_recompute=fixed, levels=levels,
         )  # fmt: skip
         return problem if d.below is not None else with_binding(problem)
 
-    def recomputed(self, d: Decisions) -> tuple[tuple[Pair, ...] | None, tuple[str, ...]]:
-        """What of a schedule's layers is computed again by pins, and the levels there are."""
-        pins, fixed = self.pins, None
-        if pins.recompute is not None:
-            r, count = pins.recompute, d.pp * d.virtual_stages
-            fixed = tuple(
-                (r.full[k % len(r.full)], r.selective[k % len(r.selective)])
-                for k in range(count)
-            )
+    def recomputed(self, d: Decisions) -> tuple[tuple[PairPin, ...] | None, tuple[str, ...]]:
+        """What of a schedule's layers is computed again by pins, and the levels there are. Where
+        activations lie below by count of layers, that is what the level between stands for."""
+        again, pinned = self.pins.recompute, self.pins.offload
+        full = OPEN[:1] if again is None else again.full
+        if d.moved is None:
+            some = OPEN[1:] if again is None else again.selective
+        else:
+            some = OPEN[1:] if pinned is None else Decisions(offload=pinned).moved or (0,)
+        fixed = tuple(
+            (full[k % len(full)], some[k % len(some)]) for k in range(d.pp * d.virtual_stages)
+        )
+        whole = any(count is None or count for count in full)
         levels: tuple[str, ...] = ("none", "selective", "full")
-        if d.moved is not None and pins.offload is not None:
-            counts = Decisions(offload=pins.offload).moved or (0,)
-            full = pins.recompute.full if pins.recompute else (0,)
-            fixed = tuple(
-                (full[k % len(full)], counts[k % len(counts)])
-                for k in range(d.pp * d.virtual_stages)
-            )
-        elif d.moved is not None and pins.recompute is not None:
-            fixed, levels = None, ("none", "selective")  # none again: half is on the host
-        elif d.schedule in SPLIT_BACKWARD or ("activations" in d.tiers and d.moved is None):
+        if d.schedule in SPLIT_BACKWARD or ("activations" in d.tiers and d.moved is None):
             levels = ("none",)
-        elif not self.repeats(d.tp):
+        elif not (whole and self.repeats(d.tp)):
             levels = ("none", "selective")
-        return fixed, levels
+        free = OPEN if whole else (0, None)  # nothing but what the levels say
+        return None if set(fixed) == {free} else fixed, levels
 
 
 @functools.lru_cache(maxsize=4096)

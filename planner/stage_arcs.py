@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.stage_problem import Pair, StageProblem, allowed_pairs, pinned_pair
+from cost_models.stage_problem import Pair, PairPin, StageProblem, allowed_pairs, pin_of
 
 INF = 1 << 60
 Array = Any  # of int64, or of bool
@@ -40,7 +40,7 @@ class Windows:
         names: dict[tuple[int, ...], int] = {}
         self._class = tuple(names.setdefault(row, len(names)) for row in rows)
         self._rows = np.array(rows, dtype=np.int64).T
-        self._found: dict[tuple[tuple[int, ...], Pair | None], Options] = {}
+        self._found: dict[tuple[tuple[int, ...], PairPin], Options] = {}
         self._sides: tuple[Windows, ...] = ()  # of each rank, where they are not alike
         if p.ranks:
             self._sides = tuple(w for q, n in p.sides for w in (Windows(q),) * n)
@@ -48,8 +48,7 @@ class Windows:
     def options(self, stage: int, start: int, count: int) -> Options:
         if self._sides:
             return self._sides[stage].options(stage, start, count)
-        pin = pinned_pair(self.problem, stage, count)
-        key = self._class[start : start + count], pin
+        key = self._class[start : start + count], pin_of(self.problem, stage)
         if key not in self._found:
             pairs = allowed_pairs(self.problem, stage, count)
             self._found[key] = options_of(self._rows[:, start : start + count], pairs)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD, V_SHAPED
-from cost_models.stage_problem import LEVELS, Room, StageProblem, slow_of
+from cost_models.stage_problem import ALL_AGAIN, LEVELS, OPEN, Room, StageProblem, pin_of, slow_of
 from planner.stage_arcs import INF, Arcs, Array
 from planner.stage_sides import least_spread_ps
 
@@ -26,17 +26,13 @@ ROUNDING = 1e-9  # of sums as floats, relative
 
 def sure_extra(p: StageProblem) -> tuple[int, ...]:
     """Recompute time of each layer that no choice avoids."""
-    pin, (full, selective) = p.fixed_recompute, p.recompute_ps
-    if pin == "none" or (pin is None and "none" in p.levels):
-        return (0,) * p.layers
-    if pin is None:
+    pins, (full, selective) = {pin_of(p, stage) for stage in range(p.count)}, p.recompute_ps
+    if pins == {OPEN} and "none" not in p.levels:
         kept = [t for t, level in ((full, "full"), (selective, "selective")) if level in p.levels]
         return tuple(map(min, zip(*kept)))
-    if pin == "full" or pin == ("full", -1):
+    if pins == {ALL_AGAIN}:
         return full
-    if pin == "selective" or pin == ("selective", -1):
-        return selective
-    return (0,) * p.layers
+    return selective if pins == {(0, -1)} else (0,) * p.layers
 
 
 def easiest(p: StageProblem) -> StageProblem:
@@ -86,7 +82,7 @@ def forced_ps(p: StageProblem) -> int | None:
     the sum of what ranks keep of a micro-batch is at most that of (capacity - state) / k_r. What is
     beyond that is freed where a picosecond frees the most bytes, layers cut anywhere.
     """
-    if p.fixed_recompute is not None or "none" not in p.levels:
+    if p.settled or "none" not in p.levels:
         return 0
     if any(q.activation_bytes != p.activation_bytes for q, _ in p.sides):
         return 0
@@ -274,7 +270,7 @@ def surely_infeasible(problem: StageProblem) -> bool:
     """True where no choice can fit: by count, as each rank takes so many of the least layer, or so
     many of the commonest kind; or by the sum of all ranks."""
     p = easiest(problem)
-    free = p.fixed_recompute is None
+    free = not p.settled
     allowed = [row for row, level in zip(p.activation_bytes, LEVELS) if level in p.levels]
     least = tuple(map(min, zip(*(allowed if free else p.activation_bytes))))
     act, work = min(least), min(map(min, p.working_bytes))

@@ -74,9 +74,9 @@ def counted(way, stages):
             yield (("optimizer", word), *way[1:])
 
 
-def least_by_mesh(p, **pins):
+def least_by_mesh(p, allowed=lambda d: True, **pins):
     """The least objective of every mesh: every plan is costed, and kept if its GPUs and all tiers
-    hold it."""
+    hold it, and it is allowed."""
     costs, alone = p.costs, [pins.get("schedule", "1f1b")]
     axes = [(name, offloads if name == "offload" else values) for name, values in STATE_AXES]
     schedules = [("schedule", lambda p, d: _schedule(p, d) if d.pp > 1 else alone),
@@ -96,13 +96,13 @@ def least_by_mesh(p, **pins):
                     d = replace(way, offload=below, stages=stages)
                     if illegal(d, costs.workload):
                         continue
-                    best = best_cut(p, d, laid, steps)
+                    best = best_cut(p, d, laid, steps, allowed)
                     if best is not None:
                         found[mesh] = min(best, found[mesh] or best)
     return found
 
 
-def best_cut(p, d, laid, steps):
+def best_cut(p, d, laid, steps, allowed):
     """Of one partition and one state, the least over all that its stages compute again or move."""
     key = d.offload, d.zero, d.shard, d.reshard, d.dp_outer, d.grad_dtype, d.formats
     if key not in steps:
@@ -116,6 +116,8 @@ def best_cut(p, d, laid, steps):
         if not fits or (best is not None and objective >= best):
             continue
         cut = d.cut(d.stages, pairs)
+        if not allowed(cut):
+            continue
         uses = tier_uses([(p.costs.cluster, step)] * d.pp, cut, problem)
         if all(use.fits for use in uses):
             best = objective
@@ -149,13 +151,60 @@ def test_ranks_that_share_a_host(tmp_path, gigabytes, host, seq_len, batch, zero
     check_against_enumeration(p, {"pp": 2, "zero": zero, "schedule": "1f1b"})
 
 
-def check_against_enumeration(p, pins):
+def again(count):
+    """Plans whose stages compute so many layers again in full, or all, and none in part."""
+    return lambda d: all(
+        full == min(count, n) and (d.moved is not None or not part)
+        for (full, part), n in zip(d.pairs, d.stages)
+    )
+
+
+def aside(offload, count):
+    """Plans with the activations of so many layers of each stage below, and the state as said."""
+    return lambda d: (
+        d.tiers == dict(offload) and d.moved == tuple(min(count, n) for n in d.stages)
+        and d.below is None
+    )  # fmt: skip
+
+
+BOTH = (("optimizer", "cpu"), ("activations", "cpu"))
+
+
+@pytest.mark.parametrize(("gigabytes", "seq_len", "zero", "fix", "allowed"), [
+    (20, 2048, 1, "recompute=full:1", again(1)),
+    (14, 2048, 3, "recompute=full:2", again(2)),
+    (11.9, 4096, 1, "offload=optimizer:cpu,activations:cpu:1", aside(BOTH, 1)),
+    (15.64, 8192, 1, "offload=optimizer:cpu,activations:cpu:1", aside(BOTH, 1)),
+])  # fmt: skip
+def test_a_pin_of_one_leaves_the_other_open(tmp_path, gigabytes, seq_len, zero, fix, allowed):
+    """What is computed again is searched beside what is pinned below, and the other way."""
+    p = tiny(tmp_path, gigabytes, 64, seq_len=seq_len)
+    d = check_against_enumeration(p, {"pp": 1, "zero": zero}, fix, allowed).best.decisions
+    assert any(full for full, _ in d.pairs) and any(d.moved)
+
+
+@pytest.mark.parametrize("gigabytes", [12, 30])
+def test_activations_of_all_layers_below(tmp_path, gigabytes):
+    """All may be computed again as well, or none, whichever is quicker."""
+    p, found = tiny(tmp_path, gigabytes, 64, seq_len=4096), {}
+    for again in ([], ["recompute=none"], ["recompute=full"]):
+        pins = parse_pins(["pp=1", "offload=optimizer:cpu,activations:cpu", *again])
+        out = p.searcher.under(pins).run()
+        assert out.proved or out.best is None
+        found[(*again,)] = out.searched.score if out.best else None
+    assert found[()] == min(score for score in found.values() if score is not None)
+
+
+def check_against_enumeration(p, pins, *fix_and_allowed):
     """The search finds what costing every plan finds, proves it, and no mesh's bound is above."""
-    least, searching = least_by_mesh(p, **pins), p.searcher.under(Pins(**pins))
+    fix, *allowed = fix_and_allowed or (None,)
+    pinned = Pins(**pins) if fix is None else replace(parse_pins([fix]), **pins)
+    least, searching = least_by_mesh(p, *allowed, **pins), p.searcher.under(pinned)
     out, bounds = searching.run(), searching.bounds([*least]).lower_ps
     assert all(low <= x for low, x in zip(bounds, least.values()) if x is not None)
     best = min(score_of(x, mesh) for mesh, x in least.items() if x is not None)
     assert out.searched.score == best and out.proved and out.gap == 0
+    return out
 
 
 def test_what_fits_only_with_layers_on_the_disk(tmp_path):

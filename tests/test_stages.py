@@ -166,6 +166,33 @@ def test_equals_enumeration(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pin_of_one_level_leaves_the_other_open(schedule):
+    """As many layers of each stage are in full, or in part, as is pinned, or all it has."""
+    settled = 0
+    for seed in range(300, 316):
+        p = replace(tiny(seed, schedule), levels=("none", "selective", "full"))
+        for place, count in ((0, 1), (1, 1), (1, 2), (0, 0)):
+            pin = (count, None) if place == 0 else (None, count)
+            pinned = replace(p, fixed_recompute=(pin,) * p.count)
+            assert not pinned.settled
+            kept = [(stages, pairs) for stages, pairs in choices(p)
+                    if all(pair[place] == min(count, n) for pair, n in zip(pairs, stages))]
+            best = min((step for step, _, fits in (weigh(p, *one) for one in kept) if fits),
+                       default=None)  # fmt: skip
+            found = solve(pinned)
+            if best is None:
+                assert found.status == "INFEASIBLE", seed
+                continue
+            settled += 1
+            assert (found.status, found.step_ps) == ("OPTIMAL", best), (seed, pin)
+            assert (found.stages, found.recompute) in kept
+            assert lower_bound_ps(pinned) <= best and not surely_infeasible(pinned)
+            cut = solve(pinned, incumbent_ps=best)
+            assert cut.status == "CUTOFF" and cut.bound_ps >= best
+    assert settled > 12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_certificate(schedule):
     proved = 0
     for seed in range(100, 112):
