@@ -418,7 +418,7 @@ class _Planes:
         sums = (x.index() for x in self._sums())
         whole = [*(x.index() for x in self.number), *self.places.tolist(), *sums]
         while self.effort.nodes > 0:
-            found = solve_whole(self.solver, whole, self.effort.nodes)
+            found = solve_whole(self.solver, whole, self.effort.nodes, above=2.0)  # a row: 1
             self.effort.nodes -= ROOT + found.nodes
             self.effort.programs -= 1 + found.iterations // ITERATIONS
             if found.values is None and found.complete:

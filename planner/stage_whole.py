@@ -28,9 +28,9 @@ class Whole:
     iterations: int
 
 
-def solve_whole(solver: Any, whole: list[int], nodes: int) -> Whole:
+def solve_whole(solver: Any, whole: list[int], nodes: int, above: float) -> Whole:
     """The program of a linear solver with its objective, the variables of these indices in whole
-    numbers, to so many nodes of the tree at most."""
+    numbers, to so many nodes of the tree at most. above: no solution has an objective so high."""
     from ortools.linear_solver import linear_solver_pb2
     from ortools.math_opt.python import mathopt
 
@@ -56,6 +56,8 @@ def solve_whole(solver: Any, whole: list[int], nodes: int) -> Whole:
     params.highs.string_options.update(parallel="off", presolve="off")
     # mostly there is none: what looks for one in programs of its own takes longer than the tree
     params.highs.bool_options.update({f"mip_heuristic_run_{name}": False for name in HEURISTICS})
+    # without a limit HiGHS pumps for a first solution, which takes as long as the tree
+    params.highs.double_options["objective_bound"] = above
     with held():
         result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=params)
     reason = mathopt.TerminationReason

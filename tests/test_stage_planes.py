@@ -257,13 +257,13 @@ def test_whole_numbers_are_solved_or_said_to_be_open():
     row.SetCoefficient(x, 2)
     row.SetCoefficient(y, 3)
     solver.Objective().SetCoefficient(y, 1)
-    first, again = (solve_whole(solver, [0, 1], 100) for _ in range(2))
+    first, again = (solve_whole(solver, [0, 1], 100, 9.0) for _ in range(2))
     assert first.complete and first.values.tolist() == again.values.tolist() == [2, 1]
     assert (first.nodes, first.iterations) == (again.nodes, again.iterations)
     row.SetBounds(1, 1)
-    none = solve_whole(solver, [0, 1], 100)
+    none = solve_whole(solver, [0, 1], 100, 9.0)
     assert none.complete and none.values is None and first.least == 1
-    assert solve_whole(solver, [0], 100).values.tolist() == [0, 1 / 3]
+    assert solve_whole(solver, [0], 100, 9.0).values.tolist() == [0, 1 / 3]
 
 
 def test_a_program_written_down_is_the_one_given_number_by_number():
