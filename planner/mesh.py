@@ -4,7 +4,7 @@ Every divisor counts. Ranks lie inside out: tp, cp, dp, pp; where the hardware l
 network, some of the dp may lie outside the pipeline (one pipeline a pod, a datacentre). tp stays
 inside one NVLink (or PCIe) domain unless pinned, or goes over the network where each GPU is a
 domain of its own, and must split some matmul of a layer; cp needs a model whose sequence is mixed
-by attention alone.
+by attention alone, and long enough, or ranks that there are no samples for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from planner.decisions import Pins
 
 MOST_MICRO_BATCH = 64  # samples; more only fills kernels that are full
 LEAST_CP_TOKENS = 4096  # tokens a cp rank: of 44 published runs with cp, 42 have as many or more,
-# none under 2,048; below, the search does not go unless pinned
+SHORT_CP_TOKENS = 1024  # none under 2,048; so few where samples do not divide among data ranks
+# else: attention is measured at these. Below, the search does not go unless pinned
 MOST_FLAT_TP = 8  # where each GPU is a domain of its own: what fits no other way rarely needs more
 SHARD_SPREADS = (1, 2, 4, 8)  # HSDP: shard groups of so many whole domains, beside all ranks
 CP_KINDS = ("ring", "allgather", "ulysses")
@@ -115,6 +116,25 @@ def _choices(pinned: int | None, found: tuple[int, ...]) -> tuple[int, ...]:
     return found if pinned is None else (pinned,)
 
 
+def _cps(facts: Facts, workload: Workload, pins: Pins, ranks: int, every: int) -> list[int]:
+    """How many of a stage's ranks beside tp may share a sequence: as many as have LEAST_CP_TOKENS
+    each; where with none of these the batch is dealt to all data ranks, also the least with which
+    it is. every: the ranks of all parts, where a batch is shared unequally, else the same."""
+    seq, batch = workload.seq_len, workload.global_batch
+    if pins.cp is not None:
+        return [] if ranks % pins.cp or seq % pins.cp else [pins.cp]
+
+    def dealt(cp: int) -> bool:
+        return batch % (ranks // cp) == 0 and every // cp <= batch
+
+    fits = [c for c in divisors(ranks) if seq % c == 0] if facts.attention_only else [1]
+    found = [c for c in fits if c == 1 or seq >= c * LEAST_CP_TOKENS]
+    if not any(map(dealt, found)):
+        short = [c for c in fits if c not in found and seq >= c * SHORT_CP_TOKENS]
+        found += [c for c in short if dealt(c)][:1]
+    return found
+
+
 def _batches(samples: int, pins: Pins) -> list[tuple[int, int]]:
     """(micro-batch, micro-batches) of so many samples of a data rank."""
     return [
@@ -140,22 +160,17 @@ def laid_out(
         t for t in divisors(gpus)
         if t == 1 or (t <= widest_tp(domain_ranks) and splits_something(chain, t))
     ))  # fmt: skip
-    cps = _choices(pins.cp, tuple(
-        c for c in divisors(gpus)
-        if c == 1 or (facts.attention_only and workload.seq_len >= c * LEAST_CP_TOKENS)
-    ))  # fmt: skip
+    batch = workload.global_batch
     for pp in _choices(pins.pp, tuple(p for p in divisors(gpus) if p <= most_pp)):
         for tp in tps:
-            for cp in cps:
-                if gpus % (pp * tp * cp) or workload.seq_len % cp:
-                    continue
-                dp = gpus // (pp * tp * cp)
-                if pins.dp not in (None, dp) or workload.global_batch % dp:
-                    continue
-                samples = workload.global_batch // dp
-                counts = _batches(samples, pins)
-                axes = (pp, tp, cp, dp)
-                yield from _filled(facts, workload, pins, axes, dp * cp * tp, counts)
+            if gpus % (pp * tp):
+                continue
+            ranks = gpus // (pp * tp)
+            for cp in _cps(facts, workload, pins, ranks, ranks):
+                dp = ranks // cp
+                if pins.dp in (None, dp) and batch % dp == 0:
+                    counts = _batches(batch // dp, pins)
+                    yield from _filled(facts, workload, pins, (pp, tp, cp, dp), ranks * tp, counts)
 
 
 def shared_out(
@@ -168,14 +183,13 @@ def shared_out(
         t for t in divisors(common)
         if t == 1 or (t <= widest_tp(domain_ranks) and splits_something(chain, t))
     ))  # fmt: skip
-    cps = _choices(pins.cp, tuple(
-        c for c in divisors(common)
-        if c == 1 or (facts.attention_only and workload.seq_len >= c * LEAST_CP_TOKENS)
-    ))  # fmt: skip
     for tp in tps:
-        for cp in cps:
-            dp = sum(gpus) // (tp * cp)
-            if common % (tp * cp) or workload.seq_len % cp or pins.dp not in (None, dp):
+        if common % tp:
+            continue
+        every = sum(gpus) // tp
+        for cp in _cps(facts, workload, pins, common // tp, every):
+            dp = every // cp
+            if pins.dp not in (None, dp):
                 continue
             near = common // (tp * cp)  # each part's data ranks are so many, some times
             batches = [

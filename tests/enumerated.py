@@ -68,9 +68,11 @@ def _tp(p, d):
 
 
 def _cp(p, d):
-    w = p.costs.workload
-    return [c for c in divisors(p.gpus // (d.pp * d.tp))
-            if w.seq_len % c == 0 and (c == 1 or w.seq_len // c >= 4096)]  # fmt: skip
+    w, ranks = p.costs.workload, p.gpus // (d.pp * d.tp)
+    fits = [c for c in divisors(ranks) if w.seq_len % c == 0]
+    long = [c for c in fits if c == 1 or w.seq_len // c >= 4096]
+    dealt = [c for c in fits if w.global_batch % (ranks // c) == 0 and w.seq_len // c >= 1024]
+    return long if {*long} & {*dealt} else long + [c for c in dealt if c not in long][:1]
 
 
 def _dp(p, d):

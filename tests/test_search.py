@@ -52,6 +52,8 @@ CASES = {
     "offload": ("llama", {"size": "8b", "n_layers": 3}, WIDE, "small", 12_000,
                 {"global_batch": 4}),
     "tp": ("llama", {"size": "8b", "n_layers": 3}, WIDE, "small", 20_000, {"global_batch": 4}),
+    "odd batch": ("llama", {"size": "8b", "n_layers": 3}, WIDE, "small", 20_000,
+                  {"global_batch": 3, "seq_len": 4096}),
     "both": ("llama", {"size": "8b", "n_layers": 3}, WIDE, "small", 16_000, {"global_batch": 1}),
     "slow": ("llama", {"size": "8b", "n_layers": 4}, WIDE, "slow", 30_000,
              {"global_batch": 4, "seq_len": 4096}),

@@ -255,7 +255,7 @@ def test_a_batch_that_no_gpus_divide_is_planned_without_data_parallelism(plan, t
     assert code == 0 and "lets dp be 1 at most, of 8; 6 lets it be 2, 8 lets it be 8" in out
     d = load(str(tmp_path / "p")).decisions
     assert (d.dp, d.pp * d.cp * d.tp) == (1, 8)
-    code, out, err = plan(*words, "--hardware", "h100x64")
+    code, out, err = plan(*words, "--hardware", "h100x64", "--seq-len", "512")
     assert code == 3 and "no mesh of h100x64 suits" in err and "hint: with --global-batch " in err
 
 
