@@ -26,18 +26,18 @@ Floats = NDArray[np.float64]
 class Through:
     """One micro-batch through the whole chain, forward and backward, at every work point.
 
-    step_s: all of it; kernels_s: what of it transfers hide behind; quickest_s: the quickest layer,
-    forward_s: its forward alone. kept: bytes, nothing recomputed. freed: all that recomputation can
-    free: [piece, (bytes, seconds a byte), point], the cheapest piece first; again_freed: where
-    nothing moves to the host's memory, but may to other tiers. working: the least that any choice
-    uses. layer: the commonest kind; every: what all layers are, the least of all kinds;
-    first, last: (seconds, bytes kept, the most that is used) before the first layer and behind the
-    last. kinds_s: one link
-    of each kind.
+    step_s: all of it; kernels_s: what of it transfers hide behind, of that ahead_s in forward;
+    quickest_s: the quickest layer, forward_s: its forward alone. kept: bytes, nothing recomputed.
+    freed: all that recomputation can free: [piece, (bytes, seconds a byte), point], the cheapest
+    piece first; again_freed: where nothing moves to the host's memory, but may to other tiers.
+    working: the least that any choice uses. layer: the commonest kind; every: what all layers are,
+    the least of all kinds; first, last: (seconds, bytes kept, the most that is used) before the
+    first layer and behind the last. kinds_s: one link of each kind.
     """
 
     step_s: Floats
     kernels_s: Floats
+    ahead_s: Floats
     quickest_s: Floats
     forward_s: Floats
     kept: Floats
@@ -55,12 +55,14 @@ class Through:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One link of the chain at every work point: seconds, of kernels alone, and forward; bytes kept
-    and the least that it uses; what recomputation frees, where it is a layer, as `Through` has it.
+    """One link of the chain at every work point: seconds, of kernels alone, of these in forward,
+    and of all forward; bytes kept and the least that it uses; what recomputation frees, where it is
+    a layer, as `Through` has it.
     """
 
     step_s: Floats
     kernels_s: Floats
+    ahead_s: Floats
     forward_s: Floats
     kept_bytes: Floats
     working_bytes: Floats
@@ -85,7 +87,7 @@ def through_chain(
     places = costs.chain.layers
     of_layers = np.bincount([costs.kind_of[i] for i in places], minlength=len(costs.kinds))
     zero = np.zeros(len(costs.points))
-    step, busy, quickest = zero, zero, np.full(len(costs.points), np.inf)
+    step, busy, early, quickest = zero, zero, zero, np.full(len(costs.points), np.inf)
     ahead = np.full(len(costs.points), np.inf)
     kept, working = zero, zero
     least_working = np.full(len(costs.points), np.inf)
@@ -103,6 +105,7 @@ def through_chain(
         one = known[key]
         step = step + counts[k] * one.step_s
         busy = busy + counts[k] * one.kernels_s
+        early = early + counts[k] * one.ahead_s
         each.append((one.step_s, one.kept_bytes, one.working_bytes))
         if of_layers[k]:
             quickest = np.minimum(quickest, one.step_s)
@@ -133,7 +136,7 @@ def through_chain(
         return np.take_along_axis(pieces, np.argsort(pieces[:, 1:], axis=0), axis=0)
 
     return Through(
-        step_s=step, kernels_s=busy, quickest_s=quickest, forward_s=ahead, kept=kept,
+        step_s=step, kernels_s=busy, ahead_s=early, quickest_s=quickest, forward_s=ahead, kept=kept,
         freed=in_order(all_freed), again_freed=in_order(all_again), working=working,
         least_working=least_working, common=common, layer=layers[common],
         every=least_layer(list(layers.values())),
@@ -154,10 +157,11 @@ def _link(
     )  # fmt: skip
     holds = [wide * sum((c.kept_bytes[n] for c in found), zero) for n in range(3)]
     uses = [wide * sum((c.working_bytes[n] for c in found), zero) for n in range(3)]
-    busy = sum((c.forward_s + c.backward_s for c in found), zero)
+    kernels = sum((c.forward_s for c in found), zero), sum((c.backward_s for c in found), zero)
+    times = {"step_s": one, "kernels_s": kernels[0] + kernels[1], "ahead_s": kernels[0]}
     if not is_layer:
-        return Link(step_s=one, kernels_s=busy, forward_s=zero, kept_bytes=holds[0],
-                    working_bytes=uses[0], freed=zero, again_freed=zero)  # fmt: skip
+        return Link(**times, forward_s=zero, kept_bytes=holds[0], working_bytes=uses[0],
+                    freed=zero, again_freed=zero)  # fmt: skip
     whole = sum(
         (c.forward_s + sum(t.seconds - t.hidden_s for t in c.traffic if not t.backward)
          for c in found), zero,
@@ -169,8 +173,6 @@ def _link(
         for other in others:
             held = wide * sum((c.kept_bytes[1] for c in other), zero)
             ways.append((held, sum((c.light_s for c in other), zero)))
-        kernels = (sum((c.forward_s for c in found), zero),
-                   sum((c.backward_s for c in found), zero))  # fmt: skip
         elsewhere, on_host = (
             [(zero, _moved_s(costs, holds[0] / wide, kernels, tier)) for tier in tiers * moves]
             for tiers in (beside_host(costs.cluster), (HOST,))
@@ -178,7 +180,7 @@ def _link(
         again = freed_by(holds[0], ways + elsewhere)
         pieces = freed_by(holds[0], ways + on_host)
     return Link(
-        step_s=one, kernels_s=busy, forward_s=whole, kept_bytes=holds[0],
+        **times, forward_s=whole, kept_bytes=holds[0],
         working_bytes=np.minimum.reduce(uses[: 2 + repeats]), freed=pieces, again_freed=again,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.collectives import explain
+from cost_models.collectives import collective_s
 from cost_models.decisions import Decisions
 from cost_models.state import COMPUTE_BYTES, Held, Layout, Ranks, ranks_of
 from cost_models.step import Costs
@@ -32,18 +32,31 @@ NO_WAY_S = 1e9  # thirty years: of a mesh whose state cannot be shared as it is 
 class Sizes:
     """One mesh's local parameters. held, learnt: elements, [part, (dense, expert)]. rows: [(rows,
     elements a row), kind of parameter], with how many of these each part has: [(held, learnt),
-    part, kind]; experts: which kinds they are."""
+    part, kind]; experts: which kinds they are. units: [unit, kind], how many a unit has that is
+    moved at once; times: how many such units there are."""
 
     held: Floats
     learnt: Floats
     rows: Floats
     counts: Floats
     experts: NDArray[np.bool_]
+    units: Floats
+    times: Floats
 
     @property
     def same(self) -> tuple[bytes, ...]:
         """Equal of equal ones."""
-        return self.rows.tobytes(), self.counts.tobytes(), self.experts.tobytes()
+        arrays = self.rows, self.counts, self.experts, self.units, self.times
+        return tuple(one.tobytes() for one in arrays)
+
+    def moved(self, ranks: int, expert: bool, by_rows: bool) -> Floats:
+        """[unit]: elements that are gathered or reduced at once, of so many ranks: with what is
+        added where rows are shared whole."""
+        number, each = self.rows
+        whole = np.ceil(number / ranks) * ranks if by_rows else number
+        mine = self.experts == expert
+        found: Floats = self.units[:, mine] @ (whole * each)[mine]
+        return found
 
     def shared(self, dense: int, expert: int, by_rows: bool) -> Floats:
         """Elements of the fullest of so many ranks, [(held, learnt), part, (dense, expert)]."""
@@ -60,7 +73,8 @@ def sizes_of(
     layers: Collection[int],
 ) -> Sizes:
     """units: what a rank holds of each kind, and the names that are aliases there, left out. parts:
-    how many of each kind lie in a part. layers: kinds; one part more is what each of them has."""
+    how many of each kind lie in a part, the whole first. layers: kinds; one part more is what each
+    of them has."""
     found: dict[tuple[int, int, bool], int] = {}
     numbers: list[Counter[tuple[int, bool]]] = []  # of each unit, by kind and whether it learns
     for some, aliases in units:
@@ -79,9 +93,14 @@ def sizes_of(
             for (kind, learns), number in numbers[unit].items():
                 counts[: 1 + learns, at, kind] += times * number
     rows = np.array([(number, each) for number, each, _ in found], dtype=float).reshape(-1, 2).T
+    units_of = np.zeros((len(parts[0]), len(found)))
+    for at, unit in enumerate(parts[0]):
+        for (kind, _), number in numbers[unit].items():
+            units_of[at, kind] += number
     sizes = functools.partial(
-        Sizes, rows=rows, counts=counts, experts=np.array([e for *_, e in found], dtype=bool)
-    )
+        Sizes, rows=rows, counts=counts, experts=np.array([e for *_, e in found], dtype=bool),
+        units=units_of, times=np.array([*parts[0].values()], dtype=float),
+    )  # fmt: skip
     held, learnt = sizes(held=rows, learnt=rows).shared(1, 1, by_rows=False)
     return sizes(held=held, learnt=learnt)
 
@@ -125,7 +144,7 @@ class Shared:
     def __init__(self, costs: Costs, pins: Pins) -> None:
         self.costs, self.pins = costs, pins
         self._traffic: dict[tuple[int | Sizes, ...], Floats] = {}
-        self._rates: dict[tuple[str, Layout], float] = {}
+        self._once: dict[tuple[Sizes, Ranks, bool, int, bool], Floats] = {}
         self._sharings: dict[tuple[int, ...], Sharings] = {}
         self._pieces: dict[tuple[Sizes, int, int, bool], Floats] = {}
 
@@ -144,9 +163,9 @@ class Shared:
         return self._pieces[key]
 
     def moved_s(self, m: Mesh, sizes: Sizes, grad: int, zero: int, fsdp: bool) -> Floats:
-        """Seconds at least of (an all-reduce, one gather, one reduction) of the whole chain, for
-        each way to share the state, [way, 3]: bytes over the bandwidth of the groups. Where a
-        pinned shard leaves no way there is no plan, and no time that it could take."""
+        """Seconds of (an all-reduce, one gather, one reduction) of the whole chain, unit by unit,
+        for each way to share the state, [way, 3]. Where a pinned shard leaves no way there is no
+        plan, and no time that it could take."""
         key = (m.pp, m.tp, m.cp, m.dp, m.ep, m.etp, grad, min(zero, 1), fsdp, sizes)
         if key not in self._traffic:
             found = [self._each_s(sizes, d, grad, fsdp) for d in self._shared(m, zero)]
@@ -154,15 +173,13 @@ class Shared:
         return self._traffic[key]
 
     def _each_s(self, sizes: Sizes, d: Decisions, grad: int, fsdp: bool) -> Floats:
-        dense, expert = ranks_of(d, False), ranks_of(d, True)
-        moved, total = sizes.held[0], np.zeros(3)
-        if fsdp:
-            shares = self.pieces(sizes, dense.shard, expert.shard, True)[0, 0]
-            moved = shares * (dense.shard, expert.shard)
-        for n, ranks in zip(moved.tolist(), (dense, expert)):
-            if n:
-                total += self._once_s(n, ranks, grad)
-        return total
+        found = np.zeros(3)
+        for expert in (False, True):
+            key = sizes, ranks_of(d, expert), expert, grad, fsdp
+            if key not in self._once:
+                self._once[key] = self._once_s(*key)
+            found = found + self._once[key]
+        return found
 
     def _shared(self, m: Mesh, zero: int) -> list[Decisions]:
         """A mesh with its state shared in every way that the search tries."""
@@ -176,17 +193,19 @@ class Shared:
             for shard in shard_sizes(m, (cluster,), self.pins, zero, outer)
         ]  # fmt: skip
 
-    def _once_s(self, elements: float, ranks: Ranks, grad: int) -> tuple[float, float, float]:
-        compute = COMPUTE_BYTES[self.costs.workload.precision]
-        gather = elements * compute * self._rate("all_gather", ranks.sharing)
-        reduce = elements * grad * self._rate("reduce_scatter", ranks.sharing)
-        reduce += elements / ranks.shard * grad * self._rate("all_reduce", ranks.replicating)
-        return elements * grad * self._rate("all_reduce", ranks.all), gather, reduce
+    def _once_s(
+        self, sizes: Sizes, ranks: Ranks, expert: bool, grad: int, fsdp: bool
+    ) -> Floats:
+        elements = sizes.moved(ranks.shard, expert, fsdp)
 
-    def _rate(self, kind: str, layout: Layout) -> float:
-        """Seconds a byte that a collective takes at least; none for a group of one."""
-        key = (kind, layout)
-        if key not in self._rates:
-            forms = explain(self.costs.network, kind, *layout).forms
-            self._rates[key] = min((f.s_per_byte for f in forms), default=0.0)
-        return self._rates[key]
+        def total_s(kind: str, size_bytes: Floats, layout: Layout) -> float:
+            each = collective_s(self.costs.network, kind, size_bytes, *layout)
+            return float(sizes.times @ each)
+
+        reduce = total_s("reduce_scatter", elements * grad, ranks.sharing)
+        reduce += total_s("all_reduce", elements / ranks.shard * grad, ranks.replicating)
+        compute = COMPUTE_BYTES[self.costs.workload.precision]
+        return np.array([
+            total_s("all_reduce", elements * grad, ranks.all),
+            total_s("all_gather", elements * compute, ranks.sharing), reduce,
+        ])  # fmt: skip

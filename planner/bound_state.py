@@ -76,10 +76,10 @@ class _Stacked:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Of one way, by mesh: [mesh, part] bytes of state and of one unit's transient copies; seconds
-    of a step that all pp ranks together spend behind the last backward at least; seconds that
-    a micro-batch's transfers take the whole chain, those of the host too, hidden or not; by
-    tier below, bytes that all pp ranks lay there at least, a GPU each; what sends take; and the
-    part of what would lie below that there is room for."""
+    of a step that all pp ranks together spend behind the last backward at least; [(forward,
+    backward), mesh] seconds that a micro-batch's transfers take the whole chain, those of the host
+    too, hidden or not; by tier below, bytes that all pp ranks lay there at least, a GPU each; what
+    sends take; and the part of what would lie below that there is room for."""
 
     state_bytes: Floats
     gathered_bytes: Floats
@@ -232,11 +232,15 @@ class States:
             mode.reduce_per_step or mode.all_reduce_per_step
         ) + engine.dp_gather_hidden * bool(mode.gather_per_step)
         tail = least * once + np.maximum(0.0, (1 - least) * once - behind * kernels_s[:, None])
-        each = mode.gather_per_microbatch * gather + mode.reduce_per_microbatch * reduce
+        ahead = min(mode.gather_per_microbatch, 1)
+        each = np.stack([
+            ahead * gather,
+            (mode.gather_per_microbatch - ahead) * gather + mode.reduce_per_microbatch * reduce,
+        ])  # fmt: skip
         if self._nth is not None:
             ours = self._ours(stacked, way.zero)
             tail, each = np.where(ours, tail, np.inf), np.where(ours, each, np.inf)
-        tail, each = tail.min(axis=1), each.min(axis=1)
+        tail, each = tail.min(axis=1), each.min(axis=2)
         shard = pieces[0, :, 0]
         each = each + self._copies_s(some, shard, updated[:, 0])
         return Held(
@@ -358,13 +362,15 @@ class States:
         return state, gathered, updated
 
     def _copies_s(self, d: Decisions, shard: Floats, updated: Floats) -> Floats:
-        """Seconds that a micro-batch's parameters below are on their way, and their gradients."""
+        """Seconds that a micro-batch's parameters below are on their way, and their gradients, as
+        `Held.each_s` has them."""
         none = state_of((), d, self.costs.workload, self.costs.engine)
-        each = [
-            sum(parameter_copies_s(self.costs.cluster, self.costs.engine, d, state)) / MANY
+        each = np.array([
+            parameter_copies_s(self.costs.cluster, self.costs.engine, d, state)
             for state in (replace(none, shard=MANY), replace(none, updated=MANY))
-        ]
-        return each[0] * shard + each[1] * updated
+        ]) / MANY  # fmt: skip
+        found: Floats = each[0][:, None] * shard + each[1][:, None] * updated
+        return found
 
     def _update_s(self, d: Decisions, way: Way) -> float:
         """Seconds of an update, of one parameter, at least."""

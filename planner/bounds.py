@@ -16,6 +16,7 @@ its own bytes and its own seconds; the least of them is the mesh's bound.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -279,10 +280,10 @@ class _Table:
         self, mine: Ints, step: Floats, held: Held, room: Floats, way: Way, below: Held | None,
         host: Room | None,
     ) -> Floats:  # fmt: skip
-        """One rank has the whole chain. What its transfers take is hidden but for a share, or
-        beyond what its kernels take meanwhile. below: the same with all optimizers below, which
-        those of some layers may be, as far as there is room. host: the room in the host's memory,
-        where that may be too full."""
+        """One rank has the whole chain. What its transfers take each way, forward and backward, is
+        hidden but for a share, or beyond what its kernels take meanwhile. below: the same with all
+        optimizers below, which those of some layers may be, as far as there is room. host: the room
+        in the host's memory, where that may be too full."""
         kept, working = self.get(mine, "kept"), self.get(mine, "working")
         over = held.state_bytes[:, 0] + working - room
         over = over + 2 * self._wide(held.gathered_bytes[:, 1])
@@ -290,9 +291,8 @@ class _Table:
         over = kept + over / self._in_flight(mine)
         freed = np.moveaxis(self.get(mine, "freed"), 0, -1)
         share, m = self.costs.engine.fsdp_interference, self.m[mine]
-        kernels, at_once, low = (
-            self.get(mine, "kernels_s"), self._in_flight(mine), self._lowering(mine)
-        )
+        at_once, low, ahead = self._in_flight(mine), self._lowering(mine), self.get(mine, "ahead_s")
+        kernels = ahead, self.get(mine, "kernels_s") - ahead
         least, found = np.zeros(len(mine)), np.zeros(len(mine))
         if host is not None and not self._elsewhere(way):
             everywhere = everywhere + low.laid_bytes(held, below, room) - host[1]
@@ -303,14 +303,19 @@ class _Table:
             size, rate = low.freed(held, below, room)
             copies = np.maximum(0.0, below.each_s - held.each_s) * low.learn
             whole = np.maximum(1.0, held.state_bytes[:, 0] - below.state_bytes[:, 0])
-        for rest, each in ((share, share * held.each_s), (1.0, held.each_s - kernels)):
-            pieces = freed
+        else:
+            again = 0.0 if self._elsewhere(way) else forced_s(freed, over)
+        for hides in itertools.product((False, True), repeat=2):
+            rest = [1.0 if hidden else share for hidden in hides]
+            each = sum(
+                part * s - hidden * k
+                for part, s, hidden, k in zip(rest, held.each_s, hides, kernels)
+            )
             if below is not None:
-                price = rate / m + rest * copies / whole
+                price = rate / m + sum(part * s for part, s in zip(rest, copies)) / whole
                 pieces = with_piece(freed, size / at_once, price * at_once)
-            again = 0.0 if self._elsewhere(way) else forced_s(pieces, over)
-            again = np.maximum(again, least)
-            found = np.maximum(found, m * (step + again + each) + held.tail_s)
+                again = 0.0 if self._elsewhere(way) else forced_s(pieces, over)
+            found = np.maximum(found, m * (step + np.maximum(again, least) + each) + held.tail_s)
         return found
 
     @functools.cached_property
