@@ -10,10 +10,11 @@ class PlanError(Exception):
     """A fault of the input, not of ours. Printed without a traceback; `exit_code` is the shell's.
 
     what: what was found. where: file and line, layer path or key. why: what was expected.
-    hints: what would fix it, one line each.
+    hints: what would fix it, one line each. there: the traceback, where another process met it.
     """
 
     exit_code = 1
+    there = ""
 
     def __init__(
         self, what: str, *, where: str = "", why: str = "", hints: tuple[str, ...] = ()

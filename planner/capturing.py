@@ -7,12 +7,13 @@ import gc
 import hashlib
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,12 +82,8 @@ class Fault:
         fault: PlanError = getattr(errors, self.kind)(
             self.what, where=self.where, why=self.why, hints=self.hints
         )
-        fault.__cause__ = _There(self.stack)
+        fault.there = self.stack
         return fault
-
-
-class _There(Exception):
-    """What -vv shows of where a fault was met in a second process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +137,7 @@ def capture(
         return graph
     if progress:
         progress("tracing")
-    made = _awaited(ahead) if ahead is not None and ahead.key == key else None
+    made = _awaited(ahead, options.model) if ahead is not None and ahead.key == key else None
     if isinstance(made, Fault):
         raise made.meet()
     if made is None:
@@ -163,13 +160,36 @@ def _alone() -> bool:
     return threading.active_count() == 1 and "torch" not in sys.modules
 
 
-def _awaited(ahead: Begun) -> Traced | Fault | None:
+def _awaited(ahead: Begun, model: str) -> Traced | Fault | None:
     """What the second process traced; None where it has no answer. Until then this one loads what
     the search will need."""
     with _uncollected():
         for name in SOLVERS:
             importlib.import_module(name)
-    return ahead.later.answer()
+    found = ahead.later.answer()
+    if ahead.later.ended is not None:
+        _require_killed(model, ahead.later.ended)
+    return found
+
+
+def _require_killed(model: str, ended: int) -> None:
+    """Go on where the process that traced was killed, as the system does where memory is short: it
+    may be traced here. What else ended it would end this process too, without a word."""
+    from planner.console import say
+
+    if ended == -signal.SIGINT:
+        raise KeyboardInterrupt
+    if ended == -signal.SIGKILL:
+        say(f"the process that traced {model} was killed (out of memory?): it is traced again")
+        return
+    how = f"with exit status {ended}" if ended >= 0 else f"by {signal.Signals(-ended).name}"
+    raise PlanError(
+        f"{model} ended the interpreter that traced it, {how}",
+        why="its code, or what that imports, called os._exit"
+        if ended >= 0 else "a crash in what it imports, or a signal that was sent",
+        hints=("an exception is told with its line",) if ended >= 0 else
+              ("PYTHONFAULTHANDLER=1 says where a crash was",),
+    )  # fmt: skip
 
 
 def _told(options: TraceOptions, precision: str) -> Traced | Fault:
@@ -185,7 +205,7 @@ def _traced(options: TraceOptions, precision: str) -> Traced:
     from ir.text import format_graph
 
     start, first = time.perf_counter(), "torch" not in sys.modules
-    with _uncollected():
+    with _uncollected(), _aside():
         import ir.capture.export  # noqa: F401  (torch, timed apart from what we do with it)
 
         import_s = time.perf_counter() - start
@@ -199,6 +219,25 @@ def _traced(options: TraceOptions, precision: str) -> Traced:
             source, precision=precision, fold=options.fold, beside=beside
         )
     return Traced(text=format_graph(graph), import_s=import_s)
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """However the user's code prints, stdout is the result's alone: it goes to stderr."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # nobody has stdout
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, NoReturn
 
@@ -107,7 +108,11 @@ def _leave(code: int) -> NoReturn:
     """
     if threading.active_count() > 1:
         sys.exit(code)
+    with suppress(OSError):
+        sys.stdout.flush()
+        os.dup2(2, 1)  # what a model left to be done prints, which is not the result
     atexit._run_exitfuncs()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

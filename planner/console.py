@@ -139,7 +139,8 @@ def _usage(fault: Any) -> int:
 
 
 def _explain(traceback: bool) -> None:
+    """Where the fault is that is met: in the process that met it first."""
     if traceback:
         from traceback import format_exc
 
-        say(format_exc().rstrip())
+        say((getattr(sys.exception(), "there", "") or format_exc()).rstrip())

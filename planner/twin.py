@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NoReturn, TypeVar
@@ -133,13 +133,16 @@ class Later(Generic[A]):
             _tell(asked, self._line, there, parent)
         there.close()
         self._answered = False
+        self.ended: int | None = None  # with which exit status, or -signal, if without an answer
 
     def answer(self) -> A | None:
-        """What it answers, once. None where it failed or was killed: this process then does its
-        work, and meets its fault if there is one."""
+        """What it answers, once. None where it failed: this process then does its work, and meets
+        its fault if there is one; or where it `ended`."""
         try:
-            found: A = self._line.recv()
+            found: A | None = self._line.recv()
         except (EOFError, OSError):
+            _, status = os.waitpid(self._pid, 0)
+            self.ended = os.waitstatus_to_exitcode(status)
             return None
         self._answered = True
         return found
@@ -149,8 +152,9 @@ class Later(Generic[A]):
         if self._answered:
             self._line.poll(LEAVES_S)  # it is closed there as the process ends
         self._line.close()
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        if self.ended is None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
 
 @contextmanager
@@ -173,16 +177,31 @@ def _tell(
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         here.close()
         atexit._clear()  # what the first process does at its end
+        with suppress(OSError):  # nowhere to print to
+            os.dup2(2, 1)  # stdout is for the first process's result
         if os.getppid() == parent:  # else it ended before that was heard of
-            answer = asked()
+            answer = _answered(asked)
             sys.stdout.flush()  # before the first process prints
             sys.stderr.flush()
             there.send(answer)
             atexit._run_exitfuncs()
-    except BaseException:  # the first process does it itself, and says what the fault is
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except KeyboardInterrupt:  # it ends by that, as the first process hears
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
         pass
     finally:
         os._exit(0)
+
+
+def _answered(asked: Callable[[], A]) -> A | None:
+    """None of what fails: the first process does it itself, and says what the fault is."""
+    try:
+        return asked()
+    except (Exception, SystemExit):
+        return None
 
 
 __all__ = ["Later", "Pair", "beside", "forks"]

@@ -1,5 +1,6 @@
 """A model traced in other processes: the same graph and faults, and no process left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -73,10 +74,14 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("does", [partial(int, "no number"), partial(sys.exit, 3), killed])
-def test_what_fails_there_has_no_answer(does, capfd):
+@pytest.mark.parametrize(("does", "ended"), [
+    (partial(int, "no number"), None), (partial(sys.exit, 3), None), (killed, -signal.SIGKILL),
+    (partial(os._exit, 3), 3), (partial(signal.raise_signal, signal.SIGINT), -signal.SIGINT),
+])  # fmt: skip
+def test_what_fails_there_has_no_answer(does, ended, capfd):
     later = Later(does)
     assert later.answer() is None
+    assert later.ended == ended
     later.end()
     assert capfd.readouterr() == ("", "")
 
@@ -184,21 +189,61 @@ def test_a_fault_there_is_the_same_here(tmp_path, cold):
         capture(options, hardware, ahead=ahead)
     assert other.value.lines() == own.value.lines()
     assert type(other.value) is PlanError
-    assert "in forward" in str(other.value.__cause__)  # for -vv
+    assert "in forward" in other.value.there  # for -vv
     usage = UsageError("what", where="where", why="why", hints=("hint",))
     assert Fault.of(usage).meet().lines() == usage.lines()
     assert Fault.of(usage).meet().exit_code == 64
 
 
-def test_what_has_no_answer_is_traced_here(tmp_path, cold, monkeypatch):
+def test_what_was_killed_is_traced_here(tmp_path, cold, monkeypatch, capfd):
     options, hardware = asked(tmp_path), load_any("h100x8")
     with begun(options, hardware) as ahead:
         os.kill(ahead.later._pid, signal.SIGKILL)
         graph = capture(options, hardware, ahead=ahead)
     assert cold() and graph.parameters
+    out, err = capfd.readouterr()
+    assert out == "" and "model.py was killed (out of memory?): it is traced again" in err
     monkeypatch.setattr(capturing, "forks", lambda: False)
     with begun(TraceOptions(model=options.model, cache=False), hardware) as ahead:
         assert ahead is None
+
+
+@pytest.mark.parametrize(("ends", "words"), [
+    ("os._exit(3)", "with exit status 3"), ("os.kill(os.getpid(), 15)", "by SIGTERM"),
+])  # fmt: skip
+def test_a_model_that_ends_the_interpreter_does_not_end_the_command(tmp_path, cold, ends, words):
+    options, hardware = asked(tmp_path, MODEL.replace('print("read")', ends)), load_any("h100x8")
+    with (
+        begun(options, hardware) as ahead,
+        pytest.raises(PlanError, match=f"model.py ended the interpreter that traced it, {words}"),
+    ):
+        capture(options, hardware, ahead=ahead)
+    assert not cold()
+
+
+@pytest.mark.parametrize("cores", [None, {0}])
+def test_what_a_model_prints_is_not_of_the_result(tmp_path, cores):
+    """However it prints, at import or at its end, on one core too; -vv has its own line alone."""
+    says = """print("said"); os.write(1, b"wrote\\n"); os.system("echo ran")
+import atexit
+atexit.register(print, "left")
+"""
+    options = asked(tmp_path, MODEL.replace('print("read")', says))
+    command = [sys.executable, "-m", "planner.cli", "trace", options.model, "--hardware", "h100x8"]
+    found = subprocess.run(
+        [*command, "-o", "-"], cwd=tmp_path, text=True, capture_output=True, check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        preexec_fn=cores and partial(os.sched_setaffinity, 0, cores),
+    )  # fmt: skip
+    assert json.loads(found.stdout)["schema"] == "plan/1"
+    assert {"said", "wrote", "ran", "left"} <= {*found.stderr.splitlines()}
+
+
+def test_a_traceback_is_of_what_was_met_there(tmp_path, plan):
+    options = asked(tmp_path, MODEL.replace("build = Model", "def build():\n    raise ValueError"))
+    code, out, err = plan("trace", options.model, "--hardware", "h100x8", "-vv")
+    assert (code, out) == (1, "") and "raise ValueError" in err
+    assert err.rindex("Traceback") < err.rindex("PlanError: build() raised") and "_There" not in err
 
 
 def test_a_file_that_is_not_there_is_told_by_the_capture(tmp_path, cold):
