@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 
 from cost_models.decisions import Workload
 from cost_models.formats import NARROW
 from cost_models.schedule import schedule_illegal
 from ir.errors import UsageError
-from planner.decisions import ALL_LAYERS, Pins
-from planner.legality import RULES, VIRTUAL_STAGES, Case
+from planner.decisions import ALL_LAYERS, Pins, parse_pins
+from planner.legality import RULES, VIRTUAL_STAGES, Case, Rule
 from planner.mesh import divisors
 
 
 def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None = None) -> None:
     """Raise UsageError where pins contradict each other, the hardware, workload or model."""
-    case = _case_of_pins(pins, workload)
-    for rule in RULES:
-        if rule.refused(case):
-            raise UsageError(_named(rule.keys, pins, workload), why=rule.reason, hints=(rule.fix,))
+    rule = _refusal(pins, workload)
+    if rule is not None:
+        raise UsageError(
+            _named(rule.keys, pins, workload), why=rule.reason,
+            hints=_left_of(rule.fix, pins, workload),
+        )  # fmt: skip
     _check_tp(pins)
     check_mesh(pins, gpus)
     _check_outer(pins)
@@ -29,27 +33,80 @@ def check_pins(pins: Pins, workload: Workload, *, gpus: int, layers: int | None 
     _check_schedule(pins, workload)
     _check_stages(pins, layers)
     _check_keep(pins)
-    _check_below(pins)
+    _check_below(pins, workload, gpus, layers)
 
 
-def _check_below(pins: Pins) -> None:
-    """The optimizer by count of layers is costed where it is known which they are."""
+def _refusal(pins: Pins, workload: Workload) -> Rule | None:
+    """The first rule that refuses them together."""
+    case = _case_of_pins(pins, workload)
+    return next((rule for rule in RULES if rule.refused(case)), None)
+
+
+def _left_of(fix: str, pins: Pins, workload: Workload) -> tuple[str, ...]:
+    """Of what would mend a pin what no rule refuses beside the other pins; words that are no pins
+    are left as they are."""
+    found = []
+    for words in fix.split(", or "):
+        try:
+            instead = dict(parse_pins(words.split(" and ")).items())
+        except UsageError:
+            instead = {}
+        if not instead or _refusal(replace(pins, **instead), workload) is None:
+            found.append(words)
+    return (", or ".join(found),) if found else ()
+
+
+def _check_below(pins: Pins, workload: Workload, gpus: int, layers: int | None) -> None:
+    """No stage has more layers below than it has; the optimizer by count of layers is costed where
+    it is known which they are."""
     counted = ":" in dict(pins.offload or ()).get("optimizer", "")
     stages = len(pins.stages) if pins.stages is not None else 1 if pins.pp == 1 else None
     for what, (tier, _, counts) in ((w, t.partition(":")) for w, t in pins.offload or ()):
-        said = len(counts.split("/"))
-        if stages is not None and said not in (1, stages):
+        said = counts.split("/")
+        if stages is not None and len(said) not in (1, stages):
             raise UsageError(
-                f"{_joined(['offload'], pins)}: {what} of {said} stages, and there are {stages}",
+                f"{_joined(['offload'], pins)}: {what} of {len(said)} stages, and there are"
+                f" {stages}",
                 why="one count stands for every stage, or there is one for each",
-                hints=(f"offload={what}:{tier}:{counts.partition('/')[0]}",),
+                hints=(f"offload={what}:{tier}:{said[0]}",),
             )  # fmt: skip
+        held = pins.stages or (() if layers is None else (layers,))
+        if counts and held:
+            _require_layers("offload", "lays", list(map(int, said)), held, pins,
+                            f"{what}:{tier}: every layer")  # fmt: skip
     if counted and pins.pp != 1 and pins.stages is None:
         raise UsageError(
             f"{_joined(['offload'], pins)}: which layers these are depends on the stages",
             why="the optimizer of so many layers of each stage, its first, is not searched",
-            hints=("pp=1", "stages=17,15 and pp=2, by the layers of each", "offload=optimizer:cpu"),
+            hints=tuple(_known_stages(pins, workload, gpus, layers)),
         )
+
+
+def _known_stages(
+    pins: Pins, workload: Workload, gpus: int, layers: int | None
+) -> Iterator[str]:
+    """What says which layers a count is of, as far as it may be beside the other pins."""
+    tiers = dict(pins.offload or ())
+    tier, _, counts = tiers["optimizer"].partition(":")
+    said = len(counts.split("/"))
+    least = next((n for n in divisors(gpus) if n > 1), 0)
+    pp = said if said > 1 else pins.pp or least
+    ways: list[tuple[str, Pins]] = []
+    if said == 1:
+        ways.append(("pp=1", replace(pins, pp=1)))
+    if layers is not None and 1 < pp <= layers:
+        cut = tuple(layers // pp + (k < layers % pp) for k in range(pp))
+        way = replace(pins, pp=pp, stages=cut)
+        ways.append((f"{way.said('stages')} and pp={pp}, by the layers of each", way))
+    whole = tuple((w, tier if w == "optimizer" else t) for w, t in pins.offload or ())
+    way = replace(pins, offload=whole)
+    ways.append((f"{way.said('offload')}: of every layer", way))
+    for words, way in ways:
+        try:
+            check_pins(way, workload, gpus=gpus, layers=layers)
+        except UsageError:
+            continue
+        yield words
 
 
 def _check_tp(pins: Pins) -> None:
@@ -205,13 +262,22 @@ def _check_recompute(pins: Pins, layers: int | None) -> None:
         sum(n for n in (full[i % len(full)], some[i % len(some)]) if n != ALL_LAYERS)
         for i in range(max(len(full), len(some)))
     ]
+    _require_layers("recompute", "computes", counts, stages, pins,
+                    "a kind alone, as in recompute=full: every layer", " again")  # fmt: skip
+
+
+def _require_layers(
+    key: str, does: str, counts: Sequence[int], stages: Sequence[int], pins: Pins, every: str,
+    how: str = "",
+) -> None:  # fmt: skip
+    """A pin counts no more layers of a stage than it has; one count of all than the largest has."""
     held = stages if len(stages) == len(counts) else (max(stages),) * len(counts)
     for count, most in zip(counts, held):
         if count > most:
             raise UsageError(
-                f"{_joined(['recompute'], pins)} computes {count} layers of a stage again,"
+                f"{_joined([key], pins)} {does} {count} layers of a stage{how or ' below'},"
                 f" {'which' if pins.stages else 'the model'} has {most}",
-                hints=(f"up to {most}, or a kind alone, as in recompute=full: every layer",),
+                hints=(f"up to {most}, or {every}",),
             )  # fmt: skip
 
 

@@ -132,6 +132,8 @@ CONTRADICTIONS = [
     (["offload=optimizer:cpu", "zero=3", "pp=1"], "offload=optimizer:cpu,params:cpu"),
     (["offload=optimizer:cpu", "zero=2", "pp=1"], "FSDP2 keeps shards with their optimizer"),
     (["offload=activations:cpu", "recompute=selective"], "stays on the GPU"),
+    (["offload=optimizer:cpu:9", "pp=1"], "lays 9 layers of a stage below, the model has 8"),
+    (["offload=activations:cpu:5/4", "stages=4,4"], "lays 5 layers of a stage below, which has 4"),
     (["weights=fp8"], "weights in the workload's precision"),
     (["schedule=1f1b", "pp=64", "microbatches=8"], "microbatches >= pp"),
 ]
@@ -143,6 +145,25 @@ def test_contradicting_pins_are_named(pins, words):
     with pytest.raises(UsageError) as error:
         check_pins(parse_pins(pins), workload, gpus=64, layers=8)
     assert any(word in said(error) for word in words.split("|"))
+
+
+@pytest.mark.parametrize(("pins", "hints"), [
+    (["offload=optimizer:nvme:2"], (
+        "pp=1", "stages=4,4 and pp=2, by the layers of each",
+        "offload=optimizer:nvme: of every layer",
+    )),
+    (["offload=optimizer:cpu:2/1/2", "dp=1"], ("offload=optimizer:cpu: of every layer",)),
+    (["offload=optimizer:cpu:2", "zero=2", "pp=4"], (
+        "stages=2,2,2,2 and pp=4, by the layers of each", "offload=optimizer:cpu: of every layer",
+    )),
+    (["offload=params:cpu", "zero=2", "pp=1"], ("zero=3",)),
+    (["offload=params:cpu", "zero=2"], ("zero=3, or offload=optimizer:cpu",)),
+])  # fmt: skip
+def test_what_is_hinted_at_holds_beside_the_other_pins(pins, hints):
+    """Eight layers on 64 GPUs, which three stages do not divide."""
+    with pytest.raises(UsageError) as error:
+        check_pins(parse_pins(pins), Workload(global_batch=64, seq_len=128), gpus=64, layers=8)
+    assert error.value.hints == hints
 
 
 def test_sequence_that_cp_does_not_divide():
