@@ -157,14 +157,13 @@ def update_s(
     """An update off the GPU, each step: gradients go down and parameters up the host link, if not
     each micro-batch; the host's memory, shared by the node's GPUs, does it; a disk is read and
     written besides, of what lies there."""
-    mode, fsdp = mode_of(d, engine), in_torch(mode_of(d, engine))
+    fsdp = in_torch(mode_of(d, engine))
     host = cluster.tier("cpu")
     each = update_bytes(workload.optimizer, engine.optimizer_bytes_per_parameter)
     wide = workload.precision == "fp32"
     up = MASTER_BYTES if fsdp else COMPUTE_BYTES[workload.precision]
     down = MASTER_BYTES if fsdp or wide else GRAD_BYTES[d.grad_dtype]
-    once = not ("params" in dict(d.offload) and mode.gather_per_microbatch)
-    link = once * (
+    link = _once(engine, d) * (
         host_s(cluster, state.updated * down, up=False)
         + host_s(cluster, state.updated * up, up=True, tier=d.tiers.get("params", "cpu"))
     )
@@ -179,6 +178,17 @@ def update_s(
             size = state.updated * cluster.sharers(disk)
             total += size * (read / disk.read_bytes_per_s + written / disk.write_bytes_per_s)
     return total
+
+
+def update_kernels(engine: Engine, d: Decisions, state: State) -> int:
+    """What an update off the GPU does one after the other: gradients go down and parameters up, if
+    not each micro-batch, and between them it is done, which takes a kernel's gap at least."""
+    return (1 + 2 * _once(engine, d)) * (state.updated > 0)
+
+
+def _once(engine: Engine, d: Decisions) -> bool:
+    """Whether an update's gradients and parameters take the link, once a step."""
+    return not ("params" in d.tiers and mode_of(d, engine).gather_per_microbatch)
 
 
 def _apart_bytes(workload: Workload, fsdp: bool) -> float:

@@ -32,6 +32,7 @@ from cost_models.offload import (
     exposed_s,
     layers_below,
     parameter_copies_s,
+    update_kernels,
     update_s,
 )
 from cost_models.point import PARTS, Point, at_point, ps
@@ -485,6 +486,7 @@ class Costs:
         own, offload = 0.0, 0.0
         if "optimizer" in dict(d.offload):
             offload = update_s(self.cluster, engine, self.workload, d, state)
+            offload += float(self.kernels.memory_bound_s(0, update_kernels(engine, d, state)))
         else:
             own = self._update_s(state.updated)
         return {

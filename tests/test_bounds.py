@@ -13,6 +13,7 @@ from tiny_models import costs_of, graph_of, with_memory
 from cost_models.decisions import Decisions
 from cost_models.hardware import load_hardware
 from cost_models.levels import Level
+from cost_models.offload import update_kernels
 from cost_models.schedule import schedule_illegal, simulate
 from cost_models.state import ranks_of
 from ir.capture import hf_cut
@@ -89,7 +90,11 @@ def test_every_way_to_hold_state_is_bounded(engine, precision):
                     assert max(share * each, each - kernels)[0] * 1e12 <= ROUNDING * more + 100
             if mesh.pp == 1:  # as it is costed, but for sums over tp and starts of updates
                 beside = sum(costs.summed_s(d, r.state) for r in all_rows)
-                beside += len(all_rows) * costs.kernels.memory_bound_s(0)
+                starts = [
+                    update_kernels(costs.engine, d, r.state) if "optimizer" in d.tiers else 1
+                    for r in all_rows
+                ]
+                beside += costs.kernels.memory_bound_s(0, sum(starts))
                 assert (of_each[nth].tail_s[0] + beside) * 1e12 * 1.001 + 100 >= tail
             assert of_each[nth].state_bytes[0, 1] * 1.01 >= held_bytes(rows[layer])
             copied += "params" in d.tiers and of_all.each_s[0, 0] > 0

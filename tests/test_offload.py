@@ -118,7 +118,8 @@ def test_parameters_come_up_to_be_gathered_and_gradients_go_down():
         assert found[-2] + found[-1] == pytest.approx(expected, abs=2)
         assert found[:-2] == alone[:-2]
     # the update: 30 bytes a share of the host's memory, shared by eight GPUs, and no link
-    assert row.offload_ps == pytest.approx(30 * elements * 8 / 5.6e11 * 1e12, rel=1e-9)
+    gap_s = costs.kernels.rates.gap_s
+    assert row.offload_ps == pytest.approx((30 * elements * 8 / 5.6e11 + gap_s) * 1e12, rel=1e-9)
     assert e.step_time_ps > plain.step_time_ps
     assert e.peak_memory_bytes < plain.peak_memory_bytes
 
@@ -126,22 +127,33 @@ def test_parameters_come_up_to_be_gathered_and_gradients_go_down():
 def test_the_optimizer_s_link_is_taken_once_a_step():
     """FSDP2 sends fp32 gradients down and fp32 parameters up, a share each."""
     d = replace(BASE, zero=1, reshard=False, offload=BELOW[:1])
-    _, step, _ = stepped(d)
-    n = layer(step).state.updated
+    costs, step, _ = stepped(d)
+    n, gaps_s = layer(step).state.updated, 3 * costs.kernels.rates.gap_s  # down, update, up
     assert layer(step).offload_ps == pytest.approx(
-        (8 * n / LINK + 30 * n * 8 / 5.6e11) * 1e12, rel=1e-9
+        (8 * n / LINK + 30 * n * 8 / 5.6e11 + gaps_s) * 1e12, rel=1e-9
     )
     # behind a switch that two share the link takes twice as long, and so where memory is slow
     for host in (with_host(5.6e11, 2), with_host(8 * LINK / 2)):
         _, slow, _ = stepped(replace(d, offload=BELOW[:1]), host)
         share = host.tier("cpu").read_bytes_per_s / 8
         assert layer(slow).offload_ps == pytest.approx(
-            (8 * n / (LINK / 2) + 30 * n / share) * 1e12, rel=1e-9
+            (8 * n / (LINK / 2) + 30 * n / share + gaps_s) * 1e12, rel=1e-9
         )
     # a disk reads and writes the moments, 8 bytes, at the node's rates
     _, disk, _ = stepped(replace(d, offload=(("optimizer", "nvme"),)))
     more = 8 * n * 8 * (1 / 5e10 + 1 / 3e10) * 1e12
     assert layer(disk).offload_ps - layer(step).offload_ps == pytest.approx(more, rel=1e-9)
+
+
+@pytest.mark.parametrize("below", [BELOW[:1], BELOW])
+def test_no_update_is_quicker_below_however_few_parameters(below):
+    """Where all that counts is how many kernels there are, one after the other."""
+    costs = costs_of(graph_of("llama", n_layers=2), H100, global_batch=16, engine="native")
+    laid = Searcher(costs=costs).assign(1, False)
+    d = replace(BASE, zero=3 if len(below) > 1 else 1, reshard=False, stages=(2,))
+    on, off = (costs.step(replace(d, offload=offload), laid) for offload in ((), below))
+    for k in range(len(on.chain.links)):
+        assert off.row(k).offload_ps > on.row(k).optimizer_ps or not on.row(k).state.updated
 
 
 def test_activations_on_another_tier_go_there_through_the_host():
