@@ -168,9 +168,7 @@ class Expander(Space):
         for bound, i in sorted(rows):
             if out.best and bound >= self._below(out.best, mesh):
                 break
-            if self._idle(todo[i], out):
-                continue
-            for row in itertools.chain((todo[i],), self._eased(todo[i], out)):
+            for row in self._worth(todo[i], out):
                 if not self._solve(row, laid, out, unsettled):
                     full.append(self._state(row.decisions))
         return full
@@ -218,13 +216,24 @@ class Expander(Space):
             if out.best is None or other.bound_ps < self._below(out.best, row.decisions):
                 yield other
 
-    def _idle(self, row: Program, out: Outcome) -> bool:
-        """Whether a program with several stages a rank has nothing better without a limit to
-        memory, and so with no set that its layers may keep."""
-        d = row.decisions
-        if row.step is None or out.best is None or not self.keeps(d.tp, d.sequence_parallel):
-            return False
-        return self._refuted(unlimited(row.problem), self._below(out.best, d), out)
+    def _worth(self, row: Program, out: Outcome) -> Iterator[Program]:
+        """A program and what it stands for with other sets that layers may keep, as far as they
+        are worth solving."""
+        d, best = row.decisions, out.best
+        if row.step is None or best is None or not self.keeps(d.tp, d.sequence_parallel):
+            yield row
+            yield from self._eased(row, out)
+            return
+        below, free = self._below(best, d), unlimited(row.problem)
+        if self._barred(free, below):  # nothing is better without a limit to memory: with no set
+            return
+        if row.problem.chunks > 1 and self._barred(row.problem, below):
+            others = list(self._eased(row, out))  # mostly none: what is refuted so takes longer
+            if others and not self._refuted(free, below, out):
+                yield from others
+        elif not self._refuted(free, below, out):
+            yield row
+            yield from self._eased(row, out)
 
     def _solve(
         self, row: Program, laid: Assignments, out: Outcome, unsettled: list[Unsettled]
@@ -347,7 +356,7 @@ class Expander(Space):
         """Whether a few linear programs show that a program with several stages a rank has nothing
         better, or what they showed of others does: cheaper than to solve it. At first without a
         limit to memory: that says something of others."""
-        if self._known.covers(problem, best) or bound_ps(problem, best) >= best:
+        if self._barred(problem, best):
             return True
         if problem.chunks == 1 or not applies(problem):
             return False
@@ -355,6 +364,10 @@ class Expander(Space):
         if self._known.promising(free, best) and self._planes(free, best, out):
             return True
         return free != problem and self._planes(problem, best, out)
+
+    def _barred(self, problem: StageProblem, best: int) -> bool:
+        """As `_refuted`, by what takes no program."""
+        return self._known.covers(problem, best) or bound_ps(problem, best) >= best
 
     def _planes(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         paths, free = self._shapes.of(problem), problem.capacity_bytes == UNLIMITED

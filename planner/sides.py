@@ -95,7 +95,9 @@ def _halves(meshes: Sequence[Mesh]) -> tuple[list[int], list[int]]:
 
 
 def answers(pair: Pair[Side], asked: Sequence[Ask]) -> list[Told]:
-    """What both sides say, asked in turn."""
-    own, other = pair.both("prove", [(asked[::2],), (asked[1::2],)])
-    return [told for both in itertools.zip_longest(own, other) for told in both if told]
-
+    """What both sides say, asked in turn: of two the first is the other's, what is asked alone is
+    answered here."""
+    shares = (asked[1::2], asked[::2]) if len(asked) > 1 else (asked, ())
+    own, other = pair.both("prove", [(share,) for share in shares])
+    behind = itertools.zip_longest(other, own)
+    return [told for both in behind for told in both if told]

@@ -11,7 +11,7 @@ from planner.mesh import Mesh
 from planner.outcome import Outcome
 
 AT_ONCE = 2
-PROMISES = 1.25  # times its guess: where the best is worse, it is waited for, and cuts others short
+PROMISES = 1.02  # times its guess: where the best is worse, it is waited for, and cuts others short
 S = TypeVar("S")
 
 

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 from test_stages import brute, tiny
 
 from cost_models.schedule import SCHEDULES
-from planner.refuted import Refuted, unlimited
+from planner.expanding import Expander
+from planner.refuted import UNLIMITED, Refuted, unlimited
 
 TIMES = ("forward_ps", "input_grad_ps", "weight_grad_ps", "tail_own_ps")
 SIZES = ("state_bytes", "gathered_bytes")
@@ -73,3 +75,23 @@ def test_what_was_asked_in_vain_is_not_asked_of_what_is_farther():
     known.failed(p, 1000)
     assert not known.promising(p, 1000) and not known.promising(p, 1001)
     assert known.promising(slower, 1000) and known.promising(p, 999)
+
+
+@pytest.mark.parametrize("others", ((), ("a set", "another")))
+@pytest.mark.parametrize("free", (False, True))
+@pytest.mark.parametrize("bars", (False, True))
+def test_what_memory_bars_is_asked_about_without_a_limit_for_other_sets_alone(bars, free, others):
+    """A program with several stages a rank, and what it stands for: none is solved where nothing is
+    better without a limit to memory, which is asked where something is left that could be."""
+    p = tiny(0, "interleaved")
+    d = SimpleNamespace(tp=1, sequence_parallel=False)
+    row = SimpleNamespace(step="of it", decisions=d, problem=p)
+    asked = []
+    expander = SimpleNamespace(
+        keeps=lambda tp, split: "sets", _below=lambda best, d: 100, _eased=lambda row, out: others,
+        _barred=lambda p, best: bars and p.capacity_bytes < UNLIMITED,
+        _refuted=lambda p, best, out: asked.append(p) or free,
+    )
+    found = list(Expander._worth(expander, row, SimpleNamespace(best="known")))
+    assert asked == ([] if bars and not others else [unlimited(p)])
+    assert found == ([] if free else [*others] if bars else [row, *others])

@@ -34,6 +34,15 @@ def test_what_promises_as_much_as_the_best_is_tried_two_at_once():
     assert seen == [(0,), (1,), (2, 3)]
 
 
+def test_what_promises_a_little_more_than_the_best_is_waited_for():
+    """It cuts others short, which take many times as long against the best before."""
+    out, seen = SimpleNamespace(best=SimpleNamespace(score=104), spent=0), []
+    for some in in_turn([100, 101, 102], [1] * 3, "aaa", out, 99, lambda rest: None):
+        seen.append(some)
+        out.best = SimpleNamespace(score=101)
+    assert seen == [(0,), (1, 2)]
+
+
 def test_every_mesh_that_may_be_better_is_tried_once():
     guess, lower = [4, 3, 9, 7, 8], [4, 3, 2, 6, 1]
     assert sorted(tried(guess, lower, "abcab", [9, 5, 8, 8, 5])) == [0, 1, 2, 4]  # 3: 6 > 5
