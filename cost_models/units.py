@@ -94,9 +94,11 @@ def parse_bytes(text: str | int | float) -> int:
     return round(found)
 
 
-def parse_count(text: str) -> float:
-    """Read a count as people write it: 15T, 1e6, 2.5M. Raises UsageError where it is none."""
+def parse_count(text: str, said: str = "") -> float:
+    """Read a count as people write it: 15T, 1e6, 2.5M. Raises UsageError where it is none. said:
+    the whole of what the user wrote."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is no count", why="expected a number: 15T, 2.5M or 1e6")
+        what = f"{said or repr(text)} is no count"
+        raise UsageError(what, why="expected a number: 15T, 2.5M or 1e6")
     return float(match[1].replace("_", "")) * 1000.0 ** _THOUSANDS[match[2]]

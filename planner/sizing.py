@@ -307,7 +307,7 @@ class Sizer:
         why = "no plan was found that fits any count"
         if self.bounded:
             rate, spec = max(self.bounded)
-            why = f"nearest: {spec}, which cannot reach {format_rate(rate)} tokens/s"
+            why = f"nearest: {spec}, less than {format_rate(rate)} tokens/s"
         if near is not None:
             why = (
                 f"nearest: {near.hardware.spec}, {format_rate(near.expected_tokens_per_s)} tokens/s"

@@ -95,7 +95,7 @@ def parse_target(texts: Sequence[str], tokens: float) -> Target:
                              why=f"known: {', '.join(f'{k}=' for k in TARGETS)}")  # fmt: skip
         if key in numbers:
             raise UsageError(f"--target {key} is given twice")
-        numbers[key] = parse_count(value)
+        numbers[key] = parse_count(value, f"--target {text}")
         if not numbers[key]:
             raise UsageError(f"--target {text} asks nothing", why="expected more than 0")
     if "days" in numbers and not tokens:

@@ -188,7 +188,7 @@ def test_limits_hold_and_nothing_is_an_error_that_says_what_came_near():
         assert row.headroom_bytes >= row.hardware.device.memory_bytes - memory
     with pytest.raises(InfeasibleError) as fault:
         sizer(Target(tokens_per_s=1e12), limits=Limits(gpus=8)).run(some("h100", "a100"))
-    assert "nearest: h100x8, which cannot reach" in fault.value.why
+    assert "nearest: h100x8, less than" in fault.value.why
     with pytest.raises(InfeasibleError) as fault:
         sizer(Target(tokens_per_s=1.0, step_time_s=1e-3)).run(())
     assert "no plan was found" in fault.value.why
@@ -263,6 +263,29 @@ def test_prices_are_read_and_checked(tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 QUESTION = ("size", LLAMA, *TINY, "--target", "tokens_per_s=3e5", "--max-gpus", "16")
+
+
+def test_what_plans_a_row_asks_what_was_asked(plan):
+    """Else the plan is another's: within the same memory, of the same sequences."""
+    asked = ("--seq-len", "64", "--optimizer", "sgd", "--engine", "native", "--max-memory", "40GB")
+    code, out, err = plan(*QUESTION, "--hardware", "h100", *asked)
+    assert code == 0, err
+    again = err.rsplit("to plan it: plan ", 1)[1].split()
+    assert {*zip(asked[::2], asked[1::2])} <= {*itertools.pairwise(again)}
+    code, planned, err = plan(*again)
+    assert code == 0, err
+    row = next(line.split() for line in out.splitlines() if line.startswith("h100x"))
+    step = next(line.split() for line in planned.splitlines() if line.startswith("step "))
+    assert row[1:3] == step[1:3]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--target", "step_time_s=1s"), "--target step_time_s=1s is no count"),
+    (("--target", "days=3", "--tokens", "15X"), "--tokens 15X is no count"),
+])  # fmt: skip
+def test_of_what_is_no_count_the_flag_is_named(plan, words, said):
+    code, out, err = plan("size", LLAMA, *words)
+    assert (code, out) == (64, "") and said in err
 
 
 def test_the_command_prints_the_front_at_80_columns(plan, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Annotated
 
@@ -170,7 +171,7 @@ def size(
     refuse_serving(flags)
     if fix:
         raise UsageError("--fix is of serving", hints=("--task serve",))
-    total = parse_count(tokens) if tokens else 0.0
+    total = parse_count(tokens, f"--tokens {tokens}") if tokens else 0.0
     goal, operations = parse_target(target, total), parse_operations(assume)
     devices = parse_devices(hardware)
     names = [part.name for c in devices for part in parts_of(c)]
@@ -222,7 +223,12 @@ def size(
     print(size_text(found, question, every=every))
     best = next(row for row, on in ordered(found, question.objective) if on).hardware
     if all(part.name in catalogue() for part in parts_of(best)):
-        more = "".join(f" --arg {text}" for text in arg)
-        say(f"to plan it: plan trace {model}{more} --hardware {best.spec}"
-            f" --global-batch {workload.global_batch}")  # fmt: skip
+        asks = {
+            "--hardware": best.spec, "--global-batch": workload.global_batch, "--seq-len": seq_len,
+            "--precision": precision if precision != "bf16" else None, "--optimizer": optimizer,
+            "--engine": engine, "--max-memory": max_memory or None,
+        }  # fmt: skip
+        words = ["plan", "trace", model, *(word for text in arg for word in ("--arg", text))]
+        words += [str(w) for row in asks.items() if row[1] is not None for w in row]
+        say(f"to plan it: {shlex.join(words)}")
     return 0
