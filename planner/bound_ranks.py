@@ -238,11 +238,30 @@ def _ranks_s(
     return least
 
 
-def bubble_s(
-    whole_s: Floats, m: Ints, pp: Ints, layers: int, schedules: Collection[str], most_virtual: int
+def through_last_s(
+    there_s: Floats, last_s: Floats, whole_s: Floats, m: Ints, pp: Ints, rounds: bool
 ) -> Floats:
+    """Seconds at least where backward is not split, by the last stage: `stage_bounds.last_ps` of
+    many. there_s: a micro-batch there and back, sends and all; last_s: the last stage at least;
+    rounds: the schedule is interleaved."""
+    least = there_s + (m - 1) * last_s
+    some = np.isfinite(there_s) & (m % pp == 0)
+    if not rounds or not np.any(some):
+        return least
+    first, others = there_s[some] + (pp[some] - 1) * last_s[some], pp[some] - 1
+    of_last = np.maximum(0.0, m[some] * whole_s[some] / others - first)
+    of_last = of_last / (m[some] - pp[some] + m[some] / others)
+    least[some] = np.maximum(least[some], first + (m[some] - pp[some]) * of_last)
+    return least
+
+
+def bubble_s(
+    whole_s: Floats, m: Ints, pp: Ints, layers: int, schedules: Collection[str], most_virtual: int,
+    sends_s: Floats | float = 0.0,
+) -> Floats:  # fmt: skip
     """Seconds at least of schedules that do not split backward, the best of those that are legal;
-    whole_s: a micro-batch through all stages, what it recomputes included.
+    whole_s: a micro-batch through all stages, what it recomputes included. sends_s: to a stage and
+    back, in the mean of all, that interleaved schedules wait for.
 
     Each as `stage_bounds.lower_bound_ps` has it, with the mean rank for the busiest: GPipe fills
     and drains once; 1F1B's path through the busiest stage; interleaved with as many chunks a rank
@@ -258,20 +277,23 @@ def bubble_s(
         least = np.minimum(least, np.where(m < pp, np.inf, np.where(m > pp, long, short)))
     if "interleaved" in schedules:
         v = np.minimum(most_virtual, layers // pp)
-        filled = np.where(m % pp == 0, _filled_s(whole_s, m, pp, np.maximum(v, 1)), 0.0)
+        filled = _filled_s(whole_s, m, pp, np.maximum(v, 1), sends_s)
+        filled = np.where(m % pp == 0, filled, 0.0)
         least = np.minimum(least, np.where(v < 2, np.inf, filled))
     least = np.where(np.isinf(least), 0.0, least)  # none of them is legal: nothing is said
     return np.where(fits, least, np.inf)
 
 
-def _filled_s(whole_s: Floats, m: Ints, pp: Ints, v: Ints) -> Floats:
+def _filled_s(
+    whole_s: Floats, m: Ints, pp: Ints, v: Ints, sends_s: Floats | float
+) -> Floats:
     """`stage_bounds.filled_ps` of many: the least T >= m whole / p + the least that T allows."""
-    low, high = m * whole_s / pp, 2 * m * whole_s
+    low, high = m * whole_s / pp, 2 * m * whole_s + sends_s
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         most = middle / m
         full = np.minimum(pp - 1, np.floor(whole_s / most))
         idle = most * full * (full - 1) / 2 + np.maximum(0, whole_s - full * most) * full
-        holds = middle >= m * whole_s / pp + idle / (pp * v)
+        holds = middle >= m * whole_s / pp + sends_s + idle / (pp * v)
         low, high = np.where(holds, low, middle), np.where(holds, middle, high)
     return low

@@ -15,6 +15,7 @@ from planner.decisions import Pins
 from planner.mesh import Mesh, outside
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Row = tuple[float, ...]
 
 
@@ -33,6 +34,18 @@ class Sends:
         """[mesh, rank]: from the first rank to each of so many."""
         slower = np.pad(self.slower_s, ((0, 0), (1, ranks)))[:, :ranks].cumsum(axis=1)
         found: Floats = self.each_s[:, None] * np.arange(ranks) + slower
+        return found
+
+    def before_chunk_s(self, chunk: float, pp: Ints, awaited: float) -> Floats:
+        """From the first rank to a stage of a chunk, in the mean of all ranks; awaited: the share
+        of a send that takes no rank's own time."""
+        ranks = np.arange(self.slower_s.shape[1])
+        behind = np.maximum(0, pp[:, None] - 1 - ranks) / pp[:, None]  # of ranks, a boundary
+        found: Floats = (
+            awaited * self.each_s * (chunk * pp + (pp - 1) / 2)
+            + chunk * (self.slower_s.sum(axis=1) + self.wrap_s)
+            + (self.slower_s * behind).sum(axis=1)
+        )
         return found
 
     def chain_slower_s(self, chunks: int, folded: bool) -> Floats:

@@ -40,6 +40,7 @@ from planner.bound_ranks import (
     kind_of_schedule,
     padded,
     ranks_s,
+    through_last_s,
     with_piece,
 )
 from planner.bound_sends import Sends
@@ -137,6 +138,7 @@ def mesh_bounds_ps(
     # of meshes that cannot fit, in the order of what they are over
     guesses += np.where(bounds * 1e12 >= NEVER_PS, beyond, 0.0)
     # one part in a million below: the rounding of sums to picoseconds stays above the bound
+    assert not np.any(np.isnan(bounds)), "a bound that is no number says nothing"
     lower = np.minimum(np.floor(bounds * 1e12 * (1 - 1e-6)), NEVER_PS)
     return Bounds(
         lower_ps=lower.astype(np.int64), guess_ps=np.floor(guesses * 1e12).astype(np.int64)
@@ -395,16 +397,19 @@ class _Table:
         least = np.maximum(least, m * np.maximum(fullest * quickest + own, held.sends.busy_s))
         if not split:  # a micro-batch goes there and back
             hidden = 1 - self.costs.engine.p2p_exposed_interleaved if v else 0  # sends, but awaited
-            least = np.maximum(
-                least,
-                step + again + 2 * hidden * held.sends.each_s * (pp * chunks - 1)
-                + 2 * held.sends.chain_slower_s(chunks, kind == "folded"),
+            there = step + again + 2 * hidden * held.sends.each_s * (pp * chunks - 1)
+            there = there + 2 * held.sends.chain_slower_s(chunks, kind == "folded")
+            last = quickest + self.get(mine, "last", 0)
+            least = np.maximum(least, through_last_s(there, last, step + again, m, pp, bool(v)))
+            most_v, (every, final) = v or self.most_virtual, (
+                2 * held.sends.before_chunk_s(chunk, pp, hidden)
+                for chunk in (((v or 2) - 1) / 2, (v or 2) - 1)
             )
-            most_v = v or self.most_virtual
-            least = np.maximum(
-                least, bubble_s(step + again, m, pp, self.layers, schedules, most_v)
-            )
+            bubble = bubble_s(step + again, m, pp, self.layers, schedules, most_v, every)
+            least = np.maximum(least, bubble)
         if v:
+            rounds = m * (step + again) / pp + final + quickest * (pp - 1) / 2
+            least = np.where(m % pp == 0, np.maximum(least, rounds), least)
             never = [schedule_illegal("interleaved", *row, v) is not None
                      for row in zip(pp.tolist(), m.tolist())]  # fmt: skip
             least = np.where(np.array(never) | (pp * v > self.layers), np.inf, least)

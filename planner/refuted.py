@@ -30,10 +30,10 @@ def unlimited(problem: StageProblem) -> StageProblem:
 
 
 def comparable(p: StageProblem) -> bool:
-    """Whether a program is compared: nothing of it pinned, ranks, boundaries and layers
-    alike, no tier below too full."""
+    """Whether a program is compared: nothing of it pinned, ranks and layers alike, no tier below
+    too full."""
     free = p.fixed_stages is None and p.fixed_recompute is None
-    return free and not (p.ranks or p.slow_sends or p.lowered or p.rooms)
+    return free and not (p.ranks or p.lowered or p.rooms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +116,7 @@ def _times(p: StageProblem) -> Ints:
     return np.concatenate([
         p.forward_ps, p.input_grad_ps, p.weight_grad_ps, *again, own, own + comm, *ends,
         (p.rank_glue_forward_ps, p.rank_glue_backward_ps, p.p2p_ps),
+        *(p.slow_sends or ((0, 0),) * p.pp),
     ]).astype(np.int64)  # fmt: skip
 
 

@@ -9,6 +9,7 @@ takes longer than what s has to do meanwhile, that difference: this bounds the m
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -209,24 +210,48 @@ def filled_ps(p: StageProblem, whole: int) -> int:
     behind the last of chunk c. So T >= m t_r + X + Y for every r and c. In the mean over ranks and
     chunks the chunks before c cancel, which leaves, t_j being the time of rank j,
     T >= m whole / p + sum_j (p - 1 - j) t_j / (p v). No t_j is beyond T / m: that sum is least
-    where the last ranks have T / m each.
+    where the last ranks have T / m each. Sends from the first stage to stage k and back are waited
+    for as well, in the mean of all stages.
     """
-    return _filled_ps(p.pp, p.microbatches, p.chunks, whole)
+    slow = itertools.accumulate((more for more, _ in slow_of(p)), initial=0)
+    sends = p.p2p_ps * (p.count - 1) + 2 * sum(slow) // p.count
+    return _filled_ps(p.pp, p.microbatches, p.chunks, whole, sends)
 
 
 @functools.lru_cache(maxsize=4096)
-def _filled_ps(pp: int, m: int, v: int, whole: int) -> int:
-    low, high = m * whole // pp, 2 * m * whole
+def _filled_ps(pp: int, m: int, v: int, whole: int, sends: int) -> int:
+    low, high = m * whole // pp, 2 * m * whole + sends
     while low < high:
         middle = (low + high) // 2
         most = max(1, middle // m)
         full = min(pp - 1, whole // most)
         least = most * (full * (full - 1) // 2) + max(0, whole - full * most) * full
-        if middle >= m * whole // pp + least // (pp * v):
+        if middle >= m * whole // pp + sends + least // (pp * v):
             high = middle
         else:
             low = middle + 1
     return max(0, low - 2 * m)
+
+
+def last_ps(p: StageProblem, there: int, whole: int) -> int:
+    """The makespan is at least this where backward is not split. there: a micro-batch on its way
+    there and back, sends and all; whole: what stages run of it.
+
+    All m micro-batches pass the last stage one behind the other, after the first came there and
+    before the last goes home: T >= there + (m - 1) x for the time x of that stage, which has a
+    layer at least. Interleaved in rounds of p, its rank runs p of each of its other chunks
+    meanwhile, as `filled_ps` says, and m - p more of all: T >= there + (p - 1) x + (m - p) t, for
+    the time t of that rank; and T >= m (whole - t) / (p - 1), as one has the mean of the others.
+    """
+    m, pp, e = p.microbatches, p.pp, p.last
+    each = map(sum, zip(p.forward_ps, p.input_grad_ps, p.weight_grad_ps, sure_extra(p)))
+    last = min(each) + e.forward_ps + e.input_grad_ps + e.weight_grad_ps
+    least = there + (m - 1) * last
+    if p.schedule != "interleaved" or m % pp:
+        return least
+    first = there + (pp - 1) * last
+    of_last = max(0, m * whole - (pp - 1) * first) // ((m - pp) * (pp - 1) + m)
+    return max(least, first + (m - pp) * of_last)
 
 
 def lower_bound_ps(problem: StageProblem) -> int:
@@ -253,6 +278,8 @@ def lower_bound_ps(problem: StageProblem) -> int:
     load = max(load, whole // p.pp)
     fused = p.schedule not in SPLIT_BACKWARD
     makespan = max([m * load, once + weight * fused, *(m * busy for _, busy in slow)])
+    if fused:
+        makespan = max(makespan, last_ps(p, once + weight, whole))
     if p.schedule == "gpipe":
         makespan = once + weight + (m - 1) * load
     elif p.schedule == "1f1b" and m > p.pp:
