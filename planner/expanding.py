@@ -36,7 +36,7 @@ from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.shared_rooms import parts_of
 from planner.some_below import named, programs_below, whole_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
-from planner.stage_bounds import forced_ps
+from planner.stage_bounds import forced_ps, surely_fits
 from planner.stage_paths import Shapes
 from planner.stage_planes import Effort, applies, refute
 from planner.stage_ranks import bound_ps
@@ -109,8 +109,9 @@ class Expander(Space):
             for d, step in steps:
                 for made in self.schedules(d):
                     problem = self.problem(step, made)
-                    least[made] = lower_bound_ps(unlimited(problem))
-                    if not out.best or least[made] < self._below(out.best, mesh):
+                    bound = lower_bound_ps(unlimited(problem))
+                    least[made] = ENDLESS if surely_fits(problem) else bound
+                    if not out.best or bound < self._below(out.best, mesh):
                         todo += self._programs(step, made, problem, out)
                         if fills_host(problem):
                             full.append(d)
@@ -133,8 +134,8 @@ class Expander(Space):
     ) -> Iterator[Program]:  # fmt: skip
         """The programs of states with activations below by count of layers, that could be better
         than the best if memory were in nobody's way: in the host's memory, and where that may be
-        too full on other tiers. least: bounds of that, where known. full: is told of states beside
-        which it may be."""
+        too full on other tiers. least: bounds of that, where known; of what fits without, it is
+        endless. full: is told of states beside which it may be."""
         target = self._below(out.best, mesh) if out.best else ENDLESS
         for d, step in held:
             for made in self.by_count(d):

@@ -16,7 +16,7 @@ from planner.outcome import Program
 from planner.refuted import unlimited
 from planner.room import over_below
 from planner.space import Space
-from planner.stage_bounds import lower_bound_ps, surely_infeasible
+from planner.stage_bounds import lower_bound_ps, surely_fits, surely_infeasible
 
 
 def programs_below(
@@ -129,7 +129,8 @@ def _pairs(
     memory may be too full: the program with the optimizers of no layers below, and of all; and
     whether they may fill it."""
     pairs = [[(d, space.problem(end, d))] for end in (none, every)]
-    if lower_bound_ps(unlimited(pairs[0][0][1])) >= target:
+    above = pairs[0][0][1]
+    if lower_bound_ps(unlimited(above)) >= target or surely_fits(above):
         return
     for found, end in zip(pairs, (none, every)):
         found += space.kept_otherwise(end, *found[0])

@@ -293,6 +293,19 @@ def lower_bound_ps(problem: StageProblem) -> int:
     return makespan + mean_tail_ps(p)
 
 
+def surely_fits(p: StageProblem) -> bool:
+    """True where every cut fits with nothing recomputed: one rank could hold all that there is."""
+    if p.settled or p.ranks or "none" not in p.levels:
+        return False
+    ends = (p.first, p.last)
+    flight = max(max(counts) for rank in range(p.pp) for counts in p.in_flight(rank))
+    held = sum(p.activation_bytes[0]) + sum(e.activation_bytes for e in ends)
+    state = sum(p.state_bytes) + sum(e.state_bytes for e in ends)
+    used = max(*p.working_bytes[0], *(e.working_bytes for e in ends))
+    gathered = max(*p.gathered_bytes, *(e.gathered_bytes for e in ends))
+    return p.constant_bytes + state + flight * held + used + 2 * gathered <= p.capacity_bytes
+
+
 def surely_infeasible(problem: StageProblem) -> bool:
     """True where no choice can fit: by count, as each rank takes so many of the least layer, or so
     many of the commonest kind; or by the sum of all ranks."""

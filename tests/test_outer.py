@@ -316,6 +316,16 @@ def test_the_search_lays_across_the_line_what_sends_less(tmp_path, global_batch,
     assert best[None].objective_ps == min(best[1].objective_ps, best[2].objective_ps)
 
 
+def test_a_plan_in_two_datacentres_is_proved(plan, tmp_path) -> None:
+    """Pipelines across the line and inside a site, replicas across it; all of it would fit one GPU,
+    so nothing is asked about that lies below."""
+    code, told, said = plan(
+        "trace", HARDWARE.parent / "gpt.py", "--hardware", HARDWARE / "two-datacentres.toml",
+        "-o", tmp_path / "plan.json",
+    )  # fmt: skip
+    assert code == 0 and "OPTIMAL" in told, said
+
+
 def test_examples_are_planned_over_their_levels(plan, tmp_path) -> None:
     out, own = tmp_path / "plan.json", tmp_path / "two-datacentres.toml"
     own.write_text((HARDWARE / own.name).read_text())

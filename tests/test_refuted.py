@@ -5,11 +5,13 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
-from test_stages import brute, tiny
+from test_stages import brute, choices, tiny
 
 from cost_models.schedule import SCHEDULES
+from cost_models.stage_problem import evaluate
 from planner.expanding import Expander
 from planner.refuted import UNLIMITED, Refuted, unlimited
+from planner.stages import lower_bound_ps
 
 TIMES = ("forward_ps", "input_grad_ps", "weight_grad_ps", "tail_own_ps")
 SIZES = ("state_bytes", "gathered_bytes")
@@ -64,6 +66,35 @@ def test_no_choice_is_below_what_is_known(schedule):
                     covered = known.covers(other, below)
                     assert not covered or least is None or least >= below, seed
                     said[covered] += 1
+    assert said[True] > 10 and said[False] > 10
+
+
+def least_of(p):
+    """Of a program with slow boundaries."""
+    found = (evaluate(p, *choice) for choice in choices(p))
+    return min((step for step, _, fits in found if fits), default=None)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_slow_boundaries_are_compared_and_bounded(schedule):
+    """Programs whose sends over some boundaries are slow: none has a choice below its bound, nor
+    below what another says of it."""
+    rng, said = random.Random(schedule), {True: 0, False: 0}
+    for seed in range(16):
+        p = tiny(seed, schedule)
+        slow = tuple((rng.choice((0, 9, 40)), rng.choice((0, 30))) for _ in range(p.pp))
+        p = unlimited(replace(p, slow_sends=slow))
+        best = least_of(p)
+        assert lower_bound_ps(p) <= best, seed
+        known = Refuted()
+        known.add(p, best)
+        assert known.covers(p, best) and not known.covers(p, best + 1)
+        for _ in range(4):
+            more = tuple((a + rng.randint(-1, 9), b + rng.randint(0, 9)) for a, b in slow)
+            other = unlimited(replace(changed(p, rng), slow_sends=more))
+            covered = known.covers(other, best)
+            assert not covered or least_of(other) >= best, seed
+            said[covered] += 1
     assert said[True] > 10 and said[False] > 10
 
 

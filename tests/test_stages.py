@@ -14,7 +14,7 @@ from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illega
 from cost_models.stage_problem import Lowered, Steps, step_ps, tail_ps, timeline
 from ir.errors import UsageError
 from planner.by_layer import best_count
-from planner.stage_bounds import filled_ps, forced_ps
+from planner.stage_bounds import filled_ps, forced_ps, surely_fits
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import _candidates, _quickest, bound_all
 from planner.stages import (
@@ -342,6 +342,20 @@ def test_memory_forces_recomputation():
             assert (again is not None) or best is None, seed
             assert best is None or lower_bound_ps(p) <= best, seed
     assert forced > 5 and refused > 5
+
+
+def test_what_surely_fits_does():
+    """Whatever is chosen without recomputation; large memories are seen to be large."""
+    sure = 0
+    for seed, schedule in itertools.product(range(60), SCHEDULES):
+        p = tiny(seed, schedule)
+        if surely_fits(p):
+            sure += 1
+            for stages in cuts(p.layers, p.count):
+                assert weigh(p, stages, ((0, 0),) * p.count)[2], seed
+        assert not surely_fits(replace(p, fixed_recompute="full"))
+        assert surely_fits(p) or p.capacity_bytes < 9999 or "none" not in p.levels
+    assert sure > 20
 
 
 def test_no_solver_is_imported_before_it_is_needed():
