@@ -203,8 +203,12 @@ def require_held(refused: Refused, d: Decisions, graph: Graph, workload: Workloa
 
     if refused and not any(_held(key, value, d, graph, workload) for key, value in refused):
         said = refused_words(refused)
-        own = tuple(f"--not {_own(key, d)}" for key in dict.fromkeys(k for k, _ in refused))
-        raise UsageError(f"the plan has no {said}", why="without it the plan would be as it is",
+        keys = dict.fromkeys(key for key, _ in refused)
+        idle = [f"{key} says nothing of a plan without {what}"
+                for key in keys if (what := _formality(key, d))]  # fmt: skip
+        own = tuple(f"--not {_own(key, d)}" for key in keys if not _formality(key, d))
+        raise UsageError(f"the plan has no {said}",
+                         why="; ".join(idle) or "without it the plan would be as it is",
                          hints=(*own, "plan why: what it has, and the best plan without"))
 
 
@@ -212,8 +216,6 @@ def lacks(d: Decisions, refused: Refused, graph: Graph, workload: Workload) -> b
     """Whether a plan has none of what is refused, as the searches without it mean that."""
 
     def away(key: str, value: Any) -> bool:
-        if (key in PIPELINED and d.pp == 1) or (key == "cp_kind" and d.cp == 1):
-            return True  # a formality there
         if key in ("shares", "tp_by_part") and value:  # refused by kind
             return not getattr(d, key)
         return not _held(key, value, d, graph, workload)
@@ -221,10 +223,28 @@ def lacks(d: Decisions, refused: Refused, graph: Graph, workload: Workload) -> b
     return all(away(key, value) for key, value in refused)
 
 
+def _formality(key: str, d: Decisions) -> str:
+    """What a plan is without, if a decision of it is a formality for that; else nothing."""
+    if key in PIPELINED and d.pp == 1:
+        return "a pipeline"
+    if key == "cp_kind" and d.cp == 1:
+        return "cp"
+    if key == "keep" and not any(some for _, some in _recomputed(d)):
+        return "layers recomputed in part"
+    return ""
+
+
+def _recomputed(d: Decisions) -> list[tuple[int, int]]:
+    """(full, selective) of each stage, on each part of the hardware."""
+    return [*d.recompute, *(row for share in d.shares for row in share.recompute)]
+
+
 def _held(key: str, value: Any, d: Decisions, graph: Graph, workload: Workload) -> bool:
-    """Whether a plan has a value; of kinds of recomputation, any."""
+    """Whether a plan has a value, and not as a formality; of kinds of recomputation, any."""
+    if _formality(key, d):
+        return False
     if key == "recompute":
-        rows = [*d.recompute, *(row for share in d.shares for row in share.recompute)]
+        rows = _recomputed(d)
         full, selective = (any(n) for n in zip(*(rows or [(0, 0)])))
         there = {"full": full, "selective": selective}
         less = sum(map(sum, rows)) < sum(d.stages) * max(1, len(d.shares))
@@ -246,7 +266,7 @@ def _own(key: str, d: Decisions) -> str:
     """What a plan has of a decision, as `--not` takes it."""
     value = getattr(d, key)
     if key == "recompute":
-        rows = [*value, *(row for share in d.shares for row in share.recompute)]
+        rows = _recomputed(d)
         full, selective = (tuple(n) for n in zip(*(rows or [(0, 0)])))
         return refused_words(((key, _kinds(Recompute(full=full, selective=selective))),))
     if key == "shares":

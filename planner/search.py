@@ -69,14 +69,14 @@ class Searcher(Expander):
         spaces = [
             [replace(one, formats=way) for way in self.format_ways()] for one in (self, beside)
         ]
+        out = Outcome(best=incumbent, meshes=len(spaces[0]) * len(runs))
+        if not out.meshes:  # nothing is better there
+            out.bound = out.best.score if out.best else 1 << 62
+            return out
         own, other = (
             Side(prover=row[0].prover, candidates=[(space, m) for space in row for m in runs])
             for row in spaces
         )
-        out = Outcome(best=incumbent, meshes=len(own.candidates))
-        if not own.candidates:  # nothing is better there
-            out.bound = out.best.score if out.best else 1 << 62
-            return out
         for space, (tp, split) in itertools.product(
             spaces[0], sorted({(m.tp, m.sequence_parallel) for m in runs})
         ):

@@ -36,6 +36,7 @@ MOST_MEMORY = 2.0  # where that gains nothing, memory does not bind
 LEAST_GAIN = 1000  # memory binds where more of it gains a 1000th of the step
 ASKED = ("pp", "tp", "cp", "ep", "zero", "micro_batch", "recompute", "keep", "offload", "formats",
          "schedule")  # fmt: skip
+OF_PARTS = ("shares", "tp_by_part")  # decided where the hardware has parts
 ROW_EFFORT = 100  # of each row, where all decisions are asked about
 
 
@@ -197,6 +198,8 @@ class Why:
                 pins = replace(pins, formats=())
             elif key == "shares" and value:
                 pins = replace(pins, shares=())
+            elif key in OF_PARTS and not isinstance(self.asking, FleetAsking):
+                return None  # with no parts, there is none
             elif key == "tp_by_part" and value:
                 pins = replace(pins, tp_by_part=())
         if isinstance(self.asking, FleetAsking):
@@ -222,7 +225,17 @@ class Why:
 
     def _rule(self, refused: Refused) -> Binding:
         """Why nothing legal is left: what the other values of a refused axis are refused for."""
-        away = dict(refused)
+        away, hardware = dict(refused), self.base.hardware
+        one_kind = not isinstance(hardware, Fleet)
+        for key, holds, reason in (
+            *((key, one_kind, "the hardware has one kind of GPUs") for key in OF_PARTS),
+            ("formats", not self.base.plan.workload.allowed_formats,
+             "--precision allows one format; bf16,fp8 allows two"),
+            ("dp_outer", all(len(part.spans) <= 2 for part in parts_of(hardware)),
+             "the hardware lists no levels of its network"),
+        ):  # fmt: skip
+            if key in away and holds:
+                return Binding(kind="rule", reason=f"{key}: {reason}")
         for key in ("pp", "tp", "cp", "ep", "etp", "dp", "zero"):
             others = (0, 1, 2, 3) if key == "zero" else divisors(self.base.hardware.count)
             for value in others if key in away else ():

@@ -14,7 +14,7 @@ from cost_models.units import format_bytes, format_seconds
 from ir.errors import UsageError
 from planner import load
 from planner.check import Checked, examine
-from planner.decisions import Pins
+from planner.decisions import Pins, Recompute
 from planner.plan import Solver, make_plan
 from planner.refused import lacks, parse_refused, refused_words, require_held
 from planner.score import score_of
@@ -194,6 +194,31 @@ def test_what_cannot_be_refused(texts, words):
         parse_refused(texts)
     for word in words:
         assert word in "\n".join(fault.value.lines())
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("formats=none", "formats: --precision allows one format"),
+    ("shares=none", "shares: the hardware has one kind of GPUs"),
+    ("tp_by_part=none", "tp_by_part: the hardware has one kind of GPUs"),
+    ("dp_outer=1", "dp_outer: the hardware lists no levels"),
+])  # fmt: skip
+def test_what_has_no_other_value_here_says_why(text, reason, tmp_path):
+    base = best_of("two", tmp_path)[1]
+    found = Why(base).alternative(parse_refused([text]))
+    assert found.estimate is None and found.binding.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(("text", "without"), [
+    ("schedule=1f1b", "a pipeline"), ("virtual_stages=1", "a pipeline"), ("cp_kind=ring", "cp"),
+    ("keep=default", "layers recomputed in part"),
+])  # fmt: skip
+def test_a_formality_is_not_refused(text, without, tmp_path):
+    """The answer would be the plan itself, or one that is worse for no reason."""
+    plan = best_of("two", tmp_path, pp=1, cp=1, recompute=Recompute())[1].plan
+    with pytest.raises(UsageError) as fault:
+        require_held(parse_refused([text]), plan.decisions, plan.graph, plan.workload)
+    said = "\n".join(fault.value.lines())
+    assert f"says nothing of a plan without {without}" in said and f"hint: --not {text}" not in said
 
 
 def test_words_read_back():
