@@ -31,6 +31,7 @@ Pair = tuple[int, int]
 PairPin = tuple[int | None, int | None]  # as pinned: None is any count, a negative one all layers
 OPEN: PairPin = (None, None)
 ALL_AGAIN: PairPin = (-1, 0)
+ROUNDS = 4  # of micro-batches: one fills the ranks, one empties them, and those between repeat
 LEVELS = ("none", "selective", "full")  # the order of activation_bytes and working_bytes
 
 
@@ -512,9 +513,11 @@ class Found:
 def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[int, ...], ...]:
     """Micro-batches held per chunk at the moments that can be a rank's peak.
 
-    Any other moment holds no more of every chunk. With one chunk there is one such moment.
+    Any other moment holds no more of every chunk. With one chunk there is one such moment. From
+    some rounds of micro-batches on, one to each rank, there are no others: the middle repeats.
     """
     chunks = chunks_of(schedule, v)
+    m -= pp * max(0, m // pp - ROUNDS) if chunks > 1 else 0
     if schedule == "gpipe":
         return ((m,),)
     if schedule == "1f1b":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cost_models.schedule import schedule_illegal
+from cost_models.schedule_orders import chunks_of, order
 from cost_models.stage_problem import in_flight
 from planner.bound_chunks import Chunks, chunk_flight, filled_chunks
 from planner.bound_ranks import freed_by
@@ -20,6 +21,27 @@ def test_a_rank_holds_so_much_of_each_chunk_at_one_moment(v):
                 assert held[-1] >= 1 and list(held) == sorted(held, reverse=True)
                 moments = in_flight("interleaved", pp, m, v, rank)
                 assert any(np.all(held <= moment) for moment in moments)
+
+
+@pytest.mark.parametrize("schedule, v", [("interleaved", 2), ("interleaved", 5), ("zbv", 2),
+                                         ("dualpipev", 2)])  # fmt: skip
+def test_however_many_micro_batches_the_moments_are_those_of_a_few_rounds(schedule, v):
+    """Every moment of the schedule holds no more than one of them, and each of them is one; what
+    they are of many micro-batches costs no more than of few."""
+    for pp, rounds in itertools.product(range(1, 5), range(1, 9)):
+        for m in {pp * rounds, pp * rounds + (schedule != "interleaved")}:
+            if schedule_illegal(schedule, pp, m, v) is not None:
+                continue
+            for rank in range(pp):
+                now, met = [0] * chunks_of(schedule, v), set()
+                for op, _, chunk in order(schedule, pp, m, v, rank):
+                    now[chunk] += (op == "F") - (op not in "FB")
+                    met.add(tuple(now))
+                moments = in_flight(schedule, pp, m, v, rank)
+                assert met.issuperset(moments)
+                assert all(any(map(all, [np.less_equal(one, x) for x in moments])) for one in met)
+    many = 10**6 * 4  # as a list of operations they would not fit
+    assert in_flight("interleaved", 4, many, 2, 0) == in_flight("interleaved", 4, 32, 2, 0)
 
 
 def test_chunks_that_surely_have_a_layer_of_the_commonest_kind():
