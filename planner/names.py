@@ -81,6 +81,15 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
+def may_end(pattern: str, name: str) -> bool:
+    """Whether `pattern` names something that ends with `name`, a dot before it or nothing."""
+    segments, parts = _parse(pattern), name.split(".")
+    return all(
+        "*" in words or _quote(part) in words
+        for words, part in zip(reversed(segments), reversed(parts))
+    )
+
+
 def _merge(rows: list[Segments], place: int, *, numbers: bool) -> list[Segments]:
     """Unite the rows that differ in `place` alone, and there in numbers (or words) only."""
     groups: dict[object, list[Segments]] = {}

@@ -31,7 +31,7 @@ from planner.keep_checks import pinned_keep
 from planner.keeps import keep_sets
 from planner.legality import Case, case_of, illegal, refusal
 from planner.mesh import Mesh, meshes, outside, shard_sizes
-from planner.names import matches
+from planner.names import matches, may_end
 from planner.offloads import (
     HOST,
     beside_host,
@@ -360,6 +360,8 @@ def _pinned_places(pins: Pins, unit: Unit, paths: list[str]) -> dict[str, int]:
     placed: dict[str, int] = {}
     for p in unit.parameters:
         for pattern, words in pins.place:
+            if not may_end(pattern, p.name):
+                continue
             hits = [matches(pattern, full_name(path, p.name)) for path in paths]
             if any(hits) and not all(hits):
                 raise UsageError(

@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ir.errors import PlanError
-from planner.names import MOST_NAMES, MOST_NUMBERS, expand, expand_text, fold, fold_text, matches
+from planner.names import (
+    MOST_NAMES,
+    MOST_NUMBERS,
+    expand,
+    expand_text,
+    fold,
+    fold_text,
+    matches,
+    may_end,
+)
 
 LAYERS = [f"layers.{i}" for i in range(80)]
 
@@ -96,3 +105,14 @@ def test_names_are_counted_before_they_are_made(pattern):
 
 def test_many_segments_are_split_once():
     assert expand("a." * 50_000 + "{b.c,d}") == ("a." * 50_000 + "b.c", "a." * 50_000 + "d")
+
+
+@pytest.mark.parametrize("pattern, name, may", [
+    ("layers.{0..3}.mlp.w1", "mlp.w1", True), ("layers.*.mlp.{w1,w2}", "w2", True),
+    ("layers.*.mlp.w1", "mlp.w2", False), ("mlp.w1", "layers.0.mlp.w1", True),
+    ("w1", "mlp.w2", False),
+])  # fmt: skip
+def test_what_may_end_a_name_is_told_without_the_names(pattern, name, may):
+    """Never no where some name that ends so is meant."""
+    assert may_end(pattern, name) is may
+    assert may or not any(matches(pattern, f"{path}{name}") for path in ("", "layers.0.", "a.b."))
