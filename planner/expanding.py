@@ -36,7 +36,7 @@ from planner.score import AXIS_GAIN_PPM, objective_below, score_of
 from planner.shared_rooms import parts_of
 from planner.some_below import named, programs_below, whole_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
-from planner.stage_bounds import forced_ps, surely_fits
+from planner.stage_memory import forced_ps, surely_fits
 from planner.stage_paths import Shapes
 from planner.stage_planes import Effort, applies, refute
 from planner.stage_ranks import bound_ps

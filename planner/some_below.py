@@ -16,7 +16,8 @@ from planner.outcome import Program
 from planner.refuted import unlimited
 from planner.room import over_below
 from planner.space import Space
-from planner.stage_bounds import lower_bound_ps, surely_fits, surely_infeasible
+from planner.stage_bounds import lower_bound_ps
+from planner.stage_memory import surely_fits, surely_infeasible
 
 
 def programs_below(

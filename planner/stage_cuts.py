@@ -26,8 +26,9 @@ from cost_models.stage_problem import (
     shifted,
 )
 from planner.stage_arcs import INF, Array
-from planner.stage_bounds import mean_tail_ps, sure_extra
+from planner.stage_bounds import mean_tail_ps
 from planner.stage_chunks import Chunks, Pairs
+from planner.stage_memory import sure_extra
 
 ALL_CUTS = 1000  # so many cuts are all looked at
 PROMISING = 8  # a cut is bettered if its step is within one part in so many of the best

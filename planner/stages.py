@@ -27,18 +27,12 @@ from cost_models.stage_problem import (
 )
 from ir.errors import UsageError
 from planner.stage_arcs import INF, Windows
-from planner.stage_bounds import (
-    Chain,
-    lower_bound_ps,
-    mean_tail_ps,
-    propagate,
-    sure_extra,
-    surely_infeasible,
-)
+from planner.stage_bounds import Chain, lower_bound_ps, mean_tail_ps, propagate
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, search_near, solve_chunks
 from planner.stage_lowered import arcs_of, solve_lowered
+from planner.stage_memory import sure_extra, surely_infeasible
 
 __all__ = [
     "Effort", "Extra", "Nearest", "Pair", "StageProblem", "StageSolution", "certify", "evaluate",

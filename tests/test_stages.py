@@ -14,9 +14,10 @@ from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illega
 from cost_models.stage_problem import Lowered, Steps, step_ps, tail_ps, timeline
 from ir.errors import UsageError
 from planner.by_layer import best_count
-from planner.stage_bounds import filled_ps, forced_ps, surely_fits
+from planner.stage_bounds import filled_ps
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import _candidates, _quickest, bound_all
+from planner.stage_memory import forced_ps, surely_fits
 from planner.stages import (
     Effort,
     Extra,
