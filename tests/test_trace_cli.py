@@ -236,6 +236,7 @@ def test_bad_models_are_errors(plan, tmp_path, model, words):
         (["--hardware", "h100x8", "--prompt", "8"], 64, ["--prompt is of serving"]),
         (["--hardware", "h100x8", "--task", "dance"], 64, ["dance"]),
         (["--hardware", "h100x8", "--arg", "sise=tiny"], 64, ["sise", "size"]),
+        (["--hardware", "h100x8", "--slack", "9%"], 64, ["--slack 9% is of --objective memory"]),
     ],
 )
 def test_bad_flags(plan, tmp_path, arguments, code, words):

@@ -50,6 +50,8 @@ from planner.targets import require_target
 if TYPE_CHECKING:
     from planner.options import TraceResult
 
+SLACK = "5%"  # of a step, that memory may cost where nothing is said
+
 
 def trace(
     model: Model = "",
@@ -127,8 +129,11 @@ def trace(
     ] = "time",
     slack: Annotated[
         str,
-        typer.Option(metavar="X%", help="how much longer a step may be with --objective memory"),
-    ] = "5%",
+        typer.Option(
+            metavar="X%", show_default=False,
+            help="how much longer a step may be with --objective memory (default: 5%)",
+        ),
+    ] = "",
     max_memory: MaxMemory = "",
     max_cost: MaxCost = None,
     max_gpus: Annotated[
@@ -220,6 +225,8 @@ def trace(
         raise UsageError("--stability has nothing to stay with", hints=("--base old.json",))
     if stability and objective in ("memory", "gpus"):
         raise UsageError(f"--stability is of the step time, --objective {objective} is not")
+    if slack and objective != "memory":
+        raise UsageError(f"--slack {slack} is of --objective memory, not {objective}")
     if assume and not prices:
         raise UsageError("--assume is of what --prices cost", hints=("--prices FILE",))
     if stability and parse_share(axis_gain, "--axis-gain") != AXIS_GAIN_PPM / PPM:
@@ -255,7 +262,7 @@ def trace(
         ),
         prices=prices_of(prices, parts_of(found)),
         operations=parse_operations(assume),
-        slack=parse_share(slack, "--slack"),
+        slack=parse_share(slack or SLACK, "--slack"),
         batches=batches if len(batches) > 1 else (),
         seq_lens=seq_lens if len(seq_lens) > 1 else (),
     )
