@@ -92,11 +92,12 @@ def through_chain(
     kept, working = zero, zero
     least_working = np.full(len(costs.points), np.inf)
     all_freed, all_again, each, layers = [], [], [], {}
+    otherwise = [replace(d, keep=keep) for keep in keeps]
     for k, (unit, is_layer, _) in enumerate(costs.kinds):
         found = costs.unit(unit, is_layer, assignments[unit, is_layer], d)
         others = [
-            costs.unit(unit, is_layer, assignments[unit, is_layer], replace(d, keep=keep))
-            for keep in (keeps if of_layers[k] else ())
+            costs.unit(unit, is_layer, assignments[unit, is_layer], way)
+            for way in (otherwise if of_layers[k] else ())
         ]
         held, in_stack = (*found, *itertools.chain(*others)), bool(of_layers[k])
         key = (*map(id, held), in_stack, repeats)

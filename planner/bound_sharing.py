@@ -145,6 +145,8 @@ class Shared:
         self.costs, self.pins = costs, pins
         self._traffic: dict[tuple[int | Sizes, ...], Floats] = {}
         self._once: dict[tuple[Sizes, Ranks, bool, int, bool], Floats] = {}
+        self._firsts: dict[tuple[Sizes, bool], Sizes] = {}
+        self._by_bytes: dict[tuple[bool, tuple[bytes, ...]], Sizes] = {}
         self._sharings: dict[tuple[int, ...], Sharings] = {}
         self._pieces: dict[tuple[Sizes, int, int, bool], Floats] = {}
 
@@ -175,11 +177,20 @@ class Shared:
     def _each_s(self, sizes: Sizes, d: Decisions, grad: int, fsdp: bool) -> Floats:
         found = np.zeros(3)
         for expert in (False, True):
-            key = sizes, ranks_of(d, expert), expert, grad, fsdp
+            key = self._alike(sizes, expert), ranks_of(d, expert), expert, grad, fsdp
             if key not in self._once:
                 self._once[key] = self._once_s(*key)
             found = found + self._once[key]
         return found
+
+    def _alike(self, sizes: Sizes, expert: bool) -> Sizes:
+        """The first whose dense, or expert, parameters are the same."""
+        if (sizes, expert) not in self._firsts:
+            mine = sizes.experts == expert
+            arrays = sizes.rows[:, mine], sizes.units[:, mine], sizes.times
+            key = expert, tuple(one.tobytes() for one in arrays)
+            self._firsts[sizes, expert] = self._by_bytes.setdefault(key, sizes)
+        return self._firsts[sizes, expert]
 
     def _shared(self, m: Mesh, zero: int) -> list[Decisions]:
         """A mesh with its state shared in every way that the search tries."""
