@@ -207,13 +207,16 @@ class Expander(Space):
         below = self._below(best, row.decisions) if best else ENDLESS
         if row.step is None or row.bound_ps >= below:
             return
-        others = list(self._kept_otherwise(row.step, row.decisions, row.problem, below))
-        if best is not None and others and row.problem.chunks == 1:
+        others = self._kept_otherwise(row.step, row.decisions, row.problem, below)
+        first = next(others, None)  # more are bounded if there is a use for them
+        if first is None:
+            return
+        if best is not None and row.problem.chunks == 1:
             out.solved += 1
             out.spent += 1
             if solve(unlimited(row.problem), incumbent_ps=below).status == "CUTOFF":
                 return
-        for other in others:
+        for other in itertools.chain((first,), others):
             if out.best is None or other.bound_ps < self._below(out.best, row.decisions):
                 yield other
 
