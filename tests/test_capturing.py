@@ -74,9 +74,15 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupted() -> None:
+    """As at a terminal: what runs in the background of a script may ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize(("does", "ended"), [
     (partial(int, "no number"), None), (partial(sys.exit, 3), None), (killed, -signal.SIGKILL),
-    (partial(os._exit, 3), 3), (partial(signal.raise_signal, signal.SIGINT), -signal.SIGINT),
+    (partial(os._exit, 3), 3), (interrupted, -signal.SIGINT),
 ])  # fmt: skip
 def test_what_fails_there_has_no_answer(does, ended, capfd):
     later = Later(does)
