@@ -142,7 +142,7 @@ class StageProblem:
     @property
     def settled(self) -> bool:
         """Whether it is pinned of every stage what is recomputed."""
-        return all(None not in pin_of(self, stage) for stage in range(self.count))
+        return all(None not in pin for pin in pins_of(self))
 
     def at(self, rank: int) -> StageProblem:
         """The problem as this rank has it."""
@@ -226,6 +226,13 @@ def pin_of(problem: StageProblem, stage: int) -> PairPin:
         level, count = pin
         return {"full": (count, 0), "selective": (0, count), "none": (0, 0)}[level]
     return pin[stage]
+
+
+def pins_of(problem: StageProblem) -> set[PairPin]:
+    """`pin_of` all stages."""
+    if problem.fixed_recompute is None:
+        return {OPEN}
+    return {pin_of(problem, stage) for stage in range(problem.count)}
 
 
 def allowed_pairs(problem: StageProblem, stage: int, layers: int) -> tuple[Pair, ...]:

@@ -401,13 +401,13 @@ class _Table:
             there = there + 2 * held.sends.chain_slower_s(chunks, kind == "folded")
             last = quickest + self.get(mine, "last", 0)
             least = np.maximum(least, through_last_s(there, last, step + again, m, pp, bool(v)))
-            most_v, (every, final) = v or self.most_virtual, (
-                2 * held.sends.before_chunk_s(chunk, pp, hidden)
-                for chunk in (((v or 2) - 1) / 2, (v or 2) - 1)
-            )
-            bubble = bubble_s(step + again, m, pp, self.layers, schedules, most_v, every)
+            middle = ((v or 2) - 1) / 2  # of two chunks at least
+            sends = 2 * held.sends.before_chunk_s(middle, pp, hidden)
+            most_v = v or self.most_virtual
+            bubble = bubble_s(step + again, m, pp, self.layers, schedules, most_v, sends)
             least = np.maximum(least, bubble)
         if v:
+            final = 2 * held.sends.before_chunk_s(v - 1, pp, hidden)
             rounds = m * (step + again) / pp + final + quickest * (pp - 1) / 2
             least = np.where(m % pp == 0, np.maximum(least, rounds), least)
             never = [schedule_illegal("interleaved", *row, v) is not None

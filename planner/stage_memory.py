@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cost_models.stage_problem import ALL_AGAIN, LEVELS, OPEN, Room, StageProblem, pin_of
+from cost_models.stage_problem import ALL_AGAIN, LEVELS, OPEN, Room, StageProblem, pins_of
 
 ROUNDING = 1e-9  # of sums as floats, relative
 
 
 def sure_extra(p: StageProblem) -> tuple[int, ...]:
     """Recompute time of each layer that no choice avoids."""
-    pins, (full, selective) = {pin_of(p, stage) for stage in range(p.count)}, p.recompute_ps
+    pins, (full, selective) = pins_of(p), p.recompute_ps
     if pins == {OPEN} and "none" not in p.levels:
         kept = [t for t, level in ((full, "full"), (selective, "selective")) if level in p.levels]
         return tuple(map(min, zip(*kept)))
