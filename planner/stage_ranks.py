@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD
-from cost_models.stage_problem import StageProblem
+from cost_models.stage_problem import StageProblem, pairs_of
 from planner.stage_bounds import lower_bound_ps, mean_tail_ps
 
 Array = Any
 NEVER_PS = 1 << 60  # of a rank that so many layers do not fit
 FEW = 10  # one in so many layers, or fewer: other kinds say little of the ranks
-BELOW, BEYOND = 4, 6  # numbers of layers that are weighed, about the mean of all ranks
+WIDE = (4, 6)  # numbers of layers that are weighed below the mean of all ranks, and beyond it
+NARROW = (1, 1)  # what rules out most programs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +102,14 @@ def applies(p: StageProblem) -> bool:
 def bound_ps(p: StageProblem, below_ps: int = NEVER_PS) -> int:
     """The step is at least this; not sharpened beyond `below_ps`, nor below `lower_bound_ps`."""
     least = lower_bound_ps(p)
-    return least if least >= below_ps else max([least, *(one.bound_ps for one in tables(p))])
+    for window in (NARROW, WIDE):
+        if least < below_ps:
+            least = max([least, *(one.bound_ps for one in tables(p, window))])
+    return least
 
 
 @functools.lru_cache(maxsize=16)
-def tables(p: StageProblem) -> tuple[Table, ...]:
+def tables(p: StageProblem, window: tuple[int, int] = WIDE) -> tuple[Table, ...]:
     """What is known of each kind; none where a program is not of those that are bounded so."""
     if not applies(p):
         return ()
@@ -118,11 +122,12 @@ def tables(p: StageProblem) -> tuple[Table, ...]:
     mine = tuple(i for i, row in enumerate(rows) if row == common)
     others = tuple(i for i, row in enumerate(rows) if row != common)
     relief = sum(max(0, rows[i][6] - rows[i][5]) for i in others)
-    found = [_table(p, _kind(common, count, others, relief), mine)]
+    found = [_table(p, _kind(common, count, others, relief), mine, window)]
     if len(others) * FEW > p.layers:
         least = [min(column) for column in zip(*rows)]
         least[5:7] = min(row[5] - row[6] for row in rows), 0
-        found.append(_table(p, _kind(tuple(least), p.layers, (), 0), tuple(range(p.layers))))
+        every = _kind(tuple(least), p.layers, (), 0)
+        found.append(_table(p, every, tuple(range(p.layers)), window))
     return tuple(found)
 
 
@@ -140,10 +145,12 @@ def _above(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> bool:
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def _table(p: StageProblem, kind: _Kind, layers: tuple[int, ...]) -> Table:
+def _table(
+    p: StageProblem, kind: _Kind, layers: tuple[int, ...], window: tuple[int, int]
+) -> Table:
     mean = -(-kind.count // p.pp)
-    low = max(0, mean - BELOW)
-    number = np.arange(low + 1, min(kind.count, mean + BEYOND) + 1)
+    low = max(0, mean - window[0])
+    number = np.arange(low + 1, min(kind.count, mean + window[1]) + 1)
     least, again = _ranks_ps(p, kind, number)
     so_many = np.minimum.accumulate(least[:, ::-1], axis=1)[:, ::-1]
     beyond = NEVER_PS
@@ -215,14 +222,12 @@ def _again_ps(p: StageProblem, kind: _Kind, number: Array, apart: Array) -> Arra
     fewest = np.concatenate((np.zeros((p.pp, 1), dtype=np.int64), counts.cumsum(axis=1)), axis=1)
 
     def column(of_ranks: Array) -> Array:
-        return of_ranks[:, None, None, None]
+        return of_ranks[:, None, None]
 
     few, rank, filled = column(counts[:, 0]), column(np.arange(p.pp)), column(p.chunks - apart)
-    most = int(number[-1])
-    n = number[:, None, None]
-    full = np.arange(most + 1 if "full" in p.levels else 1)[:, None]
-    some = np.arange(most + 1 if "selective" in p.levels else 1)[None, :]
-    kept = n - full - some  # [number, full, selective]
+    n = number[:, None]
+    full, some = _pairs(p.levels, int(number[-1]))
+    kept = n - full - some  # [number, pair]
 
     def units(layers: Array, chunks: Array) -> Array:
         """Micro-batches that so many layers hold, at least one in each of so many chunks."""
@@ -231,13 +236,19 @@ def _again_ps(p: StageProblem, kind: _Kind, number: Array, apart: Array) -> Arra
     # what each layer holds of a micro-batch whatever its level, and what those kept hold beside
     least = np.where(full > 0, kind.held[2], np.where(some > 0, kind.held[1], kind.held[0]))
     least = np.minimum(least, kind.held[0])
-    needs = column(here) + n * kind.state_bytes + least * units(n, filled)
-    needs = needs + few * (some * np.maximum(0, kind.held[1] - least))
-    needs = needs + (kind.held[0] - least) * units(kept, np.maximum(0, filled - full - some))
-    working = column(used)
+    needs = least * units(n, filled) + (column(here) + n * kind.state_bytes)
+    needs += few * (some * np.maximum(0, kind.held[1] - least))
+    needs += (kind.held[0] - least) * units(kept, np.maximum(0, filled - full - some))
+    working = np.zeros_like(kept)
     for layers, size in zip((kept, some, full), kind.used):
         working = np.maximum(working, np.where(layers > 0, size, 0))
-    fits = (needs + working <= p.capacity_bytes) & (kept >= 0)
+    fits = needs + np.maximum(working, column(used)) <= p.capacity_bytes
     spent = full * kind.again_ps[0] + some * kind.again_ps[1]
-    found: Array = np.where(fits, spent, NEVER_PS).min(axis=(2, 3))
+    found: Array = np.where(fits & (kept >= 0), spent, NEVER_PS).min(axis=2)
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs(levels: tuple[str, ...], most: int) -> Array:
+    """[full or selective, pair]: the choices of so many layers or fewer."""
+    return np.array(pairs_of(levels, most), dtype=np.int64).T
