@@ -7,6 +7,7 @@ near where the bound says that it must lie, or its bound is raised as far as it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,14 +24,12 @@ CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
 PROGRAMS = 7_200  # linear programs at most, some ms each, or as much of trees
 BEYOND = 4_000  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
-FIRST = 24  # of one stage program when it is asked; then these and the first node of a tree; then
-MORE = 100  # so many, and a tree of so many nodes, twice as many each time that it was no use
-NODES = 100
-MOST = 6  # times that it is asked with more
-MOST_LINES = 1  # where its stages are too many for a tree
+FIRST = 24  # linear programs of one stage program when it is asked
+# seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
+EFFORTS = (0.0, 0), (0.25, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
+A_SECOND = 250  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
-HARD = 2  # times that more effort was needed, from which on it is asked until its bound is raised
-TREES = 48  # stages of a program that is asked in whole numbers, at most
+HARD = 2  # times that more effort was needed, before which it is not looked for a better plan
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WITHIN = 2_000  # what is nearer is raised until it is so near to where it was not
@@ -38,8 +37,9 @@ ENDLESS = 1 << 62  # picoseconds
 
 
 def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
-    """Programs that differ only in what layers keep in part as one that is no harder than any: what
-    is refuted of that is refuted of all, and mostly what they keep is not what decides."""
+    """Programs that differ only in what layers keep in part as one of which each choice takes and
+    holds no more than in any: what is refuted of that is refuted of all, and mostly what they keep
+    is not what decides."""
     groups: dict[Decisions, list[Unsettled]] = {}
     for one in left:
         groups.setdefault(replace(one.decisions, keep=()), []).append(one)
@@ -69,11 +69,6 @@ def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
 def _by_planes(one: Unsettled) -> bool:
     """Whether cutting planes bound it."""
     return one.problem.chunks > 1 and applies(one.problem)
-
-
-def trees(p: StageProblem) -> bool:
-    """Whether cutting planes ask in whole numbers too."""
-    return p.count <= TREES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,24 +119,17 @@ class Prover:
     def told(self, ask: Ask) -> Told:
         """With more effort each time that it was no use."""
         asked, high, left = ask.asked, ask.high_ps, ask.programs
-        stuck, better = False, None
         limit, bound = ask.limit_ps, ask.bound_ps
         far = far_below(bound, limit)
         top = limit - limit // GOAL if far else limit
-        most = MOST if trees(ask.problem) else MOST_LINES
-        hard = min(HARD, most)
-        worth = far or trees(ask.problem)  # else looking takes longer than it gains
-        while bound == ask.bound_ps:
-            if high - bound <= limit // (GOAL if far else WITHIN):
-                asked, high = asked + 1, ENDLESS  # as near as so much effort comes
-            stuck = asked > most or left <= (0 if far else BEYOND)
-            if stuck:
-                break
-            if asked >= hard and worth and ask.look is not None:
-                cuts, took = self._tight(ask.problem, bound)
-                left -= took
-                better = near(ask.look, cuts, incumbent_ps=limit)
-                break
+        better = None
+        stuck = asked >= len(EFFORTS) or left <= (0 if far else BEYOND)
+        stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
+        if not stuck and asked >= HARD and ask.look is not None:
+            cuts, took = self._tight(ask.problem, bound)
+            left -= took
+            better = near(ask.look, cuts, incumbent_ps=limit)
+        elif not stuck:
             target = top
             if high <= top or limit - bound > NEAR * limit // GOAL:
                 target = max(bound + 1, (bound + 3 * min(high, limit)) // 4)
@@ -149,12 +137,12 @@ class Prover:
             left -= took
             if answer.refuted:
                 bound = target
-            elif answer.least_ps > bound:  # by a tree: another time would tell no more
-                bound, asked, high = answer.least_ps, asked + 1, ENDLESS
+            elif answer.held:  # in whole numbers, so by any effort
+                high = target
+                if ask.look is not None:
+                    better = near(ask.look, answer.cuts, incumbent_ps=limit)
             else:
-                asked, high = (asked, target) if asked else (asked + 1, ENDLESS)
-            if ask.asked < hard:
-                break
+                bound, asked = max(bound, answer.least_ps), asked + 1
         return Told(
             bound_ps=bound, asked=asked, high_ps=high, took=ask.programs - left, stuck=stuck,
             better=better,
@@ -178,10 +166,12 @@ class Prover:
         free = unlimited(p)
         first = ask.others and free != p and self.known.promising(free, target)
         for one in (free, p) if first else (p,):
-            effort = _effort(asked, p.count) if one is p else Effort(programs=FIRST)
+            effort = _effort(asked, p)
             given = effort.programs = max(0, min(effort.programs, -(-(left - took) // counts)))
+            whole = effort.whole_s = max(0.0, min(effort.whole_s, (left - took) / A_SECOND))
             answer = refute(one, target, self.shapes.of(p), effort)
             took += counts * (given - effort.programs)
+            took += math.ceil(A_SECOND * (whole - effort.whole_s))
             if answer.least_ps:
                 self.known.add(one, answer.least_ps)
             if answer.refuted:
@@ -191,13 +181,13 @@ class Prover:
         return answer, took
 
 
-def _effort(asked: int, stages: int) -> Effort:
-    """Of a program that was asked so often in vain."""
-    if stages > TREES:
-        return Effort(programs=FIRST << asked)
-    if asked < 2:
-        return Effort(programs=FIRST, nodes=asked)
-    return Effort(programs=MORE, nodes=NODES << asked - 2)
+def _effort(asked: int, p: StageProblem) -> Effort:
+    """Of a program that was asked so often in vain: at last what raises its bound the quicker,
+    CP-SAT where most stages have one layer, else the tree."""
+    seconds, nodes = EFFORTS[asked]
+    if asked >= HARD:
+        seconds, nodes = (seconds, 0) if 2 * p.layers < 3 * p.count else (0.0, nodes)
+    return Effort(programs=FIRST, whole_s=seconds, nodes=nodes)
 
 
 def _counts(p: StageProblem) -> int:
@@ -234,7 +224,7 @@ class Proof:
         """Least bound first, some at once, while that raises the whole; returns what is left.
         Before that the best plan is made better, which all others are held against."""
         own = next((u for u in reversed(self.left) if u.stages), None)
-        if own is not None and _by_planes(own) and trees(own.problem):
+        if own is not None and _by_planes(own):
             self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
         self.left = joined(self.left)
         while self.left and not self.stopped():
@@ -252,17 +242,12 @@ class Proof:
         as most are easily raised; of the hardest two, each beside another that is."""
         limit, far = min(self.untried, self.best), self._far(in_order[0])
         rows = [
-            (self._hard(u), u) for u in in_order[:AHEAD]
+            (self._asked(u)[0], u) for u in in_order[:AHEAD]
             if u.bound < limit and _by_planes(u) and self._far(u) == far
         ]  # fmt: skip
         least = min(hard for hard, _ in rows)
         some = [u for hard, u in rows if hard == least]
-        return some if least <= HARD else some[:2]
-
-    def _hard(self, one: Unsettled) -> int:
-        """How often it took more effort; of what is hard, whether a better plan was looked for."""
-        asked, _ = self._asked(one)
-        return asked if asked < HARD else HARD + (one.order in self.looked)
+        return some if least < HARD else some[:2]
 
     def _far(self, one: Unsettled) -> bool:
         """Whether its bound is further from the best than the goal."""
@@ -300,7 +285,7 @@ class Proof:
         """Raise the bounds of these; False where the weakest of all is stuck."""
         answers = self.answers([self._ask(one) for one in some])
         for one, answer in zip(some, answers):
-            asked = max(HARD, answer.asked) if answer.stuck else answer.asked
+            asked = len(EFFORTS) if answer.stuck else answer.asked
             self.asked[one.order] = asked, answer.high_ps
             if answer.stuck or answer.better is not None:
                 self.looked.add(one.order)
@@ -310,14 +295,17 @@ class Proof:
                 self._take(_least(one), answer.better)
             if answer.bound_ps >= limit:
                 self._put(one, [])
-            elif answer.bound_ps > one.bound_ps:
-                self._put(one, [one.raised(answer.bound_ps, self.gain_ppm)])
-            elif answer.stuck and one is weakest:
-                if not one.members:
-                    return False
-                self._put(one, self._apart(one))  # that is as far as all of them come together
+                continue
+            least = max(one.bound_ps, answer.bound_ps)
+            raised = one.raised(least, self.gain_ppm) if least > one.bound_ps else one
+            if one.members and (answer.stuck or asked > HARD):
+                self._put(one, self._apart(raised))  # together they are harder than each is
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
                 self.looked.discard(one.order)
+            elif raised is not one:
+                self._put(one, [raised])
+            elif answer.stuck and one is weakest:
+                return False
         return True
 
     def _asked(self, one: Unsettled) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,13 +24,20 @@ from planner.stage_memory import easiest, forced_ps, sure_extra
 from planner.stage_sides import least_spread_ps
 
 
-def mean_tail_ps(p: StageProblem) -> int:
-    """The longest tail of a rank is at least the mean one."""
-    ends = (p.first, p.last)
-    comm = sum(p.tail_comm_ps) - sum(p.tail_hide_ps)
-    comm += sum(e.tail_comm_ps - e.tail_hide_ps for e in ends)
-    own = sum(easiest(p).tail_own_ps) + sum(e.tail_own_ps for e in ends)
-    return -(-(max(0, comm) + own) // p.pp)
+def least_tail_ps(p: StageProblem) -> int:
+    """The longest tail of a rank is at least the mean one; and of so many layers that each add so
+    much to a tail, some rank has one in pp, rounded up."""
+    ends, low = (p.first, p.last), easiest(p).tail_own_ps
+    over = tuple(map(operator.sub, p.tail_comm_ps, p.tail_hide_ps))
+    more = [e.tail_comm_ps - e.tail_hide_ps for e in ends]
+    own = sum(low) + sum(e.tail_own_ps for e in ends)
+    mean: int = -(-(max(0, sum(over) + sum(more)) + own) // p.pp)
+    adds = Counter(low if min(*over, *more) < 0 else map(operator.add, low, over))  # else: hidden
+    found, count = mean, 0
+    for each, n in sorted(adds.items(), reverse=True):
+        count += n
+        found = max(found, -(-count // p.pp) * each)
+    return found
 
 
 def load_ps(p: StageProblem) -> int:
@@ -138,7 +147,7 @@ def lower_bound_ps(problem: StageProblem) -> int:
         makespan = max(makespan, filled_ps(p, whole))
     if p.ranks:
         makespan = max(makespan, least_spread_ps(p, again, sure_extra))
-    return makespan + mean_tail_ps(p)
+    return makespan + least_tail_ps(p)
 
 
 Times = tuple[Array, Array, Array]  # forward, backward, weight

@@ -26,7 +26,7 @@ from cost_models.stage_problem import (
     shifted,
 )
 from planner.stage_arcs import INF, Array
-from planner.stage_bounds import mean_tail_ps
+from planner.stage_bounds import least_tail_ps
 from planner.stage_chunks import Chunks, Pairs
 from planner.stage_memory import sure_extra
 
@@ -60,7 +60,7 @@ def bound_all(p: StageProblem) -> int:
     if more_layers:
         rest = np.sort(np.concatenate([cost[1:] for cost in costs]))
         base = max(base, int(rest[more_layers - 1]))
-    return base + mean_tail_ps(p)
+    return base + least_tail_ps(p)
 
 
 def saving_rate(p: StageProblem) -> float | None:

@@ -27,36 +27,41 @@ from planner.interrupts import held
 from planner.linear import INF, Draft
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
+from planner.stage_bounds import least_tail_ps
 from planner.stage_order import hulls
 from planner.stage_paths import Known
 from planner.stage_ranks import bound_ps, tables
-from planner.stage_whole import solve_whole
+from planner.stage_whole import solve_tree, solve_whole
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
 WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
 JOIN = 3  # paths that join a program at once
-ITERATIONS = 16  # of the simplex in a tree, that take as long as a linear program
+LEAST_S = 0.01  # that a program counts in whole numbers
+ITERATIONS = 48  # of the simplex in a tree, that take as long as a linear program
 ROOT = 10  # nodes that take as long as a tree's first, with its cuts
 COLUMNS = 4_000  # programs with more variables are not bounded so
 
 
 @dataclass(slots=True, kw_only=True)
 class Effort:
-    """Linear programs that may still be solved, and the nodes of one in whole numbers after
-    them."""
+    """Linear programs that may still be solved; after them in whole numbers seconds of CP-SAT, as
+    it counts them, and nodes of a tree."""
 
     programs: int = 300
+    whole_s: float = 0.0
     nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """least_ps: no choice has a step below it. refuted: none has one below the time that was asked
-    about. cuts: else some that may have, best guess first."""
+    about. cuts: else some that may have, best guess first. held: numbers of layers were found that
+    keep the time, as far as it is known here what they take and hold."""
 
     refuted: bool
     least_ps: int
     cuts: list[tuple[int, ...]]
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,9 @@ def refute(p: StageProblem, below_ps: int, known: Known, effort: Effort) -> Answ
     refuted = planes.empty()
     known.used(planes.joined)
     least = below_ps if refuted else min(below_ps, math.floor(planes.least * below_ps))
-    return Answer(refuted=refuted, least_ps=least, cuts=[] if refuted else planes.cuts)
+    return Answer(
+        refuted=refuted, least_ps=least, cuts=[] if refuted else planes.cuts, held=planes.held
+    )
 
 
 class _Planes:
@@ -110,6 +117,7 @@ class _Planes:
         self.warm.SetIntegerParam(self.warm.LP_ALGORITHM, self.warm.DUAL)
         self.cuts: list[tuple[int, ...]] = []
         self.least = 0.0  # no choice takes less, as a share of the time that is asked about
+        self.held = False
         self.joined: set[int] = set()
         rows = _rows(p)
         self.kinds = sorted(set(rows), key=rows.index)
@@ -267,6 +275,7 @@ class _Planes:
     def _add_tails(self) -> None:
         p = self.p
         comm, own = self.of[5] - self.of[6], self.of[7]
+        self.draft.row(least_tail_ps(p) / self.unit, INF).put(self.tail, 1)
         for rank in range(p.pp):
             stages = p.stages_of(rank)
             ends = [e for k in stages for e in p.extras(k)]
@@ -379,7 +388,8 @@ class _Planes:
     def empty(self) -> bool:
         """Whether nothing is left: told by the ranks' numbers, or in whole numbers."""
         point = self._least(self.variables[self.span], False)
-        while point is not None and self.effort.programs > 0:
+        ranks_too = not (self.effort.whole_s or self.effort.nodes)  # whole numbers tell more
+        while ranks_too and point is not None and self.effort.programs > 0:
             before = [x.ub() for x in self.number]
             ranks = point.ranks
             order = sorted(range(self.p.pp), key=lambda r: (-ranks[r], r))
@@ -401,7 +411,7 @@ class _Planes:
         if point is None:
             return True
         self._guess(point)
-        return self.effort.nodes > 0 and bool(point.stages) and self._whole()
+        return bool(point.stages) and (self._whole() or (not self.held and self._tree()))
 
     def _guess(self, point: Point) -> None:
         """A cut near a point where the time may be kept, unless the solver gave up."""
@@ -410,6 +420,23 @@ class _Planes:
 
     def _whole(self) -> bool:
         """Whether nothing is left in whole numbers: of layers by stage and class, and of ranks."""
+        shares = (self.span, self.tail)
+        while self.effort.whole_s > 0:
+            found = solve_whole(self.solver, shares, self.effort.whole_s)
+            self.effort.whole_s -= max(found.took, LEAST_S)
+            if found.none:
+                return True
+            if found.values is None:
+                break
+            point = self._point(found.values)
+            self._guess(point)
+            self.held = self._holds(point)
+            if self.held:
+                break
+        return False
+
+    def _tree(self) -> bool:
+        """As `_whole`, by branch and cut."""
         objective = self.solver.Objective()
         objective.Clear()
         objective.SetOptimizationDirection(False)
@@ -418,7 +445,7 @@ class _Planes:
         sums = (x.index() for x in self._sums())
         whole = [*(x.index() for x in self.number), *self.places.tolist(), *sums]
         while self.effort.nodes > 0:
-            found = solve_whole(self.solver, whole, self.effort.nodes, above=2.0)  # a row: 1
+            found = solve_tree(self.solver, whole, self.effort.nodes, above=2.0)  # a row: 1
             self.effort.nodes -= ROOT + found.nodes
             self.effort.programs -= 1 + found.iterations // ITERATIONS
             if found.values is None and found.complete:
@@ -428,7 +455,8 @@ class _Planes:
                 break
             point = self._point(found.values)
             self._guess(point)
-            if self._holds(point):
+            self.held = self._holds(point)
+            if self.held:
                 break
         return False
 

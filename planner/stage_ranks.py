@@ -26,7 +26,7 @@ import numpy as np
 
 from cost_models.schedule import SPLIT_BACKWARD
 from cost_models.stage_problem import StageProblem, pairs_of
-from planner.stage_bounds import lower_bound_ps, mean_tail_ps
+from planner.stage_bounds import least_tail_ps, lower_bound_ps
 
 Array = Any
 NEVER_PS = 1 << 60  # of a rank that so many layers do not fit
@@ -155,7 +155,7 @@ def _table(
     so_many = np.minimum.accumulate(least[:, ::-1], axis=1)[:, ::-1]
     beyond = NEVER_PS
     if number[-1] < kind.count:
-        beyond = p.microbatches * (int(number[-1]) + 1) * kind.step_ps + mean_tail_ps(p)
+        beyond = p.microbatches * (int(number[-1]) + 1) * kind.step_ps + least_tail_ps(p)
     return Table(
         layers=layers, low=low, least_ps=so_many, again_ps=again, beyond_ps=beyond
     )  # fmt: skip
@@ -179,7 +179,7 @@ def _ranks_ps(p: StageProblem, kind: _Kind, number: Array) -> tuple[Array, Array
         apart[rank] = sum(_may_be(p, k, kind.others) for k in stages)
     comm = number * kind.tails_ps[0] + (fixed[1] - kind.relief_ps * (apart > 0))[:, None]
     own = number * kind.tails_ps[1] + fixed[2][:, None]
-    tail = np.maximum(np.maximum(comm, 0) + own, mean_tail_ps(p))
+    tail = np.maximum(np.maximum(comm, 0) + own, least_tail_ps(p))
     again = _again_ps(p, kind, number, apart)
     busy = m * (number * kind.step_ps + np.where(again < NEVER_PS, again, 0))
     return np.where(again < NEVER_PS, busy + fixed[0][:, None] + tail, NEVER_PS), again

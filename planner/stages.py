@@ -27,7 +27,7 @@ from cost_models.stage_problem import (
 )
 from ir.errors import UsageError
 from planner.stage_arcs import INF, Windows
-from planner.stage_bounds import Chain, lower_bound_ps, mean_tail_ps, propagate
+from planner.stage_bounds import Chain, least_tail_ps, lower_bound_ps, propagate
 from planner.stage_chain import longest, solve_chain
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import ALL_CUTS, bound_all, saving_rate, search_near, solve_chunks
@@ -267,7 +267,7 @@ class _Model:
         for k in range(S):
             model.add(at[k + 1] >= at[k] + 1)
         self._add_ranks(chunks, cuts)
-        model.add(self.tail >= mean_tail_ps(p) // self.unit)
+        model.add(self.tail >= least_tail_ps(p) // self.unit)
 
     def _add_ranks(self, chunks: Chunks, cuts: list[list[tuple[Any, int]]]) -> None:
         """Rows of Chunks.bound."""

@@ -14,7 +14,7 @@ from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illega
 from cost_models.stage_problem import Lowered, Steps, step_ps, tail_ps, timeline
 from ir.errors import UsageError
 from planner.by_layer import best_count
-from planner.stage_bounds import filled_ps
+from planner.stage_bounds import filled_ps, least_tail_ps
 from planner.stage_chunks import Chunks
 from planner.stage_cuts import _candidates, _quickest, bound_all
 from planner.stage_memory import forced_ps, surely_fits
@@ -423,6 +423,26 @@ def test_the_best_count_of_optimizers_below_equals_enumeration():
         assert best == min(fit, key=lambda n: (fit[n], n), default=None)
         found += best is not None
     assert found > 10
+
+
+def test_no_cut_has_a_shorter_tail_than_the_least():
+    """Nor has the mean of ranks one; layers that some rank has one more of say more than that."""
+    more = 0
+    for seed in range(600):
+        p = tiny(seed)
+        least = least_tail_ps(p)
+        tails = [tail_ps(p, cut) for cut in cuts(p.layers, p.count)]
+        assert min(tails) >= least, seed
+        ends = (p.first, p.last)
+        hidden = sum(p.tail_hide_ps) + sum(e.tail_hide_ps for e in ends)
+        comm = sum(p.tail_comm_ps) + sum(e.tail_comm_ps for e in ends)
+        own = sum(p.tail_own_ps) + sum(e.tail_own_ps for e in ends)
+        mean = -(-(max(0, comm - hidden) + own) // p.pp)
+        assert least >= mean
+        more += least > mean
+    assert more > 3
+    p = large(pp=16, tail_own_ps=(10,) * 126, first=Extra(), last=Extra())
+    assert least_tail_ps(replace(p, tail_comm_ps=(0,) * 126)) == 8 * 10  # 126 of 10 on 16 ranks
 
 
 def test_the_tail_of_all_ranks_at_once_is_the_longest_of_theirs():
