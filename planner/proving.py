@@ -21,13 +21,13 @@ from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 7_200  # linear programs at most, some ms each, or as much of trees
-BEYOND = 4_000  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 9_000  # linear programs at most, some ms each, or as much of trees
+BEYOND = 6_500  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
 EFFORTS = (0.0, 0), (0.25, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
-A_SECOND = 250  # linear programs that take as long as a second of CP-SAT
+A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
 HARD = 2  # times that more effort was needed, before which it is not looked for a better plan
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
@@ -131,18 +131,21 @@ class Prover:
             better = near(ask.look, cuts, incumbent_ps=limit)
         elif not stuck:
             target = top
-            if high <= top or limit - bound > NEAR * limit // GOAL:
-                target = max(bound + 1, (bound + 3 * min(high, limit)) // 4)
+            if high <= top:
+                target = max(bound + 1, (bound + high) // 2)
+            elif limit - bound > NEAR * limit // GOAL:
+                target = (bound + 3 * limit) // 4
             answer, took = self._refuted(ask, target, asked, left)
             left -= took
             if answer.refuted:
                 bound = target
-            elif answer.held:  # in whole numbers, so by any effort
+            else:
+                bound = max(bound, answer.least_ps)
+                asked += not answer.held
+            if answer.held:  # in whole numbers, so by any effort
                 high = target
                 if ask.look is not None:
                     better = near(ask.look, answer.cuts, incumbent_ps=limit)
-            else:
-                bound, asked = max(bound, answer.least_ps), asked + 1
         return Told(
             bound_ps=bound, asked=asked, high_ps=high, took=ask.programs - left, stuck=stuck,
             better=better,
@@ -298,7 +301,7 @@ class Proof:
                 continue
             least = max(one.bound_ps, answer.bound_ps)
             raised = one.raised(least, self.gain_ppm) if least > one.bound_ps else one
-            if one.members and (answer.stuck or asked > HARD):
+            if one.members and (answer.stuck or asked > HARD or answer.high_ps < ENDLESS):
                 self._put(one, self._apart(raised))  # together they are harder than each is
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
                 self.looked.discard(one.order)
