@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.chain import Chain
-from cost_models.decisions import Workload
+from cost_models.decisions import Decisions, Workload
 from cost_models.hardware import Cluster
 from cost_models.layout import options
 from planner.decisions import Pins
@@ -133,6 +133,20 @@ def _cps(facts: Facts, workload: Workload, pins: Pins, ranks: int, every: int) -
         short = [c for c in fits if c not in found and seq >= c * SHORT_CP_TOKENS]
         found += [c for c in short if dealt(c)][:1]
     return found
+
+
+def shorter_cp(facts: Facts, workload: Workload, d: Decisions) -> int | None:
+    """Of a plan with no more micro-batches than stages the least cp beyond those searched with
+    which there is one for each stage, which may be quicker; None where there is none, or no such
+    plan."""
+    ranks, seq = d.dp * d.cp, workload.seq_len
+    if d.pp == 1 or d.microbatches > d.pp or not facts.attention_only:
+        return None
+    for cp in divisors(ranks):
+        samples, left = divmod(workload.global_batch * cp, ranks)
+        if cp > d.cp and seq % (2 * cp) == left == 0 and samples >= d.pp:
+            return cp if LEAST_CP_TOKENS > seq // cp >= SHORT_CP_TOKENS else None
+    return None
 
 
 def _batches(samples: int, pins: Pins) -> list[tuple[int, int]]:

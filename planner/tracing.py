@@ -22,7 +22,8 @@ from planner.infeasible import infeasible
 from planner.interrupts import interruptible
 from planner.keep_checks import pinned_keep
 from planner.limits import capped, uncapped
-from planner.mesh import cp_reason, divisors, facts_of, meshes, splits_something
+from planner.mesh import cp_reason, divisors, facts_of, meshes, shorter_cp, splits_something
+from planner.names import many
 from planner.options import Baseline, Progress, TraceOptions, TraceResult
 from planner.pin_checks import check_mesh, check_pins
 from planner.plan import Plan, Solver, make_plan
@@ -91,6 +92,10 @@ def attempt(
         echo, outcome = (*echo, f"{options.base}: {kept.words}"), kept.outcome
     plan, estimate = _planned(graph, options.hardware, cluster, workload, costs, outcome,
                               options.pins)  # fmt: skip
+    cp = shorter_cp(facts_of(_chain(graph)), workload, plan.decisions)
+    if cp is not None and options.pins.cp is None:
+        echo = (*echo, f"cp {cp} ({many(workload.seq_len // cp, 'token')} a rank) was not searched:"
+                       f" --fix cp={cp} may be quicker")  # fmt: skip
     found = TraceResult(
         plan=plan, estimate=estimate, echo=echo, interrupted=outcome.interrupted,
         baselines=tuple(row for row, _ in baselines), timing=clock.timing(),

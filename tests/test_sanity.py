@@ -1,15 +1,18 @@
 """What a practitioner would demand of plans for models and clusters they know."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_models import costs_of, graph_of, with_memory
 
+from cost_models.chain import chain_of
 from cost_models.estimate import estimate_step
 from cost_models.hardware import load_hardware
 from planner.capturing import Clock, capture
 from planner.decisions import Pins, Recompute
+from planner.mesh import facts_of, shorter_cp
 from planner.options import TraceOptions
 from planner.search import Searcher
 from planner.tracing import plan_graph
@@ -134,6 +137,28 @@ def test_a_longer_sequence_for_less_batch_needs_context_parallelism():
                     seq_len=131072, global_batch=8)  # fmt: skip
     assert found.plan.decisions.cp > 1
     assert found.estimate.fits
+
+
+def test_a_cp_that_was_not_searched_is_told_where_it_may_be_quicker():
+    """As many micro-batches as stages: 2,048 tokens a rank are quicker than the plan. With more
+    samples, with that cp pinned or without a pipeline nothing is told."""
+    graph = graph_of("llama", size="70b")
+    found = planned(graph, "h100x512", global_batch=64)
+    d = found.plan.decisions
+    assert d.pp == d.microbatches and d.cp == 2
+    assert found.echo[-1] == (
+        "cp 4 (2048 tokens a rank) was not searched: --fix cp=4 may be quicker"
+    )
+    other = planned(graph, "h100x512", pins=Pins(cp=4), global_batch=64)
+    assert other.estimate.step_time_ps < found.estimate.step_time_ps
+    assert not any("searched" in line for line in other.echo)
+    facts, workload = facts_of(chain_of(graph)), found.plan.workload
+    assert shorter_cp(facts, workload, d) == 4
+    assert shorter_cp(facts, workload, replace(d, microbatches=d.pp + 1)) is None
+    assert shorter_cp(facts, workload, replace(d, pp=1)) is None
+    assert shorter_cp(facts, workload, replace(d, pp=16, dp=4, microbatches=16)) == 4
+    assert shorter_cp(facts, workload, replace(d, pp=16, microbatches=4)) == 8
+    assert shorter_cp(facts, workload, replace(d, pp=64, microbatches=4)) is None
 
 
 @pytest.mark.skipif(not CONFIGS, reason="MESHWRIGHT_DATA has no model_configs")
