@@ -21,18 +21,19 @@ from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 9_000  # linear programs at most, some ms each, or as much of trees
-BEYOND = 6_500  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 7_200  # linear programs at most, some ms each, or as much of trees
+BEYOND = 5_000  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
-EFFORTS = (0.0, 0), (0.25, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
+EFFORTS = (0.0, 0), (0.1, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
 HARD = 2  # times that more effort was needed, before which it is not looked for a better plan
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
-WITHIN = 2_000  # what is nearer is raised until it is so near to where it was not
+WITHIN = 500  # what is nearer is raised until it is so near to where it was not
+FINE = 48  # stages of a program that is asked in whole numbers for less than the goal, at most
 ENDLESS = 1 << 62  # picoseconds
 
 
@@ -125,6 +126,7 @@ class Prover:
         better = None
         stuck = asked >= len(EFFORTS) or left <= (0 if far else BEYOND)
         stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
+        stuck |= not far and asked > 0 and ask.problem.count > FINE
         if not stuck and asked >= HARD and ask.look is not None:
             cuts, took = self._tight(ask.problem, bound)
             left -= took

@@ -36,7 +36,7 @@ from planner.stage_whole import solve_tree, solve_whole
 TOLERANCE = 1e-6  # of the linear solver, relative to the step: a time is refuted only beyond it
 WHOLE = 1e-4  # a number of layers so near to a whole one is taken for it
 JOIN = 3  # paths that join a program at once
-LEAST_S = 0.01  # that a program counts in whole numbers
+LEAST_S = 0.05  # that a program counts in whole numbers: to set it up
 ITERATIONS = 32  # of the simplex in a tree, that take as long as a linear program
 ROOT = 10  # nodes that take as long as a tree's first, with its cuts
 COLUMNS = 4_000  # programs with more variables are not bounded so

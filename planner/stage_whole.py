@@ -117,7 +117,6 @@ def solve_whole(solver: Any, shares: Collection[int], most: float) -> Whole:
     search = cp_model.CpSolver()
     search.parameters.num_workers = 1  # the same answer on any number of cores
     search.parameters.random_seed = 0
-    search.parameters.linearization_level = 2
     search.parameters.max_deterministic_time = most
     search.parameters.catch_sigint_signal = False
     with held():
