@@ -29,7 +29,7 @@ from planner.outcome import (
     less_over,
     nearer,
 )
-from planner.proving import ENDLESS, FIRST, Prover
+from planner.proving import ENDLESS, FIRST, Prover, easiest_of
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
@@ -196,9 +196,13 @@ class Expander(Space):
     def _kept_otherwise(
         self, step: Step, d: Decisions, problem: StageProblem, below: int
     ) -> Iterator[Program]:
-        for made, other in self.kept_otherwise(step, d, problem):
-            if not surely_infeasible(other):
-                yield Program(bound_ps=bound_ps(other, below), decisions=made, problem=other)
+        found = self.kept_otherwise(step, d, problem)
+        rows = [(made, other) for made, other in found if not surely_infeasible(other)]
+        easiest = easiest_of([other for _, other in rows]) if len(rows) > 1 else None
+        if easiest is not None and bound_ps(easiest, below) >= below:  # mostly all at once
+            return
+        for made, other in rows:
+            yield Program(bound_ps=bound_ps(other, below), decisions=made, problem=other)
 
     def _eased(self, row: Program, out: Outcome) -> Iterator[Program]:
         """Of a solved program whose bound has no recomputation in it: the same with other sets
