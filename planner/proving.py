@@ -235,10 +235,12 @@ class Proof:
         while self.left and not self.stopped():
             in_order = sorted(self.left, key=lambda u: (u.bound, u.order))
             weakest = in_order[0]
-            if weakest.bound >= min(self.untried, self.best):
+            if weakest.bound >= min(self.untried, self.best) or self._is_stuck(weakest):
                 break
             on = self._next(in_order) if _by_planes(weakest) else ()
-            if not (self._raise(on, weakest) if on else self._by_solver(weakest)):
+            if on:
+                self._raise(on)
+            elif not self._by_solver(weakest):
                 break
         return [one for u in self.left for one in self._apart(u)]
 
@@ -286,8 +288,8 @@ class Proof:
         """The least objective of it that is no better than the best plan."""
         return objective_below(self.best, one.decisions, self.gain_ppm)
 
-    def _raise(self, some: Sequence[Unsettled], weakest: Unsettled) -> bool:
-        """Raise the bounds of these; False where the weakest of all is stuck."""
+    def _raise(self, some: Sequence[Unsettled]) -> None:
+        """Raise the bounds of these."""
         answers = self.answers([self._ask(one) for one in some])
         for one, answer in zip(some, answers):
             asked = len(EFFORTS) if answer.stuck else answer.asked
@@ -309,9 +311,10 @@ class Proof:
                 self.looked.discard(one.order)
             elif raised is not one:
                 self._put(one, [raised])
-            elif answer.stuck and one is weakest:
-                return False
-        return True
+
+    def _is_stuck(self, one: Unsettled) -> bool:
+        """Whether its bound is raised no further, and so not that of all."""
+        return self._asked(one)[0] >= len(EFFORTS)
 
     def _asked(self, one: Unsettled) -> tuple[int, int]:
         return self.asked.get(one.order, (0, ENDLESS))

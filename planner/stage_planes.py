@@ -92,7 +92,7 @@ def _rows(p: StageProblem) -> list[tuple[int, ...]]:
 
 def refute(p: StageProblem, below_ps: int, known: Known, effort: Effort) -> Answer:
     """Whether no choice has a step below this."""
-    if bound_ps(p) >= below_ps:
+    if bound_ps(p, below_ps) >= below_ps:
         return Answer(refuted=True, least_ps=below_ps, cuts=[])
     planes = _Planes(p, below_ps, known, effort)
     refuted = planes.empty()
