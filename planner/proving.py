@@ -21,7 +21,7 @@ from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 7_200  # linear programs at most, some ms each, or as much of trees
+PROGRAMS = 7_200  # linear programs at most, some ms each, or as much in whole numbers
 BEYOND = 5_000  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
@@ -29,7 +29,7 @@ FIRST = 24  # linear programs of one stage program when it is asked
 EFFORTS = (0.0, 0), (0.1, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
-HARD = 2  # times that more effort was needed, before which it is not looked for a better plan
+HARD = 2  # times that more effort was needed, from which on a better plan is looked for first
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WITHIN = 500  # what is nearer is raised until it is so near to where it was not
@@ -76,10 +76,11 @@ def _by_planes(one: Unsettled) -> bool:
 class Ask:
     """To raise the bound of a program as far as the next time that it is weighed against others.
 
-    limit_ps: no choice is better than the best plan from there on. asked, high_ps: how often more
-    effort was needed, and the least step that this much did not refute. programs: linear
-    programs at most, some more. others: what is refuted without a limit to memory helps other
-    programs. look: the problem of which a better plan is looked for, before what is hard.
+    limit_ps: no choice is better than the best plan from there on. asked: how often more effort was
+    needed. high_ps: the least step that whole numbers of layers were found to keep, which no effort
+    refutes. programs: linear programs at most, some more. others: what is refuted without a limit
+    to memory helps other programs. look: the problem of which a better plan is looked for, before
+    what is hard.
     """
 
     problem: StageProblem
@@ -221,8 +222,7 @@ class Proof:
     programs: int = PROGRAMS
     certified: int = 0
     answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
-    asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: how often more
-    # effort was needed, and the least step that this much did not refute
+    asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: asked, high_ps
     looked: set[int] = field(default_factory=set)  # orders: a better plan was looked for
 
     def run(self) -> list[Unsettled]:
