@@ -105,7 +105,8 @@ def solve_whole(solver: Any, shares: Collection[int], most: float) -> Whole:
     ]
     for row in proto.constraint:
         columns, values = list(row.var_index), np.array(row.coefficient)
-        whole = bool((grains[columns] == 1).all() and (abs(values - values.round()) < NEAR).all())
+        near = (abs(values - values.round()) < NEAR) & (values.round() != 0)  # none is lost
+        whole = bool((grains[columns] == 1).all() and near.all())
         least = values.round() if whole else values * (GRAINS / grains[columns])
         lost = float(abs(least[grains[columns] > 1]).sum())  # as shares are of whole grains, too
         some = [given[i] for i in columns]

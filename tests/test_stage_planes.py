@@ -279,6 +279,10 @@ def test_whole_numbers_are_solved_or_said_to_be_open():
     assert solve_tree(solver, [0], 100, 9.0).values.tolist() == [0, 1 / 3]
     part = solve_whole(solver, (1,), 1.0)
     assert part.values == pytest.approx([0, 1 / 3], abs=1e-6)
+    small = pywraplp.Solver.CreateSolver("GLOP")
+    row = small.Constraint(5e-9, 1)
+    row.SetCoefficient(small.NumVar(0, 100, ""), 5e-10)
+    assert not solve_whole(small, (), 1.0).none  # these are not the whole number zero
 
 
 def test_no_whole_numbers_are_lost_to_rounding():
