@@ -46,7 +46,7 @@ def meshes(d: Decisions, limit: int) -> Iterator[Decisions]:
     ]  # fmt: skip
     if min((tp for _, tp in d.tp_by_part), default=1) > 1:  # the twin's least is split as well
         axes[-1] = (4, 8)
-    blocks = [(1,) if getattr(d, axis) == 1 else (2, 4) for axis in ("ep", "etp")]
+    blocks = [(1,) if getattr(d, axis) == 1 else (2, 4, 8) for axis in ("ep", "etp")]
     found = []
     for (pp, dp, cp, tp), (ep, etp) in itertools.product(
         itertools.product(*axes), itertools.product(*blocks)
