@@ -136,11 +136,11 @@ def _cps(facts: Facts, workload: Workload, pins: Pins, ranks: int, every: int) -
 
 
 def shorter_cp(facts: Facts, workload: Workload, d: Decisions) -> int | None:
-    """Of a plan with no more micro-batches than stages the least cp beyond those searched with
+    """Of a plan with at most two micro-batches a stage the least cp beyond those searched with
     which there is one for each stage, which may be quicker; None where there is none, or no such
     plan."""
     ranks, seq = d.dp * d.cp, workload.seq_len
-    if d.pp == 1 or d.microbatches > d.pp or not facts.attention_only:
+    if d.pp == 1 or d.microbatches > 2 * d.pp or not facts.attention_only:
         return None
     for cp in divisors(ranks):
         samples, left = divmod(workload.global_batch * cp, ranks)

@@ -29,7 +29,8 @@ FIRST = 24  # linear programs of one stage program when it is asked
 EFFORTS = (0.0, 0), (0.1, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
-HARD = 2  # times that more effort was needed, from which on a better plan is looked for first
+HARD = 2  # times that more effort was needed: from there on it takes seconds
+CUTS = 2  # that whole numbers came to, from which a better plan is looked for, the last ones
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WITHIN = 500  # what is nearer is raised until it is so near to where it was not
@@ -79,8 +80,8 @@ class Ask:
     limit_ps: no choice is better than the best plan from there on. asked: how often more effort was
     needed. high_ps: the least step that whole numbers of layers were found to keep, which no effort
     refutes. programs: linear programs at most, some more. others: what is refuted without a limit
-    to memory helps other programs. look: the problem of which a better plan is looked for, before
-    what is hard.
+    to memory helps other programs. look: the problem of which a better plan is looked for. looked:
+    what `asked` was when one was looked for near its bound, as it is before more effort is spent.
     """
 
     problem: StageProblem
@@ -90,13 +91,14 @@ class Ask:
     high_ps: int
     programs: int
     others: bool
-    look: StageProblem | None
+    look: StageProblem
+    looked: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """bound_ps: no choice has a step below it. stuck: it is raised no further. took: linear
-    programs. better: of a better plan, if it was looked for."""
+    programs. better: of a better plan, if it was looked for. looked: as an ask has it."""
 
     bound_ps: int
     asked: int
@@ -104,6 +106,7 @@ class Told:
     took: int
     stuck: bool
     better: StageSolution | None = None
+    looked: int = 0
 
 
 def far_below(bound_ps: int, limit_ps: int) -> bool:
@@ -128,7 +131,9 @@ class Prover:
         stuck = asked >= len(EFFORTS) or left <= (0 if far else BEYOND)
         stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
         stuck |= not far and asked > 0 and ask.problem.count > FINE
-        if not stuck and asked >= HARD and ask.look is not None:
+        looked = ask.looked
+        if not stuck and looked < asked <= HARD:
+            looked = asked
             cuts, took = self._tight(ask.problem, bound)
             left -= took
             better = near(ask.look, cuts, incumbent_ps=limit)
@@ -143,15 +148,15 @@ class Prover:
             if answer.refuted:
                 bound = target
             else:
+                if asked or answer.held:  # in whole numbers: a plan may be near
+                    better = near(ask.look, answer.cuts[-CUTS:], incumbent_ps=limit)
                 bound = max(bound, answer.least_ps)
                 asked += not answer.held
-            if answer.held:  # in whole numbers, so by any effort
+            if answer.held:  # so by any effort
                 high = target
-                if ask.look is not None:
-                    better = near(ask.look, answer.cuts, incumbent_ps=limit)
         return Told(
             bound_ps=bound, asked=asked, high_ps=high, took=ask.programs - left, stuck=stuck,
-            better=better,
+            better=better, looked=looked,
         )  # fmt: skip
 
     def _tight(self, p: StageProblem, bound_ps: int) -> tuple[list[tuple[int, ...]], int]:
@@ -223,7 +228,7 @@ class Proof:
     certified: int = 0
     answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: asked, high_ps
-    looked: set[int] = field(default_factory=set)  # orders: a better plan was looked for
+    looked: dict[int, int] = field(default_factory=dict)  # by order: `Ask.looked`
 
     def run(self) -> list[Unsettled]:
         """Least bound first, some at once, while that raises the whole; returns what is left.
@@ -294,8 +299,7 @@ class Proof:
         for one, answer in zip(some, answers):
             asked = len(EFFORTS) if answer.stuck else answer.asked
             self.asked[one.order] = asked, answer.high_ps
-            if answer.stuck or answer.better is not None:
-                self.looked.add(one.order)
+            self.looked[one.order] = answer.looked
             self.programs -= answer.took
             limit = self._limit(one)
             if answer.better is not None:
@@ -308,7 +312,7 @@ class Proof:
             if one.members and (answer.stuck or asked > HARD or answer.high_ps < ENDLESS):
                 self._put(one, self._apart(raised))  # together they are harder than each is
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
-                self.looked.discard(one.order)
+                self.looked.pop(one.order, None)
             elif raised is not one:
                 self._put(one, [raised])
 
@@ -323,9 +327,8 @@ class Proof:
         asked, high = self._asked(one)
         return Ask(
             problem=one.problem, bound_ps=one.bound_ps, limit_ps=self._limit(one), asked=asked,
-            high_ps=high, programs=self.programs,
-            others=len(self.left) > 1,
-            look=None if one.order in self.looked else _least(one).problem,
+            high_ps=high, programs=self.programs, others=len(self.left) > 1,
+            look=_least(one).problem, looked=self.looked.get(one.order, 0),
         )  # fmt: skip
 
     def _take(self, one: Unsettled, better: StageSolution) -> None:

@@ -23,7 +23,7 @@ from planner.expanding import Expander
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.outcome import Outcome, Tried, Unsettled, decided
-from planner.proving import PROGRAMS, Proof
+from planner.proving import PROGRAMS, Proof, far_below
 from planner.refuted import Refuted
 from planner.relaid import relaid
 from planner.sides import APART, Side, answers, bounds
@@ -36,6 +36,7 @@ DEFAULT_EFFORT = 1_600  # a stage program counts one, and one for every 8 stages
 # known one with other operations kept, which the best cuts off early; a mesh one, if
 # its state may fit, one for every 12 ways to hold it and one for every 4 programs: some 10 s
 GUESSES = 600  # of it, half at most, go to the best guesses; what is beyond that to the proof
+PATIENCE = 4  # times the default's, where what is untried holds the gap above the proof's goal
 MOST_PROVING = 8  # times the effort of the default's proof, whatever the effort is
 NEAREST = 60  # meshes that cannot fit that are tried at most, where only such are left
 SHARPENED = 8  # meshes whose bounds are sharpened count one
@@ -43,10 +44,15 @@ SHARPENED = 8  # meshes whose bounds are sharpened count one
 
 @dataclass(kw_only=True)
 class Searcher(Expander):
-    """One model on one cluster under pins; keeps what searches share (costs, assignments)."""
+    """One model on one cluster under pins; keeps what searches share (costs, assignments).
+
+    patience: times the effort that may be spent, where what is untried holds the gap above the
+    proof's goal.
+    """
 
     progress: Callable[[str], None] | None = None
     effort: int = DEFAULT_EFFORT
+    patience: int = 1
 
     def under(self, pins: Pins) -> Searcher:
         """The same model and costs under other pins."""
@@ -106,7 +112,7 @@ class Searcher(Expander):
                 tried.clear()
 
             for some in in_turn(guess, lower, kinds, out, min(GUESSES, self.effort // 2), sharpen):
-                if stopped() or out.spent >= self.effort:
+                if stopped() or self._is_spent(out, left[-1]):
                     break
                 if out.best is None and left[-1] >= NEVER_PS:  # nothing fits: what is nearest?
                     most = min(most, out.expanded + NEAREST)
@@ -134,6 +140,14 @@ class Searcher(Expander):
             out.best = relaid(self, out.best)
         out.bound = min([*rest, out.best.score if out.best else 1 << 62])
         return out
+
+    def _is_spent(self, out: Outcome, untried: int) -> bool:
+        """Whether the search ends here: its effort is spent, and what is untried is near the best,
+        or its patience is spent as well. untried: the least bound."""
+        if out.spent < self.effort:
+            return False
+        near = out.best is None or not far_below(untried, out.best.score)
+        return near or out.spent >= self.patience * self.effort
 
     def _expanded(self, some: Sequence[int], pair: Pair[Side], out: Outcome) -> list[Unsettled]:
         """Expand these candidates at once; what is unsettled of them."""
@@ -186,11 +200,12 @@ class Searcher(Expander):
             )  # fmt: skip
             return out.best.score
 
+        effort = max(self.effort, min(out.spent, self.patience * self.effort))
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
             answers=partial(answers, pair),
             gain_ppm=self.gain_ppm, stopped=stopped,
-            programs=PROGRAMS * min(max(1, self.effort // DEFAULT_EFFORT), MOST_PROVING),
+            programs=PROGRAMS * min(max(1, effort // DEFAULT_EFFORT), MOST_PROVING),
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int) -> None:

@@ -30,7 +30,7 @@ from planner.plan import Plan, Solver, make_plan
 from planner.proved import pins_said
 from planner.runnable import check_runnable, may_compile, refusals, whole_recomputation_fault
 from planner.scale import check_scale
-from planner.search import Outcome, Searcher, Tried
+from planner.search import PATIENCE, Outcome, Searcher, Tried
 from planner.stability import steady
 from planner.workload import resolve
 
@@ -75,6 +75,7 @@ def attempt(
         progress("costing")
     costs, searcher = _searcher(graph, usable, workload, options.pins, progress)
     searcher.effort, searcher.gain_ppm = options.effort or searcher.effort, options.gain_ppm
+    searcher.patience = 1 if options.effort else PATIENCE
     clock.mark("cost_s")
     with interruptible():  # from the first recipe on there is a plan to keep
         baselines, stopped = _baselines(costs, searcher)

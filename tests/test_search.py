@@ -230,6 +230,19 @@ def test_little_effort_says_so(tmp_path):
             assert 0 <= out.gap < 1
 
 
+def test_patience_is_for_what_is_untried_alone(tmp_path):
+    """Beyond its effort it goes on until the least bound untried is within one part in a hundred of
+    the best, and no further than so many times its effort."""
+    searcher = searched("offload", tmp_path).searcher
+    whole, gaps = searcher.run(), []
+    for patience in (1, 2, 4, 10**9):
+        searcher.effort, searcher.patience = 3, patience
+        out = searcher.run()
+        assert out.bound <= whole.best.score <= out.best.score
+        gaps.append(out.gap)
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 0.01 > gaps[-1] > 0
+
+
 PLAN_BYTES = """
 import sys
 from pathlib import Path
