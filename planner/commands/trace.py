@@ -151,7 +151,7 @@ def trace(
     effort: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, show_default=False, help="programs searched (default: 1200)"
+            metavar="N", min=0, show_default=False, help="programs searched (default: 1600)"
         ),
     ] = 0,
     prompt: Prompt = None,

@@ -27,7 +27,7 @@ def why(
     ] = "",
     effort: Annotated[
         int,
-        typer.Option(metavar="N", min=0, show_default=False, help="searched (default: 1200)"),
+        typer.Option(metavar="N", min=0, show_default=False, help="searched (default: 1600)"),
     ] = 0,
     as_json: Json = False,
     verbose: Verbose = 0,
