@@ -227,8 +227,8 @@ class Proof:
     programs: int = PROGRAMS
     certified: int = 0
     answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
-    asked: dict[int, tuple[int, int]] = field(default_factory=dict)  # by order: asked, high_ps
-    looked: dict[int, int] = field(default_factory=dict)  # by order: `Ask.looked`
+    # by order: `asked`, `high_ps` and `looked`, as an ask has them
+    asked: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def run(self) -> list[Unsettled]:
         """Least bound first, some at once, while that raises the whole; returns what is left.
@@ -298,8 +298,7 @@ class Proof:
         answers = self.answers([self._ask(one) for one in some])
         for one, answer in zip(some, answers):
             asked = len(EFFORTS) if answer.stuck else answer.asked
-            self.asked[one.order] = asked, answer.high_ps
-            self.looked[one.order] = answer.looked
+            self.asked[one.order] = asked, answer.high_ps, answer.looked
             self.programs -= answer.took
             limit = self._limit(one)
             if answer.better is not None:
@@ -312,7 +311,6 @@ class Proof:
             if one.members and (answer.stuck or asked > HARD or answer.high_ps < ENDLESS):
                 self._put(one, self._apart(raised))  # together they are harder than each is
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
-                self.looked.pop(one.order, None)
             elif raised is not one:
                 self._put(one, [raised])
 
@@ -320,15 +318,15 @@ class Proof:
         """Whether its bound is raised no further, and so not that of all."""
         return self._asked(one)[0] >= len(EFFORTS)
 
-    def _asked(self, one: Unsettled) -> tuple[int, int]:
-        return self.asked.get(one.order, (0, ENDLESS))
+    def _asked(self, one: Unsettled) -> tuple[int, int, int]:
+        return self.asked.get(one.order, (0, ENDLESS, 0))
 
     def _ask(self, one: Unsettled) -> Ask:
-        asked, high = self._asked(one)
+        asked, high, looked = self._asked(one)
         return Ask(
             problem=one.problem, bound_ps=one.bound_ps, limit_ps=self._limit(one), asked=asked,
             high_ps=high, programs=self.programs, others=len(self.left) > 1,
-            look=_least(one).problem, looked=self.looked.get(one.order, 0),
+            look=_least(one).problem, looked=looked,
         )  # fmt: skip
 
     def _take(self, one: Unsettled, better: StageSolution) -> None:

@@ -193,7 +193,7 @@ def test_what_layers_keep_is_asked_about_together():
         return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
                 for a in asks]  # fmt: skip
 
-    replace(proof, left=left, answers=stuck, asked={}, looked={}).run()
+    replace(proof, left=left, answers=stuck, asked={}).run()
     assert asked[0].problem == one.problem and len(asked) > 1
     assert not any(a.asked or a.problem == one.problem for a in asked[1:])
 
