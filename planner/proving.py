@@ -8,6 +8,7 @@ near where the bound says that it must lie, or its bound is raised as far as it 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,9 +16,10 @@ from cost_models.decisions import Decisions
 from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
-from planner.score import AXIS_GAIN_PPM, objective_below
-from planner.stage_paths import Shapes
+from planner.score import AXIS_GAIN_PPM, axes_used, objective_below
+from planner.stage_paths import Shape, Shapes
 from planner.stage_planes import Answer, Effort, applies, refute
+from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
@@ -34,6 +36,7 @@ CUTS = 2  # that whole numbers came to, from which a better plan is looked for, 
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WITHIN = 500  # what is nearer is raised until it is so near to where it was not
+STEPS = (100, 2, 1)  # by so many times that is raised at once, by how often more effort was needed
 FINE = 48  # stages of a program that is asked in whole numbers for less than the goal, at most
 ENDLESS = 1 << 62  # picoseconds
 
@@ -120,6 +123,7 @@ class Prover:
 
     shapes: Shapes = field(default_factory=Shapes)
     known: Refuted = field(default_factory=Refuted)
+    annealed: set[Shape] = field(default_factory=set)  # once each: what differs little, does so
 
     def told(self, ask: Ask) -> Told:
         """With more effort each time that it was no use."""
@@ -133,16 +137,26 @@ class Prover:
         stuck |= not far and asked > 0 and ask.problem.count > FINE
         looked = ask.looked
         if not stuck and looked < asked <= HARD:
-            looked = asked
-            cuts, took = self._tight(ask.problem, bound)
+            target = min(top, bound + limit // GOAL)
+            answer, took = self._tight(ask.problem, target)
             left -= took
-            better = near(ask.look, cuts, incumbent_ps=limit)
+            if answer.refuted:
+                bound = target
+            else:
+                looked = asked
+                anneal = asked >= HARD and self.shapes.key(ask.look) not in self.annealed
+                if anneal:
+                    self.annealed.add(self.shapes.key(ask.look))
+                better = near(ask.look, answer.cuts, incumbent_ps=limit, anneal=anneal)
         elif not stuck:
             target = top
             if high <= top:
                 target = max(bound + 1, (bound + high) // 2)
             elif limit - bound > NEAR * limit // GOAL:
                 target = (bound + 3 * limit) // 4
+            step = STEPS[min(asked, HARD)] * limit // GOAL
+            if target - bound > step + step // 2:
+                target = bound + step
             answer, took = self._refuted(ask, target, asked, left)
             left -= took
             if answer.refuted:
@@ -159,12 +173,14 @@ class Prover:
             better=better, looked=looked,
         )  # fmt: skip
 
-    def _tight(self, p: StageProblem, bound_ps: int) -> tuple[list[tuple[int, ...]], int]:
-        """Cuts that may have a step little above a bound: the tighter, the more they are alike. And
-        the linear programs that took."""
+    def _tight(self, p: StageProblem, target: int) -> tuple[Answer, int]:
+        """As `refute`, in fractions: what is left little above a bound is near to whole numbers.
+        And the linear programs that took."""
         effort = Effort(programs=FIRST)
-        found = refute(p, bound_ps + bound_ps // GOAL, self.shapes.of(p), effort)
-        return found.cuts, _counts(p) * (FIRST - effort.programs)
+        answer = refute(p, target, self.shapes.of(p), effort)
+        if answer.refuted:
+            self.known.add(p, target)
+        return answer, _counts(p) * (FIRST - effort.programs)
 
     def _refuted(self, ask: Ask, target: int, asked: int, left: int) -> tuple[Answer, int]:
         """As `refute`, with more effort the more often that was no use, and the linear programs
@@ -236,7 +252,7 @@ class Proof:
         own = next((u for u in reversed(self.left) if u.stages), None)
         if own is not None and _by_planes(own):
             self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
-        self.left = joined(self.left)
+        self.left = joined(self._undominated())
         while self.left and not self.stopped():
             in_order = sorted(self.left, key=lambda u: (u.bound, u.order))
             weakest = in_order[0]
@@ -248,6 +264,21 @@ class Proof:
             elif not self._by_solver(weakest):
                 break
         return [one for u in self.left for one in self._apart(u)]
+
+    def _undominated(self) -> list[Unsettled]:
+        """Those of which not every choice that is better than the best is one of another's."""
+        kept, met = [], defaultdict[int, Refuted](Refuted)
+        left = [
+            replace(u, problem=usable(u.problem, self._limit(u))) if _by_planes(u) else u
+            for u in self.left
+        ]
+        for one in sorted(left, key=lambda u: (u.bound, -len(u.problem.levels), u.order)):
+            others = met[axes_used(one.decisions)]
+            if _by_planes(one) and others.covers(one.problem, 1):
+                continue
+            others.add(one.problem, 1)
+            kept.append(one)
+        return kept
 
     def _next(self, in_order: Sequence[Unsettled]) -> Sequence[Unsettled]:
         """Those that are asked about next: of the least bounds all that took the least until now,

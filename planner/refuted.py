@@ -9,17 +9,19 @@ says so of every program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.stage_problem import Extra, StageProblem
+from cost_models.stage_problem import LEVELS, Extra, StageProblem
 from planner.stage_bounds import lower_bound_ps
 
 Ints = NDArray[np.int64]
 Shape = tuple[str, int, int, int]
 UNLIMITED = 1 << 62  # bytes of a GPU where memory is in nobody's way
+NONE_SO_LARGE = 1 << 60  # picoseconds, bytes
 ROUNDING = 1e-9  # of a quotient of times, relative
 
 
@@ -30,10 +32,8 @@ def unlimited(problem: StageProblem) -> StageProblem:
 
 
 def comparable(p: StageProblem) -> bool:
-    """Whether a program is compared: nothing of it pinned, ranks and layers alike, no tier below
-    too full."""
-    free = p.fixed_stages is None and p.fixed_recompute is None
-    return free and not (p.ranks or p.lowered or p.rooms)
+    """Whether a program is compared: nothing of it pinned, ranks and layers alike."""
+    return p.fixed_stages is None and p.fixed_recompute is None and not (p.ranks or p.lowered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,9 @@ class Refuted:
         return lower_bound_ps(p) / below_ps > self.stuck.get(_shape(p), 0.0)
 
     def add(self, p: StageProblem, below_ps: int) -> None:
-        """No choice has a step below this."""
-        if not comparable(p):
+        """No choice has a step below this: that says something of others, if it is not by a tier
+        below that is too full."""
+        if not comparable(p) or p.rooms:
             return
         free = p.capacity_bytes >= UNLIMITED
         self.rows.setdefault(_shape(p), []).append(_Row(
@@ -112,12 +113,22 @@ def _times(p: StageProblem) -> Ints:
     own = np.array(p.tail_own_ps, dtype=np.int64)
     ends = [(*_spent(e), e.tail_own_ps, e.tail_own_ps + e.tail_comm_ps - e.tail_hide_ps)
             for e in (p.first, p.last)]  # fmt: skip
-    again = p.recompute_ps if p.capacity_bytes < UNLIMITED else ((0,) * p.layers,) * 2
+    again = _allowed(p, p.recompute_ps, ("full", "selective"))
+    if p.capacity_bytes >= UNLIMITED:
+        again = [(0,) * p.layers] * 2
     return np.concatenate([
         p.forward_ps, p.input_grad_ps, p.weight_grad_ps, *again, own, own + comm, *ends,
         (p.rank_glue_forward_ps, p.rank_glue_backward_ps, p.p2p_ps),
         *(p.slow_sends or ((0, 0),) * p.pp),
     ]).astype(np.int64)  # fmt: skip
+
+
+def _allowed(
+    p: StageProblem, rows: Sequence[tuple[int, ...]], levels: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """The rows of these levels, more than any where a level is not of the program."""
+    return [row if level in p.levels else (NONE_SO_LARGE,) * p.layers
+            for row, level in zip(rows, levels)]  # fmt: skip
 
 
 def _spent(e: Extra) -> tuple[int, int, int]:
@@ -129,6 +140,6 @@ def _sizes(p: StageProblem) -> Ints:
     ends = [(e.activation_bytes, e.working_bytes, e.state_bytes, e.gathered_bytes)
             for e in (p.first, p.last)]  # fmt: skip
     return np.concatenate([
-        *p.activation_bytes, *p.working_bytes, p.state_bytes, p.gathered_bytes, *ends,
-        (p.constant_bytes, -p.capacity_bytes),
+        *_allowed(p, p.activation_bytes, LEVELS), *_allowed(p, p.working_bytes, LEVELS),
+        p.state_bytes, p.gathered_bytes, *ends, (p.constant_bytes, -p.capacity_bytes),
     ]).astype(np.int64)  # fmt: skip

@@ -35,7 +35,7 @@ from planner.options import Progress
 from planner.search import Searcher
 from planner.space import SEARCHED_SCHEDULES
 
-SEARCH_EFFORT = 60  # `plan trace` has DEFAULT_EFFORT; this is within some percent of what that finds
+SEARCH_EFFORT = 60  # `plan trace` has DEFAULT_EFFORT; this finds within some percent of that
 RETRY_EFFORT = 400  # where nothing was found that fits
 MOST_GPUS = 16_384  # by default: more than all but a few published runs had
 PAST = 2.0  # more than so many times the target counts no more: a device's counts end there

@@ -205,15 +205,15 @@ def search_near(
     p: StageProblem, cuts: Sequence[tuple[int, ...]], below: int, operations: int
 ) -> Found:
     """The best step found from these cuts on and from near-even ones, a layer moved from any stage
-    to any other while it pays; it proves nothing of the others."""
-    chunks, found, steps = Chunks(p), Found(), Steps(p)
+    to any other while it pays, if it is not far from `below`; it proves nothing of the others."""
+    chunks, found, steps = Chunks(p), Found(step_ps=INF), Steps(p)
     given = dict.fromkeys([*cuts, *_near_even(p, chunks)])
     seen, simulated = set(given), 2 * p.microbatches * p.count
     for here in _candidates(p, chunks, [*given]):
         least = steps.step_ps(here.stages, here.pairs)
         while least < below + below // PROMISING:
-            if least < below:
-                below = least
+            below = min(below, least)
+            if least < found.step_ps:
                 found = Found(stages=here.stages, recompute=here.pairs, step_ps=least)
             more = [cut for cut in moved(here.stages) if cut not in seen]
             operations -= simulated + len(more) * p.count

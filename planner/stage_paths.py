@@ -11,6 +11,8 @@ from cost_models.schedule_paths import Paths, rank_paths
 from cost_models.stage_problem import StageProblem
 from planner.stage_arcs import Array
 
+Shape = tuple[str, int, int, int]  # schedule, pp, micro-batches, virtual stages
+
 USEFUL = 200  # paths that a program begins with, at most
 
 
@@ -43,10 +45,14 @@ class Known:
 class Shapes:
     """Paths by shape of schedule, shared by the programs of one search."""
 
-    found: dict[tuple[str, int, int, int], Known] = field(default_factory=dict)
+    found: dict[Shape, Known] = field(default_factory=dict)
+
+    @staticmethod
+    def key(p: StageProblem) -> Shape:
+        return p.schedule, p.pp, p.microbatches, p.virtual_stages
 
     def of(self, p: StageProblem) -> Known:
-        key = p.schedule, p.pp, p.microbatches, p.virtual_stages
+        key = self.key(p)
         if key not in self.found:
             self.found[key] = Known.of(p)
         return self.found[key]

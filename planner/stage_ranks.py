@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,23 @@ def bound_ps(p: StageProblem, below_ps: int = NEVER_PS) -> int:
         if least < below_ps:
             least = max([least, *(one.bound_ps for one in tables(p, window))])
     return least
+
+
+def usable(p: StageProblem, below_ps: int) -> StageProblem:
+    """The program without the levels of recomputation that no choice with a step below has: a
+    rank with one layer of them takes too few for the others to take the rest."""
+    again = {"full": min(p.recompute_ps[0]), "selective": min(p.recompute_ps[1])}
+    each = max(1, min(map(sum, zip(p.forward_ps, p.input_grad_ps, p.weight_grad_ps))))
+    useless = set()
+    for table in tables(p):
+        most = table.most(below_ps)
+        spare = sum(most) - len(table.layers)
+        for level, more_ps in again.items():
+            left = (below_ps // p.microbatches - more_ps) // each
+            if all(number - left > spare for number in most):
+                useless.add(level)
+    levels = tuple(level for level in p.levels if level not in useless)
+    return p if levels == p.levels else replace(p, levels=levels)
 
 
 @functools.lru_cache(maxsize=16)

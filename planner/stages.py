@@ -26,6 +26,7 @@ from cost_models.stage_problem import (
     rank_bytes,
 )
 from ir.errors import UsageError
+from planner.stage_anneal import annealed
 from planner.stage_arcs import INF, Windows
 from planner.stage_bounds import Chain, least_tail_ps, lower_bound_ps, propagate
 from planner.stage_chain import longest, solve_chain
@@ -107,13 +108,18 @@ def solve(
 
 def near(
     problem: StageProblem, cuts: Sequence[tuple[int, ...]], *, incumbent_ps: int,
-    effort: Effort | None = None,
+    effort: Effort | None = None, anneal: bool = False,
 ) -> StageSolution:  # fmt: skip
-    """A step below the incumbent's from these cuts on, of several stages a rank; else CUTOFF."""
+    """A step below the incumbent's from these cuts on, of several stages a rank; else CUTOFF.
+
+    anneal: from what is found on that is not far from the incumbent.
+    """
     found = Found()
     if cuts:
         found = search_near(problem, cuts, incumbent_ps, (effort or Effort()).operations)
-    if not found.stages:
+    if anneal and found.stages:
+        found = annealed(problem, found, incumbent_ps)
+    if not found.stages or found.step_ps >= incumbent_ps:
         return StageSolution(status="CUTOFF")
     return StageSolution(
         status="FEASIBLE", stages=found.stages, recompute=found.recompute, step_ps=found.step_ps,

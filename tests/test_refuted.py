@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
+from test_stage_many import roomy
 from test_stages import brute, choices, tiny
 
 from cost_models.schedule import SCHEDULES
-from cost_models.stage_problem import evaluate
+from cost_models.stage_problem import LEVELS, evaluate
 from planner.expanding import Expander
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.stages import lower_bound_ps
@@ -18,7 +19,8 @@ SIZES = ("state_bytes", "gathered_bytes")
 
 
 def changed(p, rng):
-    """A program of the same shape: times by a factor, and some numbers a little more or less."""
+    """A program of the same shape: times by a factor, and some numbers a little more or less; in
+    some a level is not allowed, whose numbers then say nothing."""
     factor = rng.choice((1, 1, 2))
 
     def some(row, least=0):
@@ -32,9 +34,15 @@ def changed(p, rng):
                        tail_hide_ps=factor * e.tail_hide_ps)  # fmt: skip
 
     made = {name: some(getattr(p, name)) for name in (*TIMES, *SIZES)}
+    again, held = map(some, p.recompute_ps), map(some, p.activation_bytes)
+    made |= {"recompute_ps": tuple(again), "activation_bytes": tuple(held)}
+    if rng.random() < 0.3:
+        held = tuple(row if name in ("none", "selective") else (0,) * p.layers
+                     for name, row in zip(LEVELS, made["activation_bytes"]))  # fmt: skip
+        few = tuple(name for name in p.levels if name != "full")
+        made |= {"levels": few, "activation_bytes": held}
     return replace(
-        p, **made, recompute_ps=tuple(map(some, p.recompute_ps)), first=ends(p.first),
-        last=ends(p.last), activation_bytes=tuple(map(some, p.activation_bytes)),
+        p, **made, first=ends(p.first), last=ends(p.last),
         tail_comm_ps=tuple(factor * x for x in p.tail_comm_ps),
         tail_hide_ps=tuple(factor * x for x in p.tail_hide_ps), p2p_ps=factor * p.p2p_ps,
         rank_glue_forward_ps=factor * p.rank_glue_forward_ps,
@@ -59,6 +67,11 @@ def test_no_choice_is_below_what_is_known(schedule):
             known.add(one, best)
             assert known.covers(one, best) and not known.covers(one, best + 1)
             assert known.covers(p, best)
+            full = roomy(p, seed)  # a tier below leaves choices out, and so says nothing of others
+            assert known.covers(full, best)
+            silent = Refuted()
+            silent.add(full, best)
+            assert not silent.covers(p, 1)
             for _ in range(6):
                 other = changed(p, rng)
                 least = brute(other)[0]

@@ -198,6 +198,40 @@ def test_what_layers_keep_is_asked_about_together():
     assert not any(a.asked or a.problem == one.problem for a in asked[1:])
 
 
+def test_a_program_with_no_other_choice_worth_it_is_not_asked_about():
+    """Activations on a tier so slow that no layer lies there: it is the program without the tier,
+    of which alone is asked. One that is quicker by any number, or holds less, is asked about."""
+    p = large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8)
+    none, _, full = p.activation_bytes
+    moved = {"activation_bytes": (none, (0,) * p.layers, full)}
+    slow = replace(p, **moved, recompute_ps=(p.recompute_ps[0], (10**13,) * p.layers))
+    quick = replace(p, **moved)
+    low = lower_bound_ps(p)
+    d = Decisions(pp=p.pp, microbatches=8, schedule="interleaved", virtual_stages=2)
+    below = replace(d, offload=(("activations", "nvme:"),))
+
+    def asked_of(*rows):
+        asked: list[Ask] = []
+
+        def stuck(asks):
+            asked.extend(asks)
+            return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
+                    for a in asks]  # fmt: skip
+
+        left = [Unsettled(bound=low, bound_ps=low, order=n, assignments={}, decisions=e, problem=q)
+                for n, (e, q) in enumerate(rows)]  # fmt: skip
+        Proof(best=2 * low, untried=1 << 62, left=left, gain_ppm=0, answers=stuck,
+              found=lambda *_: 2 * low).run()  # fmt: skip
+        return [a.problem.activation_bytes for a in asked]
+
+    alone = [p.activation_bytes]
+    assert asked_of((d, p), (below, slow)) == asked_of((below, slow), (d, p)) == alone
+    for other in (quick, replace(slow, p2p_ps=p.p2p_ps - 1), replace(p, constant_bytes=-1)):
+        assert len(asked_of((d, p), (below, other))) == 2
+    tp = replace(below, tp=2)  # another axis has to earn its part: scores are not those of steps
+    assert len(asked_of((d, p), (tp, slow))) == 2
+
+
 def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
     """Ctrl-C while a program is solved is the search's, once it is solved."""
     with interruptible() as asked:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from test_stages import brute, choices, large, tiny, weigh
 
-from cost_models.schedule import SCHEDULES
+from cost_models.schedule import SCHEDULES, SPLIT_BACKWARD
 from cost_models.stage_problem import starts_of
 from planner.stage_paths import Known
 from planner.stage_planes import Effort, refute
-from planner.stage_ranks import applies, bound_ps, tables
+from planner.stage_ranks import applies, bound_ps, tables, usable
 from planner.stages import lower_bound_ps, solve
 
 ROWS = (
@@ -63,6 +63,31 @@ def check(p, stages, recompute, step):
                 again += sum(p.recompute_ps[1][i] for i in own[full : full + some])
             assert mine <= most
             assert all(a + b * mine <= again + 1e-6 for a, b in table.recomputed(rank, most))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_choice_has_a_level_that_is_left_out(schedule):
+    """Of every choice that fits, asked about its own step; and dear levels are left out."""
+    rng, left_out = random.Random(schedule), 0
+    for seed in range(300, 320):
+        p = tiny(seed, schedule)
+        p = of_two_kinds(p, rng) if seed % 2 else p
+        factors = rng.choice(((1, 1), (400, 1), (1, 400), (400, 400)))
+        p = replace(p, recompute_ps=tuple(
+            tuple(n * x for x in row) for n, row in zip(factors, p.recompute_ps)
+        ))  # fmt: skip
+        if not applies(p):
+            continue
+        for stages, recompute in choices(p):
+            step, _, fits = weigh(p, stages, recompute)
+            if not fits:
+                continue
+            left = usable(p, step + 1).levels
+            used = {name for name, count in zip(("full", "selective"), map(sum, zip(*recompute)))
+                    if count}  # fmt: skip
+            assert used <= set(left), seed
+            left_out += len(p.levels) - len(left)
+    assert left_out or schedule in SPLIT_BACKWARD
 
 
 def test_whole_layers_on_ranks_short_of_memory():
