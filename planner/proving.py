@@ -16,15 +16,15 @@ from cost_models.decisions import Decisions
 from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
-from planner.score import AXIS_GAIN_PPM, axes_used, objective_below
+from planner.score import AXIS_GAIN_PPM, PPM, axes_used, objective_below
 from planner.stage_paths import Shape, Shapes
 from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 7_200  # linear programs at most, some ms each, or as much in whole numbers
-BEYOND = 5_000  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 14_400  # linear programs at most, some ms each, or as much in whole numbers
+BEYOND = 12_200  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
@@ -35,8 +35,9 @@ HARD = 2  # times that more effort was needed: from there on it takes seconds
 CUTS = 2  # that whole numbers came to, from which a better plan is looked for, the last ones
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
+WIDE = 3  # times that, from which so much may be gained that choices are annealed
 WITHIN = 500  # what is nearer is raised until it is so near to where it was not
-STEPS = (100, 2, 1)  # by so many times that is raised at once, by how often more effort was needed
+STEPS_PPM = (PPM, 20_000, 10_000, 5_000)  # that a bound is raised at once, as less was no use
 FINE = 48  # stages of a program that is asked in whole numbers for less than the goal, at most
 ENDLESS = 1 << 62  # picoseconds
 
@@ -144,7 +145,8 @@ class Prover:
                 bound = target
             else:
                 looked = asked
-                anneal = asked >= HARD and self.shapes.key(ask.look) not in self.annealed
+                anneal = asked >= HARD and limit - bound > WIDE * limit // GOAL
+                anneal &= self.shapes.key(ask.look) not in self.annealed
                 if anneal:
                     self.annealed.add(self.shapes.key(ask.look))
                 better = near(ask.look, answer.cuts, incumbent_ps=limit, anneal=anneal)
@@ -154,7 +156,7 @@ class Prover:
                 target = max(bound + 1, (bound + high) // 2)
             elif limit - bound > NEAR * limit // GOAL:
                 target = (bound + 3 * limit) // 4
-            step = STEPS[min(asked, HARD)] * limit // GOAL
+            step = limit * STEPS_PPM[min(asked, len(STEPS_PPM) - 1)] // PPM
             if target - bound > step + step // 2:
                 target = bound + step
             answer, took = self._refuted(ask, target, asked, left)
