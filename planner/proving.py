@@ -17,7 +17,7 @@ from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, objective_below
-from planner.stage_paths import Shape, Shapes
+from planner.stage_paths import Shape, Shapes, shape_of
 from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
@@ -146,9 +146,9 @@ class Prover:
             else:
                 looked = asked
                 anneal = asked >= HARD and limit - bound > WIDE * limit // GOAL
-                anneal &= self.shapes.key(ask.look) not in self.annealed
+                anneal &= shape_of(ask.look) not in self.annealed
                 if anneal:
-                    self.annealed.add(self.shapes.key(ask.look))
+                    self.annealed.add(shape_of(ask.look))
                 better = near(ask.look, answer.cuts, incumbent_ps=limit, anneal=anneal)
         elif not stuck:
             target = top

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from cost_models.stage_problem import LEVELS, Extra, StageProblem
 from planner.stage_bounds import lower_bound_ps
+from planner.stage_paths import Shape, shape_of
 
 Ints = NDArray[np.int64]
-Shape = tuple[str, int, int, int]
 UNLIMITED = 1 << 62  # bytes of a GPU where memory is in nobody's way
 NONE_SO_LARGE = 1 << 60  # picoseconds, bytes
 ROUNDING = 1e-9  # of a quotient of times, relative
@@ -57,12 +57,12 @@ class Refuted:
     def failed(self, p: StageProblem, below_ps: int) -> None:
         """A program without a limit to memory was not refuted at this step."""
         near = lower_bound_ps(p) / below_ps
-        self.stuck[_shape(p)] = max(near, self.stuck.get(_shape(p), 0.0))
+        self.stuck[shape_of(p)] = max(near, self.stuck.get(shape_of(p), 0.0))
 
     def promising(self, p: StageProblem, below_ps: int) -> bool:
         """Whether to ask that of this program: its bound is nearer to the step than that of any
         that was asked in vain."""
-        return lower_bound_ps(p) / below_ps > self.stuck.get(_shape(p), 0.0)
+        return lower_bound_ps(p) / below_ps > self.stuck.get(shape_of(p), 0.0)
 
     def add(self, p: StageProblem, below_ps: int) -> None:
         """No choice has a step below this: that says something of others, if it is not by a tier
@@ -70,14 +70,14 @@ class Refuted:
         if not comparable(p) or p.rooms:
             return
         free = p.capacity_bytes >= UNLIMITED
-        self.rows.setdefault(_shape(p), []).append(_Row(
+        self.rows.setdefault(shape_of(p), []).append(_Row(
             times=_times(p), sizes=None if free else _sizes(p),
             levels=None if free else frozenset(p.levels), below_ps=below_ps,
         ))  # fmt: skip
 
     def covers(self, p: StageProblem, below_ps: int) -> bool:
         """Whether what is known says that no choice has a step below this."""
-        rows = self.rows.get(_shape(p), []) if comparable(p) else []
+        rows = self.rows.get(shape_of(p), []) if comparable(p) else []
         if not rows:
             return False
         times, levels, sizes = _times(p), frozenset(p.levels), None
@@ -101,10 +101,6 @@ def _slower(times: Ints, row: _Row, below_ps: int) -> bool:
         return False
     least = float(np.min(times[some] / row.times[some], initial=np.inf))
     return least * (1 - ROUNDING) * row.below_ps >= below_ps
-
-
-def _shape(p: StageProblem) -> Shape:
-    return p.schedule, p.pp, p.microbatches, p.virtual_stages
 
 
 def _times(p: StageProblem) -> Ints:

@@ -16,6 +16,10 @@ Shape = tuple[str, int, int, int]  # schedule, pp, micro-batches, virtual stages
 USEFUL = 200  # paths that a program begins with, at most
 
 
+def shape_of(p: StageProblem) -> Shape:
+    return p.schedule, p.pp, p.microbatches, p.virtual_stages
+
+
 @dataclass(slots=True)
 class Known:
     """The paths known of one shape of schedule, a row each: those of one rank, and critical ones
@@ -47,12 +51,8 @@ class Shapes:
 
     found: dict[Shape, Known] = field(default_factory=dict)
 
-    @staticmethod
-    def key(p: StageProblem) -> Shape:
-        return p.schedule, p.pp, p.microbatches, p.virtual_stages
-
     def of(self, p: StageProblem) -> Known:
-        key = self.key(p)
+        key = shape_of(p)
         if key not in self.found:
             self.found[key] = Known.of(p)
         return self.found[key]
