@@ -254,6 +254,8 @@ class Proof:
         own = next((u for u in reversed(self.left) if u.stages), None)
         if own is not None and _by_planes(own):
             self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
+        if self.stopped():
+            return self.left
         self.left = joined(self._undominated())
         while self.left and not self.stopped():
             in_order = sorted(self.left, key=lambda u: (u.bound, u.order))

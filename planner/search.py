@@ -128,9 +128,8 @@ class Searcher(Expander):
                     in_order = sorted(range(len(candidates)), key=lambda i: (guess[i], i))
                     self.seen_over([candidates[i][1] for i in in_order], out)
                 self.weigh_closest(out)
-            if not stopped():
-                untried = left[-1] if left else 1 << 62
-                unsettled = self._prove(out, pair, unsettled, untried, stopped)
+            untried = left[-1] if left else 1 << 62
+            unsettled = self._prove(out, pair, unsettled, untried, stopped)
             out.interrupted = stopped()
             if out.best is None and left and left[-1] >= NEVER_PS:
                 out.hopeless = out.meshes - out.expanded

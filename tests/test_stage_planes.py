@@ -232,6 +232,26 @@ def test_a_program_with_no_other_choice_worth_it_is_not_asked_about():
     assert len(asked_of((d, p), (tp, slow))) == 2
 
 
+def test_what_was_found_is_bettered_though_a_search_is_interrupted():
+    """The best plan by single moves, and no program more."""
+    p = large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8,
+              capacity_bytes=10**15)  # fmt: skip
+    d = Decisions(pp=4, microbatches=8, schedule="interleaved", virtual_stages=2)
+    even = (16, 16, 16, 16, 16, 16, 14, 16)
+    low, step = lower_bound_ps(p), evaluate(p, even, ((0, 0),) * 8)[0]
+    took = []
+
+    def found(one, better):
+        took.append(better.step_ps)
+        return better.step_ps
+
+    own = Unsettled(bound=low, bound_ps=low, order=0, assignments={}, decisions=d, problem=p,
+                    stages=even)  # fmt: skip
+    proof = Proof(best=step, untried=1 << 62, left=[own], gain_ppm=0, found=found,
+                  stopped=lambda: True, answers=lambda asks: pytest.fail("asked"))  # fmt: skip
+    assert proof.run() == [own] and took and proof.best == took[-1] < step
+
+
 def test_an_interrupt_waits_for_a_solver_that_would_answer_it():
     """Ctrl-C while a program is solved is the search's, once it is solved."""
     with interruptible() as asked:
