@@ -22,6 +22,7 @@ from planner.plain import Plain
 from planner.plan import load, make_plan
 from planner.plan_text import to_text
 from planner.report.markup import escape
+from planner.search import DEFAULT_EFFORT
 
 CLUSTER = load_hardware("h100x8")
 
@@ -293,6 +294,12 @@ def test_hardware(plan):
     assert out.startswith("h100x64")
     assert "sources" in out
     assert json.loads(plan("hardware", "show", "t4", "--json")[1])["name"] == "t4"
+
+
+@pytest.mark.parametrize("command", ["trace", "why"])
+def test_help_says_the_default_effort(plan, command):
+    """It is typed there, as what says it is not loaded to print help."""
+    assert f"(default: {DEFAULT_EFFORT})" in " ".join(plan(command, "--help")[1].split())
 
 
 def test_examples_come_first_in_help(plan):
