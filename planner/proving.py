@@ -1,8 +1,9 @@
 """What a search does last: raise the least bounds that are left, which are the gap.
 
-A stage program with one stage a rank is bounded by CP-SAT, one with several by cutting planes
-(`stage_planes`): either no choice of it is better than the best plan, or a better one is found
-near where the bound says that it must lie, or its bound is raised as far as it goes.
+A stage program is bounded by cutting planes (`stage_planes`); by CP-SAT one whose ranks are not
+alike or of which something is pinned, and one with one stage a rank that planes raise no further.
+Either no choice of it is better than the best plan, or a better one is found near where the bound
+says that it must lie, or its bound is raised as far as it goes.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
 
 def _by_planes(one: Unsettled) -> bool:
     """Whether cutting planes bound it."""
-    return one.problem.chunks > 1 and applies(one.problem)
+    return applies(one.problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,12 +261,11 @@ class Proof:
         while self.left and not self.stopped():
             in_order = sorted(self.left, key=lambda u: (u.bound, u.order))
             weakest = in_order[0]
-            if weakest.bound >= min(self.untried, self.best) or self._is_stuck(weakest):
+            if weakest.bound >= min(self.untried, self.best):
                 break
-            on = self._next(in_order) if _by_planes(weakest) else ()
-            if on:
-                self._raise(on)
-            elif not self._by_solver(weakest):
+            if _by_planes(weakest) and not self._is_stuck(weakest):
+                self._raise(self._next(in_order))
+            elif weakest.problem.chunks > 1 or not self._by_solver(weakest):
                 break
         return [one for u in self.left for one in self._apart(u)]
 

@@ -75,7 +75,7 @@ def saving_rate(p: StageProblem) -> float | None:
 def _sure_recompute(p: StageProblem, rank: int, number: Array, more: list[Any]) -> Array:
     """Recompute time that a rank of so many layers needs at least to fit; INF where none fits."""
     rate = saving_rate(p)
-    if rate is None:
+    if not rate:  # nothing is known of it, or no recomputation saves a byte
         return np.zeros(len(number), dtype=np.int64)
     none = np.array(p.activation_bytes[0])
     fixed = p.constant_bytes + sum(e.state_bytes for e in more) - p.capacity_bytes
