@@ -54,7 +54,7 @@ def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
     for group in groups.values():
         least = min(group, key=lambda u: (u.bound, u.order))
         problem = easiest_of([u.problem for u in group])
-        if len(group) == 1 or problem is None or not _by_planes(least):
+        if len(group) == 1 or problem is None or not applies(least.problem):
             found += group
         else:
             found.append(replace(least, problem=problem, members=tuple(group)))
@@ -71,11 +71,6 @@ def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
     if any(replace(p, **same) != problems[0] for p in problems):
         return None
     return replace(problems[0], **least_of(problems, names))
-
-
-def _by_planes(one: Unsettled) -> bool:
-    """Whether cutting planes bound it."""
-    return applies(one.problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +248,7 @@ class Proof:
         """Least bound first, some at once, while that raises the whole; returns what is left.
         Before that the best plan is made better, which all others are held against."""
         own = next((u for u in reversed(self.left) if u.stages), None)
-        if own is not None and _by_planes(own):
+        if own is not None and applies(own.problem):
             self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
         if self.stopped():
             return self.left
@@ -263,7 +258,7 @@ class Proof:
             weakest = in_order[0]
             if weakest.bound >= min(self.untried, self.best):
                 break
-            if _by_planes(weakest) and not self._is_stuck(weakest):
+            if applies(weakest.problem) and not self._is_stuck(weakest):
                 self._raise(self._next(in_order))
             elif weakest.problem.chunks > 1 or not self._by_solver(weakest):
                 break
@@ -273,12 +268,12 @@ class Proof:
         """Those of which not every choice that is better than the best is one of another's."""
         kept, met = [], defaultdict[int, Refuted](Refuted)
         left = [
-            replace(u, problem=usable(u.problem, self._limit(u))) if _by_planes(u) else u
+            replace(u, problem=usable(u.problem, self._limit(u))) if applies(u.problem) else u
             for u in self.left
         ]
         for one in sorted(left, key=lambda u: (u.bound, -len(u.problem.levels), u.order)):
             others = met[axes_used(one.decisions)]
-            if _by_planes(one) and others.covers(one.problem, 1):
+            if applies(one.problem) and others.covers(one.problem, 1):
                 continue
             others.add(one.problem, 1)
             kept.append(one)
@@ -290,7 +285,7 @@ class Proof:
         limit, far = min(self.untried, self.best), self._far(in_order[0])
         rows = [
             (self._asked(u)[0], u) for u in in_order[:AHEAD]
-            if u.bound < limit and _by_planes(u) and self._far(u) == far
+            if u.bound < limit and applies(u.problem) and self._far(u) == far
         ]  # fmt: skip
         least = min(hard for hard, _ in rows)
         some = [u for hard, u in rows if hard == least]

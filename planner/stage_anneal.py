@@ -1,4 +1,4 @@
-"""Stages, several chunks a rank: choices made better by annealing.
+"""Stages: choices made better by annealing.
 
 Where memory is tight, what a rank recomputes on which of its chunks decides as much as where
 layers lie, and no single move betters most choices. Many choices are changed at once, a layer at a

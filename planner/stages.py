@@ -110,7 +110,7 @@ def near(
     problem: StageProblem, cuts: Sequence[tuple[int, ...]], *, incumbent_ps: int,
     effort: Effort | None = None, anneal: bool = False,
 ) -> StageSolution:  # fmt: skip
-    """A step below the incumbent's from these cuts on, of several stages a rank; else CUTOFF.
+    """A step below the incumbent's from these cuts on; else CUTOFF.
 
     anneal: from what is found on that is not far from the incumbent.
     """

@@ -5,15 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_stages import brute, choices, tiny
+from test_stages import brute, choices, legal_shape, tiny
 
-from cost_models.schedule import (
-    SCHEDULES,
-    chunks_of,
-    latencies_ps,
-    schedule_illegal,
-    simulate,
-)
+from cost_models.schedule import SCHEDULES, latencies_ps, simulate
 from cost_models.schedule_many import Makespans
 from cost_models.stage_many import NEVER_PS, Many
 from cost_models.stage_problem import Found, Room, below_bytes, evaluate
@@ -23,14 +17,10 @@ from planner.stages import near
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_makespans_are_those_of_the_simulation(schedule):
-    rng, seen = random.Random(schedule), 0
-    while seen < 20:
-        pp, m = rng.randint(1, 5), rng.randint(1, 12)
-        v = 2 if schedule in ("zbv", "dualpipev") else rng.randint(2, 3)
-        v = v if chunks_of(schedule, 2) > 1 else 1
-        if schedule_illegal(schedule, pp, m, v):
-            continue
-        stages, seen = pp * v, seen + 1
+    rng = random.Random(schedule)
+    for _ in range(20):
+        pp, m, v = legal_shape(rng, schedule, 1)
+        stages = pp * v
         sends = [rng.randint(0, 5) for _ in range(stages - 1)]
         busy = rng.choice(([], [rng.randint(0, 9) for _ in range(stages - 1)]))
         steps = [[[rng.randint(0, 20) for _ in range(stages)] for _ in range(3)] for _ in range(7)]

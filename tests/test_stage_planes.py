@@ -6,14 +6,15 @@ import random
 import signal
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from ortools.linear_solver import linear_solver_pb2, pywraplp
-from test_stages import brute, large, tiny
+from test_stages import brute, large, legal_shape, tiny
 
 from cost_models.decisions import Decisions
-from cost_models.schedule import SCHEDULES, chunks_of, rank_of, schedule_illegal, simulate
+from cost_models.schedule import SCHEDULES, rank_of, simulate
 from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
@@ -32,14 +33,10 @@ def taken(paths, times, sends):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_paths_are_bounds_and_the_critical_one_is_the_makespan(schedule):
-    rng, seen, exact = random.Random(schedule), 0, 0
-    while seen < 40:
-        pp, m = rng.randint(2, 5), rng.randint(1, 12)
-        v = 2 if schedule in ("zbv", "dualpipev") else rng.randint(2, 3)
-        v = v if chunks_of(schedule, 2) > 1 else 1
-        if schedule_illegal(schedule, pp, m, v):
-            continue
-        stages, seen = pp * v, seen + 1
+    rng, exact = random.Random(schedule), 0
+    for _ in range(40):
+        pp, m, v = legal_shape(rng, schedule, 2)
+        stages = pp * v
         times = [[rng.randint(0, 20) for _ in range(stages)] for _ in range(3)]
         sends = [rng.randint(0, 5) for _ in range(stages - 1)]
         makespan = simulate(schedule, *times, sends, m, pp, v).makespan_ps
@@ -150,6 +147,13 @@ def test_a_proof_raises_bounds_and_finds_what_they_point_at():
     assert 1.03 * low * 51 // 50 < bound <= proof.best < 1.03 * bound
 
 
+def no_further(asked, asks):
+    """Answers that raise no bound, of asks that are noted."""
+    asked.extend(asks)
+    return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
+            for a in asks]  # fmt: skip
+
+
 def test_what_layers_keep_is_asked_about_together():
     """Programs that differ in what recomputation in part takes and keeps: what is no harder than
     any is below the best of each, asked about once for all, and each is told of what it refutes."""
@@ -187,13 +191,7 @@ def test_what_layers_keep_is_asked_about_together():
     assert together > 2
     # a member is asked about anew once all of them come no further together
     asked: list[Ask] = []
-
-    def stuck(asks):
-        asked.extend(asks)
-        return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
-                for a in asks]  # fmt: skip
-
-    replace(proof, left=left, answers=stuck, asked={}).run()
+    replace(proof, left=left, answers=partial(no_further, asked), asked={}).run()
     assert asked[0].problem == one.problem and len(asked) > 1
     assert not any(a.asked or a.problem == one.problem for a in asked[1:])
 
@@ -212,16 +210,10 @@ def test_a_program_with_no_other_choice_worth_it_is_not_asked_about():
 
     def asked_of(*rows):
         asked: list[Ask] = []
-
-        def stuck(asks):
-            asked.extend(asks)
-            return [Told(bound_ps=a.bound_ps, asked=7, high_ps=a.high_ps, took=1, stuck=True)
-                    for a in asks]  # fmt: skip
-
         left = [Unsettled(bound=low, bound_ps=low, order=n, assignments={}, decisions=e, problem=q)
                 for n, (e, q) in enumerate(rows)]  # fmt: skip
-        Proof(best=2 * low, untried=1 << 62, left=left, gain_ppm=0, answers=stuck,
-              found=lambda *_: 2 * low).run()  # fmt: skip
+        Proof(best=2 * low, untried=1 << 62, left=left, gain_ppm=0,
+              answers=partial(no_further, asked), found=lambda *_: 2 * low).run()  # fmt: skip
         return [a.problem.activation_bytes for a in asked]
 
     alone = [p.activation_bytes]

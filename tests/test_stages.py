@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cost_models.schedule import SCHEDULES, peak_stash, rank_of, schedule_illegal, simulate
+from cost_models.schedule import (
+    SCHEDULES,
+    chunks_of,
+    peak_stash,
+    rank_of,
+    schedule_illegal,
+    simulate,
+)
 from cost_models.stage_problem import Lowered, Steps, step_ps, tail_ps, timeline
 from ir.errors import UsageError
 from planner.by_layer import best_count
@@ -32,6 +39,16 @@ from planner.stages import (
 
 def numbers(rng, low, high, n):
     return tuple(rng.randint(low, high) for _ in range(n))
+
+
+def legal_shape(rng, schedule, least_pp):
+    """(pp, micro-batches, virtual stages) that the schedule runs with, of 5 ranks at most."""
+    while True:
+        pp, m = rng.randint(least_pp, 5), rng.randint(1, 12)
+        v = 2 if schedule in ("zbv", "dualpipev") else rng.randint(2, 3)
+        v = v if chunks_of(schedule, 2) > 1 else 1
+        if schedule_illegal(schedule, pp, m, v) is None:
+            return pp, m, v
 
 
 def tiny(seed, schedule=None):
