@@ -314,9 +314,9 @@ def _events(
 @functools.lru_cache(maxsize=512)
 def _peaks(schedule: str, pp: int, m: int, v: int) -> tuple[tuple[int, ...], ...]:
     """Micro-batches held per rank and chunk, all chunks alike, kept until the weight gradient."""
-    if schedule == "gpipe":
+    if schedule == "gpipe" and pp > 1:
         return ((m,),) * pp
-    if schedule == "1f1b":
+    if schedule == "1f1b" or pp == 1:
         return tuple((min(m, pp - rank),) for rank in range(pp))
     alike = (1,) * chunks_of(schedule, v)
     found = (peak_stash(schedule, pp, m, v, rank, alike) for rank in range(pp))

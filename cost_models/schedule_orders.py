@@ -219,9 +219,9 @@ def order(
     if reason is not None:
         raise UsageError(reason)
     m = microbatches
-    if schedule == "gpipe":
+    if schedule == "gpipe" and pp > 1:
         return tuple(_gpipe(m))
-    if schedule == "1f1b":
+    if schedule == "1f1b" or pp == 1:  # one rank alone takes one micro-batch after the other
         return tuple(_1f1b(pp, m, rank))
     if schedule == "zbh1":
         return tuple(_zbh1(pp, m, rank))

@@ -525,9 +525,9 @@ def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[
     """
     chunks = chunks_of(schedule, v)
     m -= pp * max(0, m // pp - ROUNDS) if chunks > 1 else 0
-    if schedule == "gpipe":
+    if schedule == "gpipe" and pp > 1:
         return ((m,),)
-    if schedule == "1f1b":
+    if schedule == "1f1b" or pp == 1:
         return ((min(m, pp - rank),),)
     if chunks == 1:
         return ((peak_stash(schedule, pp, m, v, rank, (1,)).peak_bytes,),)

@@ -110,13 +110,13 @@ def flight(pp: int, m: Floats, kind: str) -> Floats:
     """[mesh, rank]: micro-batches of every layer that a rank holds at one moment, at least.
 
     Under GPipe, 1F1B and interleaved rank r holds min(m, p - r) of every chunk when it first goes
-    backward, under GPipe alone all m; ZB-H1 holds min(m, p) on every rank; a V min(m, r + 1) of
-    the chunk it has less of.
+    backward, in a pipeline under GPipe alone all m; ZB-H1 holds min(m, p) on every rank; a V
+    min(m, r + 1) of the chunk it has less of.
     """
     rank = np.arange(pp)
-    if kind == "gpipe":
+    if kind == "gpipe" and pp > 1:
         return np.repeat(m[:, None], pp, axis=1).astype(float)
-    most = {"fused": pp - rank, "zbh1": np.full(pp, pp), "folded": rank + 1}[kind]
+    most = {"zbh1": np.full(pp, pp), "folded": rank + 1}.get(kind, pp - rank)
     held: Floats = np.minimum(m[:, None], most[None, :])
     return held
 

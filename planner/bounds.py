@@ -334,8 +334,9 @@ class _Table:
 
     def _in_flight(self, mine: Ints) -> Ints:
         """Micro-batches that the first rank holds at once, at least."""
-        m: Ints = self.m[mine]
-        return m if self.schedules == {"gpipe"} else np.minimum(m, self.pp[mine])
+        m, pp = self.m[mine], self.pp[mine]
+        held: Ints = np.minimum(m, pp)
+        return np.where(pp > 1, m, held) if self.schedules == {"gpipe"} else held
 
     def _wide(self, size_bytes: Floats) -> Floats:
         return size_bytes * (1 + self.costs.engine.fragmentation)
@@ -423,8 +424,17 @@ class _Table:
                         mine, some, held, room, kind, way_s, own, int(p), below, v, name
                     )
                     least[some] = np.maximum(least[some], sharper)
-        bound: Floats = least + tail
+        # an end holds as many micro-batches, whatever layers are beside it, wherever theirs lie
+        at_once = m if kind == "gpipe" else np.ones(len(mine))
+        alone = held.state_bytes[:, 2:4] + at_once[:, None] * self._ends(mine, 1)
+        alone = alone + self._ends(mine, 2) - room[:, None]
+        bound: Floats = np.where((alone > ROUNDING_BYTES).any(axis=1), np.inf, least + tail)
         return bound
+
+    def _ends(self, mine: Ints, part: int) -> Floats:
+        """[mesh, (first, last)]: of what is before and behind the layers seconds, bytes kept of a
+        micro-batch, or working bytes."""
+        return np.stack([self.get(mine, end, part) for end in ("first", "last")], axis=1)
 
     def _own_sends(self, kind: str, v: int) -> float:
         """Of a micro-batch's sends how many a rank's own time is taken by each way, at least."""
@@ -462,12 +472,7 @@ class _Table:
             chunks = Chunks(count=v, filled=filled_chunks(pp, v, self.layers, others))
         working = self.get(these, f"{name}.working_bytes")
         working = working + 2 * self._wide(held.gathered_bytes[some, part])
-        seconds, kept, uses = (
-            np.stack([self.get(these, "first", n), self.get(these, "last", n)], axis=1)
-            for n in range(3)
-        )
-        alone = held.state_bytes[some, 2:4] + kept + uses - room[some, None]  # of an end, with one
-        never = (alone > ROUNDING_BYTES).any(axis=1)  # micro-batch, whatever layers are beside it
+        seconds, kept, uses = (self._ends(these, n) for n in range(3))
         more = np.maximum(0.0, uses - self.get(these, f"{name}.working_bytes")[:, None])
         if kind == "folded":  # one rank has both ends, and uses the larger
             more = np.stack([np.zeros(len(some)), more.max(axis=1)], axis=1)
@@ -486,8 +491,7 @@ class _Table:
             ends_bytes=held.state_bytes[some, 2:4] + more, ends_kept=kept, way_s=way_s[some, :pp],
             own_s=own_s[some], lowered=lowered.T,
         )  # fmt: skip
-        found = ranks_s(rows, pp, count, kind, chunks, self.layers - count)
-        return np.where(never, np.inf, found)
+        return ranks_s(rows, pp, count, kind, chunks, self.layers - count)
 
     def guess_s(
         self, mine: Ints, tail: Floats, held_bytes: Floats, most_virtual: int

@@ -148,7 +148,7 @@ class Expander(Space):
                     problem = self.problem(below, one)
                     pays = lower_bound_ps(unlimited(problem)) < target
                     fills |= pays and fills_host(problem)
-                    if pays and not (out.best and surely_infeasible(problem)):
+                    if pays and not self._is_hopeless(problem, out):
                         yield Program(
                             bound_ps=bound_ps(problem, target), decisions=one, problem=problem,
                             step=None,
@@ -157,6 +157,11 @@ class Expander(Space):
                     full.append(d)
                 elif made.tiers["activations"] == HOST:
                     break
+
+    def _is_hopeless(self, problem: StageProblem, out: Outcome) -> bool:
+        """Whether no choice fits; not asked while programs are weighed for the nearest misfit."""
+        weighed = out.best is not None or out.misfits >= MISFITS
+        return weighed and surely_infeasible(problem)
 
     def _solve_all(
         self, todo: Sequence[Program], mesh: Mesh, laid: Assignments, out: Outcome,
@@ -179,9 +184,8 @@ class Expander(Space):
     ) -> Iterator[Program]:
         """The stage programs of a schedule that may have a solution: as layers are recomputed in
         part by default, and where memory surely binds as they may be otherwise."""
-        weighed = out.best is not None or out.misfits >= MISFITS
         below = self._below(out.best, d) if out.best else ENDLESS
-        fits = not weighed or not surely_infeasible(problem)
+        fits = not self._is_hopeless(problem, out)
         eased = fits and forced_ps(problem) == 0
         below_too = "activations" in d.tiers
         others = eased and not below_too and bool(self.keeps(d.tp, d.sequence_parallel))

@@ -10,10 +10,11 @@ from decimal import ROUND_CEILING, Decimal
 
 from cost_models.hardware import Cluster
 from cost_models.ledger import Estimate
-from cost_models.units import parse_bytes
+from cost_models.units import format_bytes, parse_bytes
 from ir.errors import UsageError
 
 OBJECTIVES = ("time", "cost", "energy", "memory", "gpus")
+LEAST_MEMORY_BYTES = 1_000_000  # less is a number that lacks its unit
 MOST_COUNT = 999_999_999  # of GPUs, samples and tokens, in a plan and on the command line
 
 
@@ -50,8 +51,8 @@ def parse_memory(text: str) -> int | None:
     if not text:
         return None
     size = parse_bytes(text)
-    if size < 1:
-        raise UsageError(f"--max-memory {text} leaves a plan no memory",
+    if size < LEAST_MEMORY_BYTES:  # a number alone is bytes
+        raise UsageError(f"--max-memory {text} leaves a plan no memory", why=format_bytes(size),
                          hints=("--max-memory 70GB: of each GPU's at most",))  # fmt: skip
     return size
 

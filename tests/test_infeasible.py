@@ -16,6 +16,7 @@ from cost_models.stage_problem import rank_bytes
 from planner import infeasible as module
 from planner import search
 from planner.asking import Asking
+from planner.bounds import NEVER_PS
 from planner.decisions import Pins, parse_pins
 from planner.infeasible import (
     EFFORT,
@@ -46,6 +47,19 @@ def small(megabytes, *texts, count=4, layers=2, **workload):
                                                           Pins())]
     ))  # fmt: skip
     return Searcher(costs=costs, pins=pins, effort=10**9)
+
+
+def test_what_an_end_holds_of_all_microbatches_is_in_bounds():
+    """Logits lie on the GPU wherever layers' activations do: no mesh fits under GPipe."""
+    pins = ("pp=2", "offload=activations:cpu")
+    for schedule, fits in (("gpipe", False), ("1f1b", True)):
+        searcher = small(30_000, f"schedule={schedule}", *pins, global_batch=256)
+        runs = [mesh for mesh in searcher.meshes() if searcher.runs(mesh)]
+        bounded = searcher.bounds(runs).lower_ps < NEVER_PS
+        assert bounded.any() == fits and not bounded.all()
+        out = searcher.run()
+        assert bool(out.best) == fits
+        assert fits or (out.seen and out.misfit.nearest.overflow_bytes > 0)
 
 
 @pytest.mark.parametrize("name", ["recompute", "offload", "slow, tight", "moe, least", "groups"])

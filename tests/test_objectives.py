@@ -141,8 +141,9 @@ def test_the_command_takes_objective_and_limits(plan):
     assert fault[0] == 64 and "'lots'" in fault[2]
     code, _, err = plan("trace", LLAMA, *tiny, "--fix", "dp=3")  # 33 samples would not do either
     assert code == 64 and "does not divide the hardware's 4 GPUs" in err and "dp=4" in err
-    (fault := plan("trace", LLAMA, "--hardware", "h100x4", "--max-memory", "0GB"))
-    assert fault[0] == 64 and "--max-memory 0GB leaves a plan no memory" in fault[2]
+    for size in ("0GB", "70"):  # a number alone is bytes
+        (fault := plan("trace", LLAMA, "--hardware", "h100x4", "--max-memory", size))
+        assert fault[0] == 64 and f"--max-memory {size} leaves a plan no memory" in fault[2]
 
 
 # --- ranges --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_models import schedule as sched
+from cost_models.stage_problem import in_flight
 from ir.errors import PlanError, UsageError
 
 
@@ -194,9 +195,14 @@ def test_an_uneven_pipeline_by_hand() -> None:
 
 
 def test_one_rank_has_no_bubble() -> None:
+    """Nor a pipeline: a micro-batch goes forward and backward before the next, by any name."""
     for name in ("gpipe", "1f1b"):
         line = sched.simulate(name, [3], [4], [5], [], 7, 1)
         assert line.makespan_ps == line.busy_ps[0] == 7 * 12
+        assert line.peak_in_flight == ((1,),) and in_flight(name, 1, 7, 1, 0) == ((1,),)
+        assert sched.order(name, 1, 2, 1, 0) == tuple(
+            (op, microbatch, 0) for microbatch in range(2) for op in ("F", "BW")
+        )
         drawn = sched.simulate(name, [3], [4], [5], [], 7, 1, events=True)
         assert (drawn.makespan_ps, drawn.busy_ps) == (line.makespan_ps, line.busy_ps)
         assert len(drawn.events) == 14 and drawn.peak_in_flight == line.peak_in_flight
