@@ -278,7 +278,7 @@ class Expander(Space):
             open_parts = []
         best = self._below(out.best, d) if over is not None and out.best else best
         for n, (part, left) in enumerate(open_parts):  # each was solved: no two have one order
-            proved = _proved(part, left)
+            proved = max(row.bound_ps, _proved(part, left))
             if best is None or proved < best:
                 unsettled.append(Unsettled(
                     bound=self._score(proved, d), bound_ps=proved, order=out.solved - n,

@@ -16,7 +16,7 @@ from planner.outcome import Program
 from planner.refuted import unlimited
 from planner.room import over_below
 from planner.space import Space
-from planner.stage_bounds import lower_bound_ps
+from planner.stage_bounds import bound_lowered_ps, lower_bound_ps
 from planner.stage_memory import surely_fits, surely_infeasible
 
 
@@ -55,7 +55,7 @@ def programs_below(
             for made, low, high, fills in pairs:
                 full += [d] * fills
                 problem = with_lowered(low, high)
-                bound = lower_bound_ps(problem)
+                bound = bound_lowered_ps(problem)  # with none below it is another program
                 if bound < target and not surely_infeasible(problem):
                     yield Program(bound_ps=bound, decisions=made, problem=problem)
 

@@ -150,6 +150,14 @@ def lower_bound_ps(problem: StageProblem) -> int:
     return makespan + least_tail_ps(p)
 
 
+def bound_lowered_ps(p: StageProblem) -> int:
+    """As `lower_bound_ps`, of choices that lower a layer at least: the longest tail has it."""
+    assert p.lowered is not None
+    free = easiest(p)  # whose layers are lowered for nothing
+    longer = min(p.lowered.tail_own_ps) - least_tail_ps(free)
+    return max(lower_bound_ps(p), lower_bound_ps(free) + max(0, longer))
+
+
 Times = tuple[Array, Array, Array]  # forward, backward, weight
 
 

@@ -8,6 +8,7 @@ import pytest
 from test_stages import choices, numbers, tiny, weigh
 
 from cost_models.stage_problem import Lowered
+from planner.stage_bounds import bound_lowered_ps
 from planner.stages import Effort, certify, lower_bound_ps, solve, surely_infeasible
 
 SCHEDULES = ("1f1b", "gpipe", "zbh1")
@@ -41,10 +42,13 @@ def with_below(p, stages, counts):
     )
 
 
-def brute(p):
+def brute(p, least=0):
+    """The least step that fits; least: layers that are lowered, at least."""
     found = []
     for stages, recompute in choices(p):
         for counts in itertools.product(*(range(n + 1) for n in stages)):
+            if sum(counts) < least:
+                continue
             step, _, fits = weigh(with_below(p, stages, counts), stages, recompute)
             if fits:
                 found.append(step)
@@ -53,10 +57,10 @@ def brute(p):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_equals_enumeration(schedule):
-    statuses, paid = set(), 0
+    statuses, paid, sharper = set(), 0, 0
     for seed in range(24):
         p = lowerable(seed, schedule)
-        best = brute(p)
+        best, some = brute(p), brute(p, least=1)
         found = solve(p, effort=Effort(nodes=10**6, operations=10**9))
         statuses.add(found.status)
         if best is None:
@@ -65,6 +69,8 @@ def test_equals_enumeration(schedule):
         assert not surely_infeasible(p)
         assert (found.status, found.step_ps, found.bound_ps) == ("OPTIMAL", best, best), seed
         assert lower_bound_ps(p) <= best
+        assert some is None or lower_bound_ps(p) <= bound_lowered_ps(p) <= some
+        sharper += lower_bound_ps(p) < bound_lowered_ps(p)
         assert weigh(with_below(p, found.stages, found.below), found.stages, found.recompute) == (
             best, found.peak_bytes, True
         )  # fmt: skip
@@ -73,7 +79,7 @@ def test_equals_enumeration(schedule):
         plain = solve(replace(p, lowered=None))
         assert plain.status == "INFEASIBLE" or plain.step_ps >= best
         paid += any(found.below) and plain.step_ps != best
-    assert "INFEASIBLE" in statuses and paid >= 5, (statuses, paid)
+    assert "INFEASIBLE" in statuses and paid >= 5 and sharper >= 5, (statuses, paid, sharper)
 
 
 def test_bounds_hold_when_effort_runs_out():
