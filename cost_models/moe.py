@@ -21,6 +21,7 @@ Facts: TypeAlias = Mapping[str, FloatArray]
 # (rows, columns) of output tiles a tuned kernel picks from.
 _TUNED = ((16, 64), (16, 128), (32, 128), (64, 128), (128, 128), (128, 256))
 _DRAWS = 8
+MOST_EXPERTS = 1_000_000  # of a layer, whose loads are drawn
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,7 +33,8 @@ def rows_of_experts(
     skew None: balanced; below one row an expert, `ceil` of the share is hit. Else loads are drawn
     from a power law with that exponent between 1 and .8 tokens (few rows: .01 and 2) and scaled,
     as AIConfigurator's benchmark draws them; the mean of the sorted loads of a few draws.
-    Drawn loads raise PlanError where a token would pick an expert twice.
+    Drawn loads raise PlanError where a token would pick an expert twice, and of more experts than
+    are drawn.
     """
     local, total = experts // ranks, tokens * topk
     if skew is None:
@@ -40,6 +42,9 @@ def rows_of_experts(
         return (max(total / ranks, 1.0) / hit,) * hit
     if topk > experts:
         raise PlanError(f"a token picks {topk} experts of {experts}",
+                        hints=("plan trace traces the model again",))  # fmt: skip
+    if experts > MOST_EXPERTS:
+        raise PlanError(f"a layer of {experts:,} experts, of {MOST_EXPERTS:,} at most",
                         hints=("plan trace traces the model again",))  # fmt: skip
     low, high = (1.0, tokens * 0.8) if total > experts else (0.01, 2.0)
     power = 1 - skew

@@ -146,6 +146,8 @@ def test_experts_that_are_hit_are_read_and_their_last_tiles_padded() -> None:
     assert 4096 < busiest < 4096 * 8  # more than its share, less than all
     with pytest.raises(PlanError, match="picks 9 experts of 8"):
         rows_of_experts(4, 8, 9, 1, 1.2)
+    with pytest.raises(PlanError, match="2,147,483,648 experts, of 1,000,000 at most"):
+        rows_of_experts(4, 2**31, 8, 1, 1.2)
 
 
 def test_skew_takes_longer_when_many_tokens_wait_for_the_fullest_rank(tmp_path) -> None:
