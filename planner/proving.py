@@ -18,6 +18,7 @@ from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, objective_below
+from planner.stage_memory import freely_lowered
 from planner.stage_paths import Shape, Shapes, shape_of
 from planner.stage_planes import Answer, Effort, applies, refute
 from planner.stage_ranks import usable
@@ -53,12 +54,19 @@ def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
     found: list[Unsettled] = []
     for group in groups.values():
         least = min(group, key=lambda u: (u.bound, u.order))
-        problem = easiest_of([u.problem for u in group])
-        if len(group) == 1 or problem is None or not applies(least.problem):
-            found += group
+        rows = list(map(asked_as, group))
+        problem = easiest_of([u.problem for u in rows])
+        if len(group) == 1 or problem is None or not applies(problem):
+            found += rows
         else:
             found.append(replace(least, problem=problem, members=tuple(group)))
     return found
+
+
+def asked_as(one: Unsettled) -> Unsettled:
+    """A program whose layers may be lowered is asked about as if they were for nothing."""
+    p = one.problem
+    return one if p.lowered is None else replace(one, problem=freely_lowered(p), members=(one,))
 
 
 def easiest_of(problems: Sequence[StageProblem]) -> StageProblem | None:
@@ -339,7 +347,8 @@ class Proof:
             least = max(one.bound_ps, answer.bound_ps)
             raised = one.raised(least, self.gain_ppm) if least > one.bound_ps else one
             if one.members and (answer.stuck or asked > HARD or answer.high_ps < ENDLESS):
-                self._put(one, self._apart(raised))  # together they are harder than each is
+                left = self._apart(raised)  # together they are harder than each is
+                self._put(one, list(map(asked_as, left)) if len(left) > 1 else left)
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
             elif raised is not one:
                 self._put(one, [raised])

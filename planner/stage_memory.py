@@ -37,6 +37,11 @@ def easiest(p: StageProblem) -> StageProblem:
     )  # fmt: skip
 
 
+def freely_lowered(p: StageProblem) -> StageProblem:
+    """`easiest`, with all the room below that there may be: no harder than the problem."""
+    return replace(easiest(p), rooms=())
+
+
 def forced_ps(p: StageProblem) -> int | None:
     """Recompute time of a micro-batch on all ranks together, at least; None where nothing fits.
     Of lowered layers, what their longer tails come to as such (`_freed_by`).

@@ -112,10 +112,11 @@ def near(
 ) -> StageSolution:  # fmt: skip
     """A step below the incumbent's from these cuts on; else CUTOFF.
 
-    anneal: from what is found on that is not far from the incumbent.
+    anneal: from what is found on that is not far from the incumbent. Not of layers that may be
+    lowered.
     """
     found = Found()
-    if cuts:
+    if cuts and problem.lowered is None:
         found = search_near(problem, cuts, incumbent_ps, (effort or Effort()).operations)
     if anneal and found.stages:
         found = annealed(problem, found, incumbent_ps)

@@ -38,6 +38,39 @@ def test_no_gap(name):
         assert out.proved and out.gap == 0
 
 
+TWO_LEVELS = """
+base = "h100"
+count = 32
+[[cluster.levels]]
+name = "fabric"
+kind = "tree"
+ranks = 16
+bytes_per_s = 5e10
+efficiency = 0.95
+latency_s = 5e-6
+[[cluster.levels]]
+name = "wan"
+kind = "wan"
+bytes_per_s = 7.8e8
+efficiency = 0.8
+latency_s = 6e-4
+"""
+
+
+@pytest.mark.parametrize("pins", [("1f1b", "pp=4", "cp=1", "tp=1"), ("gpipe", "pp=4", "cp=2")])
+def test_no_gap_over_a_slow_network(pins, tmp_path):
+    """Tails are long there, and programs with optimizers of some layers below far from solved."""
+    path = tmp_path / "two.toml"
+    path.write_text(TWO_LEVELS)
+    options = TraceOptions(
+        model="", hardware=str(path), pins=parse_pins([f"schedule={pins[0]}", *pins[1:]]),
+        asked=Asked(global_batch=64), gain_ppm=0,
+    )  # fmt: skip
+    graph = graph_of("llama", size="8b", n_layers=16)
+    _, _, out = attempt(graph, options, load_hardware(str(path)), Clock())
+    assert out.proved and out.gap == 0
+
+
 def test_tp_goes_over_the_network_where_each_gpu_is_a_domain_of_its_own():
     """Where memory is short it is what holds the model best; where not, it does not pay."""
     def tp_of(gigabytes):

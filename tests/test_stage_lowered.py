@@ -7,8 +7,12 @@ from dataclasses import replace
 import pytest
 from test_stages import choices, numbers, tiny, weigh
 
+from cost_models.decisions import Decisions
 from cost_models.stage_problem import Lowered
+from planner.proving import Proof, Unsettled
 from planner.stage_bounds import bound_lowered_ps
+from planner.stage_memory import freely_lowered
+from planner.stage_planes import applies
 from planner.stages import Effort, certify, lower_bound_ps, solve, surely_infeasible
 
 SCHEDULES = ("1f1b", "gpipe", "zbh1")
@@ -90,3 +94,26 @@ def test_bounds_hold_when_effort_runs_out():
             found = solve(p, effort=Effort(nodes=nodes, operations=10**9))
             assert found.bound_ps <= whole.step_ps <= (found.step_ps or whole.step_ps)
             assert certify(p, incumbent_ps=whole.step_ps) <= whole.step_ps
+
+
+def test_a_proof_raises_their_bounds_as_if_they_were_lowered_for_nothing():
+    """Two programs that differ in what layers keep at once, and each alone; no plan of theirs."""
+    raised = 0
+    for seed in range(24):
+        p = lowerable(seed, "1f1b")
+        best, low = brute(p), lower_bound_ps(p)
+        if best is None or not applies(freely_lowered(p)):
+            continue
+        rows = [
+            Unsettled(
+                bound=low, bound_ps=low, order=n, assignments={}, problem=p,
+                decisions=Decisions(pp=p.pp, keep=keep),
+            )
+            for n, keep in enumerate(((), (("u1", ()),)))
+        ]  # fmt: skip
+        left = Proof(
+            best=best, untried=1 << 62, left=rows, gain_ppm=0, found=lambda *_: pytest.fail()
+        ).run()
+        assert all(u.problem is p and low <= u.bound_ps <= best for u in left), seed
+        raised += not left or left[0].bound_ps > low
+    assert raised >= 5, raised
