@@ -17,6 +17,7 @@ from cost_models.schedule_orders import (
     SPLIT_BACKWARD,
     V_SHAPED,
     Op,
+    as_run,
     chunks_of,
     global_stage,
     order,
@@ -314,9 +315,10 @@ def _events(
 @functools.lru_cache(maxsize=512)
 def _peaks(schedule: str, pp: int, m: int, v: int) -> tuple[tuple[int, ...], ...]:
     """Micro-batches held per rank and chunk, all chunks alike, kept until the weight gradient."""
-    if schedule == "gpipe" and pp > 1:
+    schedule = as_run(schedule, pp)
+    if schedule == "gpipe":
         return ((m,),) * pp
-    if schedule == "1f1b" or pp == 1:
+    if schedule == "1f1b":
         return tuple((min(m, pp - rank),) for rank in range(pp))
     alike = (1,) * chunks_of(schedule, v)
     found = (peak_stash(schedule, pp, m, v, rank, alike) for rank in range(pp))

@@ -74,6 +74,12 @@ def schedule_illegal(
     return None
 
 
+def as_run(schedule: str, pp: int) -> str:
+    """The schedule in whose order it runs: one rank alone takes one micro-batch after the other,
+    by any name."""
+    return "1f1b" if pp == 1 else schedule
+
+
 def _gpipe(m: int) -> list[Op]:
     return [("F", i, 0) for i in range(m)] + [("BW", i, 0) for i in range(m)]
 
@@ -218,10 +224,10 @@ def order(
     reason = schedule_illegal(schedule, pp, microbatches, virtual_stages)
     if reason is not None:
         raise UsageError(reason)
-    m = microbatches
-    if schedule == "gpipe" and pp > 1:
+    schedule, m = as_run(schedule, pp), microbatches
+    if schedule == "gpipe":
         return tuple(_gpipe(m))
-    if schedule == "1f1b" or pp == 1:  # one rank alone takes one micro-batch after the other
+    if schedule == "1f1b":
         return tuple(_1f1b(pp, m, rank))
     if schedule == "zbh1":
         return tuple(_zbh1(pp, m, rank))

@@ -26,6 +26,7 @@ from cost_models.schedule import (
     rank_of,
     simulate,
 )
+from cost_models.schedule_orders import as_run
 
 Pair = tuple[int, int]
 PairPin = tuple[int | None, int | None]  # as pinned: None is any count, a negative one all layers
@@ -525,9 +526,10 @@ def in_flight(schedule: str, pp: int, m: int, v: int, rank: int) -> tuple[tuple[
     """
     chunks = chunks_of(schedule, v)
     m -= pp * max(0, m // pp - ROUNDS) if chunks > 1 else 0
-    if schedule == "gpipe" and pp > 1:
+    schedule = as_run(schedule, pp)
+    if schedule == "gpipe":
         return ((m,),)
-    if schedule == "1f1b" or pp == 1:
+    if schedule == "1f1b":
         return ((min(m, pp - rank),),)
     if chunks == 1:
         return ((peak_stash(schedule, pp, m, v, rank, (1,)).peak_bytes,),)

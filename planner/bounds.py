@@ -424,7 +424,8 @@ class _Table:
                         mine, some, held, room, kind, way_s, own, int(p), below, v, name
                     )
                     least[some] = np.maximum(least[some], sharper)
-        # an end holds as many micro-batches, whatever layers are beside it, wherever theirs lie
+        # what the ends keep stays, wherever layers' activations lie: of one micro-batch at least,
+        # under GPipe of all
         at_once = m if kind == "gpipe" else np.ones(len(mine))
         alone = held.state_bytes[:, 2:4] + at_once[:, None] * self._ends(mine, 1)
         alone = alone + self._ends(mine, 2) - room[:, None]

@@ -367,10 +367,11 @@ class Expander(Space):
     def _refuted(self, problem: StageProblem, best: int, out: Outcome) -> bool:
         """Whether a few linear programs show that a program with several stages a rank has nothing
         better, or what they showed of others does: cheaper than to solve it. At first without a
-        limit to memory: that says something of others."""
+        limit to memory: that says something of others. One whose layers may be lowered has nothing
+        better where they are for nothing."""
         if self._barred(problem, best):
             return True
-        if problem.lowered is not None:  # with layers lowered for nothing it is solved sooner
+        if problem.lowered is not None:
             out.solved += 1
             out.spent += 1
             easier = freely_lowered(problem)
