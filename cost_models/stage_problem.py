@@ -259,7 +259,7 @@ def pairs_of(levels: tuple[str, ...], n: int, pin: PairPin = OPEN) -> tuple[Pair
     )
 
 
-def _level(pair: Pair, place: int) -> int:
+def level_of(pair: Pair, place: int) -> int:
     """Index into LEVELS of the stage's layer number `place`."""
     return 2 if place < pair[0] else 1 if place < pair[0] + pair[1] else 0
 
@@ -441,7 +441,7 @@ def rank_bytes(
         for k in problem.stages_of(rank):
             act = 0
             for place in range(stages[k]):
-                layer, level = starts[k] + place, _level(recompute[k], place)
+                layer, level = starts[k] + place, level_of(recompute[k], place)
                 act += q.activation_bytes[level][layer]
                 working = max(working, q.working_bytes[level][layer])
                 gathered = max(gathered, q.gathered_bytes[layer])
@@ -468,7 +468,7 @@ def below_bytes(
             state += sum(room.state_bytes[i : i + n])
             state += room.beside_bytes(k, problem.count)
             held.append(sum(
-                room.aside_bytes[_level(recompute[k], place)][i + place] for place in range(n)
+                room.aside_bytes[level_of(recompute[k], place)][i + place] for place in range(n)
             ))  # fmt: skip
         found.append(state + stash_bytes(problem, rank, held))
     return tuple(found)

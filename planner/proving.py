@@ -1,7 +1,8 @@
 """What a search does last: raise the least bounds that are left, which are the gap.
 
-A stage program is bounded by cutting planes (`stage_planes`); by CP-SAT one whose ranks are not
-alike or of which something is pinned, and one with one stage a rank that planes raise no further.
+A stage program is bounded by cutting planes (`stage_planes`), and by columns what they raise no
+further (`stage_columns`); by CP-SAT one whose ranks are not alike or of which something is pinned,
+and one with one stage a rank that is raised no further.
 Either no choice of it is better than the best plan, or a better one is found near where the bound
 says that it must lie, or its bound is raised as far as it goes.
 """
@@ -18,9 +19,12 @@ from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, objective_below
+from planner.stage_columns import refute_by_columns
 from planner.stage_memory import freely_lowered
 from planner.stage_paths import Shape, Shapes, shape_of
-from planner.stage_planes import Answer, Effort, applies, refute
+from planner.stage_patterns import Patterns, patterns_of
+from planner.stage_planes import ENDLESS as ENDLESS
+from planner.stage_planes import Answer, Effort, applies, classes_of, refute
 from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
@@ -31,6 +35,12 @@ STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
 EFFORTS = (0.0, 0), (0.1, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
+# linear programs over patterns of ranks, as often, of programs that have few of them
+COLUMNS = 0, 300, 900, 1_800, 3_600, 7_200, 14_400
+PATTERNS = 60  # that take as long to find as a linear program
+MANY = 10  # linear programs that take as long as to find that there are too many
+KEPT = 8  # programs whose patterns are kept
+NODES = 1_000_000  # of a tree of them: its linear programs are what counts
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
 HARD = 2  # times that more effort was needed: from there on it takes seconds
@@ -39,9 +49,9 @@ GOAL = 100  # a bound is raised so near to the best, one part in so many, before
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
 WIDE = 3  # times that, from which so much may be gained that choices are annealed
 WITHIN = 500  # what is nearer is raised until it is so near to where it was not
-STEPS_PPM = (PPM, 20_000, 10_000, 5_000)  # that a bound is raised at once, as less was no use
+# that a bound is raised at once, as less was no use
+STEPS_PPM = (PPM, 20_000, 10_000, 5_000, 2_500)
 FINE = 48  # stages of a program that is asked in whole numbers for less than the goal, at most
-ENDLESS = 1 << 62  # picoseconds
 
 
 def joined(left: Sequence[Unsettled]) -> list[Unsettled]:
@@ -129,6 +139,9 @@ class Prover:
     shapes: Shapes = field(default_factory=Shapes)
     known: Refuted = field(default_factory=Refuted)
     annealed: set[Shape] = field(default_factory=set)  # once each: what differs little, does so
+    # of the programs that were asked so last: (with which a step may be below that, the patterns,
+    # None where they are too many)
+    patterns: dict[StageProblem, tuple[int, Patterns | None]] = field(default_factory=dict)
 
     def told(self, ask: Ask) -> Told:
         """With more effort each time that it was no use."""
@@ -149,10 +162,7 @@ class Prover:
                 bound = target
             else:
                 looked = asked
-                anneal = asked >= HARD and limit - bound > WIDE * limit // GOAL
-                anneal &= shape_of(ask.look) not in self.annealed
-                if anneal:
-                    self.annealed.add(shape_of(ask.look))
+                anneal = asked >= HARD and self._anneals(ask, bound)
                 better = near(ask.look, answer.cuts, incumbent_ps=limit, anneal=anneal)
         elif not stuck:
             target = top
@@ -168,16 +178,26 @@ class Prover:
             if answer.refuted:
                 bound = target
             else:
-                if asked or answer.held:  # in whole numbers: a plan may be near
-                    better = near(ask.look, answer.cuts[-CUTS:], incumbent_ps=limit)
+                held = answer.held_ps < ENDLESS
+                if asked or held:  # in whole numbers: a plan may be near
+                    anneal = asked > 0 and self._anneals(ask, bound)
+                    cuts = answer.cuts[-CUTS:]
+                    better = near(ask.look, cuts, incumbent_ps=limit, anneal=anneal)
                 bound = max(bound, answer.least_ps)
-                asked += not answer.held
-            if answer.held:  # so by any effort
-                high = target
+                asked += not held
+            high = min(high, answer.held_ps)  # by any effort
         return Told(
             bound_ps=bound, asked=asked, high_ps=high, took=ask.programs - left, stuck=stuck,
             better=better, looked=looked,
         )  # fmt: skip
+
+    def _anneals(self, ask: Ask, bound: int) -> bool:
+        """Whether choices are annealed, as so much may be gained: of each shape once."""
+        shape = shape_of(ask.look)
+        if shape in self.annealed or ask.limit_ps - bound <= WIDE * ask.limit_ps // GOAL:
+            return False
+        self.annealed.add(shape)
+        return True
 
     def _tight(self, p: StageProblem, target: int) -> tuple[Answer, int]:
         """As `refute`, in fractions: what is left little above a bound is near to whole numbers.
@@ -199,12 +219,18 @@ class Prover:
         free = unlimited(p)
         first = ask.others and free != p and self.known.promising(free, target)
         for one in (free, p) if first else (p,):
-            effort = _effort(asked, p)
-            given = effort.programs = max(0, min(effort.programs, -(-(left - took) // counts)))
-            whole = effort.whole_s = max(0.0, min(effort.whole_s, (left - took) / A_SECOND))
-            answer = refute(one, target, self.shapes.of(p), effort)
-            took += counts * (given - effort.programs)
-            took += math.ceil(A_SECOND * (whole - effort.whole_s))
+            made = None
+            if one is p:
+                made, more = self._by_columns(p, target, ask, left - took)
+                took += more
+            if made is None:
+                effort = _effort(asked, p)
+                given = effort.programs = max(0, min(effort.programs, -(-(left - took) // counts)))
+                whole = effort.whole_s = max(0.0, min(effort.whole_s, (left - took) / A_SECOND))
+                made = refute(one, target, self.shapes.of(p), effort)
+                took += counts * (given - effort.programs)
+                took += math.ceil(A_SECOND * (whole - effort.whole_s))
+            answer = made
             if answer.least_ps:
                 self.known.add(one, answer.least_ps)
             if answer.refuted:
@@ -212,6 +238,26 @@ class Prover:
             if one is free:
                 self.known.failed(free, target)
         return answer, took
+
+    def _by_columns(
+        self, p: StageProblem, target: int, ask: Ask, left: int
+    ) -> tuple[Answer | None, int]:
+        """As `_refuted`, by patterns of ranks; None where they are too many."""
+        programs, took = min(COLUMNS[ask.asked], left), 0
+        if programs <= 0:
+            return None, 0
+        below_ps, patterns = self.patterns.get(p, (0, None))
+        if below_ps < target:
+            patterns = patterns_of(p, ask.limit_ps, *classes_of(p))
+            took = MANY if patterns is None else len(patterns.tail_ps) // PATTERNS
+            for old in list(self.patterns)[: 1 - KEPT]:
+                del self.patterns[old]
+            self.patterns[p] = ask.limit_ps, patterns
+        if patterns is None:
+            return None, took
+        effort = Effort(programs=programs, nodes=NODES)
+        answer = refute_by_columns(p, target, patterns, self.shapes.of(p), effort)
+        return answer, took + programs - effort.programs
 
 
 def _effort(asked: int, p: StageProblem) -> Effort:
@@ -257,7 +303,10 @@ class Proof:
         Before that the best plan is made better, which all others are held against."""
         own = next((u for u in reversed(self.left) if u.stages), None)
         if own is not None and applies(own.problem):
-            self._take(own, near(own.problem, [own.stages], incumbent_ps=self._limit(own)))
+            limit = self._limit(own)
+            least = min((u.bound_ps for u in self.left), default=limit)
+            anneal = limit - least > WIDE * limit // GOAL
+            self._take(own, near(own.problem, [own.stages], incumbent_ps=limit, anneal=anneal))
         if self.stopped():
             return self.left
         self.left = joined(self._undominated())

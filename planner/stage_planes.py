@@ -39,6 +39,7 @@ JOIN = 3  # paths that join a program at once
 LEAST_S = 0.05  # that a program counts in whole numbers: to set it up
 ITERATIONS = 32  # of the simplex in a tree, that take as long as a linear program
 ROOT = 10  # nodes that take as long as a tree's first, with its cuts
+ENDLESS = 1 << 62  # picoseconds
 COLUMNS = 4_000  # programs with more variables are not bounded so
 
 
@@ -55,13 +56,13 @@ class Effort:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """least_ps: no choice has a step below it. refuted: none has one below the time that was asked
-    about. cuts: else some that may have, best guess first. held: numbers of layers were found that
-    keep the time, as far as it is known here what they take and hold."""
+    about. cuts: else some that may have, best guess first. held_ps: numbers of layers were found
+    with this step, as far as it is known here what they take and hold; else ENDLESS."""
 
     refuted: bool
     least_ps: int
     cuts: list[tuple[int, ...]]
-    held: bool = False
+    held_ps: int = ENDLESS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,31 @@ def applies(p: StageProblem) -> bool:
     free = p.fixed_stages is None and p.fixed_recompute is None and "none" in p.levels
     alike = not p.ranks and p.lowered is None
     return free and alike and p.count * len(set(_rows(p))) * len(p.levels) <= COLUMNS
+
+
+def classes_of(p: StageProblem) -> tuple[list[tuple[int, ...]], list[int]]:
+    """What a program knows of each class of layers, and the class of each layer."""
+    rows = _rows(p)
+    kinds = sorted(set(rows), key=rows.index)
+    return kinds, [kinds.index(row) for row in rows]
+
+
+def beside_ps(p: StageProblem) -> Array:
+    """[kind * stage]: times of a stage beside its layers."""
+    found = np.zeros((3, p.count))
+    found[0], found[1] = p.rank_glue_forward_ps, p.rank_glue_backward_ps
+    for k, e in ((0, p.first), (p.count - 1, p.last)):
+        found[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
+    return found.reshape(-1)
+
+
+def latencies_ps(p: StageProblem) -> Array:
+    """[boundary]: of a send from a stage to the next."""
+    slow = slow_of(p)
+    return np.array([
+        (p.p2p_ps + (slow[b][0] if slow else 0)) * (p.rank_of(b) != p.rank_of(b + 1))
+        for b in range(p.count - 1)
+    ], dtype=float)  # fmt: skip
 
 
 def _rows(p: StageProblem) -> list[tuple[int, ...]]:
@@ -99,7 +125,8 @@ def refute(p: StageProblem, below_ps: int, known: Known, effort: Effort) -> Answ
     known.used(planes.joined)
     least = below_ps if refuted else min(below_ps, math.floor(planes.least * below_ps))
     return Answer(
-        refuted=refuted, least_ps=least, cuts=[] if refuted else planes.cuts, held=planes.held
+        refuted=refuted, least_ps=least, cuts=[] if refuted else planes.cuts,
+        held_ps=below_ps if planes.held else ENDLESS,
     )
 
 
@@ -119,13 +146,11 @@ class _Planes:
         self.least = 0.0  # no choice takes less, as a share of the time that is asked about
         self.held = False
         self.joined: set[int] = set()
-        rows = _rows(p)
-        self.kinds = sorted(set(rows), key=rows.index)
-        self.kind_of = [self.kinds.index(row) for row in rows]
+        self.kinds, self.kind_of = classes_of(p)
         self.of = np.array(self.kinds, dtype=float).T  # [number, class]
         each = self.of[:3].sum(axis=0)
         most = int(below_ps * (1 + TOLERANCE) / max(1.0, p.microbatches * each.min()))
-        self.fixed = self._fixed()
+        self.fixed = beside_ps(p)
         most = max(p.chunks, min(p.layers, most))
         number = [self.draft.variable(p.chunks, most) for _ in range(p.pp)]
         self.span, self.tail = (self.draft.variable(0, 1 + TOLERANCE) for _ in range(2))
@@ -148,11 +173,7 @@ class _Planes:
             some = level == place
             adds[1, s[some], np.flatnonzero(some)] = self.of[row, k[some]]
         self.adds: Array = adds.reshape(3 * stages, -1)
-        slow = slow_of(p)
-        self.latency = np.array([
-            (p.p2p_ps + (slow[b][0] if slow else 0)) * (p.rank_of(b) != p.rank_of(b + 1))
-            for b in range(stages - 1)
-        ], dtype=float)  # fmt: skip
+        self.latency = latencies_ps(p)
         self.constant: Array = np.zeros(0)
         self._price()
         for path in known.useful:  # a program of the same shape mostly needs the same
@@ -162,19 +183,11 @@ class _Planes:
         self.variables: list[Any] = self.solver.variables()
         self.number = [self.variables[i] for i in number]
 
-    def _fixed(self) -> Array:
-        """[kind, stage]: times of a stage beside its layers."""
-        p, found = self.p, np.zeros((3, self.p.count))
-        found[0], found[1] = p.rank_glue_forward_ps, p.rank_glue_backward_ps
-        for k, e in ((0, p.first), (p.count - 1, p.last)):
-            found[:, k] += (e.forward_ps, e.input_grad_ps, e.weight_grad_ps)
-        return found
-
     def _price(self) -> None:
         """What each path known takes beside the layers."""
         done = len(self.constant)
         runs, sends = self.known.runs[done:], self.known.sends[done:]
-        more = runs @ self.fixed.reshape(-1) + sends @ self.latency
+        more = runs @ self.fixed + sends @ self.latency
         self.constant = np.concatenate([self.constant, more])
 
     def _may_be(self, stage: int, kind: int) -> bool:
@@ -339,7 +352,7 @@ class _Planes:
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved
             self.effort.programs = 0
             return Point(
-                times=self.fixed.reshape(-1), tail_ps=0.0, ranks=[], stages=[]
+                times=self.fixed, tail_ps=0.0, ranks=[], stages=[]
             )
         return self._point(np.array([x.solution_value() for x in self.variables]))
 
@@ -350,7 +363,7 @@ class _Planes:
         own = self.at[2] == 0
         np.add.at(layers, self.at[0][own], columns[own])
         return Point(
-            times=self.fixed.reshape(-1) + self.adds @ columns,
+            times=self.fixed + self.adds @ columns,
             tail_ps=float(values[self.tail]) * self.unit,
             ranks=values[[x.index() for x in self.number]].tolist(), stages=layers.tolist(),
         )  # fmt: skip
@@ -416,7 +429,7 @@ class _Planes:
     def _guess(self, point: Point) -> None:
         """A cut near a point where the time may be kept, unless the solver gave up."""
         if point.stages:
-            self.cuts.append(_rounded(point.stages, self.p.layers))
+            self.cuts.append(rounded(point.stages, self.p.layers))
 
     def _whole(self) -> bool:
         """Whether nothing is left in whole numbers: of layers by stage and class, and of ranks."""
@@ -475,7 +488,7 @@ class _Planes:
             yield total
 
 
-def _rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:
+def rounded(stages: Sequence[float], layers: int) -> tuple[int, ...]:
     """Whole stages of one layer at least, their ends the nearest to those given."""
     ends, count = [0], len(stages)
     for k, end in enumerate(np.cumsum(stages).tolist(), 1):

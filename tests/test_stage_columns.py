@@ -1,0 +1,140 @@
+"""Stages by columns: patterns are every choice that a rank may have, and bounds hold."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_stage_many import fits_below, roomy
+from test_stage_planes import cut_short
+from test_stages import brute, choices, large, tiny
+
+from cost_models.schedule import SCHEDULES
+from cost_models.stage_problem import evaluate, starts_of
+from planner import stage_master, stage_patterns
+from planner.stage_columns import refute_by_columns
+from planner.stage_paths import Shapes
+from planner.stage_patterns import patterns_of
+from planner.stage_planes import Effort, applies, classes_of
+from planner.stages import near, solve
+
+
+def effort():
+    return Effort(programs=100_000, nodes=100_000)
+
+
+def asked(p, below, shapes, effort, limit=None):
+    patterns = patterns_of(p, limit or below, *classes_of(p))
+    return refute_by_columns(p, below, patterns, shapes.of(p), effort)
+
+
+def added(p, rank, stages, recompute):
+    """[kind, stage]: what the layers of a rank take, with what they recompute."""
+    times, starts = np.zeros((3, p.count)), starts_of(stages)
+    for k in p.stages_of(rank):
+        full, some = recompute[k]
+        for place in range(stages[k]):
+            i = starts[k] + place
+            times[:, k] += p.forward_ps[i], p.input_grad_ps[i], p.weight_grad_ps[i]
+            if place < full + some:
+                times[1, k] += p.recompute_ps[place >= full][i]
+    return times
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_choice_that_fits_has_a_pattern_on_each_rank(schedule):
+    """Of as many layers of each class, which takes no longer on any stage."""
+    checked, rng = 0, random.Random(schedule)
+    for seed in range(12):
+        p = tiny(seed, schedule)
+        if not applies(p):
+            continue
+        every = list(choices(p))
+        best, _ = brute(p)
+        kinds, kind_of = classes_of(p)
+        if best is None:
+            continue
+        found = patterns_of(p, 2 * best, kinds, kind_of)
+        for stages, recompute in rng.sample(every, min(200, len(every))):
+            step, _, fits = evaluate(p, stages, recompute)
+            if not fits or step >= 2 * best:
+                continue
+            starts = starts_of(stages)
+            for rank in range(p.pp):
+                own = [kind_of[i] for k in p.stages_of(rank)
+                       for i in range(starts[k], starts[k] + stages[k])]  # fmt: skip
+                count = np.bincount(own, minlength=len(kinds))
+                takes = added(p, rank, stages, recompute)[:, p.stages_of(rank)].reshape(-1)
+                mine = slice(*found.begins[rank : rank + 2])
+                same = (found.loads[mine].sum(axis=1) == count).all(axis=1)
+                assert (found.times[mine][same] <= takes).all(axis=1).any(), (seed, stages)
+                checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("rooms", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_choice_is_refuted_and_most_bounds_are_near(schedule, rooms):
+    shapes, near, seen = Shapes(), 0, 0
+    for seed in range(40):
+        p = tiny(seed, schedule)
+        p = roomy(p, seed) if rooms else p
+        fits = [
+            evaluate(p, *choice)[0] for choice in choices(p)
+            if evaluate(p, *choice)[2] and fits_below(p, *choice)
+        ] if applies(p) else []  # fmt: skip
+        if not fits:
+            continue
+        seen, best = seen + 1, min(fits)
+        above = asked(p, best + 1 + best // 1000, shapes, effort())
+        assert not above.refuted and above.least_ps <= best, seed
+        few = asked(p, best, shapes, Effort(programs=3, nodes=2))
+        assert few.least_ps <= best
+        near += asked(p, best - best // 50, shapes, effort(), limit=2 * best).refuted
+    assert seen > 10 and 10 * near >= 6 * seen, (near, seen)
+
+
+@pytest.mark.parametrize(("v", "pp", "layers"), [(2, 4, 18), (3, 4, 25), (2, 8, 31)])
+def test_what_is_whole_points_at_better_plans_until_none_is_left(v, pp, layers):
+    """Short of memory: what is 2% below the best is refuted, and the best is not."""
+    p = large(schedule="interleaved", virtual_stages=v, pp=pp, microbatches=2 * pp,
+              capacity_bytes=(25 if pp == 8 else 35) * 2**30)  # fmt: skip
+    p, known = cut_short(p, layers), Shapes()
+    best = solve(p).step_ps
+    for _ in range(3):
+        answer = asked(p, best * 98 // 100, known, effort())
+        if answer.refuted:
+            break
+        best = near(p, answer.cuts, incumbent_ps=best).step_ps
+    assert answer.refuted
+    above = asked(p, best + best // 1000, known, effort())
+    assert not above.refuted and above.least_ps <= best
+
+
+def test_layers_keep_the_order_of_the_chain(monkeypatch):
+    """Of slow and quick layers in turn a stage has as many of each, whatever would be better."""
+    layers, slow = 16, 9
+    p = large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8,
+              capacity_bytes=1 << 60)  # fmt: skip
+    p = cut_short(p, layers)
+    p = replace(p, **{
+        name: tuple(slow * getattr(p, name)[0] if i % 2 else getattr(p, name)[0]
+                    for i in range(layers))
+        for name in ("forward_ps", "input_grad_ps", "weight_grad_ps")
+    })  # fmt: skip
+    best, shapes = solve(p).step_ps, Shapes()
+    above, below = best + best // 1000, best - best // 1000
+    assert asked(p, below, shapes, effort()).refuted
+    assert not asked(p, above, shapes, effort()).refuted
+    monkeypatch.setattr(stage_master, "hulls", lambda kind_of, k: [])
+    assert not asked(p, below, shapes, effort()).refuted
+
+
+def test_too_many_patterns_are_none(monkeypatch):
+    p = cut_short(large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8), 18)
+    best = solve(p).step_ps
+    assert patterns_of(p, best, *classes_of(p)) is not None
+    for name in ("MOST", "MOST_LOADS"):
+        with monkeypatch.context() as some:
+            some.setattr(stage_patterns, name, 5)
+            assert patterns_of(p, best, *classes_of(p)) is None
