@@ -78,6 +78,9 @@ def load_any(spec: str) -> Hardware:
     """Read what `load_hardware` reads, a sum of such, or a file of parts. Raises UsageError."""
     parts = summands(spec)
     if len(parts) > 1:
+        if not all(parts):
+            raise UsageError(f"hardware {spec!r} names nothing on one side of a +",
+                             hints=("as h100x32+a100x64",))  # fmt: skip
         return _fleet(spec, tuple(map(load_hardware, parts)), None, "")
     if spec.endswith(".toml"):
         raw = read_toml(Path(spec))

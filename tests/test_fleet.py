@@ -113,7 +113,8 @@ def test_a_kind_named_again_is_another_part_of_the_same_gpus(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("h100x8+", ["unknown device"]),
+        ("h100x8+", ["names nothing on one side of a +"]),
+        ("+h100x8", ["names nothing", "h100x32+a100x64"]),
         ("h100x8+h10x8", ["h10", "h100"]),
         ("h100x12+a100x8", ["whole nodes"]),
     ],
