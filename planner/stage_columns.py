@@ -23,6 +23,7 @@ from planner.stage_planes import ENDLESS, Answer, Effort, rounded
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step
 WHOLE, PARTED = 60, 8  # linear programs before what is left is parted, at first and then
+RANK = 8  # times that what a rank takes counts more than what one of its stages does
 REFUTED = 1 + TOLERANCE  # times the time that is asked about
 
 
@@ -59,7 +60,7 @@ class _Tree:
         self.guess: tuple[int, ...] = ()
         times = master.times
         # what a rank's patterns are parted by: its times, and its compute, which counts more
-        self.features = np.concatenate([times, 2 * times.sum(axis=1, keepdims=True)], axis=1)
+        self.features = np.concatenate([times, RANK * times.sum(axis=1, keepdims=True)], axis=1)
 
     def empty(self) -> bool:
         """Whether no choice takes less than the time, as far as effort lasts."""
