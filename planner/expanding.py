@@ -29,7 +29,7 @@ from planner.outcome import (
     less_over,
     nearer,
 )
-from planner.proving import ENDLESS, FIRST, Prover, easiest_of
+from planner.proving import FIRST, Prover, easiest_of
 from planner.refuted import UNLIMITED, Refuted, unlimited
 from planner.room import least_bytes, over_below, state_bytes
 from planner.score import AXIS_GAIN_PPM, objective_below, score_of
@@ -38,7 +38,7 @@ from planner.some_below import named, programs_below, whole_below
 from planner.space import MOST_VIRTUAL_STAGES, Space
 from planner.stage_memory import forced_ps, freely_lowered, surely_fits
 from planner.stage_paths import Shapes
-from planner.stage_planes import Effort, applies, refute
+from planner.stage_planes import ENDLESS, Effort, applies, refute
 from planner.stage_ranks import bound_ps
 from planner.stages import StageSolution, lower_bound_ps, refutes, solve, surely_infeasible
 

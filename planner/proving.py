@@ -23,8 +23,7 @@ from planner.stage_columns import refute_by_columns
 from planner.stage_memory import freely_lowered
 from planner.stage_paths import Shape, Shapes, shape_of
 from planner.stage_patterns import Patterns, patterns_of
-from planner.stage_planes import ENDLESS as ENDLESS
-from planner.stage_planes import Answer, Effort, applies, classes_of, refute
+from planner.stage_planes import ENDLESS, Answer, Effort, applies, refute
 from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
@@ -219,10 +218,10 @@ class Prover:
         free = unlimited(p)
         first = ask.others and free != p and self.known.promising(free, target)
         for one in (free, p) if first else (p,):
-            made = None
-            if one is p:
-                made, more = self._by_columns(p, target, ask, left - took)
-                took += more
+            made, more = (
+                self._by_columns(p, target, ask, left - took) if one is p else (None, 0)
+            )
+            took += more
             if made is None:
                 effort = _effort(asked, p)
                 given = effort.programs = max(0, min(effort.programs, -(-(left - took) // counts)))
@@ -248,7 +247,7 @@ class Prover:
             return None, 0
         below_ps, patterns = self.patterns.get(p, (0, None))
         if below_ps < target:
-            patterns = patterns_of(p, ask.limit_ps, *classes_of(p))
+            patterns = patterns_of(p, ask.limit_ps)
             took = MANY if patterns is None else len(patterns.tail_ps) // PATTERNS
             for old in list(self.patterns)[: 1 - KEPT]:
                 del self.patterns[old]

@@ -29,9 +29,9 @@ from planner.expanding import Expander
 from planner.fleet_bounds import Fits
 from planner.mesh import Mesh, divisors, shard_sizes, shared_out
 from planner.outcome import Outcome, Tried, Unsettled, decided
-from planner.proving import ENDLESS
 from planner.search import SHARPENED, Searcher
 from planner.share_splits import Division
+from planner.stage_planes import ENDLESS
 from planner.stages import solve, surely_infeasible
 from planner.turns import by_space
 

@@ -9,7 +9,6 @@ rank's stages, that one is left out. Which layers of a class a stage has is left
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from cost_models.stage_problem import StageProblem, level_of, pairs_of
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
+from planner.stage_planes import classes_of
 from planner.stage_ranks import tables
 
 MOST = 40_000  # patterns of a program
@@ -65,19 +65,13 @@ class _Ways:
     working: Array
     again_ps: Array
 
-    def some(self, places: Sequence[int] | Ints) -> _Ways:
-        return _Ways(
-            self.kept[places], self.aside[places], self.working[places], self.again_ps[places]
-        )
-
 
 class _Ranks:
-    """Patterns, rank by rank. kinds: a row of numbers of each class, as `stage_planes` has them;
-    kind_of: the class of each layer."""
+    """Patterns, rank by rank. of: [number, class], what the problem knows of each class of layers.
+    """
 
-    def __init__(
-        self, p: StageProblem, below_ps: int, kinds: Sequence[Sequence[int]], kind_of: list[int]
-    ) -> None:
+    def __init__(self, p: StageProblem, below_ps: int) -> None:
+        kinds, kind_of = classes_of(p)
         self.p, self.kind_of = p, kind_of
         self.of = np.array(kinds, dtype=float).T
         self.each_ps = self.of[:3].sum(axis=0)
@@ -238,11 +232,9 @@ def _least(rows: Array) -> Array:
     return np.array(found).reshape(-1, rows.shape[1])
 
 
-def patterns_of(
-    p: StageProblem, below_ps: int, kinds: Sequence[Sequence[int]], kind_of: list[int]
-) -> Patterns | None:
+def patterns_of(p: StageProblem, below_ps: int) -> Patterns | None:
     """The patterns of all ranks with which a step may be below that; None where they are many."""
-    made = _Ranks(p, below_ps, kinds, kind_of)
+    made = _Ranks(p, below_ps)
     left, loads = MOST_LOADS, list[Ints]()
     for rank in range(p.pp):
         some = made.loads_of(rank, left)

@@ -24,7 +24,7 @@ def effort():
 
 
 def asked(p, below, shapes, effort, limit=None):
-    patterns = patterns_of(p, limit or below, *classes_of(p))
+    patterns = patterns_of(p, limit or below)
     return refute_by_columns(p, below, patterns, shapes.of(p), effort)
 
 
@@ -54,7 +54,7 @@ def test_each_choice_that_fits_has_a_pattern_on_each_rank(schedule):
         kinds, kind_of = classes_of(p)
         if best is None:
             continue
-        found = patterns_of(p, 2 * best, kinds, kind_of)
+        found = patterns_of(p, 2 * best)
         for stages, recompute in rng.sample(every, min(200, len(every))):
             step, _, fits = evaluate(p, stages, recompute)
             if not fits or step >= 2 * best:
@@ -133,8 +133,8 @@ def test_layers_keep_the_order_of_the_chain(monkeypatch):
 def test_too_many_patterns_are_none(monkeypatch):
     p = cut_short(large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8), 18)
     best = solve(p).step_ps
-    assert patterns_of(p, best, *classes_of(p)) is not None
+    assert patterns_of(p, best) is not None
     for name in ("MOST", "MOST_LOADS"):
         with monkeypatch.context() as some:
             some.setattr(stage_patterns, name, 5)
-            assert patterns_of(p, best, *classes_of(p)) is None
+            assert patterns_of(p, best) is None
