@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.schedule_paths import critical_path
 from cost_models.stage_problem import StageProblem
 from planner.interrupts import held
 from planner.stage_arcs import Array
 from planner.stage_order import hulls
-from planner.stage_paths import Known
+from planner.stage_paths import Known, longest
 from planner.stage_patterns import Patterns
 from planner.stage_planes import Effort, beside_ps, classes_of, latencies_ps
 
@@ -270,12 +269,7 @@ class Master:
         worst = np.argsort(-takes, kind="stable")[:JOIN].tolist()
         fresh = [i for i in worst if takes[i] > limit and i not in self.paths]
         if not fresh:
-            forward, back, weight = np.rint(times).astype(np.int64).reshape(3, -1).tolist()
-            _, path = critical_path(
-                self.p.schedule, forward, back, weight,
-                np.rint(self.latency).astype(np.int64).tolist(),
-                self.p.microbatches, self.p.pp, self.p.virtual_stages,
-            )  # fmt: skip
+            _, path = longest(self.p, times, self.latency)
             # of times in whole picoseconds, which small ones are far from
             takes_ps = path.runs.reshape(-1) @ times + (path.sends @ self.latency).sum()
             if takes_ps / self.unit <= limit:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cost_models.schedule_paths import Paths, rank_paths
+from cost_models.schedule_paths import Paths, critical_path, rank_paths
 from cost_models.stage_problem import StageProblem
 from planner.stage_arcs import Array
 
@@ -18,6 +18,16 @@ USEFUL = 200  # paths that a program begins with, at most
 
 def shape_of(p: StageProblem) -> Shape:
     return p.schedule, p.pp, p.microbatches, p.virtual_stages
+
+
+def longest(p: StageProblem, times: Array, latency: Array) -> tuple[int, Paths]:
+    """The makespan in ps, and a path that takes it: times by [kind * stage], latency by boundary,
+    both rounded to whole picoseconds."""
+    forward, back, weight = np.rint(times).astype(np.int64).reshape(3, -1).tolist()
+    return critical_path(
+        p.schedule, forward, back, weight, np.rint(latency).astype(np.int64).tolist(),
+        p.microbatches, p.pp, p.virtual_stages,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -112,22 +112,17 @@ class _Ranks:
         return self.ways[load]
 
     def _ways_of(self, load: Load) -> _Ways:
-        rows, rooms = set(), range(len(self.p.rooms))
+        rows, rooms = [], range(len(self.p.rooms))
         for layers in self.rows_of[load]:
             for pair in pairs_of(self.p.levels, len(layers)):
                 at = [(level_of(pair, i), k) for i, k in enumerate(layers)]
-                rows.add((
+                rows.append((
                     sum((0.0, self.of[9, k], self.of[8, k])[level] for level, k in at),
                     sum(self.of[10 + level, k] for level, k in at),
                     max(self.of[13 + level, k] for level, k in at),
                     *(sum(self.of[17 + 4 * i + level, k] for level, k in at) for i in rooms),
                 ))  # fmt: skip
-        left = np.array(sorted(rows))
-        kept_rows = []
-        while len(left):
-            kept_rows.append(left[0])
-            left = left[~(left >= left[0]).all(axis=1)]
-        found = np.array(kept_rows)
+        found = _least(np.array(rows))
         return _Ways(found[:, 1], found[:, 3:], found[:, 2], found[:, 0])
 
     def loads_of(self, rank: int, most_loads: int) -> Ints | None:

@@ -21,15 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from cost_models.schedule_paths import critical_path
-from cost_models.stage_problem import Room, StageProblem, slow_of
+from cost_models.stage_problem import Room, StageProblem, sends_ps
 from planner.interrupts import held
 from planner.linear import INF, Draft
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 from planner.stage_bounds import least_tail_ps
 from planner.stage_order import hulls
-from planner.stage_paths import Known
+from planner.stage_paths import Known, longest
 from planner.stage_ranks import bound_ps, tables
 from planner.stage_whole import solve_tree, solve_whole
 
@@ -100,11 +99,8 @@ def beside_ps(p: StageProblem) -> Array:
 
 def latencies_ps(p: StageProblem) -> Array:
     """[boundary]: of a send from a stage to the next."""
-    slow = slow_of(p)
-    return np.array([
-        (p.p2p_ps + (slow[b][0] if slow else 0)) * (p.rank_of(b) != p.rank_of(b + 1))
-        for b in range(p.count - 1)
-    ], dtype=float)  # fmt: skip
+    across = [p.rank_of(b) != p.rank_of(b + 1) for b in range(p.count - 1)]
+    return np.array(sends_ps(p), dtype=float) * across
 
 
 def _rows(p: StageProblem) -> list[tuple[int, ...]]:
@@ -351,9 +347,7 @@ class _Planes:
             return None
         if status != self.solver.OPTIMAL:  # it gave up: nothing is proved
             self.effort.programs = 0
-            return Point(
-                times=self.fixed, tail_ps=0.0, ranks=[], stages=[]
-            )
+            return Point(times=self.fixed, tail_ps=0.0, ranks=[], stages=[])
         return self._point(np.array([x.solution_value() for x in self.variables]))
 
     def _point(self, values: Array) -> Point:
@@ -370,18 +364,13 @@ class _Planes:
 
     def _holds(self, point: Point) -> bool:
         """Whether no path takes a solution beyond the time; those that do join."""
-        p, limit = self.p, self.unit * (1 + 2 * TOLERANCE) - point.tail_ps
+        limit = self.unit * (1 + 2 * TOLERANCE) - point.tail_ps
         takes = self.known.runs @ point.times + self.known.sends @ self.latency
         worst = np.argsort(-takes, kind="stable")[:JOIN]
         beyond = [int(i) for i in worst if takes[i] > limit]
         fresh = [i for i in beyond if i not in self.joined]
         if not beyond:
-            forward, back, weight = np.rint(point.times).astype(np.int64).reshape(3, -1).tolist()
-            span, path = critical_path(
-                p.schedule, forward, back, weight,
-                np.rint(self.latency).astype(np.int64).tolist(),
-                p.microbatches, p.pp, p.virtual_stages,
-            )  # fmt: skip
+            span, path = longest(self.p, point.times, self.latency)
             if span <= limit:
                 return True
             self.known.add(path)
