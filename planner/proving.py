@@ -19,26 +19,25 @@ from cost_models.stage_problem import StageProblem, least_of
 from planner.outcome import Unsettled
 from planner.refuted import Refuted, unlimited
 from planner.score import AXIS_GAIN_PPM, PPM, axes_used, objective_below
-from planner.stage_columns import refute_by_columns
+from planner.stage_columns import Tree
 from planner.stage_memory import freely_lowered
 from planner.stage_paths import Shape, Shapes, shape_of
-from planner.stage_patterns import Patterns, patterns_of
+from planner.stage_patterns import patterns_of
 from planner.stage_planes import ENDLESS, Answer, Effort, applies, refute
 from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 14_400  # linear programs at most, some ms each, or as much in whole numbers
-BEYOND = 12_200  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 80_000  # linear programs at most, some ms each, or as much in whole numbers
+BEYOND = 77_800  # of them, that are kept for bounds that are further from the best than the goal
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
 EFFORTS = (0.0, 0), (0.1, 1), (1.5, 100), (3.0, 200), (6.0, 400), (12.0, 1_600), (24.0, 6_400)
 # linear programs over patterns of ranks, as often, of programs that have few of them
 COLUMNS = 0, 300, 900, 1_800, 3_600, 7_200, 14_400
-PATTERNS = 60  # that take as long to find as a linear program
-MANY = 10  # linear programs that take as long as to find that there are too many
-KEPT = 8  # programs whose patterns are kept
+MANY = 10  # linear programs that take as long as to find that there are too many patterns
+KEPT = 8  # programs whose trees are kept
 NODES = 1_000_000  # of a tree of them: its linear programs are what counts
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 AHEAD = 4  # programs with the least bounds, of which those come first that took least until now
@@ -99,6 +98,7 @@ class Ask:
     refutes. programs: linear programs at most, some more. others: what is refuted without a limit
     to memory helps other programs. look: the problem of which a better plan is looked for. looked:
     what `asked` was when one was looked for near its bound, as it is before more effort is spent.
+    side: which of the two processes of a search is asked.
     """
 
     problem: StageProblem
@@ -110,6 +110,17 @@ class Ask:
     others: bool
     look: StageProblem
     looked: int
+    side: int = 0
+
+    @property
+    def far(self) -> bool:
+        """Whether the bound is further from the best than the goal."""
+        return far_below(self.bound_ps, self.limit_ps)
+
+    @property
+    def top_ps(self) -> int:
+        """As far as the bound is raised: the goal, or what is no better than the best."""
+        return self.limit_ps - (self.limit_ps // GOAL if self.far else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,16 +149,14 @@ class Prover:
     shapes: Shapes = field(default_factory=Shapes)
     known: Refuted = field(default_factory=Refuted)
     annealed: set[Shape] = field(default_factory=set)  # once each: what differs little, does so
-    # of the programs that were asked so last: (with which a step may be below that, the patterns,
-    # None where they are too many)
-    patterns: dict[StageProblem, tuple[int, Patterns | None]] = field(default_factory=dict)
+    # of the programs that were asked so last; None where their patterns are too many
+    trees: dict[StageProblem, Tree | None] = field(default_factory=dict)
 
     def told(self, ask: Ask) -> Told:
         """With more effort each time that it was no use."""
         asked, high, left = ask.asked, ask.high_ps, ask.programs
         limit, bound = ask.limit_ps, ask.bound_ps
-        far = far_below(bound, limit)
-        top = limit - limit // GOAL if far else limit
+        far, top = ask.far, ask.top_ps
         better = None
         stuck = asked >= len(EFFORTS) or left <= (0 if far else BEYOND)
         stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
@@ -245,17 +254,21 @@ class Prover:
         programs, took = min(COLUMNS[ask.asked], left), 0
         if programs <= 0:
             return None, 0
-        below_ps, patterns = self.patterns.get(p, (0, None))
-        if below_ps < target:
-            patterns = patterns_of(p, ask.limit_ps)
-            took = MANY if patterns is None else len(patterns.tail_ps) // PATTERNS
-            for old in list(self.patterns)[: 1 - KEPT]:
-                del self.patterns[old]
-            self.patterns[p] = ask.limit_ps, patterns
-        if patterns is None:
+        known = p in self.trees
+        tree = self.trees.pop(p, None)  # it is the latest then
+        if not known or (tree is not None and tree.top_ps < ask.top_ps):
+            patterns = patterns_of(p, ask.top_ps)
+            took = MANY if patterns is None else patterns.programs
+            tree = None
+            if patterns is not None:
+                tree = Tree(p, ask.top_ps, patterns, self.shapes.of(p))
+        self.trees[p] = tree
+        for old in list(self.trees)[:-KEPT]:
+            del self.trees[old]
+        if tree is None:
             return None, took
         effort = Effort(programs=programs, nodes=NODES)
-        answer = refute_by_columns(p, target, patterns, self.shapes.of(p), effort)
+        answer = tree.answer(target, ask.top_ps, effort)
         return answer, took + programs - effort.programs
 
 
@@ -291,11 +304,13 @@ class Proof:
     found: Callable[[Unsettled, StageSolution], int]
     gain_ppm: int = AXIS_GAIN_PPM
     stopped: Callable[[], bool] = lambda: False  # Ctrl-C: the bounds so far are what is proved
+    report: Callable[[int], None] = lambda bound: None  # is told of the least bound as it rises
     programs: int = PROGRAMS
     certified: int = 0
     answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
     # by order: `asked`, `high_ps` and `looked`, as an ask has them
     asked: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    sides: dict[int, int] = field(default_factory=dict)  # by order: that was asked with more effort
 
     def run(self) -> list[Unsettled]:
         """Least bound first, some at once, while that raises the whole; returns what is left.
@@ -312,6 +327,7 @@ class Proof:
         while self.left and not self.stopped():
             in_order = sorted(self.left, key=lambda u: (u.bound, u.order))
             weakest = in_order[0]
+            self.report(min(weakest.bound, self.untried))
             if weakest.bound >= min(self.untried, self.best):
                 break
             if applies(weakest.problem) and not self._is_stuck(weakest):
@@ -345,7 +361,11 @@ class Proof:
         ]  # fmt: skip
         least = min(hard for hard, _ in rows)
         some = [u for hard, u in rows if hard == least]
-        return some if least < HARD else some[:2]
+        if least < HARD:
+            return some
+        first, *others = some
+        apart = [u for u in others if self.sides.get(u.order) != self.sides.get(first.order)]
+        return [first, *(apart or others)[:1]]
 
     def _far(self, one: Unsettled) -> bool:
         """Whether its bound is further from the best than the goal."""
@@ -381,7 +401,7 @@ class Proof:
 
     def _raise(self, some: Sequence[Unsettled]) -> None:
         """Raise the bounds of these."""
-        answers = self.answers([self._ask(one) for one in some])
+        answers = self.answers(self._placed(some))
         for one, answer in zip(some, answers):
             asked = len(EFFORTS) if answer.stuck else answer.asked
             self.asked[one.order] = asked, answer.high_ps, answer.looked
@@ -400,6 +420,24 @@ class Proof:
                 self.asked.pop(one.order)  # of what was joined, not of the member with its order
             elif raised is not one:
                 self._put(one, [raised])
+
+    def _placed(self, some: Sequence[Unsettled]) -> list[Ask]:
+        """Asks of these, half of them to each side; what was harder goes where its tree is, as far
+        as there is room."""
+        room = [len(some) - len(some) // 2] * 2
+        side_of: dict[int, int] = {}
+        for one in some:
+            side = self.sides.get(one.order, 0 if len(some) == 1 else None)
+            if side is not None and room[side]:
+                side_of[one.order] = side
+                room[side] -= 1
+        for one in some:
+            if one.order not in side_of:
+                side_of[one.order] = side = int(room[1] >= room[0])
+                room[side] -= 1
+            if self._asked(one)[0]:
+                self.sides[one.order] = side_of[one.order]
+        return [replace(self._ask(one), side=side_of[one.order]) for one in some]
 
     def _is_stuck(self, one: Unsettled) -> bool:
         """Whether its bound is raised no further, and so not that of all."""

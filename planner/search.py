@@ -202,20 +202,20 @@ class Searcher(Expander):
         effort = max(self.effort, min(out.spent, self.patience * self.effort))
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
-            answers=partial(answers, pair),
+            answers=partial(answers, pair), report=partial(self._report, out, doing="proving"),
             gain_ppm=self.gain_ppm, stopped=stopped,
             programs=PROGRAMS * min(max(1, effort // DEFAULT_EFFORT), MOST_PROVING),
         ).run()  # fmt: skip
 
-    def _report(self, out: Outcome, bound: int) -> None:
+    def _report(self, out: Outcome, bound: int, doing: str = "solving") -> None:
         if self.progress and not out.best:
-            self.progress(f"solving: {out.expanded} of {out.meshes} meshes, none fits yet")
+            self.progress(f"{doing}: {out.expanded} of {out.meshes} meshes, none fits yet")
         if self.progress and out.best:
             best = out.best.score
             step = whole_step_ps(self.costs, out.best.objective_ps) / 1e12
             gap = max(0.0, (best - bound) / best)
             said = [format_seconds(seconds) for seconds in (step, step * (1 - gap))]
-            self.progress(f"solving: best {said[0]}, bound {said[1]}, gap {gap:.1%}")
+            self.progress(f"{doing}: best {said[0]}, bound {said[1]}, gap {gap:.1%}")
 
 
 __all__ = ["Outcome", "Searcher", "Tried"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,9 +94,7 @@ def _halves(meshes: Sequence[Mesh]) -> tuple[list[int], list[int]]:
 
 
 def answers(pair: Pair[Side], asked: Sequence[Ask]) -> list[Told]:
-    """What both sides say, asked in turn: of two the first is the other's, what is asked alone is
-    answered here."""
-    shares = (asked[1::2], asked[::2]) if len(asked) > 1 else (asked, ())
-    own, other = pair.both("prove", [(share,) for share in shares])
-    behind = itertools.zip_longest(other, own)
-    return [told for both in behind for told in both if told]
+    """What both sides say, each of what it is asked."""
+    shares = [[ask for ask in asked if ask.side == side] for side in (0, 1)]
+    told = [iter(found) for found in pair.both("prove", [(share,) for share in shares])]
+    return [next(told[ask.side]) for ask in asked]

@@ -5,6 +5,7 @@ linear program (`stage_master`) is far sharper than one whose layers are fractio
 the program's least objective is at least their dual function (Lagrange): that is the bound, and by
 it patterns go that no choice below the time has. What is left is parted by what a rank's stage
 takes, below its mean or above, the largest variance first; the least bound is parted next.
+A tree is kept, and goes on where it was left.
 """
 
 from __future__ import annotations
@@ -22,103 +23,141 @@ from planner.stage_patterns import Patterns
 from planner.stage_planes import ENDLESS, Answer, Effort, rounded
 
 TOLERANCE = 1e-6  # of the linear solver, relative to the step
-WHOLE, PARTED = 60, 8  # linear programs before what is left is parted, at first and then
+BEYOND = 2.0  # times the time asked about: of what no choice has
+WHOLE, PARTED = 60, 12  # linear programs before what is left is parted, at first and then
 RANK = 8  # times that what a rank takes counts more than what one of its stages does
 REFUTED = 1 + TOLERANCE  # times the time that is asked about
 
 
-def refute_by_columns(
-    p: StageProblem, below_ps: int, patterns: Patterns, known: Known, effort: Effort
-) -> Answer:
-    """As `stage_planes.refute`, of a kind of program that it bounds.
+class Tree:
+    """What is left of a program below a time, parted as far as effort lasted; asked again, it goes
+    on from there.
 
-    patterns: those with which a step may be below that, at least. effort: linear programs and nodes
-    of the tree.
-    """
-    patterns = patterns.below(below_ps * REFUTED)
-    if not all(np.diff(patterns.begins)):  # a rank has none
-        return Answer(refuted=True, least_ps=below_ps, cuts=[])
-    tree = _Tree(Master(p, below_ps, known, patterns, effort), effort)
-    refuted = tree.empty()
-    known.used(set(tree.master.paths))
-    least, whole = (min(below_ps, math.floor(x * below_ps)) for x in (tree.least, tree.whole))
-    return Answer(
-        refuted=refuted, least_ps=below_ps if refuted else least,
-        cuts=tree.cuts or ([tree.guess] if tree.guess else []),
-        held_ps=whole if tree.cuts else ENDLESS,
-    )  # fmt: skip
+    below_ps: patterns are all that a step below it may have. least: no choice takes less, as a
+    share of that. cuts: of choices that no path takes beyond it; whole: the least that any of them
+    takes. guess: whole layers near to what it came to last."""
 
-
-class _Tree:
-    """least: no choice takes less, as a share of the time that is asked about. cuts: of choices
-    that no path takes beyond it; whole: the least that any of them takes. guess: whole layers near
-    to what it came to last."""
-
-    def __init__(self, master: Master, effort: Effort) -> None:
-        self.master, self.effort = master, effort
-        self.least, self.whole, self.cuts = 0.0, 1.0, list[tuple[int, ...]]()
+    def __init__(self, p: StageProblem, below_ps: int, patterns: Patterns, known: Known) -> None:
+        self.p, self.below_ps, self.patterns, self.known = p, below_ps, patterns, known
+        self.whole, self.cuts = BEYOND, list[tuple[int, ...]]()
         self.guess: tuple[int, ...] = ()
-        times = master.times
-        # what a rank's patterns are parted by: its times, and its compute, which counts more
-        self.features = np.concatenate([times, RANK * times.sum(axis=1, keepdims=True)], axis=1)
+        # (bound, the patterns allowed); none where a rank has none
+        self.left: list[tuple[float, Mask]] = []
+        self.most, self.deeper, self.top_ps = WHOLE, False, below_ps
+        if all(np.diff(patterns.begins)):
+            self.master = Master(p, below_ps, known, patterns)
+            self.left.append((0.0, self.master.allowed))
 
-    def empty(self) -> bool:
-        """Whether no choice takes less than the time, as far as effort lasts."""
-        left = [(0.0, self.master.allowed)]  # (bound, the patterns allowed)
-        most, deeper = WHOLE, False
-        while left and self.effort.nodes > 0 and self.effort.programs > 0:
-            self.effort.nodes -= 1
+    @property
+    def top(self) -> float:
+        """What takes such a share is refuted."""
+        return self.top_ps / self.below_ps * REFUTED
+
+    @property
+    def least(self) -> float:
+        return min([BEYOND, self.whole, *(bound for bound, _ in self.left)])
+
+    def answer(self, below_ps: int, top_ps: int, effort: Effort) -> Answer:
+        """As `stage_planes.refute`. top_ps: what takes so long is not asked about from now on; no
+        more than it was. effort: linear programs and nodes of the tree."""
+        self.top_ps = top_ps
+        target = below_ps / self.below_ps * REFUTED
+        self._part(target, effort)
+        least = min(top_ps, math.floor(self.least * self.below_ps))
+        refuted = self.least >= target
+        return Answer(
+            refuted=refuted, least_ps=max(least, below_ps if refuted else 0),
+            cuts=self.cuts or ([self.guess] if self.guess else []),
+            held_ps=math.floor(self.whole * self.below_ps) if self.cuts else ENDLESS,
+        )  # fmt: skip
+
+    def _part(self, target: float, effort: Effort) -> None:
+        """Until no choice takes less than that, as far as effort lasts."""
+        if not self.left:
+            return
+        while self.left and effort.nodes > 0 and effort.programs > 0:
             # on with what was parted last; else with the least bound, which is that of all
-            at = len(left) - 1 if deeper else min(range(len(left)), key=lambda i: left[i][0])
-            bound, allowed = left.pop(at)
-            self.master.allow(allowed)
-            deeper, sides = False, None
-            for programs in (most, self.effort.programs):  # what cannot be parted is gone on with
+            least = min(range(len(self.left)), key=lambda i: self.left[i][0])
+            if not self.deeper and self.left[least][0] >= min(target, self.whole):
+                break
+            effort.nodes -= 1
+            bound, allowed = self.left.pop(-1 if self.deeper else least)
+            m = self.master
+            m.effort = effort
+            m.allow(allowed)
+            self.deeper, sides = False, None
+            for programs in (self.most, effort.programs):  # what cannot be parted is gone on with
                 found, ended = self._bound(programs)
                 bound = max(bound, found)
-                if bound >= REFUTED or not ended:
+                if bound >= self.top or not ended:
                     break
                 sides = self._parted()
                 if sides is not None:
                     break
-            most = PARTED
-            if bound >= REFUTED:
+            if bound >= self.top:
+                self.most = PARTED
                 continue
             if not ended:  # effort is spent
-                left.append((bound, allowed))
+                self.left.append((bound, m.allowed.copy()))
                 break
-            p = self.master.p
-            self.guess = rounded(self.master.stages_of_shares().sum(axis=1).tolist(), p.layers)
-            if sides is None:  # whole: mostly a choice, and none that is left here takes less
-                self.cuts.append(self.guess)
-                self.whole = min(self.whole, bound)
+            self.most = PARTED
+            self.guess = rounded(m.stages_of_shares().sum(axis=1).tolist(), self.p.layers)
+            if sides is None:
+                self._is_whole(bound, effort)
                 continue
-            deeper = True
+            self.deeper = True
             mine, high = sides
             for side in (high, ~high):  # first what is below the mean, which takes less
-                allowed = self.master.allowed.copy()
+                allowed = m.allowed.copy()
                 allowed[mine[~side]] = False
-                left.append((bound, allowed))
-        self.least = min([self.whole, *(bound for bound, _ in left)])
-        return not left and not self.cuts
+                self.left.append((bound, allowed))
+        self.known.used(set(self.master.paths))
+
+    def _is_whole(self, bound: float, effort: Effort) -> None:
+        """Mostly a choice, and none that is left here takes less. Patterns of loads alone are asked
+        about again with all ways to recompute them; all others are left."""
+        m, rest = self.master, self.master.allowed.copy()
+        here = [part.start + np.flatnonzero(m.shares[part] > TOLERANCE) for part in m.ranks]
+        patterns = None if self.patterns.spread is None else self.patterns.apart(here)
+        if patterns is None:
+            self.cuts.append(self.guess)
+            self.whole = min(self.whole, bound)
+            return
+        for part, mine in zip(m.ranks, here):
+            others = rest.copy()
+            others[mine] = False
+            if others[part].any():
+                self.left.append((bound, others))
+            rest[part] = False
+            rest[mine] = m.allowed[mine]
+        inner = Tree(self.p, self.below_ps, patterns, self.known)
+        inner.top_ps = self.top_ps
+        inner._part(self.top, effort)
+        self.cuts += inner.cuts
+        self.whole = min(self.whole, inner.whole)
+        bound = max(bound, inner.least)
+        if bound < inner.whole and effort.programs > 0:  # no prices of its layers are exact
+            self.whole = min(self.whole, bound)
+        elif bound < inner.whole:
+            self.left.append((bound, rest))
 
     def _bound(self, most: int) -> tuple[float, bool]:
         """(no choice of the patterns allowed takes less, whether the program ended below the time):
         with nothing that breaks it, or after so many linear programs, as parting raises more than
         to go on."""
         m, least, by = self.master, 0.0, "DUAL"
-        while self.effort.programs > 0 and m.solved(by):
+        while m.effort.programs > 0 and m.solved(by):
             most -= 1
             lowest = np.array([m.reduced[part].min() for part in m.ranks])
             if np.isinf(lowest).any():  # a rank has no pattern left
-                return 2.0, False
+                return BEYOND, False
             lower = np.minimum(lowest, 0.0)
             dual = m.objective + float(lower.sum())
             least = max(least, dual)
-            if least >= REFUTED:
+            if least >= self.top:
                 return least, False
             # a choice that has this pattern takes at least so much
-            gone = m.allowed & (dual + m.reduced - lower[m.rank] > REFUTED + TOLERANCE)
+            gone = m.allowed & (dual + m.reduced - lower[m.rank] > self.top + TOLERANCE)
             m.forbid(gone)
             by = "DUAL"
             if m.priced_in():
@@ -134,11 +173,15 @@ class _Tree:
         """A rank's patterns, and which of them are above the mean of what they are parted by; None
         where each rank has one."""
         best, found = TOLERANCE**2, None
-        for part in self.master.ranks:
-            share = self.master.shares[part]
+        m = self.master
+        for part in m.ranks:
+            share = m.shares[part]
             if (share > TOLERANCE).sum() < 2:
                 continue
-            values: Array = self.features[part]
+            # its times, its compute, which counts more, and what it recomputes beside
+            times: Array = m.times[part]
+            compute = times.sum(axis=1, keepdims=True)
+            values = np.concatenate([times, RANK * compute, m.needs[part, :1]], axis=1)
             mean = share @ values / share.sum()
             spread = share @ (values - mean) ** 2
             at = int(spread.argmax())

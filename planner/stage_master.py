@@ -2,8 +2,10 @@
 
 Each rank has one pattern in all, the ranks together the model's layers of each class, in the order
 of the chain as far as lines tell it (`stage_order`); the makespan is at least each path that has
-joined. Patterns join as their reduced cost tells, paths and lines of the order as they are broken.
-What has not mattered of late leaves again, as a small program is solved much sooner.
+joined. What stages recompute has variables of its own where patterns are of loads alone
+(`stage_spread`). Patterns join as their reduced cost tells; paths, lines of the order and limits of
+what is recomputed as they are broken. What has not mattered of late leaves again, as a small
+program is solved much sooner.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ REST = 1e-7  # of a reduced cost or a price, that is none
 
 Mask = NDArray[np.bool_]
 Line = tuple[int, int]  # a side of the hulls, and the stage up to which it counts
+Limit = tuple[int, int]  # a rank, and which of its limits of what it recomputes
 
 
 class Master:
@@ -48,11 +51,11 @@ class Master:
     """
 
     def __init__(
-        self, p: StageProblem, below_ps: int, known: Known, patterns: Patterns, effort: Effort
+        self, p: StageProblem, below_ps: int, known: Known, patterns: Patterns
     ) -> None:
         from ortools.linear_solver import pywraplp
 
-        self.p, self.unit, self.known, self.effort = p, float(below_ps), known, effort
+        self.p, self.unit, self.known, self.effort = p, float(below_ps), known, Effort(programs=0)
         kinds, kind_of = classes_of(p)
         self.fixed, self.latency = beside_ps(p), latencies_ps(p)
         self.counts = np.bincount(kind_of).astype(float)
@@ -63,6 +66,10 @@ class Master:
         self.times: Array = patterns.times / self.unit  # [pattern, kind * stage of the rank]
         self.tail: Array = patterns.tail_ps / self.unit
         self.layers: Array = patterns.loads.sum(axis=1).astype(float)  # [pattern, class]
+        self.spread = patterns.spread
+        self.needs, self.counts_of = np.zeros((len(self.tail), 0)), np.zeros((p.pp, 0, p.chunks))
+        if self.spread is not None:
+            self.needs, self.counts_of = self.spread.needs_ps / self.unit, self.spread.counts
         self.allowed: Mask = np.ones(len(self.tail), dtype=bool)
         self.sides = [(k, *side) for k in range(len(kinds) - 1) for side in hulls(kind_of, k)]
         # [pattern, stage of the rank] of each side: by how much its layers are beyond the rate
@@ -81,6 +88,7 @@ class Master:
         made.SetIntegerParam(made.INCREMENTALITY, made.INCREMENTALITY_OFF)
         self.mattered: dict[int | Line, int] = {}  # by path or line: when it did last
         self.turn = self.begun = 0
+        self.limits: dict[Limit, Any] = {}
         mean = p.layers / p.pp
         nearest = [
             part.start + np.argsort(abs(self.layers[part].sum(axis=1) - mean), kind="stable")[:MORE]
@@ -107,11 +115,15 @@ class Master:
             for sign in (1, -1):
                 row.SetCoefficient(self._no(), sign)
         self.disorder = [self._no() for _ in range(2)]
+        # what each stage recomputes, where the patterns do not have it
+        stages = range(self.p.count if self.spread else 0)
+        self.again = [s.NumVar(0, infinite, "") for _ in stages]
         for row in self.tails:
             row.SetCoefficient(longest, 1)
         self.variables: dict[int, Any] = {}  # by pattern
         self.paths: dict[int, Any] = {}  # by path, as those known are numbered
         self.lines: dict[Line, Any] = {}
+        limits, self.limits = [*self.limits], {}
         self.runs: Array = np.zeros((64, 3 * self.p.count))  # [path, kind * stage], with room
         for place in places:
             self._add(place)
@@ -119,6 +131,8 @@ class Master:
             self._join(path)
         for line in lines:
             self._join_line(line)
+        for limit in limits:
+            self._join_limit(limit)
         self.begun = self.turn
 
     def _no(self) -> Any:
@@ -170,6 +184,9 @@ class Master:
             row.SetCoefficient(x, -price)
         for line, row in self.lines.items():
             row.SetCoefficient(x, self._upto(place, line))
+        for (of, at), row in self.limits.items():
+            if of == rank:
+                row.SetCoefficient(x, -float(self.needs[place, at]))
 
     def _join(self, path: int) -> None:
         runs = self.known.runs[path]
@@ -179,6 +196,8 @@ class Master:
         own = [self._of_rank(rank, runs) for rank in range(self.p.pp)]
         for place, x in self.variables.items():
             row.SetCoefficient(x, -float(self.times[place] @ own[self.rank[place]]))
+        for y, n in zip(self.again, runs.reshape(3, -1)[1].tolist()):
+            row.SetCoefficient(y, -n)
         if len(self.paths) == len(self.runs):
             self.runs = np.concatenate([self.runs, np.zeros_like(self.runs)])
         self.runs[len(self.paths)] = runs
@@ -200,6 +219,15 @@ class Master:
         for place, x in self.variables.items():
             row.SetCoefficient(x, self._upto(place, line))
 
+    def _join_limit(self, limit: Limit) -> None:
+        rank, at = limit
+        row = self.limits[limit] = self.solver.Constraint(0, self.solver.infinity())
+        for stage, count in zip(self.stages[rank], self.counts_of[rank, at].tolist()):
+            row.SetCoefficient(self.again[stage], count)
+        for place, x in self.variables.items():
+            if self.rank[place] == rank:
+                row.SetCoefficient(x, -float(self.needs[place, at]))
+
     def solved(self, by: str) -> bool:
         """Solve; False where the solver gave up. by: the simplex that is near its end, "DUAL" where
         something was forbidden or broken, "PRIMAL" where patterns joined."""
@@ -220,6 +248,8 @@ class Master:
         self.shares: Array = np.zeros(len(self.rank))
         for place, x in self.variables.items():
             self.shares[place] = x.solution_value()
+        self.recomputes: Array = np.zeros(self.p.count)
+        self.recomputes[: len(self.again)] = [y.solution_value() for y in self.again]
         self.reduced = np.where(self.allowed, self._reduced(), np.inf)
         return True
 
@@ -232,6 +262,9 @@ class Master:
         for name, price in zip(names, (*paths, *lines)):
             if abs(price) > REST:
                 self.mattered[name] = self.turn
+        limits = np.zeros(self.counts_of.shape[:2])
+        for limit, row in self.limits.items():
+            limits[limit] = row.dual_value()
         runs = paths @ self.runs[: len(paths)]
         order = np.zeros((len(self.sides), self.p.count))  # of all lines behind a stage
         for (side, stage), price in zip(self.lines, lines.tolist()):
@@ -239,6 +272,7 @@ class Master:
         cost = tails[self.rank] * self.tail - ranks[self.rank] - self.layers @ classes
         for rank, part in enumerate(self.ranks):
             cost[part] += self.times[part] @ self._of_rank(rank, runs)
+            cost[part] += self.needs[part] @ limits[rank]
             for beyond, prices in zip(self.beyond, order):
                 cost[part] -= beyond[part] @ prices[self.stages[rank]]
         return cost
@@ -255,14 +289,27 @@ class Master:
         return bool(fresh)
 
     def broken(self) -> bool:
-        """Whether a path or a line joined, as the shares break it."""
-        return self._disordered() or self._too_long()
+        """Whether a path, a line or a limit joined, as the shares break it."""
+        return self._disordered() or self._beyond_limits() or self._too_long()
+
+    def _beyond_limits(self) -> bool:
+        """Whether a rank recomputes less than it needs, or a stage more than it can."""
+        off = np.array([
+            self.shares[part] @ self.needs[part] - counts @ self.recomputes[stages]
+            for part, counts, stages in zip(self.ranks, self.counts_of, self.stages)
+        ])  # fmt: skip
+        found = [divmod(at, off.shape[1]) for at in np.argsort(-off, axis=None)[:JOIN].tolist()]
+        fresh = [limit for limit in found if off[limit] > TOLERANCE and limit not in self.limits]
+        for limit in fresh:
+            self._join_limit(limit)
+        return bool(fresh)
 
     def _too_long(self) -> bool:
         """Whether a path takes longer than the makespan that the program has."""
         more = np.zeros((3, self.p.count))
         for stages, part in zip(self.stages, self.ranks):
             more[:, stages] = (self.shares[part] @ self.times[part]).reshape(3, -1)
+        more[1] += self.recomputes
         times = self.fixed + more.reshape(-1) * self.unit
         limit = self.span + 10 * TOLERANCE
         takes = (self.known.runs @ times + self.known.sends @ self.latency) / self.unit

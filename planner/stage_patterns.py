@@ -3,13 +3,17 @@
 A pattern is what the stages of one rank have of each class of layers and what they recompute of
 it, as far as that fits the rank's memory at each moment that can be its peak, and runs in the time
 that is asked about. Of two with the same layers of which one recomputes no less in any of the
-rank's stages, that one is left out. Which layers of a class a stage has is left open.
+rank's stages, that one is left out. Which layers of a class a stage has is left open. Where these
+are too many, a pattern is the layers alone, and what they recompute is left open too
+(`stage_spread`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +23,12 @@ from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 from planner.stage_planes import classes_of
 from planner.stage_ranks import tables
+from planner.stage_spread import Spread, spread_of
 
 MOST = 40_000  # patterns of a program
-MOST_LOADS = 10_000  # of all ranks: what the stages of one have of each class
+LOADS = 10_000  # of all ranks, what the stages of one have of each class: of more it is too many
+MOST_LOADS = 120_000  # of all ranks that are patterns alone
+A_PROGRAM = 60, 1_500  # patterns that take as long to find as a linear program, and loads
 MANY = 4  # times so many, before it is known how many layers are on other ranks
 MOST_WAYS = 200_000  # to recompute one of them
 TOLERANCE = 1e-6  # of a time that is asked about
@@ -35,24 +42,26 @@ Mask = NDArray[np.bool_]
 class Patterns:
     """Rank after rank. loads: layers by [pattern, stage of the rank, class]. times: what it adds
     to those stages, [pattern, kind * stage of the rank] in ps. own_ps: in which its rank runs all
-    micro-batches and its tail. begins: of each rank its first pattern, and one beyond the last."""
+    micro-batches and its tail. begins: of each rank its first pattern, and one beyond the last.
+    spread: what they recompute, where that is not in their times."""
 
     loads: Ints
     times: Array
     tail_ps: Array
     own_ps: Array
     begins: tuple[int, ...]
+    ranks: Ranks
+    spread: Spread | None = None
 
-    def below(self, limit_ps: float) -> Patterns:
-        """Those that alone take no longer."""
-        some = self.own_ps <= limit_ps
-        if some.all():
-            return self
-        ends = np.concatenate([[0], np.cumsum(some)])
-        return Patterns(
-            loads=self.loads[some], times=self.times[some], tail_ps=self.tail_ps[some],
-            own_ps=self.own_ps[some], begins=tuple(ends[list(self.begins)].tolist()),
-        )  # fmt: skip
+    @property
+    def programs(self) -> int:
+        """Linear programs that take as long as to find them."""
+        return len(self.own_ps) // A_PROGRAM[self.spread is not None]
+
+    def apart(self, places: Sequence[Ints]) -> Patterns | None:
+        """Of patterns of loads alone some of each rank, with all ways to recompute them; None where
+        these are too many."""
+        return self.ranks.patterns([self.loads[some] for some in places])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ class _Ways:
     again_ps: Array
 
 
-class _Ranks:
+class Ranks:
     """Patterns, rank by rank. of: [number, class], what the problem knows of each class of layers.
     """
 
@@ -125,6 +134,17 @@ class _Ranks:
         found = _least(np.array(rows))
         return _Ways(found[:, 1], found[:, 3:], found[:, 2], found[:, 0])
 
+    def loads_of_all(self, most_loads: int) -> list[Ints] | None:
+        """Of each rank what its stages may have; None where that is more in all."""
+        found = []
+        for rank in range(self.p.pp):
+            some = self.loads_of(rank, most_loads)
+            if some is None:
+                return None
+            most_loads -= len(some)
+            found.append(some)
+        return found
+
     def loads_of(self, rank: int, most_loads: int) -> Ints | None:
         """[way, stage of the rank, class]: what the stages may have in time; None where there are
         more ways."""
@@ -143,25 +163,69 @@ class _Ranks:
         found = found[self._in_windows(rank, layers) & (self._left_ps(rank, layers) >= 0)]
         return found if len(found) <= most_loads else None
 
-    def of_rank(self, rank: int, loads: Ints) -> Patterns | None:
-        """What a rank with such loads recomputes; None where there are too many ways."""
-        p, layers = self.p, loads.sum(axis=1)
+    def patterns(self, loads: Sequence[Ints]) -> Patterns | None:
+        """Of such loads of each rank with all ways to recompute them; None where they are many."""
+        left, found = MOST, []
+        for rank, mine in enumerate(loads):
+            some = self._of_rank(rank, mine, left)
+            if some is None:
+                return None
+            left -= len(some.own_ps)
+            found.append(some)
+        return self._joined(found)
+
+    def of_loads(self, loads: Sequence[Ints]) -> Patterns:
+        """Of such loads of each rank alone."""
+        moments = max(map(len, self.held))
+        found = []
+        for rank, mine in enumerate(loads):
+            spread = spread_of(self.p, rank, self.of, mine, moments)
+            fits = spread.least_ps <= self._left_ps(rank, mine.sum(axis=1))
+            again = np.zeros((int(fits.sum()), self.p.chunks))
+            spread = replace(
+                spread, least_ps=spread.least_ps[fits], needs_ps=spread.needs_ps[fits]
+            )
+            found.append(self._recomputing(rank, mine[fits], again, spread))
+        return self._joined(found)
+
+    def _of_rank(self, rank: int, loads: Ints, most: int) -> Patterns | None:
+        """What a rank with such loads recomputes; None where there are more ways."""
         found: list[tuple[int, Array]] = []
+        layers = loads.sum(axis=1)
         for at, left_ps in enumerate(self._left_ps(rank, layers).tolist()):
             again = self._again_ps(rank, loads[at], layers[at], left_ps)
             if again is None:
                 return None
             found += [(at, more) for more in again]
-            if len(found) > MOST:
+            if len(found) > most:
                 return None
         which = np.array([at for at, _ in found], dtype=np.int64)
-        times = (loads[which] @ self.of[:3].T).transpose(0, 2, 1)
-        times[:, 1] += np.array([more for _, more in found]).reshape(-1, p.chunks)
-        tails_ps = self._tails_ps(rank, layers[which])
+        again = np.array([more for _, more in found]).reshape(-1, self.p.chunks)
+        return self._recomputing(rank, loads[which], again)
+
+    def _recomputing(
+        self, rank: int, loads: Ints, again: Array, spread: Spread | None = None
+    ) -> Patterns:
+        """Patterns of these loads, each with what its stages recompute."""
+        times = (loads @ self.of[:3].T).transpose(0, 2, 1)
+        times[:, 1] += again
+        micro_ps = self.glue_ps[rank] + times.sum(axis=(1, 2))
+        if spread is not None:
+            micro_ps += spread.least_ps
+        tails_ps = self._tails_ps(rank, loads.sum(axis=1))
         return Patterns(
-            loads=loads[which], times=times.reshape(len(which), 3 * p.chunks), tail_ps=tails_ps,
-            own_ps=tails_ps + p.microbatches * (self.glue_ps[rank] + times.sum(axis=(1, 2))),
-            begins=(0, len(which)),
+            loads=loads, times=times.reshape(len(loads), 3 * self.p.chunks), tail_ps=tails_ps,
+            own_ps=tails_ps + self.p.microbatches * micro_ps, begins=(0, len(loads)), ranks=self,
+            spread=spread,
+        )  # fmt: skip
+
+    def _joined(self, found: Sequence[Patterns]) -> Patterns:
+        """Rank after rank."""
+        begins = np.cumsum([0, *(len(one.own_ps) for one in found)]).tolist()
+        spreads = [one.spread for one in found if one.spread is not None]
+        return Patterns(
+            begins=tuple(begins), ranks=self, **_concatenated(found, _OF_PATTERNS),
+            spread=Spread(**_concatenated(spreads, _OF_SPREAD)) if spreads else None,
         )  # fmt: skip
 
     def _left_ps(self, rank: int, layers: Ints) -> Array:
@@ -227,25 +291,20 @@ def _least(rows: Array) -> Array:
     return np.array(found).reshape(-1, rows.shape[1])
 
 
+_OF_PATTERNS = ("loads", "times", "tail_ps", "own_ps")
+_OF_SPREAD = ("least_ps", "needs_ps", "counts")
+
+
+def _concatenated(some: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: np.concatenate([getattr(one, name) for one in some]) for name in names}
+
+
 def patterns_of(p: StageProblem, below_ps: int) -> Patterns | None:
-    """The patterns of all ranks with which a step may be below that; None where they are many."""
-    made = _Ranks(p, below_ps)
-    left, loads = MOST_LOADS, list[Ints]()
-    for rank in range(p.pp):
-        some = made.loads_of(rank, left)
-        if some is None:
-            return None
-        left -= len(some)
-        loads.append(some)
-    found: list[Patterns] = []
-    begins = [0]
-    for rank, some in enumerate(loads):
-        one = made.of_rank(rank, some)
-        if one is None or begins[-1] + len(one.tail_ps) > MOST:
-            return None
-        begins.append(begins[-1] + len(one.tail_ps))
-        found.append(one)
-    return Patterns(begins=tuple(begins), **{
-        name: np.concatenate([getattr(x, name) for x in found])
-        for name in ("loads", "times", "tail_ps", "own_ps")
-    })
+    """The patterns of all ranks with which a step may be below that, of loads alone where they
+    would be many; None where those are too."""
+    made = Ranks(p, below_ps)
+    loads = made.loads_of_all(MOST_LOADS)
+    if loads is None:
+        return None
+    found = made.patterns(loads) if sum(map(len, loads)) <= LOADS else None
+    return found or made.of_loads(loads)
