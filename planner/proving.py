@@ -149,8 +149,9 @@ class Prover:
     shapes: Shapes = field(default_factory=Shapes)
     known: Refuted = field(default_factory=Refuted)
     annealed: set[Shape] = field(default_factory=set)  # once each: what differs little, does so
-    # of the programs that were asked so last; None where their patterns are too many
-    trees: dict[StageProblem, Tree | None] = field(default_factory=dict)
+    # of the programs that were asked so last: (whether patterns might be of loads alone, the tree;
+    # none where they are too many)
+    trees: dict[StageProblem, tuple[bool, Tree | None]] = field(default_factory=dict)
 
     def told(self, ask: Ask) -> Told:
         """With more effort each time that it was no use."""
@@ -254,15 +255,16 @@ class Prover:
         programs, took = min(COLUMNS[ask.asked], left), 0
         if programs <= 0:
             return None, 0
-        known = p in self.trees
-        tree = self.trees.pop(p, None)  # it is the latest then
-        if not known or (tree is not None and tree.top_ps < ask.top_ps):
-            patterns = patterns_of(p, ask.top_ps)
+        alone = ask.asked > HARD  # before that they would mostly take longer than nodes of layers
+        was, tree = self.trees.pop(p, (None, None))  # it is the latest then
+        stale = was is not alone if tree is None else tree.top_ps < ask.top_ps
+        if stale:
+            patterns = patterns_of(p, ask.top_ps, alone)
             took = MANY if patterns is None else patterns.programs
             tree = None
             if patterns is not None:
                 tree = Tree(p, ask.top_ps, patterns, self.shapes.of(p))
-        self.trees[p] = tree
+        self.trees[p] = alone, tree
         for old in list(self.trees)[:-KEPT]:
             del self.trees[old]
         if tree is None:

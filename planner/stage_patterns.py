@@ -299,12 +299,12 @@ def _concatenated(some: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: np.concatenate([getattr(one, name) for one in some]) for name in names}
 
 
-def patterns_of(p: StageProblem, below_ps: int) -> Patterns | None:
-    """The patterns of all ranks with which a step may be below that, of loads alone where they
-    would be many; None where those are too."""
+def patterns_of(p: StageProblem, below_ps: int, alone: bool = True) -> Patterns | None:
+    """The patterns of all ranks with which a step may be below that; None where they are many.
+    alone: unless of loads alone they are not."""
     made = Ranks(p, below_ps)
-    loads = made.loads_of_all(MOST_LOADS)
+    loads = made.loads_of_all(MOST_LOADS if alone else LOADS)
     if loads is None:
         return None
     found = made.patterns(loads) if sum(map(len, loads)) <= LOADS else None
-    return found or made.of_loads(loads)
+    return made.of_loads(loads) if found is None and alone else found
