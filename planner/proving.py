@@ -271,7 +271,10 @@ class Prover:
             return None, took
         effort = Effort(programs=programs, nodes=NODES)
         answer = tree.answer(target, ask.top_ps, effort)
-        return answer, took + programs - effort.programs
+        took += programs - effort.programs
+        if tree.failed:  # what it is worth it has said
+            self.trees[p] = alone, None
+        return answer if answer.refuted or not tree.failed else None, took
 
 
 def _effort(asked: int, p: StageProblem) -> Effort:

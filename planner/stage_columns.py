@@ -35,12 +35,14 @@ class Tree:
 
     below_ps: patterns are all that a step below it may have. least: no choice takes less, as a
     share of that. cuts: of choices that no path takes beyond it; whole: the least that any of them
-    takes. guess: whole layers near to what it came to last."""
+    takes. guess: whole layers near to what it came to last. failed: its prices are not exact
+    enough to go on."""
 
     def __init__(self, p: StageProblem, below_ps: int, patterns: Patterns, known: Known) -> None:
         self.p, self.below_ps, self.patterns, self.known = p, below_ps, patterns, known
         self.whole, self.cuts = BEYOND, list[tuple[int, ...]]()
         self.guess: tuple[int, ...] = ()
+        self.failed = False
         # (bound, the patterns allowed); none where a rank has none
         self.left: list[tuple[float, Mask]] = []
         self.most, self.deeper, self.top_ps = WHOLE, False, below_ps
@@ -97,7 +99,8 @@ class Tree:
             if bound >= self.top:
                 self.most = PARTED
                 continue
-            if not ended:  # effort is spent
+            if not ended:
+                self.failed = effort.programs > 0  # else it is spent
                 self.left.append((bound, m.allowed.copy()))
                 break
             self.most = PARTED
@@ -136,7 +139,7 @@ class Tree:
         self.cuts += inner.cuts
         self.whole = min(self.whole, inner.whole)
         bound = max(bound, inner.least)
-        if bound < inner.whole and effort.programs > 0:  # no prices of its layers are exact
+        if bound < inner.whole and inner.failed:
             self.whole = min(self.whole, bound)
         elif bound < inner.whole:
             self.left.append((bound, rest))

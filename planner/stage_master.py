@@ -94,7 +94,8 @@ class Master:
             part.start + np.argsort(abs(self.layers[part].sum(axis=1) - mean), kind="stable")[:MORE]
             for part in self.ranks
         ]
-        self._begin(np.concatenate(nearest).tolist(), known.useful, ())
+        self.nearest: list[int] = np.concatenate(nearest).tolist()
+        self._begin(self.nearest, known.useful, ())
 
     def _begin(self, places: Sequence[int], paths: Sequence[int], lines: Sequence[Line]) -> None:
         """A program of these patterns, paths and lines of the order."""
@@ -229,17 +230,21 @@ class Master:
                 row.SetCoefficient(x, -float(self.needs[place, at]))
 
     def solved(self, by: str) -> bool:
-        """Solve; False where the solver gave up. by: the simplex that is near its end, "DUAL" where
-        something was forbidden or broken, "PRIMAL" where patterns joined."""
+        """Solve; False where the solver gave up, with few patterns as well. by: the simplex that is
+        near its end, "DUAL" where something was forbidden or broken, "PRIMAL" where patterns
+        joined."""
         self.turn += 1
         with held():
             status = self.solver.Solve(self.parameters[by])
             if status != self.solver.OPTIMAL:  # what it begins with may be too far off
                 status = self.solver.Solve(self.parameters["ANEW"])
+            if status != self.solver.OPTIMAL:  # or what has joined too near to one another
+                self.limits = {}
+                self._begin(self.nearest, self.known.useful, ())
+                status = self.solver.Solve(self.parameters["ANEW"])
         took = self.solver.iterations() // ITERATIONS + len(self.rank) // PRICED
         self.effort.programs -= 1 + took
         if status != self.solver.OPTIMAL:
-            self.effort.programs = 0
             return False
         # all is read before anything of the program changes
         self.objective = float(self.solver.Objective().Value())

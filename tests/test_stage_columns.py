@@ -1,5 +1,6 @@
 """Stages by columns: patterns are every choice that a rank may have, and bounds hold."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -204,6 +205,24 @@ def test_a_tree_goes_on_where_it_was_left():
     answer = some.answer(top, top, lower)
     assert answer.refuted and answer.least_ps == top
     assert took // 2 + 100_000 - lower.programs < took
+
+
+@pytest.mark.parametrize(("fails", "failed"), [({3, 4}, False), (set(range(3, 100)), True)])
+def test_a_solver_that_gives_up_begins_with_few_patterns_or_says_so(fails, failed, monkeypatch):
+    from ortools.linear_solver import pywraplp
+
+    p = cut_short(large(schedule="interleaved", virtual_stages=2, pp=8, microbatches=16,
+                        capacity_bytes=25 * 2**30), 31)  # fmt: skip
+    below = solve(p).step_ps * 985 // 1000
+    first, times, solves = tree(p, below, Shapes()), itertools.count(1), pywraplp.Solver.Solve
+    monkeypatch.setattr(
+        pywraplp.Solver, "Solve",
+        lambda self, *how: self.ABNORMAL if next(times) in fails else solves(self, *how),
+    )  # fmt: skip
+    answer = first.answer(below, below, effort())
+    assert next(times) > 4
+    assert (answer.refuted, first.failed) == (not failed, failed)
+    assert answer.least_ps <= below
 
 
 def test_many_patterns_are_of_loads_alone_and_too_many_are_none(monkeypatch):
