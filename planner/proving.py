@@ -28,8 +28,9 @@ from planner.stage_ranks import usable
 from planner.stages import StageSolution, certify, near, solve
 
 CERTIFIED = 3  # finalists that CP-SAT bounds at most, about a second each
-PROGRAMS = 80_000  # linear programs at most, some ms each, or as much in whole numbers
-BEYOND = 77_800  # of them, that are kept for bounds that are further from the best than the goal
+PROGRAMS = 14_400  # linear programs at most, some ms each, or as much in whole numbers
+BEYOND = 12_200  # of them, that are kept for bounds that are further from the best than the goal
+PATIENT = 65_600  # beside, that are spent on those where the search is patient
 STAGES = 20  # of such a program; one of more counts as often as it has so many
 FIRST = 24  # linear programs of one stage program when it is asked
 # seconds of CP-SAT and nodes of a tree in whole numbers: at first, then as less was no use
@@ -95,10 +96,10 @@ class Ask:
 
     limit_ps: no choice is better than the best plan from there on. asked: how often more effort was
     needed. high_ps: the least step that whole numbers of layers were found to keep, which no effort
-    refutes. programs: linear programs at most, some more. others: what is refuted without a limit
-    to memory helps other programs. look: the problem of which a better plan is looked for. looked:
-    what `asked` was when one was looked for near its bound, as it is before more effort is spent.
-    side: which of the two processes of a search is asked.
+    refutes. programs: linear programs at most, some more; kept: of them, for what is far. others:
+    what is refuted without a limit to memory helps other programs. look: the problem of which a
+    better plan is looked for. looked: what `asked` was when one was looked for near its bound, as
+    it is before more effort is spent. side: which of the two processes of a search is asked.
     """
 
     problem: StageProblem
@@ -107,6 +108,7 @@ class Ask:
     asked: int
     high_ps: int
     programs: int
+    kept: int
     others: bool
     look: StageProblem
     looked: int
@@ -159,7 +161,7 @@ class Prover:
         limit, bound = ask.limit_ps, ask.bound_ps
         far, top = ask.far, ask.top_ps
         better = None
-        stuck = asked >= len(EFFORTS) or left <= (0 if far else BEYOND)
+        stuck = asked >= len(EFFORTS) or left <= (0 if far else ask.kept)
         stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
         stuck |= not far and asked > 0 and ask.problem.count > FINE
         looked = ask.looked
@@ -311,6 +313,7 @@ class Proof:
     stopped: Callable[[], bool] = lambda: False  # Ctrl-C: the bounds so far are what is proved
     report: Callable[[int], None] = lambda bound: None  # is told of the least bound as it rises
     programs: int = PROGRAMS
+    kept: int = BEYOND  # of them, for bounds that are further from the best than the goal
     certified: int = 0
     answers: Callable[[Sequence[Ask]], Sequence[Told]] = field(default_factory=alone)
     # by order: `asked`, `high_ps` and `looked`, as an ask has them
@@ -455,7 +458,7 @@ class Proof:
         asked, high, looked = self._asked(one)
         return Ask(
             problem=one.problem, bound_ps=one.bound_ps, limit_ps=self._limit(one), asked=asked,
-            high_ps=high, programs=self.programs, others=len(self.left) > 1,
+            high_ps=high, programs=self.programs, kept=self.kept, others=len(self.left) > 1,
             look=_least(one).problem, looked=looked,
         )  # fmt: skip
 

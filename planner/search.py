@@ -23,7 +23,7 @@ from planner.expanding import Expander
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.outcome import Outcome, Tried, Unsettled, decided
-from planner.proving import PROGRAMS, Proof, far_below
+from planner.proving import BEYOND, PATIENT, PROGRAMS, Proof, far_below
 from planner.refuted import Refuted
 from planner.relaid import relaid
 from planner.sides import APART, Side, answers, bounds
@@ -200,11 +200,13 @@ class Searcher(Expander):
             return out.best.score
 
         effort = max(self.effort, min(out.spent, self.patience * self.effort))
+        patient = PATIENT if self.patience > 1 else 0
         return Proof(
             best=out.best.score, untried=untried, left=list(unsettled), found=found,
             answers=partial(answers, pair), report=partial(self._report, out, doing="proving"),
             gain_ppm=self.gain_ppm, stopped=stopped,
-            programs=PROGRAMS * min(max(1, effort // DEFAULT_EFFORT), MOST_PROVING),
+            programs=patient + PROGRAMS * min(max(1, effort // DEFAULT_EFFORT), MOST_PROVING),
+            kept=patient + BEYOND,
         ).run()  # fmt: skip
 
     def _report(self, out: Outcome, bound: int, doing: str = "solving") -> None:
