@@ -23,7 +23,8 @@ from planner.expanding import Expander
 from planner.interrupts import interruptible
 from planner.mesh import Mesh
 from planner.outcome import Outcome, Tried, Unsettled, decided
-from planner.proving import BEYOND, PATIENT, PROGRAMS, Proof, far_below
+from planner.proof import BEYOND, PATIENT, PROGRAMS, Proof
+from planner.proving import far_below
 from planner.refuted import Refuted
 from planner.relaid import relaid
 from planner.sides import APART, Side, answers, bounds

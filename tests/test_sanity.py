@@ -37,7 +37,7 @@ def degrees(result):
 @pytest.fixture
 def unproved(monkeypatch):
     """The plan is asked for, not its proof by CP-SAT: most of the time at thousands of GPUs."""
-    monkeypatch.setattr("planner.proving.CERTIFIED", 0)
+    monkeypatch.setattr("planner.proof.CERTIFIED", 0)
 
 
 @pytest.mark.parametrize("engine", ["native-compiled", "native", "torchtitan"])

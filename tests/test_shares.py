@@ -32,11 +32,11 @@ from planner.fleet_search import searchers as searchers_of
 from planner.legality import illegal, inconsistent
 from planner.options import TraceOptions
 from planner.plan import load, recost
-from planner.proving import ENDLESS
 from planner.runtime.verify.scale import smallest
 from planner.score import score_of
 from planner.share_space import ShareSearcher
 from planner.share_splits import Division
+from planner.stage_planes import ENDLESS
 from planner.workload import resolve
 
 # --- the division ------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from test_stages import choices, numbers, tiny, weigh
 
 from cost_models.decisions import Decisions
 from cost_models.stage_problem import Lowered
-from planner.proving import Proof, Unsettled
+from planner.outcome import Unsettled
+from planner.proof import Proof
 from planner.stage_bounds import bound_lowered_ps
 from planner.stage_memory import freely_lowered
 from planner.stage_planes import applies

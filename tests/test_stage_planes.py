@@ -19,7 +19,9 @@ from cost_models.schedule_paths import critical_path, rank_paths
 from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
 from planner.linear import INF, Draft
-from planner.proving import Ask, Proof, Told, Unsettled, easiest_of, joined
+from planner.outcome import Unsettled
+from planner.proof import Proof, joined
+from planner.proving import Ask, Told, easiest_of
 from planner.stage_paths import Known
 from planner.stage_planes import ENDLESS, Effort, applies, refute
 from planner.stage_whole import solve_tree, solve_whole
