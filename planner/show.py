@@ -280,6 +280,7 @@ def _verdict(
             f"{'' if b.fits else ', does not fit'})"
             for b in baselines
         ]
+        rows += ["(without the pins)"] * bool(s.pins)
         lines += [
             _row("baselines" if not i else "", row) for i, row in enumerate(_pack(rows, "  "))
         ]

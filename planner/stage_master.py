@@ -30,16 +30,23 @@ MORE = 3  # patterns of a rank that join at once, and that a program begins with
 MOST, LEAST = 40, 20  # of a rank, from which on a program is made anew, with so many
 LATE = 60  # linear programs for which a path or line has not mattered that is then left out
 ITERATIONS = 40  # of the simplex, that take as long as a linear program
+CIRCLES = 50_000  # of them, where programs take thousands: from there on it turns in circles
 PRICED = 20_000  # patterns that take as long to price
 JOIN = 5  # paths or lines that join at once
 TOLERANCE = 1e-6  # of the linear solver, relative to the step
 MISSED = 1e-6  # of a rank's pattern or a layer, that is not missing
 ORDER = 1e-4  # layers of a class too many or too few, that are none
+NOISE = 1e-9  # of layers beyond the rate of a side, that are none
 REST = 1e-7  # of a reduced cost or a price, that is none
 
 Mask = NDArray[np.bool_]
 Line = tuple[int, int]  # a side of the hulls, and the stage up to which it counts
 Limit = tuple[int, int]  # a rank, and which of its limits of what it recomputes
+
+
+def _exact(values: Array) -> Array:
+    """Without rounding noise, which the solver takes for numbers, and turns in circles."""
+    return np.where(np.abs(values) < NOISE, 0.0, values)
 
 
 class Master:
@@ -73,11 +80,11 @@ class Master:
         self.allowed: Mask = np.ones(len(self.tail), dtype=bool)
         self.sides = [(k, *side) for k in range(len(kinds) - 1) for side in hulls(kind_of, k)]
         # [pattern, stage of the rank] of each side: by how much its layers are beyond the rate
+        self.new = pywraplp.Solver.CreateSolver
         self.beyond = [
-            patterns.loads[:, :, k] - rate * patterns.loads.sum(axis=2)
+            _exact(patterns.loads[:, :, k] - rate * patterns.loads.sum(axis=2))
             for k, rate, _, _ in self.sides
         ]
-        self.new = pywraplp.Solver.CreateSolver
         self.parameters = {}
         for name in ("PRIMAL", "DUAL"):
             made = pywraplp.MPSolverParameters()
@@ -100,6 +107,7 @@ class Master:
     def _begin(self, places: Sequence[int], paths: Sequence[int], lines: Sequence[Line]) -> None:
         """A program of these patterns, paths and lines of the order."""
         self.solver: Any = self.new("GLOP")
+        self.solver.SetSolverSpecificParametersAsString(f"max_number_of_iterations: {CIRCLES}")
         s, pp = self.solver, self.p.pp
         infinite = s.infinity()
         s.Objective().SetMinimization()
@@ -209,7 +217,7 @@ class Master:
         """What a pattern has beyond the rate of a side up to a stage."""
         side, stage = line
         some = [k <= stage for k in self.stages[self.rank[place]]]
-        return float(self.beyond[side][place, some].sum())
+        return float(_exact(self.beyond[side][place, some].sum()))
 
     def _join_line(self, line: Line) -> None:
         _, _, least, most = self.sides[line[0]]
@@ -242,10 +250,10 @@ class Master:
                 self.limits = {}
                 self._begin(self.nearest, self.known.useful, ())
                 status = self.solver.Solve(self.parameters["ANEW"])
-        took = self.solver.iterations() // ITERATIONS + len(self.rank) // PRICED
-        self.effort.programs -= 1 + took
+        self.effort.programs -= 1 + len(self.rank) // PRICED
         if status != self.solver.OPTIMAL:
             return False
+        self.effort.programs -= self.solver.iterations() // ITERATIONS
         # all is read before anything of the program changes
         self.objective = float(self.solver.Objective().Value())
         self.span = max(0.0, self._span.solution_value())

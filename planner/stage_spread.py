@@ -40,7 +40,8 @@ def spread_of(
     stages, held = p.stages_of(rank), np.array(p.in_flight(rank), dtype=float)
     steps = [_steps(p, of[:, k]) for k in range(of.shape[1])]
     most = [max(_again_ps(p, of[:, k])) for k in range(of.shape[1])]
-    over = _over(p, rank, of, loads, held)
+    free = np.array([_free(p, of[:, k]) for k in range(of.shape[1])])
+    over = _over(p, rank, of, loads, held) - (loads @ free) @ held.T
     least = np.zeros(len(loads))
     for row, counts in zip(over.T, held):
         least = np.maximum(least, _least(row, counts, loads, steps))
@@ -62,12 +63,22 @@ def _again_ps(p: StageProblem, of: Array) -> list[float]:
     return [(0.0, float(of[9]), float(of[8]))[LEVELS.index(x)] for x in p.levels]
 
 
+def _free(p: StageProblem, of: Array) -> float:
+    """Bytes of a micro-batch that a layer of a class saves for no time."""
+    saves = _saves(p, of)
+    return max(size for ps, size in zip(_again_ps(p, of), saves) if not ps)
+
+
+def _saves(p: StageProblem, of: Array) -> list[float]:
+    """Bytes of a micro-batch that a layer of a class saves, by level that the program has."""
+    return [float(of[10] - of[10 + LEVELS.index(x)]) for x in p.levels]
+
+
 def _steps(p: StageProblem, of: Array) -> list[tuple[float, float]]:
     """(ps, bytes of a micro-batch that they save) from a level to the next, what saves most for its
     time first."""
-    saves = [float(of[10] - of[10 + LEVELS.index(x)]) for x in p.levels]
-    levels = list(zip(_again_ps(p, of), saves))
-    at, found = (0.0, 0.0), []
+    levels = list(zip(_again_ps(p, of), _saves(p, of)))
+    at, found = (0.0, _free(p, of)), []
     while rest := [x for x in levels if x[0] > at[0] and x[1] > at[1]]:
         to = max(rest, key=lambda x: ((x[1] - at[1]) / (x[0] - at[0]), x[0]))
         found.append((to[0] - at[0], to[1] - at[1]))
