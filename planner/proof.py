@@ -21,6 +21,7 @@ from planner.proving import (
     Ask,
     Prover,
     Told,
+    bounded,
     easiest_of,
     far_below,
 )
@@ -108,7 +109,7 @@ class Proof:
             self.report(min(weakest.bound, self.untried))
             if weakest.bound >= min(self.untried, self.best):
                 break
-            if applies(weakest.problem) and not self._is_stuck(weakest):
+            if bounded(weakest.problem) and not self._is_stuck(weakest):
                 self._raise(self._next(in_order))
             elif weakest.problem.chunks > 1 or not self._by_solver(weakest):
                 break
@@ -135,7 +136,7 @@ class Proof:
         limit, far = min(self.untried, self.best), self._far(in_order[0])
         rows = [
             (self._asked(u)[0], u) for u in in_order[:AHEAD]
-            if u.bound < limit and applies(u.problem) and self._far(u) == far
+            if u.bound < limit and bounded(u.problem) and self._far(u) == far
         ]  # fmt: skip
         least = min(hard for hard, _ in rows)
         some = [u for hard, u in rows if hard == least]

@@ -17,8 +17,9 @@ from planner.refuted import Refuted, unlimited
 from planner.score import PPM
 from planner.stage_columns import Tree
 from planner.stage_paths import Shape, Shapes, shape_of
+from planner.stage_patterns import applies as has_patterns
 from planner.stage_patterns import patterns_of
-from planner.stage_planes import ENDLESS, Answer, Effort, refute
+from planner.stage_planes import ENDLESS, Answer, Effort, applies, refute
 from planner.stages import StageSolution, near
 
 STAGES = 20  # of such a program; one of more counts as often as it has so many
@@ -129,7 +130,7 @@ class Prover:
         stuck |= high - bound <= limit // (GOAL if far else WITHIN)  # as near as that can be
         stuck |= not far and asked > 0 and ask.problem.count > FINE
         looked = ask.looked
-        if not stuck and looked < asked <= HARD:
+        if not stuck and looked < asked <= HARD and applies(ask.problem):
             target = min(top, bound + limit // GOAL)
             answer, took = self._tight(ask.problem, target)
             left -= took
@@ -188,6 +189,9 @@ class Prover:
         that took. Of what is refuted without a limit to memory other programs are too, so that is
         asked first, with few."""
         p, counts = ask.problem, _counts(ask.problem)
+        if not applies(p):
+            found, took = self._by_columns(p, target, ask, left)
+            return found or Answer(refuted=False, least_ps=0, cuts=[]), took
         answer, took = Answer(refuted=True, least_ps=target, cuts=[]), 0
         if self.known.covers(p, target):
             return answer, 0
@@ -241,6 +245,12 @@ class Prover:
         if tree.failed:  # what it is worth it has said
             self.trees[p] = alone, None
         return answer if answer.refuted or not tree.failed else None, took
+
+
+def bounded(p: StageProblem) -> bool:
+    """Whether bounds of such a program are raised here: by planes, or by columns alone where it is
+    interleaved and has a pin of what is computed again."""
+    return applies(p) or (p.chunks > 1 and has_patterns(p))
 
 
 def _effort(asked: int, p: StageProblem) -> Effort:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_models.stage_problem import StageProblem, level_of, pairs_of
+from cost_models.stage_problem import LEVELS, PairPin, StageProblem, allowed_pairs, level_of, pin_of
 from planner.refuted import UNLIMITED
 from planner.stage_arcs import Array
 from planner.stage_planes import classes_of
@@ -86,7 +86,7 @@ class Ranks:
         self.each_ps = self.of[:3].sum(axis=0)
         self.limit_ps = below_ps * (1 + TOLERANCE)
         self.rows_of: dict[Load, set[tuple[int, ...]]] = {}  # the classes of layers in a row
-        self.ways: dict[Load, _Ways] = {}
+        self.ways: dict[tuple[Load, PairPin], _Ways] = {}
         self.ends = [[e for k in p.stages_of(rank) for e in p.extras(k)] for rank in range(p.pp)]
         glue_ps = p.chunks * (p.rank_glue_forward_ps + p.rank_glue_backward_ps)
         self.glue_ps = [
@@ -97,7 +97,7 @@ class Ranks:
         # (classes, layers of them, the most of each rank) of each kind of layers that is known
         self.windows = [
             (sorted({kind_of[i] for i in one.layers}), len(one.layers),
-             one.most(math.ceil(self.limit_ps))) for one in tables(p)
+             one.most(math.ceil(self.limit_ps))) for one in tables(_open(p))
         ]  # fmt: skip
 
     def loads(self, stage: int, most: int) -> list[Load]:
@@ -114,16 +114,17 @@ class Ranks:
                     self.rows_of.setdefault(load, set()).add(tuple(self.kind_of[start : at + 1]))
         return sorted(found)
 
-    def ways_of(self, load: Load) -> _Ways:
+    def ways_of(self, load: Load, stage: int) -> _Ways:
         """The ways to recompute a load of which no other is better in everything."""
-        if load not in self.ways:
-            self.ways[load] = self._ways_of(load)
-        return self.ways[load]
+        key = load, pin_of(self.p, stage)
+        if key not in self.ways:
+            self.ways[key] = self._ways_of(load, stage)
+        return self.ways[key]
 
-    def _ways_of(self, load: Load) -> _Ways:
+    def _ways_of(self, load: Load, stage: int) -> _Ways:
         rows, rooms = [], range(len(self.p.rooms))
         for layers in self.rows_of[load]:
-            for pair in pairs_of(self.p.levels, len(layers)):
+            for pair in allowed_pairs(self.p, stage, len(layers)):
                 at = [(level_of(pair, i), k) for i, k in enumerate(layers)]
                 rows.append((
                     sum((0.0, self.of[9, k], self.of[8, k])[level] for level, k in at),
@@ -151,17 +152,25 @@ class Ranks:
         stages, room_ps = self.p.stages_of(rank), self.limit_ps / self.p.microbatches
         room_ps -= self.glue_ps[rank]
         most = int(room_ps / max(1.0, self.each_ps.min())) - (len(stages) - 1)
-        found = np.zeros((1, 0, len(self.each_ps)), dtype=np.int64)
+        found, took = np.zeros((1, 0, len(self.each_ps)), dtype=np.int64), np.zeros(1)
         for stage in stages:
             some = np.array(self.loads(stage, most), dtype=np.int64).reshape(-1, found.shape[2])
-            takes = (found.sum(axis=1) @ self.each_ps)[:, None] + some @ self.each_ps
+            takes = took[:, None] + some @ self.each_ps + self._pinned_ps(some, stage)
             before, at = np.nonzero(takes <= room_ps)
             if len(at) > MANY * most_loads:
                 return None
             found = np.concatenate([found[before], some[at][:, None]], axis=1)
+            took = takes[before, at]
         layers = found.sum(axis=1)
         found = found[self._in_windows(rank, layers) & (self._left_ps(rank, layers) >= 0)]
         return found if len(found) <= most_loads else None
+
+    def _pinned_ps(self, loads: Ints, stage: int) -> Array:
+        """What a stage with such loads recomputes at least, by a pin; else that may be nothing."""
+        if self.p.fixed_recompute is None:
+            return np.zeros(len(loads))
+        ways = [self.ways_of(tuple(load), stage) for load in loads.tolist()]
+        return np.array([way.again_ps.min() for way in ways])
 
     def patterns(self, loads: Sequence[Ints]) -> Patterns | None:
         """Of such loads of each rank with all ways to recompute them; None where they are many."""
@@ -252,7 +261,7 @@ class Ranks:
         """[way, stage of the rank]: the least recomputation with which so many layers fit, if it
         takes no more than that a micro-batch; None where there are too many ways."""
         p, stages, ends = self.p, self.p.stages_of(rank), self.ends[rank]
-        if p.capacity_bytes >= UNLIMITED:
+        if p.capacity_bytes >= UNLIMITED and p.fixed_recompute is None:
             return np.zeros((1, len(stages)))
         fixed = p.constant_bytes + float(self.of[3] @ layers) + sum(e.state_bytes for e in ends)
         fixed += 2 * max([self.of[4][layers > 0].max(), *(e.gathered_bytes for e in ends)])
@@ -260,7 +269,7 @@ class Ranks:
         held = self.held[rank]
         beside = held @ [float(sum(e.activation_bytes for e in p.extras(k))) for k in stages]
         room = p.capacity_bytes - fixed - beside
-        ways = [self.ways_of(tuple(load)) for load in loads.tolist()]
+        ways = [self.ways_of(tuple(load), stage) for load, stage in zip(loads.tolist(), stages)]
         least = np.array([w.kept.min() for w in ways])
         if (held @ least + used > room).any():
             return np.zeros((0, len(stages)))
@@ -299,6 +308,16 @@ def _concatenated(some: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: np.concatenate([getattr(one, name) for one in some]) for name in names}
 
 
+def applies(p: StageProblem) -> bool:
+    """Whether patterns are all that ranks may have: they are alike, and no stages are given."""
+    return p.fixed_stages is None and not p.ranks and p.lowered is None
+
+
+def _open(p: StageProblem) -> StageProblem:
+    """Without its pins of recomputation: no choice of it takes longer than one of these."""
+    return p if p.fixed_recompute is None else replace(p, fixed_recompute=None, levels=LEVELS)
+
+
 def patterns_of(p: StageProblem, below_ps: int, alone: bool = True) -> Patterns | None:
     """The patterns of all ranks with which a step may be below that; None where they are many.
     alone: unless of loads alone they are not."""
@@ -307,4 +326,6 @@ def patterns_of(p: StageProblem, below_ps: int, alone: bool = True) -> Patterns 
     if loads is None:
         return None
     found = made.patterns(loads) if sum(map(len, loads)) <= LOADS else None
-    return made.of_loads(loads) if found is None and alone else found
+    if found is None and alone and p.fixed_recompute is None and "none" in p.levels:
+        return made.of_loads(loads)
+    return found

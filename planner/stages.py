@@ -112,13 +112,13 @@ def near(
 ) -> StageSolution:  # fmt: skip
     """A step below the incumbent's from these cuts on; else CUTOFF.
 
-    anneal: from what is found on that is not far from the incumbent. Not of layers that may be
-    lowered.
+    anneal: from what is found on that is not far from the incumbent, where no recomputation is
+    pinned. Not of layers that may be lowered.
     """
     found = Found()
     if cuts and problem.lowered is None:
         found = search_near(problem, cuts, incumbent_ps, (effort or Effort()).operations)
-    if anneal and found.stages:
+    if anneal and found.stages and problem.fixed_recompute is None:
         found = annealed(problem, found, incumbent_ps)
     if not found.stages or found.step_ps >= incumbent_ps:
         return StageSolution(status="CUTOFF")

@@ -38,6 +38,16 @@ def test_no_gap(name):
         assert out.proved and out.gap == 0
 
 
+@pytest.mark.parametrize("pin", ["recompute=full:1", "offload=activations:cpu:2"])
+def test_interleaved_stages_with_a_pin_by_count_leave_no_gap(pin):
+    options = TraceOptions(
+        model="", hardware="h100x16", pins=parse_pins([pin, "pp=4"]), asked=Asked(global_batch=256)
+    )
+    graph = graph_of("llama", size="8b", n_layers=16)
+    _, _, out = attempt(graph, options, load_hardware("h100x16"), Clock())
+    assert out.proved and out.gap == 0
+
+
 TWO_LEVELS = """
 base = "h100"
 count = 32

@@ -11,11 +11,12 @@ from test_stage_planes import cut_short
 from test_stages import brute, choices, large, tiny
 
 from cost_models.schedule import SCHEDULES
-from cost_models.stage_problem import evaluate, starts_of
+from cost_models.stage_problem import allowed_pairs, evaluate, starts_of
 from planner import stage_master, stage_patterns
 from planner.stage_columns import Tree
 from planner.stage_paths import Shapes
 from planner.stage_patterns import MOST_LOADS, Ranks, patterns_of
+from planner.stage_patterns import applies as applies_pinned
 from planner.stage_planes import Effort, applies, classes_of
 from planner.stages import near, solve
 
@@ -140,6 +141,27 @@ def test_no_choice_is_refuted_and_most_bounds_are_near(schedule, rooms, alone, m
         assert not above.refuted and above.least_ps <= best, seed
         few = asked(p, best, shapes, Effort(programs=3, nodes=2))
         assert few.least_ps <= best
+        near += asked(p, best - best // 50, shapes, effort()).refuted
+    assert seen > 10 and 10 * near >= 6 * seen, (near, seen)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_pinned_is_all_that_patterns_have(schedule):
+    """Of programs with pins of recomputation: as of those without."""
+    shapes, near, seen = Shapes(), 0, 0
+    for seed in range(60):
+        pin = ("none", "full", ("full", 1), ("selective", 2), ((1, 1),) * 9, ((None, 0),) * 9)
+        p = replace(tiny(seed, schedule), fixed_recompute=pin[seed % len(pin)])
+        fits = [
+            evaluate(p, *choice)[0] for choice in choices(p)
+            if all(pair in allowed_pairs(p, k, n) for k, (n, pair) in enumerate(zip(*choice)))
+            and evaluate(p, *choice)[2]
+        ] if applies_pinned(p) else []  # fmt: skip
+        if not fits:
+            continue
+        seen, best = seen + 1, min(fits)
+        above = asked(p, best + 1 + best // 1000, shapes, effort())
+        assert not above.refuted and above.least_ps <= best, seed
         near += asked(p, best - best // 50, shapes, effort()).refuted
     assert seen > 10 and 10 * near >= 6 * seen, (near, seen)
 
