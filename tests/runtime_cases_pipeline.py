@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -185,6 +186,10 @@ def differing_copies(rank: int, plan: Any) -> list[float]:
     tied.align(parallel._stages, parallel._context)
     names = {name for s in _shared(plan) for _, name in s.copies}
     return [float(p.full_tensor().norm()) for n, p in parallel.named_parameters() if n in names]
+
+
+def crash(rank: int) -> None:
+    ctypes.string_at(0)
 
 
 def lose_a_rank(rank: int, plan: Any, heard: str) -> None:

@@ -142,10 +142,16 @@ def test_what_crosses_is_split_over_tensor_and_context_ranks(world):
 
 
 def test_the_stages_that_wait_for_a_lost_rank_say_so(world, tmp_path):
-    with pytest.raises(RankFailure, match="died"):
+    with pytest.raises(RankFailure, match="died by exit code 1"):
         world.run(2, cases.lose_a_rank, planned("llama", (2, 2)), str(tmp_path / "heard"),
                   timeout_s=20)  # fmt: skip
     assert "stage 0 cannot go on" in (tmp_path / "heard").read_text()
+
+
+def test_a_rank_that_crashes_says_where(world):
+    with pytest.raises(RankFailure, match="died by SIGSEGV") as fault:
+        world.run(1, cases.crash)
+    assert "in crash" in fault.value.traceback
 
 
 def test_workers_are_forked_with_what_they_import(world):

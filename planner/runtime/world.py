@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, cast
 
 from ir.errors import PlanError
@@ -75,13 +77,14 @@ class World:
         """
         if self._groups >= MOST_GROUPS:
             self.close()
+        self._stores = self._stores or tempfile.TemporaryDirectory()
         while len(self._workers) < ranks:
             ours, theirs = self._context.Pipe()
-            worker = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            last_words = self._last_words(len(self._workers))
+            worker = self._context.Process(target=_serve, args=(theirs, last_words), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append((worker, ours))
-        self._stores = self._stores or tempfile.TemporaryDirectory()
         if self._group is None or self._group[:2] != (ranks, timeout_s):
             self._joined += 1
             self._group = ranks, timeout_s, os.path.join(self._stores.name, str(self._joined))
@@ -105,7 +108,7 @@ class World:
                 try:
                     good, value, text, made = pipe.recv()
                 except (EOFError, OSError):
-                    failures.append(RankFailure(rank, "the process died", None))
+                    failures.append(RankFailure(rank, self._how_died(rank), None))
                     continue
                 self._groups = max(self._groups, made)
                 if good:
@@ -116,6 +119,20 @@ class World:
             self.close()
             raise next((f for f in failures if "Connection" not in f.traceback), failures[0])
         return [results[r] for r in range(ranks)]
+
+    def _last_words(self, worker: int) -> str:
+        assert self._stores is not None
+        return os.path.join(self._stores.name, f"last_words_{worker}")
+
+    def _how_died(self, rank: int) -> str:
+        """Where the process was, as far as it could say, and by what it ended."""
+        worker = self._workers[rank][0]
+        worker.join(GRACE_S)
+        code = worker.exitcode
+        by = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        path = Path(self._last_words(rank))
+        said = path.read_text(errors="replace") if path.exists() else ""
+        return f"{said}\nthe process died by {by}"
 
     def close(self, grace_s: float = 0.0) -> None:
         """Stop the workers, which may end by themselves within grace_s; the next `run` starts
@@ -146,9 +163,11 @@ def local_world(preload: Sequence[str] = ()) -> Iterator[World]:
     world.close(grace_s=GRACE_S)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, last_words: str) -> None:
     import torch
 
+    said = open(last_words, "w")  # for as long as the process lives  # noqa: SIM115
+    faulthandler.enable(said)
     torch.set_num_threads(1)
     _share_device()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it stops the workers
