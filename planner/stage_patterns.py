@@ -85,7 +85,8 @@ class Ranks:
         self.of = np.array(kinds, dtype=float).T
         self.each_ps = self.of[:3].sum(axis=0)
         self.limit_ps = below_ps * (1 + TOLERANCE)
-        self.rows_of: dict[Load, set[tuple[int, ...]]] = {}  # the classes of layers in a row
+        # by their number: of each load the classes of layers in a row that it may be
+        self.rows: dict[int, dict[Load, set[tuple[int, ...]]]] = {}
         self.ways: dict[tuple[Load, PairPin], _Ways] = {}
         self.ends = [[e for k in p.stages_of(rank) for e in p.extras(k)] for rank in range(p.pp)]
         glue_ps = p.chunks * (p.rank_glue_forward_ps + p.rank_glue_backward_ps)
@@ -109,10 +110,19 @@ class Ranks:
             for at in range(start, min(start + most, last + stage + 1)):
                 count[self.kind_of[at]] += 1
                 if stage < p.count - 1 or at == p.layers - 1:
-                    load = tuple(count)
-                    found.add(load)
-                    self.rows_of.setdefault(load, set()).add(tuple(self.kind_of[start : at + 1]))
+                    found.add(tuple(count))
         return sorted(found)
+
+    def rows_of(self, load: Load) -> set[tuple[int, ...]]:
+        """The classes of layers in a row that are such a load, from any place of the chain."""
+        count = sum(load)
+        if count not in self.rows:
+            found = self.rows[count] = {}
+            for start in range(self.p.layers - count + 1):
+                row = tuple(self.kind_of[start : start + count])
+                key = tuple(row.count(k) for k in range(len(load)))
+                found.setdefault(key, set()).add(row)
+        return self.rows[count][load]
 
     def ways_of(self, load: Load, stage: int) -> _Ways:
         """The ways to recompute a load of which no other is better in everything."""
@@ -123,7 +133,7 @@ class Ranks:
 
     def _ways_of(self, load: Load, stage: int) -> _Ways:
         rows, rooms = [], range(len(self.p.rooms))
-        for layers in self.rows_of[load]:
+        for layers in self.rows_of(load):
             for pair in allowed_pairs(self.p, stage, len(layers)):
                 at = [(level_of(pair, i), k) for i, k in enumerate(layers)]
                 rows.append((
