@@ -19,7 +19,7 @@ from planner.stage_columns import Tree
 from planner.stage_paths import Shape, Shapes, shape_of
 from planner.stage_patterns import applies as has_patterns
 from planner.stage_patterns import patterns_of
-from planner.stage_planes import ENDLESS, Answer, Effort, applies, refute
+from planner.stage_planes import ENDLESS, Answer, Effort, applies, classes_of, refute
 from planner.stages import StageSolution, near
 
 STAGES = 20  # of such a program; one of more counts as often as it has so many
@@ -33,6 +33,7 @@ KEPT = 8  # programs whose trees are kept
 NODES = 1_000_000  # of a tree of them: its linear programs are what counts
 A_SECOND = 800  # linear programs that take as long as a second of CP-SAT
 HARD = 2  # times that more effort was needed: from there on it takes seconds
+WAYS = 6  # classes of a layer and levels of each: of more, nodes of layers take longer than columns
 CUTS = 2  # that whole numbers came to, from which a better plan is looked for, the last ones
 GOAL = 100  # a bound is raised so near to the best, one part in so many, before that is asked about
 NEAR = 6  # at once where it is no further than so many times that, else by three quarters
@@ -225,7 +226,8 @@ class Prover:
         programs, took = min(COLUMNS[ask.asked], left), 0
         if programs <= 0:
             return None, 0
-        alone = ask.asked > HARD  # before that they would mostly take longer than nodes of layers
+        # before that they would mostly take longer than nodes of layers
+        alone = ask.asked > HARD or (ask.asked == HARD and _ways(p) > WAYS)
         was, tree = self.trees.pop(p, (None, None))  # it is the latest then
         stale = was is not alone if tree is None else tree.top_ps < ask.top_ps
         if stale:
@@ -260,6 +262,11 @@ def _effort(asked: int, p: StageProblem) -> Effort:
     if asked >= HARD:
         seconds, nodes = (seconds, 0) if 2 * p.layers < 3 * p.count else (0.0, nodes)
     return Effort(programs=FIRST, whole_s=seconds, nodes=nodes)
+
+
+def _ways(p: StageProblem) -> int:
+    """Whole numbers of a stage in a program of nodes."""
+    return len(classes_of(p)[0]) * len(p.levels)
 
 
 def _counts(p: StageProblem) -> int:
