@@ -111,6 +111,8 @@ class Proof:
                 break
             if bounded(weakest.problem) and not self._is_stuck(weakest):
                 self._raise(self._next(in_order))
+            elif easy := self._easy(in_order):
+                self._raise(self._next(easy))
             elif weakest.problem.chunks > 1 or not self._by_solver(weakest):
                 break
         return [one for u in self.left for one in self._apart(u)]
@@ -145,6 +147,17 @@ class Proof:
         first, *others = some
         apart = [u for u in others if self.sides.get(u.order) != self.sides.get(first.order)]
         return [first, *(apart or others)[:1]]
+
+    def _easy(self, in_order: Sequence[Unsettled]) -> Sequence[Unsettled]:
+        """Behind one that has a pin and too many patterns, those that take little: the bound of all
+        stays, but a better plan may be among them, for which a patient search looks."""
+        if self.kept <= BEYOND or applies(in_order[0].problem):
+            return []
+        limit = min(self.untried, self.best)
+        return [
+            u for u in in_order
+            if u.bound < limit and bounded(u.problem) and self._asked(u)[0] < HARD
+        ]  # fmt: skip
 
     def _far(self, one: Unsettled) -> bool:
         """Whether its bound is further from the best than the goal."""

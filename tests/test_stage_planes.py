@@ -20,7 +20,7 @@ from cost_models.stage_problem import Extra
 from planner.interrupts import held, interruptible
 from planner.linear import INF, Draft
 from planner.outcome import Unsettled
-from planner.proof import Proof, joined
+from planner.proof import BEYOND, Proof, joined
 from planner.proving import Ask, Told, easiest_of
 from planner.stage_paths import Known
 from planner.stage_planes import ENDLESS, Effort, applies, refute
@@ -224,6 +224,22 @@ def test_a_program_with_no_other_choice_worth_it_is_not_asked_about():
         assert len(asked_of((d, p), (below, other))) == 2
     tp = replace(below, tp=2)  # another axis has to earn its part: scores are not those of steps
     assert len(asked_of((d, p), (tp, slow))) == 2
+
+
+@pytest.mark.parametrize("pin, patient", [(None, True), (("full", 1), False), (("full", 1), True)])
+def test_behind_a_pin_that_is_raised_no_further_a_patient_search_looks_on(pin, patient):
+    p = large(schedule="interleaved", virtual_stages=2, pp=4, microbatches=8,
+              fixed_recompute=pin, capacity_bytes=10**15)  # fmt: skip
+    d, low = Decisions(pp=4, schedule="interleaved", virtual_stages=2), lower_bound_ps(p)
+    left = [
+        Unsettled(bound=bound, bound_ps=bound, order=n, decisions=replace(d, microbatches=n),
+                  assignments={}, problem=replace(p, p2p_ps=n))
+        for n, bound in enumerate((low, 2 * low - 1), 1)  # what is nearer to the best comes later
+    ]  # fmt: skip
+    asked: list[Ask] = []
+    Proof(best=2 * low, untried=1 << 62, left=left, gain_ppm=0, found=lambda *_: 2 * low,
+          answers=partial(no_further, asked), kept=BEYOND + patient).run()  # fmt: skip
+    assert [a.problem.p2p_ps for a in asked] == ([1, 2] if pin and patient else [1])
 
 
 def test_what_was_found_is_bettered_though_a_search_is_interrupted():
