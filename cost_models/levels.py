@@ -68,10 +68,14 @@ def read_levels(raw: Any, domain: int, count: int, where: str) -> tuple[Level, .
             raise UsageError(f"missing key {path}ranks", where=where,
                              why="the outermost level alone may join all GPUs")  # fmt: skip
         ranks = 0 if ranks is None else typed(ranks, int, where, f"{path}ranks")
-        level = Level(ranks=ranks, **table({**_LEFT_OUT, **fields}, LEVEL_KEYS, where, path))
+        fields = table({**_LEFT_OUT, **fields}, LEVEL_KEYS, where, path, ("ranks",))
+        level = Level(ranks=ranks, **fields)
         if level.kind not in LEVEL_KINDS:
             raise UsageError(f"unknown kind {level.kind!r} of level {level.name!r}", where=where,
                              why=f"known: {', '.join(LEVEL_KINDS)}")  # fmt: skip
+        if level.name in (other.name for other in found):
+            raise UsageError(f"{path}name is {level.name!r} again", where=where,
+                             why="what crosses a level is told by its name")  # fmt: skip
         if level.oversubscription < 1:
             raise UsageError(f"{path}oversubscription is {level.oversubscription:g}", where=where,
                              why="ports down over ports up: 1 or more")  # fmt: skip

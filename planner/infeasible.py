@@ -113,7 +113,8 @@ def explained(
     limits = [word + lent * (word == "memory") for word in core.limits]
     core = replace(core, hints=(*hints, *core.hints))
     words = [*limits, *tier, *(f"{c.said(pins)} (--fix)" for c in core.pins)]
-    binding = f"binding{'' if core.proved else ', as far as searched'}: {'; '.join(words)}"
+    found = "; ".join(words) or "none of the limits and pins alone"
+    binding = f"binding{'' if core.proved else ', as far as searched'}: {found}"
     if legal:
         return InfeasibleError(
             f"no mesh of {spec} suits the model, the batch and the pins",

@@ -413,7 +413,8 @@ def test_a_file_lists_levels_in_place_of_its_link(tmp_path) -> None:
         ("ranks = 16", "ranks = 8", ["cluster.levels[0].ranks is 8"]),
         ("oversubscription = 2", "oversubscription = 0.5", ["cluster.levels[1].oversubscription"]),
         ("oversubscription = 2", "ranks = 32", ["the cluster has 64 GPUs", "one more level"]),
-        ("oversubscription = 2", "over = 2", ["unknown key cluster.levels[1].over"]),
+        ("oversubscription = 2", "over = 2", ["unknown key cluster.levels[1].over", "ranks"]),
+        ('"spine"', '"leaf"', ["cluster.levels[1].name is 'leaf' again"]),
         ("efficiency = 0.9\n[[", "efficiency = 1.9\n[[", ["cluster.levels[0].efficiency"]),
         ("latency_s = 4e-6", "latency_s = true", ["cluster.levels[0].latency_s"]),
         ("[[cluster.levels]]\nname = \"leaf\"", "[cluster.inter]\nbytes_per_s = 1e9\n"
